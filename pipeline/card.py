@@ -1,0 +1,78 @@
+"""The model card of a trained policy: what it was trained on, against which reference, with which settings."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    *,
+    name: str,
+    base_model: str,
+    reference: str,
+    fingerprint: str,
+    dataset: str,
+    pairs: int,
+    loss: Mapping[str, Any],
+    adapter: str | None,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    versions: Mapping[str, str],
+    hub_model: str | None,
+    hub_dataset: str | None,
+) -> str:
+    """Write the card as Markdown with the hub's YAML header.
+
+    Names come from settings and data, so they are quoted: in the header as JSON strings, which YAML reads, in the
+    text as code.
+    """
+    header = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo", "refshard", "preference-optimization"],
+    }
+    # The hub accepts names of its own here, no paths.
+    if hub_model is not None:
+        header["base_model"] = hub_model
+    if hub_dataset is not None:
+        header["datasets"] = [hub_dataset]
+    lines = ["---"]
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
+    lines += [
+        "---",
+        "",
+        f"# {_plain(name)}",
+        "",
+        "Trained with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by "
+        "refshard, on reference log-probs that were computed once, beforehand.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| policy before training | {_code(base_model)} |",
+        f"| trained weights | {_code(adapter) if adapter else 'all'} |",
+        f"| reference | {_code(reference)} |",
+        f"| fingerprint of the reference log-probs | `{fingerprint}` |",
+        f"| data | {_code(dataset)}, {pairs:,} pairs |",
+        f"| loss | {_code(loss['type'])}, beta {loss['beta']:g} |",
+    ]
+    lines += [f"| {_plain(key)} | {_code(value)} |" for key, value in training.items()]
+    if metrics:
+        lines += ["", "## Held-out pairs", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
+    lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()), ""]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Text that can't end its table cell, start markup, or span lines."""
+    text = " ".join(str(value).split())
+    for character in "\\`*_[]<>|#":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _code(value: Any) -> str:
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"

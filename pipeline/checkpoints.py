@@ -1,0 +1,145 @@
+"""Checkpoints that count: a marker with sizes and digests, written last; resume takes the newest that holds.
+
+The library's own resume takes the highest number, accepts a missing optimizer and flipped bits, and stops at a
+half-written folder. So a checkpoint without our marker is one that a kill cut short, and is set aside.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from pipeline.errors import DataError, IdentityError, RefshardError
+from pipeline.signals import StopFlag
+from pipeline.storage import read_json, replace_file
+
+__all__ = ["CommitCallback", "commit_checkpoint", "find_checkpoint", "write_json"]
+
+MARKER = "refshard-commit.json"
+
+
+def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
+    """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity."""
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+    write_json(folder / MARKER, {"step": step, "identity": identity, "files": files})
+
+
+def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> Path | None:
+    """Give the newest checkpoint whose marker and files hold, or None where no training was saved yet.
+
+    A folder without a marker was being written when the process died: it is renamed, never deleted. One with a
+    marker that does not hold is damaged: it is renamed too, with a warning, and the one before is taken.
+
+    Raises:
+        IdentityError: The checkpoint is of a run with other settings, named field by field.
+        DataError: Checkpoints were committed, but every one of them is damaged.
+    """
+    damaged = []
+    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
+    for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        if not (folder / MARKER).exists():
+            _set_aside(folder)
+            warn(f"{folder}: cut short while it was saved; set aside")
+            continue
+        problem = _problem(folder)
+        if problem is None:
+            _check_identity(folder, read_json(folder / MARKER)["identity"], identity)
+            return folder
+        damaged.append(folder)
+        _set_aside(folder)
+        warn(f"{folder}: damaged ({problem}); set aside, going back to the one before")
+    if damaged:
+        raise DataError(
+            f"{run_folder}: no whole checkpoint is left, the last damaged one was {damaged[-1].name}. "
+            "Run again to train from the beginning, or restore it from a backup"
+        )
+    return None
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that readers see whole or not at all."""
+    import json
+
+    replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+class CommitCallback(transformers.TrainerCallback):
+    """Commits each checkpoint that the library saved, and turns a stop request into a last one."""
+
+    def __init__(self, identity: Mapping[str, Any], flag: StopFlag) -> None:
+        self._identity = identity
+        self._flag = flag
+        self.stopped_early = False
+        self.trainer: transformers.Trainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._agree() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            self.stopped_early = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        # Every rank saves its own random state; the marker may only follow the last of them.
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            commit_checkpoint(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step, self._identity
+            )
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _agree(self) -> bool:
+        """Ranks get their signals at different times; all stop at the step after which any of them had one."""
+        assert self.trainer is not None
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return bool(self._flag)
+        import torch
+
+        flags = torch.tensor([int(bool(self._flag))], device=accelerator.device)
+        return bool(accelerator.reduce(flags, reduction="sum").item())
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        marker = read_json(folder / MARKER)
+    except RefshardError as error:
+        return str(error)
+    if not isinstance(marker.get("files"), dict) or not isinstance(marker.get("identity"), dict):
+        return "its marker is not one of refshard"
+    for name, expected in marker["files"].items():
+        file = folder / name
+        if ".." in Path(name).parts or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} has another SHA-256"
+    return None
+
+
+def _set_aside(folder: Path) -> None:
+    number = 0
+    while (target := folder.with_name(f"broken-{folder.name}-{number}")).exists():
+        number += 1
+    folder.rename(target)
+
+
+def _check_identity(folder: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    found = [
+        f"{key}: saved {stored.get(key)!r}, this run {run.get(key)!r}"
+        for key in sorted({*stored, *run})
+        if stored.get(key) != run.get(key)
+    ]
+    if found:
+        raise IdentityError(
+            f"{folder}: saved by a run with other settings. It differs in {'; '.join(found)}. "
+            "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+        )

@@ -1,0 +1,470 @@
+"""A run's settings: frozen dataclasses, read from one YAML file, with `-o key=value` on top.
+
+Every scalar is converted by the type that its field declares, never by YAML's guess: `5e-7` is a float
+though YAML reads a string, `off` stays a word where a word is wanted. An unknown key is refused with the
+nearest right one. Importing this module loads neither torch nor transformers.
+"""
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from pipeline.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvalSetConfig",
+    "LoraSettings",
+    "LossConfig",
+    "PolicyConfig",
+    "PrecomputeConfig",
+    "ReferenceConfig",
+    "as_dict",
+    "load_config",
+    "training_settings",
+]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSetConfig:
+    """One held-out set. What is left out is taken from `data`."""
+
+    path: str | None = None
+    """File, folder or hub name; `data.path` if left out."""
+    name: str | None = None
+    """Configuration of a hub dataset; `data.name` if left out."""
+    split: str | None = None
+    """Split, with an optional range of rows: `test`, `train[2000:]`; `data.split` if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pairs, and how they become tokens."""
+
+    path: str
+    """A JSON Lines (.gz too), Parquet or CSV file, a folder of them, a `save_to_disk` folder, or a hub name."""
+    name: str | None = None
+    """Configuration (subset) of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Split, with an optional range of rows: `train`, `train[:2000]`, `train[2000:4000]`."""
+    format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
+    """Read from the path's ending if left out."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames, ours to theirs: `{prompt: question, chosen: answer_good}`."""
+    max_length: int | None = 1024
+    """Tokens of prompt and completion together; the end is cut. Null: no cut."""
+    streaming: bool = False
+    """Stream a hub dataset instead of downloading it. Local files are always streamed by stage one."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row that can't be a pair does: stop the run, or be skipped, counted and listed."""
+    on_identical: Literal["keep", "drop"] = "keep"
+    """Pairs whose chosen and rejected are equal: their loss is a constant; they are counted either way."""
+    eval: dict[str, EvalSetConfig] = field(default_factory=dict)
+    """Held-out sets by name. Each has a store of its own beside `train`, under the same rules."""
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError("max_length: at least 2 tokens, one of the prompt and one of the completion")
+        for set_name in self.eval:
+            if set_name == "train" or not set_name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"eval.{set_name}: a set's name is a folder's name: letters, digits, - and _, not 'train'"
+                )
+        for ours in self.columns:
+            if ours not in PAIR_COLUMNS:
+                raise ValueError(f"columns.{ours}: no such column of a pair{_nearest(ours, PAIR_COLUMNS)}")
+
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen model that stage one scores with. Left out: the policy as it is before training."""
+
+    model: str | None = None
+    """Folder or hub name of any causal language model that shares the policy's vocabulary."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    adapter: str | None = None
+    """Folder or hub name of a PEFT adapter that belongs to the reference."""
+    disable_adapters: bool = False
+    """With a policy that continues an adapter: the reference is the plain base model, not base and adapter."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights; `auto` is the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        if self.disable_adapters and self.adapter is not None:
+            raise ValueError("adapter: set together with disable_adapters: true; keep one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Stage one."""
+
+    output: str
+    """Folder of the stores: `output/train` and one for each held-out set."""
+    rows_per_shard: int = 1024
+    """Dataset rows of one unit, one Parquet file: what is lost at most when a worker is killed."""
+    tokens_per_batch: int = 8192
+    """Tokens of one forward pass, padding included."""
+    token_logps: bool = True
+    """Store a log-prob for each token too: it lets a run with a smaller `max_length` use the same shards."""
+    on_nonfinite: Literal["stop", "drop"] = "stop"
+    """What a pair with a NaN or infinite log-prob does: stop the run, or be dropped and counted."""
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError("rows_per_shard: at least 1")
+        if self.tokens_per_batch < 1:
+            raise ValueError("tokens_per_batch: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """A fresh LoRA adapter on the policy (arXiv 2106.09685)."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, in training only."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter, or `all-linear`: every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError("r: at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout: from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The model in training. Its folder also gives the tokenizer and the chat template, in both stages."""
+
+    model: str
+    """Folder or hub name of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    adapter: str | None = None
+    """Folder or hub name of a PEFT adapter to go on training."""
+    lora: LoraSettings | None = None
+    """Train a fresh LoRA adapter instead of all weights."""
+    dtype: Dtype = "float32"
+    """Dtype of the weights; for mixed precision keep float32 and set `train.bf16: true`."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.adapter is not None:
+            raise ValueError("lora: a fresh adapter on top of `adapter` is not supported; keep one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective."""
+
+    type: Literal["sigmoid"] = "sigmoid"
+    """`sigmoid` is DPO (arXiv 2305.18290, eq. 7)."""
+    beta: float = 0.1
+    """Pull toward the reference, per nat."""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError("beta: above 0; at 0 the loss is ln 2 whatever the policy does")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One YAML file: both stages read it."""
+
+    data: DataConfig
+    policy: PolicyConfig
+    precompute: PrecomputeConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: dict[str, object] = field(default_factory=dict)
+    """Any field of `transformers.TrainingArguments`; and `on_missing`, stop or drop: what pairs do that have no
+    reference logps."""
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's settings from YAML and put `key=value` overrides (`loss.beta=0.2`) on top.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown or twice there, a value has the wrong
+            type or is impossible. The message names the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: can't be read ({_reason(error)})") from error
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections like `data:` and `policy:` at the top, found {_kind(tree)}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return typing.cast(Config, _build(Config, tree, ""))
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain dicts, lists and scalars, defaults filled in: what is saved beside a run."""
+    return dataclasses.asdict(config)
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Check the `train` section against `transformers.TrainingArguments` and convert its values.
+
+    Our defaults differ from the library's where DPO needs it: learning_rate 1e-6 (DPO's usual order for full
+    fine-tuning), logging every 10 steps, no experiment tracker unless named.
+
+    Raises:
+        ConfigError: An unknown field, a wrong type, or a field that refshard itself must set.
+    """
+    # Imported here: the module pulls torch, and settings are read by commands that answer without it.
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    settings: dict[str, Any] = {"learning_rate": 1e-6, "logging_steps": 10, "report_to": "none"}
+    for key, value in config.train.items():
+        where = f"train.{key}"
+        if key == "on_missing":
+            settings[key] = _convert(value, Literal["stop", "drop"], where)
+            continue
+        if key not in known:
+            raise ConfigError(
+                f"{where}: no such field of TrainingArguments{_nearest(key, [*sorted(known), 'on_missing'])}"
+            )
+        if key in _FIXED_TRAIN_FIELDS:
+            raise ConfigError(f"{where}: {_FIXED_TRAIN_FIELDS[key]}")
+        settings[key] = _convert(value, hints.get(key, Any), where)
+    if "output_dir" not in settings:
+        raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
+    return settings
+
+
+_FIXED_TRAIN_FIELDS = {
+    "remove_unused_columns": "can't be set: the join's columns are always needed",
+    "label_names": "can't be set: preference pairs have no labels",
+    "resume_from_checkpoint": "can't be set: a rerun goes on from the last whole checkpoint by itself",
+    "enable_jit_checkpoint": "can't be set: signals are handled by refshard, which saves and exits with 75",
+    "do_train": "can't be set: `refshard train` trains",
+    "do_predict": "can't be set: there is nothing to predict",
+    "label_smoothing_factor": "can't be set: it belongs to cross-entropy, not to DPO",
+    "use_liger_kernel": "can't be set: refshard scores through its own head",
+    "auto_find_batch_size": "can't be set: it would change the batches between two runs of one configuration",
+    "neftune_noise_alpha": "can't be set: noise on the policy's embeddings would be scored against a reference without",
+}
+
+
+class _Loader(yaml.BaseLoader):
+    """Leaves every scalar a string, refuses a key that is there twice."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if not isinstance(key, str):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a key must be a word")
+        if keys.count(key) > 1:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} is there twice")
+    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_reason(error)}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"-o {override}: expected key=value, like loss.beta=0.2")
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None or child == "":
+            child = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"-o {override}: {section} holds a value, not settings")
+        node[section] = child
+        node = child
+    node[last] = _parse_yaml(text, f"-o {override}")
+
+
+_NULLS = ("", "null", "Null", "NULL", "~")
+_TRUE = ("true", "yes", "on")
+_FALSE = ("false", "no", "off")
+
+
+def _build(cls: type, value: Any, where: str) -> Any:
+    """Make the dataclass `cls` from a mapping of strings; `where` is the dotted path for messages."""
+    prefix = f"{where}." if where else ""
+    if value is None or (isinstance(value, str) and value in _NULLS):
+        value = {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected settings (a mapping), found {_kind(value)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in value:
+        if key not in fields:
+            raise ConfigError(f"{prefix}{key}: unknown key{_nearest(key, list(fields))}")
+    for name, spec in fields.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise ConfigError(f"{prefix}{name}: missing; it has no default")
+    arguments = {key: _convert(item, hints[key], f"{prefix}{key}") for key, item in value.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Turn YAML's strings, lists and mappings into what `hint` declares."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is object:
+        return value  # converted later, by whoever knows its type
+    if hint is Any:
+        return _plain(value)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        choices = ", ".join(str(choice) for choice in args)
+        raise ConfigError(f"{where}: expected one of {choices}; found {value!r}")
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if hint is dict or origin is dict:
+        if isinstance(value, str) and value in _NULLS:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, found {_kind(value)}")
+        inner = args[1] if args else Any
+        return {str(key): _convert(item, inner, f"{where}.{key}") for key, item in value.items()}
+    if hint is list or origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, found {_kind(value)}")
+        inner = args[0] if args else Any
+        return [_convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, list | Mapping):
+        raise ConfigError(f"{where}: expected {_type_name(hint)}, found {_kind(value)}")
+    return _convert_scalar(str(value), hint, where)
+
+
+def _convert_scalar(text: str, hint: Any, where: str) -> Any:
+    if hint is bool:
+        if text.lower() in _TRUE:
+            return True
+        if text.lower() in _FALSE:
+            return False
+    elif hint is int:
+        try:
+            return int(text.replace("_", ""))
+        except ValueError:
+            pass
+        # 1e3 is a whole number too; 2.5 is not.
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.5
+        if number.is_integer():
+            return int(number)
+    elif hint is float:
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    elif hint is str or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+        # An enum of the library takes its word: `save_strategy: no` is the word, not False.
+        return text
+    raise ConfigError(f"{where}: expected {_type_name(hint)}, found {text!r}")
+
+
+def _convert_union(value: Any, members: Sequence[Any], where: str) -> Any:
+    """Take the first member that fits, from the narrowest type to the widest."""
+    if type(None) in members and isinstance(value, str) and value in _NULLS:
+        return None
+    order = [dict, list, bool, int, float]
+    rest = [m for m in members if m is not type(None)]
+    rest.sort(key=lambda m: next((i for i, t in enumerate(order) if t in (m, typing.get_origin(m))), len(order)))
+    problem: ConfigError | None = None
+    for member in rest:
+        try:
+            return _convert(value, member, where)
+        except ConfigError as error:
+            if problem is None or dataclasses.is_dataclass(member) or len(rest) == 1:
+                problem = error
+    if len(rest) > 1 and not any(dataclasses.is_dataclass(m) for m in rest):
+        names = " or ".join(_type_name(m) for m in rest)
+        raise ConfigError(f"{where}: expected {names}, found {value!r}")
+    assert problem is not None
+    raise problem
+
+
+def _plain(value: Any) -> Any:
+    """YAML's usual reading, for values whose type nothing declares."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and _is_float(value) else yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known[:20])}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return "nothing" if value in (None, "") else repr(value)
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint) or str(hint)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,58 @@
+"""The failure tree: each error carries the exit status that the command ends with.
+
+A message has three facts in one line: what was found, where, and what to do.
+"""
+
+__all__ = [
+    "BadRow",
+    "ConfigError",
+    "DataError",
+    "IdentityError",
+    "RefshardError",
+    "StorageError",
+    "UnfinishedError",
+]
+
+
+class RefshardError(Exception):
+    """What the user can do something about; anything else that is raised is a bug (exit status 1)."""
+
+    exit_status = 1
+
+
+class ConfigError(RefshardError):
+    """A wrong command, an unknown or impossible setting, a model or file that a setting names in vain."""
+
+    exit_status = 2
+
+
+class DataError(RefshardError):
+    """Bad data or a damaged file: preference rows, shards, checkpoints."""
+
+    exit_status = 65
+
+
+class BadRow(DataError):
+    """One preference row that can't be a pair. `reason` is the short name under which drops are counted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StorageError(RefshardError):
+    """The disk or the network failed."""
+
+    exit_status = 74
+
+
+class UnfinishedError(RefshardError):
+    """What is done is saved, but not all is done: run the same command again."""
+
+    exit_status = 75
+
+
+class IdentityError(RefshardError):
+    """Another identity (reference, tokenization, run) than that of the shards or checkpoints on disk."""
+
+    exit_status = 78

@@ -1,0 +1,205 @@
+"""What makes a shard valid for a run, and a mismatch explained field by field.
+
+The identity has everything that a log-prob depends on, and nothing else: the reference's weights and config by
+content, its dtype, its adapter; tokenizer and chat template by content, the length rule, the version of the
+tokenization code. Beta, learning rate, loss, LoRA rank, seed and output folder never enter, so a sweep over them
+reuses the shards. Digests are of file contents: a model moved or copied is still the same reference.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.errors import StorageError
+from pipeline.models import reference_sources, resolve_dtype
+from pipeline.tokens import TOKENIZATION_VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SCHEMA_VERSION", "differences", "fingerprint_of", "identity_of_run", "sha256_of_file"]
+
+SCHEMA_VERSION = 1
+"""Version of the shards' columns and of the manifest."""
+
+# Keys of config.json that say nothing about what the forward pass computes.
+_IRRELEVANT_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "architectures_version",
+        "attn_implementation",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Collect what a log-prob of this run's reference depends on. Reads files, loads no weights.
+
+    Returns:
+        Nested dict of strings and numbers: `schema`, `reference`, `tokenization`.
+    """
+    folder, adapter = reference_sources(config)
+    return {
+        "schema": SCHEMA_VERSION,
+        "reference": {
+            "weights": _digest_of_weights(folder),
+            "config": _digest_of_config(folder / "config.json"),
+            "dtype": resolve_dtype(config.reference.dtype, folder),
+            "adapter": None if adapter is None else _digest_of_adapter(adapter),
+        },
+        "tokenization": {
+            "version": TOKENIZATION_VERSION,
+            "tokenizer": _digest_of_tokenizer(tokenizer),
+            "chat_template": _digest(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
+            "eos": tokenizer.eos_token,
+            "max_length": config.data.max_length,
+            "token_logps": config.precompute.token_logps,
+        },
+    }
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of the identity as canonical JSON (sorted keys, no spaces)."""
+    return _digest(json.dumps(identity, sort_keys=True, separators=(",", ":")))
+
+
+def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: bool) -> list[str]:
+    """Name every field in which a store's identity does not serve the run, both values side by side.
+
+    Args:
+        stored: Identity in the store's manifest.
+        run: Identity of this run.
+        joining: True for stage two, which only needs the store to hold enough: where token logps are stored, a
+            larger or equal `max_length` serves, and whether token logps are stored is no matter. False for stage
+            one, which writes into the store and needs it equal.
+    """
+    found = []
+    for field, (a, b) in sorted(_flatten_pair(stored, run).items()):
+        if a == b:
+            continue
+        if joining and field == "tokenization.token_logps":
+            continue
+        if joining and field == "tokenization.max_length":
+            if stored["tokenization"]["token_logps"] and _covers(a, b):
+                continue
+            reason = (
+                "; the shards hold no token logps, so it must be equal"
+                if not stored["tokenization"]["token_logps"]
+                else "; the shards were cut shorter than this run wants"
+            )
+            found.append(f"{field}: shards {_show(a)}, this run {_show(b)}{reason}")
+            continue
+        found.append(f"{field}: shards {_show(a)}, this run {_show(b)}")
+    return found
+
+
+def _covers(stored: int | None, run: int | None) -> bool:
+    """Log-probs of a causal model do not see the tail: a longer cut holds every shorter one."""
+    return stored is None or (run is not None and stored >= run)
+
+
+def _flatten_pair(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    fields: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*a, *b}):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            fields.update(_flatten_pair(x, y, f"{prefix}{key}."))
+        else:
+            fields[f"{prefix}{key}"] = (x, y)
+    return fields
+
+
+def _show(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _digest_of_weights(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    return _digest("".join(f"{file.name}:{sha256_of_file(file)}\n" for file in files if file.name != _ADAPTER_FILE))
+
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def _digest_of_config(file: Path) -> str:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in content.items() if key not in _IRRELEVANT_CONFIG}
+    return _digest(json.dumps(kept, sort_keys=True))
+
+
+def _digest_of_adapter(folder: Path) -> str:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # Where the base model lay when the adapter was saved says nothing about what it computes.
+    kept = {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
+    return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / _ADAPTER_FILE))
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    """Digest what turns text into ids. Truncation and padding are left out: calls change them."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return _digest(json.dumps([rules, special], sort_keys=True))
+
+
+def sha256_of_file(file: Path) -> str:
+    """SHA-256 of a file in hex, cached by path, size and time of change: a relaunch reads no weights twice."""
+    cache_file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / "digests.json"
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
+    entry = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    cache = _read_cache(cache_file)
+    if entry in cache:
+        return cache[entry]
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
+    _write_cache(cache_file, {**_read_cache(cache_file), entry: digest})
+    return digest
+
+
+def _read_cache(file: Path) -> dict[str, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(file: Path, entries: dict[str, str]) -> None:
+    # A cache that can't be written costs time, never correctness.
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(dict(list(entries.items())[-1000:]), indent=0), encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        return

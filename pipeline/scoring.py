@@ -1,0 +1,122 @@
+"""Model + batch -> token logps: the one scorer that both stages call.
+
+`prepare` gives a loaded causal language model a second way through its forward: backbone, then the chunked head
+on the positions that predict a completion token. It is the model's own forward that is extended, not a function
+beside it, so wrappers that act on forward (DDP, FSDP, autocast, PEFT) act on scoring too.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.head import TokenStatistics, head_of, token_statistics
+from pipeline.packing import Batch, make_batch
+from pipeline.tokens import TokenizedPair
+
+__all__ = ["Scores", "check_scoring", "prepare", "score", "sum_logps"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scored tokens of a batch of P pairs, strung together row by row: all chosen, then all rejected."""
+
+    tokens: TokenStatistics
+    """Of N tokens, the batch's completion tokens"""
+    lengths: torch.Tensor
+    """[2P] int64, completion tokens of each row; their sum is N"""
+
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logps of the chosen and of the rejected completions, [P] and [P] float32. They carry the gradient."""
+        return sum_logps(self.tokens.logps, self.lengths)
+
+
+def prepare(model: Any) -> None:
+    """Let the model's forward answer `completion_mask=...` with token statistics instead of logits.
+
+    Without that argument forward is as it was, so generation and saving do not notice.
+
+    Raises:
+        ConfigError: An adapter sits on the head, where the scorer would pass it by.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(causal.get_output_embeddings()).__module__.startswith("peft."):
+        raise ConfigError(
+            "policy: an adapter on the head (lm_head) can't be trained: the scorer reads the head's weight itself; "
+            "leave lm_head out of target_modules and modules_to_save"
+        )
+    original = causal.forward
+
+    def forward(self: Any, *args: Any, completion_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if completion_mask is None:
+            return original(*args, **kwargs)
+        outputs = self.base_model(*args, use_cache=False, **kwargs)
+        hidden = outputs.last_hidden_state  # [rows, length, hidden]
+        # The position before a token predicts it: shift the mask by one, so N positions remain of rows * length.
+        predicts = completion_mask[:, 1:]
+        targets = kwargs["input_ids"][:, 1:][predicts]  # [N]
+        statistics = token_statistics(hidden[:, :-1][predicts], targets, head_of(self))
+        return vars(statistics)
+
+    causal.forward = types.MethodType(forward, causal)
+
+
+def score(model: Any, batch: Batch) -> Scores:
+    """Score every completion token of the batch.
+
+    The model must have been through `prepare`. Gradients flow to its parameters unless the caller switched them
+    off. No tensor of [tokens, vocabulary] is made, forward or backward.
+    """
+    outputs = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        completion_mask=batch.completion_mask,
+    )
+    return Scores(TokenStatistics(**outputs), batch.completion_mask.sum(dim=1))
+
+
+def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum token logps per completion, in float64, rounded once to float32; halves are chosen and rejected.
+
+    Args:
+        token_logps: [N], row by row.
+        lengths: [2P], tokens of each row.
+    """
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    wide = token_logps if token_logps.device.type == "mps" else token_logps.double()
+    sums = torch.zeros(len(lengths), dtype=wide.dtype, device=wide.device).index_add(0, rows, wide).float()
+    chosen, rejected = sums.chunk(2)
+    return chosen, rejected
+
+
+def check_scoring(model: Any, key: str) -> None:
+    """Compare the scorer with the model's own logits on one small batch.
+
+    Some families do more after the backbone than a projection. Those that head.py does not know would get wrong
+    numbers without a sign of it, so they are refused.
+
+    Raises:
+        ConfigError: The two differ by more than the dtype's rounding.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [(7 * i + 3) % vocabulary for i in range(12)]
+    batch = make_batch([TokenizedPair(prompt_ids=ids[:4], chosen_ids=ids[4:9], rejected_ids=ids[5:12])], pad_id=0)
+    batch = batch.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ours = score(model, batch).tokens.logps.float()
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+        plain = torch.log_softmax(logits[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
+        plain = plain.gather(1, batch.input_ids[:, 1:][batch.completion_mask[:, 1:]][:, None]).squeeze(1)
+    model.train(training)
+    gap = (ours - plain).abs().max().item()
+    # One bf16 logit near 16 is rounded by up to 1/16; float32 agrees to five digits.
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+    if not gap <= tolerance:
+        raise ConfigError(
+            f"{key}: {type(model).__name__} makes its logits in a way that the scorer does not know "
+            f"(log-probs differ by {gap:.3g} from its own); this architecture is not supported"
+        )

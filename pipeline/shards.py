@@ -1,0 +1,341 @@
+"""The shard store: manifest, parts and index of one split; schema, write, read, verify.
+
+    STORE/manifest.json        who the reference is, how pairs were tokenized; written once, first
+    STORE/part-00000.parquet   one per unit of `rows_per_shard` consecutive dataset rows
+    STORE/index.json           written last, when every unit is there
+
+A file under its final name is whole and never changes. A missing index means unfinished, never empty. This module
+needs pyarrow and numpy only.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import DataError, IdentityError, UnfinishedError
+from pipeline.fingerprint import SCHEMA_VERSION, differences, fingerprint_of
+from pipeline.intake import Ledger
+from pipeline.storage import put_if_absent, read_json, replace_file
+
+__all__ = [
+    "ScoredPair",
+    "Store",
+    "create_store",
+    "delete_store",
+    "finish_store",
+    "is_finished",
+    "open_store",
+    "part_exists",
+    "part_name",
+    "read_part",
+    "read_parts",
+    "schema",
+    "write_part",
+]
+
+MANIFEST, INDEX, SKIPPED = "manifest.json", "index.json", "skipped.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPair:
+    """One shard row: the pair's key and what the reference gave its completions."""
+
+    key: bytes
+    row: int
+    prompt_tokens: int
+    chosen_token_logps: npt.NDArray[np.float32]
+    """[chosen tokens] nats"""
+    rejected_token_logps: npt.NDArray[np.float32]
+    """[rejected tokens] nats"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A finished store, as its manifest and index describe it."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    index: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        return list(self.index["parts"])
+
+
+def schema(*, token_logps: bool) -> pa.Schema:
+    """Columns of a part, schema version 1."""
+    fields = [
+        pa.field("pair_key", pa.binary(16), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("chosen_tokens", pa.int32(), nullable=False),
+        pa.field("rejected_tokens", pa.int32(), nullable=False),
+        pa.field("ref_chosen_logps", pa.float32(), nullable=False),
+        pa.field("ref_rejected_logps", pa.float32(), nullable=False),
+    ]
+    if token_logps:
+        item = pa.list_(pa.field("element", pa.float32(), nullable=False))
+        fields += [
+            pa.field("chosen_token_logps", item, nullable=False),
+            pa.field("rejected_token_logps", item, nullable=False),
+        ]
+    return pa.schema(fields)
+
+
+def part_name(unit: int) -> str:
+    return f"part-{unit:05d}.parquet"
+
+
+def part_exists(folder: Path, unit: int) -> bool:
+    return (folder / part_name(unit)).exists()
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / INDEX).exists()
+
+
+def delete_store(folder: Path) -> None:
+    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong."""
+    for pattern in (INDEX, SKIPPED, "part-*.parquet", MANIFEST):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def create_store(
+    folder: Path, identity: Mapping[str, Any], plan: Mapping[str, Any], declared: Mapping[str, Any]
+) -> str:
+    """Write the manifest, or check that the one that is there is this run's. Gives the fingerprint.
+
+    Args:
+        folder: The store's folder, made if needed.
+        identity: What must match: everything that a log-prob depends on.
+        plan: What must be equal for this store to be continued: rows per shard, dataset, rules for dropping.
+        declared: Recorded for people, compared with nothing.
+
+    Raises:
+        IdentityError: The folder holds another run's store; the differing fields are named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = fingerprint_of(identity)
+    manifest = {
+        "format": "refshard",
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "identity": identity,
+        "plan": plan,
+        "declared": declared,
+    }
+    put_if_absent(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    # Read back in any case: another worker may have been first.
+    stored = _read_manifest(folder)
+    found = differences(stored["identity"], identity, joining=False)
+    # The manifest is JSON; compare the plan as JSON would give it back.
+    ours = json.loads(json.dumps(plan))
+    found += [
+        f"{key}: shards {stored['plan'].get(key)!r}, this run {ours.get(key)!r}"
+        for key in sorted({*stored["plan"], *ours})
+        if stored["plan"].get(key) != ours.get(key)
+    ]
+    if found:
+        raise IdentityError(
+            f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
+            "Set precompute.output to a new folder, or pass --overwrite to delete these shards"
+        )
+    return fingerprint
+
+
+def write_part(
+    folder: Path,
+    unit: int,
+    pairs: Sequence[ScoredPair],
+    *,
+    fingerprint: str,
+    token_logps: bool,
+    ledger: Ledger,
+    provenance: Mapping[str, Any],
+) -> bool:
+    """Write one unit's part: serialized, read back and compared, then committed. False if another was first.
+
+    Raises:
+        DataError: A log-prob is not finite or a row has no tokens; nothing is written.
+        StorageError: The disk failed; nothing is left behind.
+    """
+    footer = {
+        "refshard.fingerprint": fingerprint,
+        "refshard.unit": str(unit),
+        "refshard.ledger": json.dumps(ledger.as_dict()),
+        "refshard.skipped": json.dumps(ledger.skipped),
+        "refshard.provenance": json.dumps(provenance, sort_keys=True),
+    }
+    table = _to_table(pairs, token_logps=token_logps).replace_schema_metadata(footer)
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    content = buffer.getvalue()
+    # A writer can produce wrong bytes; what is committed must decode to what was meant.
+    if not pq.read_table(io.BytesIO(content), page_checksum_verification=True).equals(table, check_metadata=False):
+        raise DataError(f"{folder / part_name(unit)}: does not read back as written; nothing was committed. Run again")
+    return put_if_absent(folder / part_name(unit), content)
+
+
+def finish_store(folder: Path, num_units: int) -> list[int]:
+    """Write the index if every unit's part is there. Gives the units that are missing, none if finished.
+
+    Raises:
+        DataError: A part is damaged or carries another fingerprint.
+    """
+    missing = [unit for unit in range(num_units) if not part_exists(folder, unit)]
+    if missing or (folder / INDEX).exists():
+        return missing
+    manifest = _read_manifest(folder)
+    totals, parts, skipped = Ledger(), [], []
+    for unit in range(num_units):
+        file = folder / part_name(unit)
+        content = file.read_bytes()
+        metadata = _footer(file, content)
+        _check_footer(file, metadata, manifest["fingerprint"], unit)
+        totals.add(json.loads(metadata[b"refshard.ledger"]))
+        skipped += json.loads(metadata[b"refshard.skipped"])
+        parts.append(
+            {
+                "file": file.name,
+                "rows": pq.ParquetFile(io.BytesIO(content)).metadata.num_rows,
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    if skipped:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+        replace_file(folder / SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
+    index = {"fingerprint": manifest["fingerprint"], "parts": parts, "totals": totals.as_dict()}
+    put_if_absent(folder / INDEX, (json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+    return []
+
+
+def open_store(folder: Path) -> Store:
+    """Open a finished store. Its parts are checked when they are read.
+
+    Raises:
+        UnfinishedError: There is a store, but not all of it yet.
+        DataError: There is none, or its manifest or index is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
+    manifest = _read_manifest(folder)
+    if not (folder / INDEX).exists():
+        done = len(list(folder.glob("part-*.parquet")))
+        raise UnfinishedError(
+            f"{folder}: unfinished, {done} parts so far and no index. Run: refshard precompute with the same settings"
+        )
+    index = read_json(folder / INDEX)
+    if index.get("fingerprint") != manifest["fingerprint"] or not isinstance(index.get("parts"), list):
+        raise DataError(f"{folder / INDEX}: does not belong to the manifest beside it")
+    for number, part in enumerate(index["parts"]):
+        # A name from a file must not lead out of its folder; there is only one right name anyway.
+        if not isinstance(part, dict) or part.get("file") != part_name(number):
+            raise DataError(f"{folder / INDEX}: entry {number} must name {part_name(number)}")
+    return Store(folder=folder, manifest=manifest, index=index)
+
+
+def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a part after checking size, SHA-256, page checksums and fingerprint. Columns as in `schema`.
+
+    Raises:
+        DataError: The part is missing, damaged, or another run's; the message names it and the way on.
+    """
+    entry = store.parts[number]
+    file = store.folder / str(entry["file"])
+    way_on = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: missing, though the index lists it. {way_on}") from error
+    except OSError as error:
+        raise DataError(f"{file}: can't be read ({error.strerror})") from error
+    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise DataError(f"{file}: damaged, its SHA-256 is not the one in index.json. {way_on}")
+    _check_footer(file, _footer(file, content), store.fingerprint, number)
+    try:
+        return pq.read_table(io.BytesIO(content), columns=columns and list(columns), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: damaged ({error}). {way_on}") from error
+
+
+def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Read the parts in order, one in memory at a time."""
+    for number in range(len(store.parts)):
+        yield read_part(store, number, columns)
+
+
+def _to_table(pairs: Sequence[ScoredPair], *, token_logps: bool) -> pa.Table:
+    columns: dict[str, Any] = {
+        "pair_key": [p.key for p in pairs],
+        "row": np.array([p.row for p in pairs], dtype=np.int64),
+        "prompt_tokens": np.array([p.prompt_tokens for p in pairs], dtype=np.int32),
+    }
+    for side in ("chosen", "rejected"):
+        lists = [p.chosen_token_logps if side == "chosen" else p.rejected_token_logps for p in pairs]
+        for pair, values in zip(pairs, lists, strict=True):
+            if len(values) == 0 or not np.isfinite(values).all():
+                raise DataError(f"row {pair.row}: a {side} log-prob is missing or not finite; it can't be stored")
+        lengths = np.array([len(values) for values in lists], dtype=np.int32)
+        columns[f"{side}_tokens"] = lengths
+        columns[f"ref_{side}_logps"] = np.array([v.sum(dtype=np.float64) for v in lists], dtype=np.float32)
+        if token_logps:
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            flat = np.concatenate([*lists, np.empty(0, np.float32)]).astype(np.float32)
+            columns[f"{side}_token_logps"] = pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array(flat), type=schema(token_logps=True).field(f"{side}_token_logps").type
+            )
+    target = schema(token_logps=token_logps)
+    return pa.table([pa.array(columns[f.name], type=f.type) for f in target], schema=target)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST)
+    sections = ("identity", "plan", "declared")
+    if manifest.get("format") != "refshard" or not all(isinstance(manifest.get(s), dict) for s in sections):
+        raise DataError(f"{folder / MANIFEST}: not a refshard manifest")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise IdentityError(
+            f"{folder / MANIFEST}: schema version {manifest.get('schema_version')}, "
+            f"this refshard reads {SCHEMA_VERSION}"
+        )
+    if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
+        raise DataError(f"{folder / MANIFEST}: edited or damaged, its fingerprint is not that of its identity")
+    return manifest
+
+
+def _footer(file: Path, content: bytes) -> dict[bytes, bytes]:
+    try:
+        return dict(pq.read_schema(io.BytesIO(content)).metadata or {})
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
+
+
+def _check_footer(file: Path, metadata: Mapping[bytes, bytes], fingerprint: str, unit: int) -> None:
+    found = metadata.get(b"refshard.fingerprint", b"none").decode("utf-8", errors="replace")
+    if found != fingerprint:
+        raise IdentityError(
+            f"{file}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
+        )
+    if metadata.get(b"refshard.unit") != str(unit).encode():
+        raise DataError(f"{file}: holds another unit than its name says; delete it and run again")

@@ -1,0 +1,416 @@
+"""A preference dataset, wherever it is -> its rows in order, each with its place for messages.
+
+Local files are read as streams, a row at a time, so memory does not grow with their length. A row's content is
+decoded only when it is asked for: a worker that skips another worker's rows pays for finding them, not for
+parsing them.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import PAIR_COLUMNS, DataConfig, EvalSetConfig
+from pipeline.errors import BadRow, ConfigError, DataError, StorageError
+
+__all__ = ["Row", "Source", "count_rows", "describe", "open_source", "read_rows"]
+
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows come from: `files` for local files, `path` for a `save_to_disk` folder or a hub name."""
+
+    path: str
+    format: str
+    """jsonl, parquet, csv, disk or hub."""
+    name: str | None
+    revision: str | None
+    split: str
+    start: int
+    """First row that is read, counted from 0."""
+    stop: int | None
+    """Row before which reading stops; None: at the end."""
+    files: tuple[Path, ...]
+    columns: Mapping[str, str]
+    streaming: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the source, not yet decoded."""
+
+    number: int
+    """Position in the source, from 0."""
+    place: str
+    """For people: file and line, or dataset and row."""
+    load: Callable[[], Mapping[str, Any]]
+    """Decode the row. Raises BadRow if it is damaged."""
+
+
+def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Source:
+    """Find the rows that `data` (or one of its held-out sets) names.
+
+    Raises:
+        ConfigError: The path names no file, the split no file of the folder, the format can't be told.
+    """
+    path, split, name = data.path, data.split, data.name
+    if eval_set is not None:
+        path, split, name = eval_set.path or path, eval_set.split or split, eval_set.name or name
+    base, start, stop = _parse_split(split)
+    kind, files = _find_files(path, base, data.format)
+    return Source(
+        path=path,
+        format=kind,
+        name=name,
+        revision=data.revision,
+        split=base,
+        start=start,
+        stop=stop,
+        files=files,
+        columns=data.columns,
+        streaming=data.streaming,
+    )
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of the source in order, from `start` to `stop`.
+
+    Raises:
+        DataError: A file is damaged as a whole: a broken gzip stream, no Parquet file.
+        StorageError: A file can't be read, the hub can't be reached.
+    """
+    number = 0
+    for row in _READERS[source.format](source):
+        if source.stop is not None and row.number >= source.stop:
+            return
+        number = row.number + 1
+        if row.number >= source.start:
+            yield row
+    if number == 0:
+        raise DataError(f"{describe(source)}: no rows in it; check data.path and data.split")
+
+
+def count_rows(source: Source) -> int | None:
+    """Count the rows from `start` to `stop` without decoding them; None where only a full read would tell."""
+    if source.format == "jsonl":
+        total = sum(1 for _ in _json_lines(source)) if not _is_json_array(source) else None
+    elif source.format == "parquet":
+        total = sum(_parquet_file(file).metadata.num_rows for file in source.files)
+    elif source.format == "disk":
+        total = len(_load_from_disk(source))
+    else:
+        total = None
+    if total is None:
+        return None
+    stop = total if source.stop is None else min(source.stop, total)
+    return max(0, stop - source.start)
+
+
+def describe(source: Source) -> str:
+    """Name the source for people: its path and, where it has any, its split and range of rows."""
+    rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start or ''}:{source.stop or ''}]"
+    return f"{source.path} ({source.split}{rows})"
+
+
+def _parse_split(split: str) -> tuple[str, int, int | None]:
+    match = re.fullmatch(r"([\w.+-]+)(?:\[(\d*):(\d*)\])?", split)
+    if match is None:
+        raise ConfigError(f"data.split: {split!r} is no split; write train, or train[200:1000] for a range of rows")
+    base, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise ConfigError(f"data.split: {split!r} holds no rows")
+    return base, start, stop
+
+
+def _ending(path: Path) -> str | None:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes = suffixes[:-1]
+    return _ENDINGS.get(suffixes[-1]) if suffixes else None
+
+
+def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[Path, ...]]:
+    local = Path(path)
+    if format == "hub" or not local.exists():
+        looks_local = format not in (None, "hub") or _ending(local) is not None or path.startswith((".", "/", "~"))
+        if looks_local or path.count("/") > 1 or not path:
+            raise ConfigError(f"data.path: {path!r}: no such file or folder")
+        return "hub", ()
+    if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
+        return "disk", ()
+    files = _files_of_split(local, split, format) if local.is_dir() else (local,)
+    kinds = {format or _ending(file) for file in files}
+    if len(kinds) > 1:
+        raise ConfigError(f"data.path: {path}: files of several formats for split {split}; set data.format")
+    kind = kinds.pop()
+    if kind is None or kind == "disk":
+        raise ConfigError(
+            f"data.path: {path}: can't tell its format; set data.format to jsonl, parquet or csv"
+            if kind is None
+            else f"data.path: {path}: no folder made by save_to_disk"
+        )
+    return kind, files
+
+
+def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path, ...]:
+    """Take `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., in the folder or in its `data/`, as the hub lays it."""
+    for place in (folder, folder / "data"):
+        if not place.is_dir():
+            continue
+        stems = re.compile(rf"{re.escape(split)}(?:[-_.].*)?")
+        found = [
+            file
+            for file in sorted(place.iterdir())
+            if file.is_file()
+            and _ending(file) is not None
+            and format in (None, _ending(file))
+            and stems.fullmatch(file.name.split(".")[0])
+        ]
+        if found:
+            return tuple(found)
+    raise ConfigError(f"data.path: {folder}: no file of split {split!r} in it, like {split}.jsonl or {split}.parquet")
+
+
+def _open_bytes(file: Path) -> IO[bytes]:
+    try:
+        return cast(IO[bytes], gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb"))
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
+
+
+def _guarded(file: Path, lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Name the file when its stream breaks: cut or damaged gzip, a failing disk."""
+    try:
+        yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file}: damaged gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror or error})") from error
+
+
+def _is_json_array(source: Source) -> bool:
+    if not all(".json" in file.suffixes for file in source.files):
+        return False
+    with _open_bytes(source.files[0]) as stream:
+        return next(_guarded(source.files[0], iter([stream.read(256)]))).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+
+
+def _json_lines(source: Source) -> Iterator[tuple[Path, int, bytes]]:
+    """Yield (file, line number from 1, line) of every line that is not blank."""
+    for file in source.files:
+        with _open_bytes(file) as stream:
+            for number, line in enumerate(_guarded(file, iter(stream)), start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    yield file, number, text
+
+
+def _read_jsonl(source: Source) -> Iterator[Row]:
+    if _is_json_array(source):
+        yield from _read_json_array(source)
+        return
+    for row, (file, number, line) in enumerate(_json_lines(source)):
+        place = f"{file}:{number}"
+        yield Row(row, place, lambda line=line, place=place: _parse_json_line(line, place))  # type: ignore[misc]
+
+
+def _parse_json_line(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = "; the file looks like UTF-16, save it as UTF-8" if b"\x00" in line[:4] or line[:2] in _UTF16 else ""
+        raise BadRow("not_utf8", f"{place}: not UTF-8 at byte {error.start + 1} of the line{hint}") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise BadRow("not_json", f"{place}: not JSON at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not_json", f"{place}: not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRow("not_json", f"{place}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def _object_without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(items)
+    if len(result) != len(items):
+        twice = next(key for i, (key, _) in enumerate(items) if key in {k for k, _ in items[:i]})
+        raise ValueError(f"key {twice!r} is there twice")
+    return result
+
+
+def _read_json_array(source: Source) -> Iterator[Row]:
+    number = 0
+    for file in source.files:
+        with _open_bytes(file) as stream:
+            content = b"".join(_guarded(file, iter(stream)))
+        try:
+            items = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}: not a JSON array: {error}") from error
+        for i, item in enumerate(items):
+            place = f"{file} item {i + 1}"
+            yield Row(number, place, lambda item=item, place=place: _as_object(item, place))  # type: ignore[misc]
+            number += 1
+
+
+def _as_object(item: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(item, dict):
+        raise BadRow("not_json", f"{place}: expected a JSON object, found {type(item).__name__}")
+    return item
+
+
+def _read_csv(source: Source) -> Iterator[Row]:
+    number = 0
+    for file in source.files:
+        with _open_bytes(file) as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            # A preference text can be long; the csv module's own limit is 128 KiB a cell.
+            csv.field_size_limit(1 << 30)
+            reader = csv.reader(text, strict=True)
+            header: list[str] | None = None
+            while True:
+                line = reader.line_num + 1
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    break
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{file}: not UTF-8 near line {line}; save it as UTF-8") from error
+                except csv.Error as error:
+                    raise DataError(f"{file}:{line}: not CSV: {error}") from error
+                except EOFError as error:
+                    raise DataError(f"{file}: damaged gzip file ({error}); fetch it again") from error
+                if header is None:
+                    header = cells
+                    continue
+                if not cells:
+                    continue
+                place = f"{file}:{line}"
+                yield Row(
+                    number,
+                    place,
+                    lambda h=header, c=cells, p=place: _csv_row(h, c, p),  # type: ignore[misc]
+                )
+                number += 1
+
+
+def _csv_row(header: list[str], cells: list[str], place: str) -> Mapping[str, Any]:
+    if len(cells) != len(header):
+        raise BadRow("not_csv", f"{place}: {len(cells)} cells where the header names {len(header)} columns")
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet_file(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+def _read_parquet(source: Source) -> Iterator[Row]:
+    number = 0
+    wanted = {source.columns.get(name, name) for name in PAIR_COLUMNS}
+    for file in source.files:
+        parquet = _parquet_file(file)
+        names = [name for name in parquet.schema_arrow.names if name in wanted]
+        # Without any known column, read all: the pair's own message then names the columns that are there.
+        columns = names or None
+        in_file = 0
+        try:
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                for i in range(batch.num_rows):
+                    place = f"{file} row {in_file}"
+                    yield Row(number, place, lambda b=batch, i=i: _arrow_row(b, i))  # type: ignore[misc]
+                    number += 1
+                    in_file += 1
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: damaged after row {in_file} ({_first_line(error)})") from error
+
+
+def _arrow_row(batch: pa.RecordBatch, i: int) -> Mapping[str, Any]:
+    return {name: batch.column(c)[i].as_py() for c, name in enumerate(batch.schema.names)}
+
+
+def _load_from_disk(source: Source) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(source.path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{source.path}: not a readable save_to_disk folder ({_first_line(error)})") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            raise ConfigError(f"data.split: {source.path} has no split {source.split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[source.split]
+    return loaded.with_format(None)
+
+
+def _read_disk(source: Source) -> Iterator[Row]:
+    yield from _map_style_rows(_load_from_disk(source), source)
+
+
+def _read_hub(source: Source) -> Iterator[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(
+            source.path,
+            source.name,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.path: {source.path!r} is neither a file here nor a dataset that the hub gives "
+            f"(split {source.split}): {_first_line(error)}"
+        ) from error
+    if not source.streaming:
+        yield from _map_style_rows(loaded, source)
+        return
+    try:
+        for number, values in enumerate(loaded):
+            yield Row(number, f"{source.path} ({source.split}) row {number}", lambda v=values: v)  # type: ignore[misc]
+    except OSError as error:
+        raise StorageError(f"{source.path}: the stream broke off ({_first_line(error)}); run again") from error
+
+
+def _map_style_rows(dataset: Any, source: Source) -> Iterator[Row]:
+    first = min(source.start, max(len(dataset) - 1, 0))
+    for number in range(first, len(dataset)):
+        place = f"{source.path} ({source.split}) row {number}"
+        yield Row(number, place, lambda n=number: dataset[n])  # type: ignore[misc]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "disk": _read_disk,
+    "hub": _read_hub,
+}

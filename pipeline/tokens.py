@@ -1,0 +1,157 @@
+"""Pair -> prompt_ids, chosen_ids, rejected_ids; truncation; the pair's key.
+
+The ids are those that TRL 1.16 gives for the same row, tokenizer and chat template, but for three defects that
+are not repeated: a second EOS from a tokenizer that adds its own, a second BOS from a prompt that already starts
+with one, and pairs dropped without a word (intake.py counts them).
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import BadRow, ConfigError
+from pipeline.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "tokenize", "truncate"]
+
+TOKENIZATION_VERSION = 1
+"""Goes into every fingerprint; to be raised with any change here or in pairs.py that changes a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPair:
+    """Token ids of one pair. The prompt's last token predicts the first token of either completion."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    merged: bool = False
+    """Tokens merged across the prompt's end, so the completion starts a little earlier than its text."""
+
+
+def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
+    """Tokenize prompt, prompt+chosen and prompt+rejected whole; the prompt is what all three share.
+
+    Plain text ends in exactly one EOS, where the tokenizer has one. In a conversation the chat template alone
+    decides what ends a turn. Truncation is not done here.
+
+    Raises:
+        BadRow: The template refuses the messages, the prompt has no token, a completion has none.
+        ConfigError: The pair is a conversation and the tokenizer has no chat template.
+    """
+    if isinstance(pair.prompt, str):
+        prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
+    else:
+        prompt, chosen, rejected = _tokenize_messages(pair, tokenizer, place)
+    length = min(_shared_length(prompt, chosen), _shared_length(prompt, rejected))
+    if length == 0:
+        raise BadRow("empty_prompt", f"{place}: the prompt has no token before the completions")
+    if length == len(chosen) or length == len(rejected):
+        name = "chosen" if length == len(chosen) else "rejected"
+        raise BadRow("empty_completion", f"{place}: {name} has no token after the prompt")
+    return TokenizedPair(
+        prompt_ids=prompt[:length],
+        chosen_ids=chosen[length:],
+        rejected_ids=rejected[length:],
+        merged=length < len(prompt),
+    )
+
+
+def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | None:
+    """Cut both completions so that prompt and completion fit `max_length` (TRL's keep_start).
+
+    None where the prompt alone fills it: such a pair has nothing left to score and must be dropped and counted.
+    """
+    if max_length is None:
+        return pair
+    room = max_length - len(pair.prompt_ids)
+    if room <= 0:
+        return None
+    if room >= len(pair.chosen_ids) and room >= len(pair.rejected_ids):
+        return pair
+    return TokenizedPair(
+        prompt_ids=pair.prompt_ids,
+        chosen_ids=pair.chosen_ids[:room],
+        rejected_ids=pair.rejected_ids[:room],
+        merged=pair.merged,
+    )
+
+
+def pair_key(pair: TokenizedPair) -> bytes:
+    """The join key, 16 bytes: BLAKE2b-128 over three lengths and the ids of prompt, chosen and rejected.
+
+    Lengths are int64, ids int32, all little-endian; to be taken before truncation. The lengths keep two pairs
+    apart whose ids are equal when strung together.
+    """
+    parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    digest = hashlib.blake2b(struct.pack("<3q", *map(len, parts)), digest_size=16)
+    for ids in parts:
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    eos = tokenizer.eos_token or ""
+    ids = []
+    for completion in ("", pair.chosen, pair.rejected):
+        text = f"{pair.prompt}{completion}"
+        if completion and not text.endswith(eos):
+            text += eos
+        ids.append(_without_doubles(tokenizer(text, verbose=False)["input_ids"], tokenizer))
+    prompt, chosen, rejected = ids
+    # A tokenizer with automatic EOS ends the lone prompt with one too; it is not part of the prompt.
+    if prompt and prompt[-1] == tokenizer.eos_token_id and not str(pair.prompt).endswith(eos):
+        prompt = prompt[:-1]
+    return prompt, chosen, rejected
+
+
+def _without_doubles(ids: list[int], tokenizer: Any) -> list[int]:
+    """Keep one BOS and one EOS where text and tokenizer both brought one."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start, end = 0, len(ids)
+    while bos is not None and end - start > 1 and ids[start] == bos == ids[start + 1]:
+        start += 1
+    while eos is not None and end - start > 1 and ids[end - 1] == eos == ids[end - 2]:
+        end -= 1
+    return ids[start:end]
+
+
+def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
+            "use a chat model, or save a template with its tokenizer"
+        )
+    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
+    assert not isinstance(pair.prompt, str)
+    ids = []
+    for completion in ([], pair.chosen, pair.rejected):
+        try:
+            encoded = tokenizer.apply_chat_template(
+                [*pair.prompt, *completion],
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=not completion,
+                **arguments,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error
+        ids.append(encoded["input_ids"])
+    return ids[0], ids[1], ids[2]
+
+
+def _shared_length(a: list[int], b: list[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

@@ -1,0 +1,1 @@
+"""The programs of refshard, one file per command."""

@@ -1,0 +1,163 @@
+"""The `refshard` command: thin, and a stage is imported only when it is called, so that help needs no torch."""
+
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from pipeline.config import load_config
+from pipeline.errors import RefshardError
+
+__all__ = ["main", "run"]
+
+_CONFIG = click.option(
+    "--config",
+    "config_file",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The run's YAML file; both stages read it.",
+)
+_OVERRIDES = click.option(
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one key on top of the file, like -o loss.beta=0.2. Repeatable.",
+)
+
+
+def _parse_worker(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise click.BadParameter(f"{value!r}: expected I/N with I from 0 to N-1, like 0/8")
+    return int(index), int(count)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="refshard")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """DPO in two offline stages: score the reference once, then train the policy alone.
+
+    \b
+    refshard precompute --config run.yaml     reference log-probs into Parquet shards
+    refshard train --config run.yaml          DPO on batches joined with those shards
+    refshard inspect runs/shards              what the shards hold
+
+    Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
+    75 saved but unfinished, run again; 78 other reference or tokenization than the shards'; 1 a bug.
+    """
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--worker",
+    callback=_parse_worker,
+    default="0/1",
+    show_default=True,
+    metavar="I/N",
+    help="Do the share of worker I of N, counted from 0. Workers share only the output folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
+def precompute(config_file: Path, overrides: tuple[str, ...], worker: tuple[int, int], overwrite: bool) -> None:
+    """Stage one: write the reference's log-probs to shards.
+
+    Does only what is missing: run it again after a kill, with any number of workers.
+    """
+    config = load_config(config_file, overrides)
+    from stages import precompute as stage
+
+    stage.run(config, worker=worker, overwrite=overwrite)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
+def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+    """Stage two: train the policy on the shards, with no reference in memory.
+
+    Goes on from the run's last whole checkpoint, if there is one.
+    """
+    config = load_config(config_file, overrides)
+    from stages import train as stage
+
+    stage.run(config, overwrite=overwrite)
+
+
+@main.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def inspect(shards: Path, as_json: bool) -> None:
+    """Show what SHARDS, a store or a folder of stores, holds: reference, counts, lengths, margins."""
+    from stages import inspect as stage
+
+    stage.run(shards, as_json=as_json)
+
+
+@main.group()
+def demo() -> None:
+    """The embedded default: a tiny model and preferences whose true reward is known."""
+
+
+@demo.command("prepare")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Another corpus, model and set of pairs.")
+def demo_prepare(folder: Path, seed: int) -> None:
+    """Make the tiny model and its preference pairs in FOLDER, if they are not there yet."""
+    from stages import demo as stage
+
+    stage.prepare(folder, seed=seed)
+
+
+@demo.command("summary")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_CONFIG
+@_OVERRIDES
+def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
+    """Compare the trained policy with the model and the true reward in FOLDER."""
+    config = load_config(config_file, overrides)
+    from stages import demo as stage
+
+    stage.summary(
+        folder,
+        Path(str(config.train["output_dir"])),
+        Path(config.precompute.output),
+        beta=config.loss.beta,
+    )
+
+
+def run() -> None:
+    """Run the command; end with DESIGN's exit statuses and one line per error."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        status = main.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except click.exceptions.Abort:
+        click.echo("refshard: interrupted", err=True)
+        status = 130
+    except RefshardError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"refshard: {' '.join(str(error).split())}", err=True)
+        status = error.exit_status
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(
+            f"refshard: this is a bug: {type(error).__name__}: {' '.join(str(error).split())[:500]}. "
+            "Run again with refshard --debug for the traceback",
+            err=True,
+        )
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    run()

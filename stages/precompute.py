@@ -1,0 +1,310 @@
+"""Stage one: stream the pairs through the frozen reference, write their log-probs to shards.
+
+    rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> one Parquet part per unit
+
+Workers share nothing but the folder: worker I of N takes the units whose number leaves I when divided by N, skips
+those that are there, and whoever finds all of them there writes the index. So any number of workers can start a
+run, and any other number can finish it.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.config import Config, training_settings
+from pipeline.errors import ConfigError, DataError, UnfinishedError
+from pipeline.fingerprint import identity_of_run, sha256_of_file
+from pipeline.intake import KeptPair, Ledger, kept_pairs
+from pipeline.models import load_reference, load_tokenizer, pick_device
+from pipeline.packing import make_batch, plan_batches
+from pipeline.scoring import check_scoring, prepare, score
+from pipeline.shards import (
+    ScoredPair,
+    create_store,
+    delete_store,
+    finish_store,
+    is_finished,
+    open_store,
+    part_exists,
+    write_part,
+)
+from pipeline.signals import StopFlag, watch_signals
+from pipeline.sources import Row, Source, count_rows, open_source, read_rows
+from pipeline.versions import library_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["run"]
+
+
+def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = False) -> None:
+    """Score the training split and every held-out set; do only what is missing.
+
+    Args:
+        config: The run's settings.
+        worker: (I, N): this process is worker I, from 0, of N.
+        overwrite: Delete the stores that are there and start over.
+
+    Raises:
+        UnfinishedError: A signal asked to stop; the finished units are saved.
+        IdentityError: The output folder holds shards of another reference, tokenization or dataset.
+        DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
+    """
+    flag = watch_signals()
+    if config.train:
+        # A mistake in the other stage's section is better found before an hour of scoring than after it.
+        training_settings(config)
+    sources = {"train": open_source(config.data)}
+    sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
+    tokenizer = load_tokenizer(config)
+    identity = identity_of_run(config, tokenizer)
+    reference = _Reference(config, tokenizer)
+    others = 0
+    for name, source in sources.items():
+        folder = Path(config.precompute.output) / name
+        if overwrite:
+            delete_store(folder)
+        fingerprint = create_store(folder, identity, _plan(config, source), _declared(config))
+        if not is_finished(folder):
+            others += _score_split(config, name, source, folder, fingerprint, worker, reference, tokenizer, flag)
+        if is_finished(folder):
+            _report_finished(folder, name)
+    if others:
+        click.echo(f"Worker {worker[0]}/{worker[1]} is done; {others} units of other workers are still missing.")
+
+
+class _Reference:
+    """The reference model, loaded when the first unit needs it: a rerun with nothing to do loads nothing."""
+
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._config = config
+        self._pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self._model: Any = None
+
+    def score_unit(self, pairs: list[KeptPair], flag: StopFlag) -> list[ScoredPair]:
+        """Score the pairs of one unit, in batches of similar length; give them in the order that they came in.
+
+        Raises:
+            UnfinishedError: A signal came; the unit is dropped as a whole.
+        """
+        if self._model is None:
+            self._load()
+        self._check_vocabulary(pairs)
+        scored: list[ScoredPair | None] = [None] * len(pairs)
+        for indices in plan_batches([p.pair for p in pairs], self._config.precompute.tokens_per_batch):
+            if flag:
+                raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+            token_logps = self._score_batch([pairs[i] for i in indices])
+            for position, i in enumerate(indices):
+                scored[i] = ScoredPair(
+                    key=pairs[i].key,
+                    row=pairs[i].row,
+                    prompt_tokens=len(pairs[i].pair.prompt_ids),
+                    chosen_token_logps=token_logps[position],
+                    rejected_token_logps=token_logps[position + len(indices)],
+                )
+        return [pair for pair in scored if pair is not None]
+
+    def _load(self) -> None:
+        device = pick_device()
+        key = "reference.model" if self._config.reference.model else "policy.model"
+        click.echo(f"Loading the reference {self._config.reference.model or self._config.policy.model} on {device} ...")
+        self._model = load_reference(self._config, device)
+        prepare(self._model)
+        check_scoring(self._model, key)
+
+    def _score_batch(self, pairs: list[KeptPair]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Token logps of each chosen completion, then of each rejected one."""
+        batch = make_batch([p.pair for p in pairs], self._pad_id).to(next(self._model.parameters()).device)
+        try:
+            with torch.inference_mode():
+                scores = score(self._model, batch)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"precompute.tokens_per_batch: {self._config.precompute.tokens_per_batch} tokens do not fit the "
+                f"device's memory (batch of {tuple(batch.input_ids.shape)}); set it to half. Finished units are saved"
+            ) from error
+        flat = scores.tokens.logps.float().cpu().numpy()
+        return np.split(flat, np.cumsum(scores.lengths.cpu().numpy())[:-1])
+
+    def _check_vocabulary(self, pairs: list[KeptPair]) -> None:
+        # An id past the embedding is a crash without a name on a GPU.
+        size = self._model.get_input_embeddings().weight.shape[0]
+        for pair in pairs:
+            top = max(max(pair.pair.prompt_ids), max(pair.pair.chosen_ids), max(pair.pair.rejected_ids))
+            if top >= size:
+                raise ConfigError(
+                    f"reference.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; "
+                    "reference and policy must share one vocabulary"
+                )
+
+
+def _score_split(
+    config: Config,
+    name: str,
+    source: Source,
+    folder: Path,
+    fingerprint: str,
+    worker: tuple[int, int],
+    reference: _Reference,
+    tokenizer: "PreTrainedTokenizerBase",
+    flag: StopFlag,
+) -> int:
+    """Score this worker's missing units of one split; gives the number of units that others still owe."""
+    index, count = worker
+    total = count_rows(source)
+    units = _units(source, config.precompute.rows_per_shard)
+    num_units = 0
+    progress = _Progress(name, _rows_to_do(total, config, folder, worker))
+    for unit, rows in units:
+        num_units = unit + 1
+        if unit % count != index or part_exists(folder, unit):
+            continue
+        if flag:
+            raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+        ledger = Ledger()
+        pairs = list(kept_pairs(rows, tokenizer, config.data, ledger))
+        scored = _finite(reference.score_unit(pairs, flag), pairs, config.precompute.on_nonfinite, ledger)
+        write_part(
+            folder,
+            unit,
+            scored,
+            fingerprint=fingerprint,
+            token_logps=config.precompute.token_logps,
+            ledger=ledger,
+            provenance=_provenance(config),
+        )
+        progress.advance(ledger.rows, sum(_num_tokens(p) for p in pairs))
+    progress.close()
+    return len(finish_store(folder, num_units))
+
+
+def _units(source: Source, rows_per_shard: int) -> Iterator[tuple[int, Iterator[Row]]]:
+    """Cut the source into units of consecutive rows, numbered from 0; unread rows are never decoded."""
+    return itertools.groupby(read_rows(source), key=lambda row: (row.number - source.start) // rows_per_shard)
+
+
+def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, ledger: Ledger) -> list[ScoredPair]:
+    """Keep the pairs whose every log-prob is a number; the others stop the run or are dropped and counted."""
+    kept = []
+    for result, pair in zip(scored, pairs, strict=True):
+        if np.isfinite(result.chosen_token_logps).all() and np.isfinite(result.rejected_token_logps).all():
+            kept.append(result)
+            continue
+        if on_nonfinite == "stop":
+            raise DataError(
+                f"{pair.place}: the reference gives a log-prob that is not finite; its dtype may be too narrow "
+                "(reference.dtype: float32), or set precompute.on_nonfinite: drop"
+            )
+        ledger.kept -= 1
+        ledger.drop("nonfinite")
+    return kept
+
+
+def _num_tokens(pair: KeptPair) -> int:
+    """Tokens that the model reads for a pair: the prompt goes in with either completion."""
+    return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)
+
+
+def _rows_to_do(total: int | None, config: Config, folder: Path, worker: tuple[int, int]) -> int | None:
+    if total is None:
+        return None
+    size = config.precompute.rows_per_shard
+    mine = range(worker[0], -(-total // size), worker[1])
+    return sum(min(size, total - unit * size) for unit in mine if not part_exists(folder, unit))
+
+
+class _Progress:
+    """A bar on a terminal; a line now and then in a log."""
+
+    _SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, name: str, rows: int | None) -> None:
+        self._name, self._total = name, rows
+        self._done = self._tokens = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(total=rows, desc=name, unit="pairs", disable=not sys.stderr.isatty() or rows == 0)
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self._done += rows
+        self._tokens += tokens
+        now = time.monotonic()
+        self._bar.set_postfix_str(f"{self._tokens / (now - self._start):,.0f} tokens/s", refresh=False)
+        self._bar.update(rows)
+        if self._bar.disable and now - self._last_line > self._SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._print_line(now)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._bar.disable and self._done:
+            self._print_line(time.monotonic())
+
+    def _print_line(self, now: float) -> None:
+        rate = self._done / (now - self._start)
+        of = f" of {self._total:,}" if self._total else ""
+        left = f", {(self._total - self._done) / rate:,.0f} s left" if self._total else ""
+        tokens = self._tokens / (now - self._start)
+        click.echo(
+            f"{self._name}: {self._done:,}{of} pairs, {rate:,.1f} pairs/s, {tokens:,.0f} tokens/s{left}", err=True
+        )
+
+
+def _report_finished(folder: Path, name: str) -> None:
+    store = open_store(folder)
+    totals = Ledger()
+    totals.add(dict(store.index["totals"]))
+    click.echo(f"{name}: {totals.summary()}; in {folder} ({len(store.parts)} parts)")
+    if totals.kept == 0:
+        raise DataError(f"{folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
+
+
+def _plan(config: Config, source: Source) -> dict[str, Any]:
+    """What the content of a part depends on besides the identity: a store is continued only if all is equal."""
+    files = source.files
+    if source.format == "disk":
+        files = tuple(sorted(Path(source.path).rglob("*.arrow")))
+    local = bool(files)
+    return {
+        "rows_per_shard": config.precompute.rows_per_shard,
+        "on_bad_row": config.data.on_bad_row,
+        "on_identical": config.data.on_identical,
+        "on_nonfinite": config.precompute.on_nonfinite,
+        "columns": dict(source.columns),
+        "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
+        # Local data is known by content, so that a moved file is the same and an edited one is not.
+        "dataset": (
+            {file.name: sha256_of_file(file) for file in files}
+            if local
+            else {"path": source.path, "name": source.name, "revision": source.revision}
+        ),
+        "split": source.split,
+    }
+
+
+def _declared(config: Config) -> dict[str, Any]:
+    return {
+        "reference": config.reference.model or config.policy.model,
+        "reference_revision": config.reference.revision if config.reference.model else config.policy.revision,
+        "reference_adapter": config.reference.adapter or (None if config.reference.model else config.policy.adapter),
+        "tokenizer": config.policy.model,
+        "dataset": config.data.path,
+        "tokens_per_batch": config.precompute.tokens_per_batch,
+    }
+
+
+def _provenance(config: Config) -> Mapping[str, Any]:
+    return {
+        "tokens_per_batch": config.precompute.tokens_per_batch,
+        "device": pick_device().type,
+        "versions": library_versions(),
+    }
