@@ -5,6 +5,7 @@ half-written folder. So a checkpoint without our marker is one that a kill cut s
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
         DataError: Checkpoints were committed, but every one of them is damaged.
     """
     damaged = []
-    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    # Only the library's own names: checkpoint-500-backup is somebody's copy, to be left alone.
+    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch("[0-9]+", _number(p))]
+    for folder in sorted(found, key=lambda p: int(_number(p)), reverse=True):
         if not (folder / MARKER).exists():
             _set_aside(folder)
             warn(f"{folder}: cut short while it was saved; set aside")
@@ -106,6 +108,10 @@ class CommitCallback(transformers.TrainerCallback):
         return bool(accelerator.reduce(flags, reduction="sum").item())
 
 
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix("checkpoint-")
+
+
 def _problem(folder: Path) -> str | None:
     try:
         marker = read_json(folder / MARKER)
@@ -117,6 +123,8 @@ def _problem(folder: Path) -> str | None:
         file = folder / name
         if ".." in Path(name).parts or not file.is_file():
             return f"{name} is missing"
+        if not isinstance(expected, dict) or not expected.keys() >= {"bytes", "sha256"}:
+            return "its marker is not one of refshard"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
         with file.open("rb") as stream:

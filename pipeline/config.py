@@ -8,6 +8,7 @@ nearest right one. Importing this module loads neither torch nor transformers.
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -149,6 +150,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError("r: at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError("alpha: above 0 and finite; at 0 the adapter changes nothing")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout: from 0 to below 1")
 
@@ -183,8 +186,8 @@ class LossConfig:
     """Pull toward the reference, per nat."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError("beta: above 0; at 0 the loss is ln 2 whatever the policy does")
+        if not 0 < self.beta < math.inf:
+            raise ValueError("beta: above 0 and finite; at 0 the loss is ln 2 whatever the policy does")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +256,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         if key in _FIXED_TRAIN_FIELDS:
             raise ConfigError(f"{where}: {_FIXED_TRAIN_FIELDS[key]}")
         settings[key] = _convert(value, hints.get(key, Any), where)
-    if "output_dir" not in settings:
+    if not settings.get("output_dir"):
         raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
     return settings
 
@@ -262,6 +265,7 @@ _FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",
     "label_names": "can't be set: preference pairs have no labels",
     "resume_from_checkpoint": "can't be set: a rerun goes on from the last whole checkpoint by itself",
+    "save_only_model": "can't be set: a run that goes on from a checkpoint without its optimizer is another run",
     "enable_jit_checkpoint": "can't be set: signals are handled by refshard, which saves and exits with 75",
     "do_train": "can't be set: `refshard train` trains",
     "do_predict": "can't be set: there is nothing to predict",
@@ -304,13 +308,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node = tree
     for section in sections:
         child = node.get(section)
-        if child is None or child == "":
+        if child is None or (isinstance(child, str) and child in _NULLS):
             child = {}
         if not isinstance(child, dict):
             raise ConfigError(f"-o {override}: {section} holds a value, not settings")
         node[section] = child
         node = child
-    node[last] = _parse_yaml(text, f"-o {override}")
+    value = _parse_yaml(text, f"-o {override}")
+    # An empty document is YAML's None, an empty value in a file the empty string: one meaning, one form.
+    node[last] = "" if value is None else value
 
 
 _NULLS = ("", "null", "Null", "NULL", "~")
@@ -397,10 +403,11 @@ def _convert_scalar(text: str, hint: Any, where: str) -> Any:
             return float(text)
         except ValueError:
             pass
-    elif hint is str or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
-        # An enum of the library takes its word: `save_strategy: no` is the word, not False.
+    elif (hint is str or (isinstance(hint, type) and issubclass(hint, enum.Enum))) and text not in _NULLS:
+        # An enum of the library takes its word: `save_strategy: no` is the word, not False. Null is no word: a
+        # folder named "null", or the one that "" stands for, is never meant.
         return text
-    raise ConfigError(f"{where}: expected {_type_name(hint)}, found {text!r}")
+    raise ConfigError(f"{where}: expected {_type_name(hint)}, found {'nothing' if text in _NULLS else repr(text)}")
 
 
 def _convert_union(value: Any, members: Sequence[Any], where: str) -> Any:

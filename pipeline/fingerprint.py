@@ -8,20 +8,19 @@ reuses the shards. Digests are of file contents: a model moved or copied is stil
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.errors import StorageError
-from pipeline.models import reference_sources, resolve_dtype
+from pipeline.digests import sha256_of_file
+from pipeline.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, reference_sources, reference_weights, resolve_dtype
 from pipeline.tokens import TOKENIZATION_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SCHEMA_VERSION", "differences", "fingerprint_of", "identity_of_run", "sha256_of_file"]
+__all__ = ["SCHEMA_VERSION", "differences", "fingerprint_of", "identity_of_run"]
 
 SCHEMA_VERSION = 1
 """Version of the shards' columns and of the manifest."""
@@ -52,13 +51,14 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
     Returns:
         Nested dict of strings and numbers: `schema`, `reference`, `tokenization`.
     """
-    folder, adapter = reference_sources(config)
+    model, adapter = reference_sources(config)
+    settings, weights = reference_weights(model)
     return {
         "schema": SCHEMA_VERSION,
         "reference": {
-            "weights": _digest_of_weights(folder),
-            "config": _digest_of_config(folder / "config.json"),
-            "dtype": resolve_dtype(config.reference.dtype, folder),
+            "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
+            "config": _digest_of_config(settings),
+            "dtype": resolve_dtype(config.reference.dtype, settings),
             "adapter": None if adapter is None else _digest_of_adapter(adapter),
         },
         "tokenization": {
@@ -132,25 +132,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _digest_of_weights(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    return _digest("".join(f"{file.name}:{sha256_of_file(file)}\n" for file in files if file.name != _ADAPTER_FILE))
-
-
-_ADAPTER_FILE = "adapter_model.safetensors"
-
-
-def _digest_of_config(file: Path) -> str:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in content.items() if key not in _IRRELEVANT_CONFIG}
+def _digest_of_config(settings: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in settings.items() if key not in _IRRELEVANT_CONFIG}
     return _digest(json.dumps(kept, sort_keys=True))
 
 
 def _digest_of_adapter(folder: Path) -> str:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     # Where the base model lay when the adapter was saved says nothing about what it computes.
     kept = {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
-    return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / _ADAPTER_FILE))
+    return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / ADAPTER_WEIGHTS))
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str:
@@ -164,42 +155,3 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     return _digest(json.dumps([rules, special], sort_keys=True))
-
-
-def sha256_of_file(file: Path) -> str:
-    """SHA-256 of a file in hex, cached by path, size and time of change: a relaunch reads no weights twice."""
-    cache_file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / "digests.json"
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
-    entry = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    cache = _read_cache(cache_file)
-    if entry in cache:
-        return cache[entry]
-    try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
-    _write_cache(cache_file, {**_read_cache(cache_file), entry: digest})
-    return digest
-
-
-def _read_cache(file: Path) -> dict[str, str]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_cache(file: Path, entries: dict[str, str]) -> None:
-    # A cache that can't be written costs time, never correctness.
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(dict(list(entries.items())[-1000:]), indent=0), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        return

@@ -5,19 +5,25 @@ everything after works on that folder, so a model from the hub and its copy on d
 are read from safetensors only: other formats can run code when they are loaded.
 """
 
-import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import Config, Dtype, LoraSettings
+from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import read_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "NamedModel",
     "disable_dropout",
     "find_adapter",
     "find_model",
@@ -26,8 +32,11 @@ __all__ = [
     "load_tokenizer",
     "pick_device",
     "reference_sources",
+    "reference_weights",
     "resolve_dtype",
 ]
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def find_model(name: str, revision: str | None, key: str) -> Path:
@@ -43,7 +52,7 @@ def find_model(name: str, revision: str | None, key: str) -> Path:
     """
     folder = _find(name, revision, key, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     if not (folder / "config.json").exists():
-        hint = "; it holds an adapter, name that with the key `adapter`" if (folder / _ADAPTER).exists() else ""
+        hint = "; it holds an adapter, name that with the key `adapter`" if (folder / ADAPTER_CONFIG).exists() else ""
         raise ConfigError(f"{key}: {name}: no config.json in it, so no model{hint}")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
@@ -52,19 +61,16 @@ def find_model(name: str, revision: str | None, key: str) -> Path:
 
 def find_adapter(name: str, key: str) -> Path:
     """Give the local folder of a PEFT adapter. Raises ConfigError as `find_model` does."""
-    folder = _find(name, None, key, ["adapter_config.json", "adapter_model.safetensors"])
-    for file in (_ADAPTER, "adapter_model.safetensors"):
+    folder = _find(name, None, key, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
     return folder
 
 
-_ADAPTER = "adapter_config.json"
-
-
 def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Path:
     local = Path(name).expanduser()
-    if local.is_dir():
+    if name and local.is_dir():
         return local
     if not name or local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}: {name!r}: no such model folder")
@@ -74,28 +80,91 @@ def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Pat
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}: {name!r} is neither a folder here nor a model the hub gives: {reason}") from error
+        raise _not_found(name, key, error) from error
 
 
-def reference_sources(config: Config) -> tuple[Path, Path | None]:
-    """Give the folders of the reference's weights and of its adapter, if it has one.
+def _not_found(name: str, key: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model the hub gives: {reason}")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as the settings name it."""
+
+    name: str
+    revision: str | None
+    key: str
+    """The setting that named it, for messages"""
+
+    def folder(self) -> Path:
+        return find_model(self.name, self.revision, self.key)
+
+
+def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
+    """Give the reference's model, and the folder of its adapter if it has one. Fetches no weights.
 
     Left out in the settings, the reference is the policy before training: its model and, where the policy goes on
     with an adapter, that adapter too, unless `disable_adapters` is set.
     """
     reference, policy = config.reference, config.policy
     if reference.model is not None:
-        folder = find_model(reference.model, reference.revision, "reference.model")
+        model = NamedModel(reference.model, reference.revision, "reference.model")
     else:
-        folder = find_model(policy.model, policy.revision, "policy.model")
+        model = NamedModel(policy.model, policy.revision, "policy.model")
     if reference.disable_adapters:
-        return folder, None
+        return model, None
     if reference.adapter is not None:
-        return folder, find_adapter(reference.adapter, "reference.adapter")
+        return model, find_adapter(reference.adapter, "reference.adapter")
     if reference.model is None and policy.adapter is not None:
-        return folder, find_adapter(policy.adapter, "policy.adapter")
-    return folder, None
+        return model, find_adapter(policy.adapter, "policy.adapter")
+    return model, None
+
+
+def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
+    """Give a model's config.json and the SHA-256 of each of its weight files, by name.
+
+    A hub model that is not on this machine is not fetched for it: the hub knows the digest of every large file.
+    So stage two can tell a changed reference from the scored one without ever having it.
+    """
+    if not Path(model.name).expanduser().is_dir() and not _is_cached(model):
+        return _weights_on_hub(model)
+    folder = model.folder()
+    files = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
+    return read_json(folder / "config.json"), {file.name: sha256_of_file(file) for file in files}
+
+
+def _is_cached(model: NamedModel) -> bool:
+    """Whether all weight files of a hub model are here already, for the revision that is named."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return all((folder / name).exists() for name in set(read_json(index)["weight_map"].values()))
+    return (folder / "model.safetensors").exists()
+
+
+def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        info = HfApi().model_info(model.name, revision=model.revision, files_metadata=True)
+        settings = read_json(Path(hf_hub_download(model.name, "config.json", revision=info.sha)))
+    except (OSError, ValueError) as error:
+        raise _not_found(model.name, model.key, error) from error
+    weights = {
+        file.rfilename: file.lfs.sha256
+        for file in info.siblings or []
+        if file.lfs is not None and file.rfilename.endswith(".safetensors") and "/" not in file.rfilename
+    }
+    weights.pop(ADAPTER_WEIGHTS, None)
+    if not weights:
+        raise ConfigError(f"{model.key}: {model.name}: no *.safetensors in it; other formats can run code when loaded")
+    return settings, weights
 
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -110,12 +179,11 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def resolve_dtype(dtype: Dtype, folder: Path) -> str:
+def resolve_dtype(dtype: Dtype, settings: Mapping[str, Any]) -> str:
     """Name the dtype that `auto` stands for: the one in the checkpoint's config.json, float32 where it names none."""
     if dtype != "auto":
         return dtype
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = content.get("dtype") or content.get("torch_dtype") or "float32"
+    named = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     return str(named).removeprefix("torch.")
 
 
@@ -130,10 +198,8 @@ def pick_device() -> "torch.device":
 
 def load_reference(config: Config, device: "torch.device") -> Any:
     """Load the frozen reference for stage one: eval mode, no gradients, dropout off."""
-    folder, adapter = reference_sources(config)
-    key = "reference.model" if config.reference.model else "policy.model"
-    name = config.reference.model or config.policy.model
-    model = _load(folder, name, resolve_dtype(config.reference.dtype, folder), key, device)
+    named, adapter = reference_sources(config)
+    model = _load(named, config.reference.dtype, device)
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
@@ -143,8 +209,7 @@ def load_reference(config: Config, device: "torch.device") -> Any:
 
 def load_policy(config: Config) -> Any:
     """Load the model to train, with its adapter where the settings have one. The Trainer moves it to its device."""
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
-    model = _load(folder, config.policy.model, resolve_dtype(config.policy.dtype, folder), "policy.model", None)
+    model = _load(NamedModel(config.policy.model, config.policy.revision, "policy.model"), config.policy.dtype, None)
     if config.policy.adapter is not None:
         return _with_adapter(model, find_adapter(config.policy.adapter, "policy.adapter"), trainable=True)
     if config.policy.lora is not None:
@@ -168,11 +233,13 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _load(folder: Path, name: str, dtype: str, key: str, device: "torch.device | None") -> Any:
+def _load(named: NamedModel, requested: Dtype, device: "torch.device | None") -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    folder, key = named.folder(), named.key
+    dtype = resolve_dtype(requested, read_json(folder / "config.json"))
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ConfigError(f"{key}: {folder}: dtype {dtype} can't be scored with; set dtype to bfloat16 or float32")
     placement = {"device_map": {"": device}} if device is not None and device.type != "cpu" else {}
@@ -187,7 +254,7 @@ def _load(folder: Path, name: str, dtype: str, key: str, device: "torch.device |
         raise ConfigError(f"{key}: {folder}: can't be loaded as a causal language model: {reason}") from error
     disable_dropout(model)
     # An adapter records this as its base; a snapshot's folder in a cache would mean nothing elsewhere.
-    model.name_or_path = name
+    model.name_or_path = named.name
     return model
 
 

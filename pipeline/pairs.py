@@ -48,13 +48,15 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
         BadRow: A column is missing or of a wrong type, a completion is empty, no prompt is shared.
     """
     values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
-    for name in ("chosen", "rejected"):
+    # A prompt column that was named must be there: without it the shared start would silently take its place.
+    for name in ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected"):
         if columns.get(name, name) not in row:
             raise BadRow(
                 "missing_column",
                 f"{place}: no column {columns.get(name, name)!r}; there are {', '.join(map(repr, row))}. "
                 "Rename with data.columns",
             )
+    for name in ("chosen", "rejected"):
         _check_text(values[name], name, place)
     prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
     if is_conversational(chosen) != is_conversational(rejected):
@@ -169,7 +171,8 @@ def _check_text(value: Any, name: str, place: str) -> None:
                 _check_text(message["content"], name, place)
         return
     if value == []:
-        raise BadRow("empty_completion", f"{place}: {name} is an empty list of messages")
+        reason = "empty_prompt" if name == "prompt" else "empty_completion"
+        raise BadRow(reason, f"{place}: {name} is an empty list of messages")
     found = "null" if value is None else type(value).__name__
     raise BadRow("wrong_type", f"{place}: {name} must be text or a list of {{role, content}} messages, found {found}")
 
@@ -185,10 +188,10 @@ def _is_empty(completion: Text) -> bool:
 
 
 def _tools(value: Any, place: str) -> list[Any] | None:
-    """Tools are a list of schemas, or the JSON text of one."""
+    """Tools are a list of schemas, or the JSON text of one; empty text is none, for CSV knows no null."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except ValueError as error:
             raise BadRow("wrong_type", f"{place}: tools is text but not JSON: {error}") from error
     if value is None or isinstance(value, list):

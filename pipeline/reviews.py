@@ -73,7 +73,7 @@ TITLE_NOUNS = (
 
 ARTICLES = ("The", "Its")
 VERBS = ("was", "felt", "seemed")
-INTENSIFIERS = ("quite", "truly", "rather")
+INTENSIFIERS = ("quite", "truly")
 ADJECTIVES = {
     1: ("superb", "brilliant", "delightful", "charming"),
     0: ("ordinary", "familiar"),
@@ -87,7 +87,7 @@ CLOSERS = {
 
 # How the grammar draws: praise and blame equally often, so that a reference trained on it has a mean reward near 0
 # and room on both sides.
-SCORE_WEIGHTS = {1: 0.4, 0: 0.2, -1: 0.4}
+SCORE_WEIGHTS = {1: 0.45, 0: 0.1, -1: 0.45}
 NEGATED_SHARE = 0.1
 INTENSIFIED_SHARE = 0.4
 

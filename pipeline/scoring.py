@@ -5,6 +5,7 @@ on the positions that predict a completion token. It is the model's own forward 
 beside it, so wrappers that act on forward (DDP, FSDP, autocast, PEFT) act on scoring too.
 """
 
+import inspect
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ def prepare(model: Any) -> None:
         statistics = token_statistics(hidden[:, :-1][predicts], targets, head_of(self))
         return vars(statistics)
 
+    # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
+    forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
 
 

@@ -11,6 +11,7 @@ needs pyarrow and numpy only.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DataError, IdentityError, UnfinishedError
+from pipeline.errors import DataError, IdentityError, StorageError, UnfinishedError
 from pipeline.fingerprint import SCHEMA_VERSION, differences, fingerprint_of
 from pipeline.intake import Ledger
 from pipeline.storage import put_if_absent, read_json, replace_file
@@ -99,6 +100,9 @@ def part_name(unit: int) -> str:
     return f"part-{unit:05d}.parquet"
 
 
+_PART = re.compile(r"part-[0-9]{5,}\.parquet")
+
+
 def part_exists(folder: Path, unit: int) -> bool:
     return (folder / part_name(unit)).exists()
 
@@ -108,10 +112,18 @@ def is_finished(folder: Path) -> bool:
 
 
 def delete_store(folder: Path) -> None:
-    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong."""
-    for pattern in (INDEX, SKIPPED, "part-*.parquet", MANIFEST):
-        for file in folder.glob(pattern):
-            file.unlink()
+    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong.
+
+    Raises:
+        StorageError: A file can't be deleted.
+    """
+    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), and those are not ours to delete.
+    parts = [file for file in folder.glob("part-*.parquet") if _PART.fullmatch(file.name)]
+    try:
+        for file in (folder / INDEX, folder / SKIPPED, *sorted(parts), folder / MANIFEST):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be deleted ({error.strerror})") from error
 
 
 def create_store(
@@ -127,8 +139,12 @@ def create_store(
 
     Raises:
         IdentityError: The folder holds another run's store; the differing fields are named.
+        StorageError: The folder can't be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be made ({error.strerror}); choose another precompute.output") from error
     fingerprint = fingerprint_of(identity)
     manifest = {
         "format": "refshard",
@@ -200,7 +216,9 @@ def finish_store(folder: Path, num_units: int) -> list[int]:
     """Write the index if every unit's part is there. Gives the units that are missing, none if finished.
 
     Raises:
-        DataError: A part is damaged or carries another fingerprint.
+        DataError: A part is damaged.
+        IdentityError: A part carries another fingerprint.
+        StorageError: A part can't be read, or the index can't be written.
     """
     missing = [unit for unit in range(num_units) if not part_exists(folder, unit)]
     if missing or (folder / INDEX).exists():
@@ -209,19 +227,28 @@ def finish_store(folder: Path, num_units: int) -> list[int]:
     totals, parts, skipped = Ledger(), [], []
     for unit in range(num_units):
         file = folder / part_name(unit)
-        content = file.read_bytes()
+        way_on = "Delete this part, then run the same command again: it scores this unit only"
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise StorageError(f"{file}: can't be read ({error.strerror})") from error
         metadata = _footer(file, content)
         _check_footer(file, metadata, manifest["fingerprint"], unit)
-        totals.add(json.loads(metadata[b"refshard.ledger"]))
-        skipped += json.loads(metadata[b"refshard.skipped"])
-        parts.append(
-            {
-                "file": file.name,
-                "rows": pq.ParquetFile(io.BytesIO(content)).metadata.num_rows,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-        )
+        # From here on the index vouches for these bytes, whatever they are: so they must decode, once.
+        table = _decode(file, content, None, way_on)
+        if not table.schema.equals(schema(token_logps="chosen_token_logps" in table.column_names)):
+            raise DataError(f"{file}: damaged, its columns are not those of a part. {way_on}")
+        try:
+            ledger = Ledger()
+            ledger.add(json.loads(metadata[b"refshard.ledger"]))
+            skipped += json.loads(metadata[b"refshard.skipped"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{file}: damaged, its footer does not say what became of its rows. {way_on}") from error
+        if not table.num_rows == ledger.kept == ledger.rows - ledger.dropped.total():
+            raise DataError(f"{file}: damaged, its {table.num_rows} rows are not what its footer counts. {way_on}")
+        totals.add(ledger.as_dict())
+        digest = hashlib.sha256(content).hexdigest()
+        parts.append({"file": file.name, "rows": table.num_rows, "bytes": len(content), "sha256": digest})
     if skipped:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
         replace_file(folder / SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
@@ -246,12 +273,7 @@ def open_store(folder: Path) -> Store:
             f"{folder}: unfinished, {done} parts so far and no index. Run: refshard precompute with the same settings"
         )
     index = read_json(folder / INDEX)
-    if index.get("fingerprint") != manifest["fingerprint"] or not isinstance(index.get("parts"), list):
-        raise DataError(f"{folder / INDEX}: does not belong to the manifest beside it")
-    for number, part in enumerate(index["parts"]):
-        # A name from a file must not lead out of its folder; there is only one right name anyway.
-        if not isinstance(part, dict) or part.get("file") != part_name(number):
-            raise DataError(f"{folder / INDEX}: entry {number} must name {part_name(number)}")
+    _check_index(folder / INDEX, index, manifest["fingerprint"])
     return Store(folder=folder, manifest=manifest, index=index)
 
 
@@ -270,13 +292,10 @@ def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -
         raise DataError(f"{file}: missing, though the index lists it. {way_on}") from error
     except OSError as error:
         raise DataError(f"{file}: can't be read ({error.strerror})") from error
-    if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    if len(content) != entry.get("bytes") or hashlib.sha256(content).hexdigest() != entry.get("sha256"):
         raise DataError(f"{file}: damaged, its SHA-256 is not the one in index.json. {way_on}")
     _check_footer(file, _footer(file, content), store.fingerprint, number)
-    try:
-        return pq.read_table(io.BytesIO(content), columns=columns and list(columns), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: damaged ({error}). {way_on}") from error
+    return _decode(file, content, columns, way_on)
 
 
 def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -293,12 +312,15 @@ def _to_table(pairs: Sequence[ScoredPair], *, token_logps: bool) -> pa.Table:
     }
     for side in ("chosen", "rejected"):
         lists = [p.chosen_token_logps if side == "chosen" else p.rejected_token_logps for p in pairs]
-        for pair, values in zip(pairs, lists, strict=True):
-            if len(values) == 0 or not np.isfinite(values).all():
+        # A sum is finite only if every term is, and if it fits float32.
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = np.array([values.sum(dtype=np.float64) for values in lists]).astype(np.float32)
+        for pair, values, total in zip(pairs, lists, sums, strict=True):
+            if len(values) == 0 or not np.isfinite(total):
                 raise DataError(f"row {pair.row}: a {side} log-prob is missing or not finite; it can't be stored")
         lengths = np.array([len(values) for values in lists], dtype=np.int32)
         columns[f"{side}_tokens"] = lengths
-        columns[f"ref_{side}_logps"] = np.array([v.sum(dtype=np.float64) for v in lists], dtype=np.float32)
+        columns[f"ref_{side}_logps"] = sums
         if token_logps:
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             flat = np.concatenate([*lists, np.empty(0, np.float32)]).astype(np.float32)
@@ -324,10 +346,35 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _check_index(file: Path, index: Mapping[str, Any], fingerprint: str) -> None:
+    way_on = "Delete it and run refshard precompute again: it scores nothing twice"
+    parts, totals = index.get("parts"), index.get("totals")
+    if index.get("fingerprint") != fingerprint or not isinstance(parts, list):
+        raise DataError(f"{file}: does not belong to the manifest beside it. {way_on}")
+    for number, part in enumerate(parts):
+        # A name from a file must not lead out of its folder; there is only one right name anyway.
+        if not isinstance(part, dict) or part.get("file") != part_name(number):
+            raise DataError(f"{file}: entry {number} must name {part_name(number)}. {way_on}")
+    if (
+        not isinstance(totals, dict)
+        or not totals.keys() >= Ledger().as_dict().keys()
+        or not all(isinstance(part.get("rows"), int) for part in parts)
+        or sum(part["rows"] for part in parts) != totals["kept"]
+    ):
+        raise DataError(f"{file}: damaged, its parts do not add up to its totals. {way_on}")
+
+
+def _decode(file: Path, content: bytes, columns: Sequence[str] | None, way_on: str) -> pa.Table:
+    try:
+        return pq.read_table(io.BytesIO(content), columns=columns and list(columns), page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file}: damaged ({error}). {way_on}") from error
+
+
 def _footer(file: Path, content: bytes) -> dict[bytes, bytes]:
     try:
         return dict(pq.read_schema(io.BytesIO(content)).metadata or {})
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
 
 

@@ -11,10 +11,10 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, AnyStr, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,7 +79,8 @@ def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Sour
         path=path,
         format=kind,
         name=name,
-        revision=data.revision,
+        # A revision belongs to the repository that it was given for.
+        revision=data.revision if path == data.path else None,
         split=base,
         start=start,
         stop=stop,
@@ -93,7 +94,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     """Yield the rows of the source in order, from `start` to `stop`.
 
     Raises:
-        DataError: A file is damaged as a whole: a broken gzip stream, no Parquet file.
+        DataError: A file is damaged as a whole: a broken gzip stream, no Parquet file; or there is no row to read.
         StorageError: A file can't be read, the hub can't be reached.
     """
     number = 0
@@ -103,7 +104,7 @@ def read_rows(source: Source) -> Iterator[Row]:
         number = row.number + 1
         if row.number >= source.start:
             yield row
-    if number == 0:
+    if number <= source.start:
         raise DataError(f"{describe(source)}: no rows in it; check data.path and data.split")
 
 
@@ -148,44 +149,47 @@ def _ending(path: Path) -> str | None:
 
 def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[Path, ...]]:
     local = Path(path)
-    if format == "hub" or not local.exists():
+    if format == "hub" or not path or not local.exists():
         looks_local = format not in (None, "hub") or _ending(local) is not None or path.startswith((".", "/", "~"))
         if looks_local or path.count("/") > 1 or not path:
             raise ConfigError(f"data.path: {path!r}: no such file or folder")
         return "hub", ()
     if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
         return "disk", ()
+    if format == "disk":
+        raise ConfigError(f"data.path: {path}: no folder made by save_to_disk")
     files = _files_of_split(local, split, format) if local.is_dir() else (local,)
     kinds = {format or _ending(file) for file in files}
     if len(kinds) > 1:
         raise ConfigError(f"data.path: {path}: files of several formats for split {split}; set data.format")
     kind = kinds.pop()
-    if kind is None or kind == "disk":
-        raise ConfigError(
-            f"data.path: {path}: can't tell its format; set data.format to jsonl, parquet or csv"
-            if kind is None
-            else f"data.path: {path}: no folder made by save_to_disk"
-        )
+    if kind is None:
+        raise ConfigError(f"data.path: {path}: can't tell its format; set data.format to jsonl, parquet or csv")
     return kind, files
 
 
 def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path, ...]:
-    """Take `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., in the folder or in its `data/`, as the hub lays it."""
+    """Take `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., in the folder or in its `data/`, as the hub lays it.
+
+    Only a number may follow the split's name: `train_prefs.parquet` is a split of its own.
+    """
     for place in (folder, folder / "data"):
         if not place.is_dir():
             continue
-        stems = re.compile(rf"{re.escape(split)}(?:[-_.].*)?")
+        stems = re.compile(rf"{re.escape(split)}(?:[-_.]\d[\w-]*)?")
         found = [
             file
             for file in sorted(place.iterdir())
             if file.is_file()
             and _ending(file) is not None
             and format in (None, _ending(file))
-            and stems.fullmatch(file.name.split(".")[0])
+            and stems.fullmatch(re.sub(r"\.\w+(?:\.gz)?$", "", file.name, flags=re.IGNORECASE))
         ]
         if found:
             return tuple(found)
-    raise ConfigError(f"data.path: {folder}: no file of split {split!r} in it, like {split}.jsonl or {split}.parquet")
+    raise ConfigError(
+        f"data.path: {folder}: no file of split {split!r} in it, like {split}.jsonl or {split}-00000.parquet"
+    )
 
 
 def _open_bytes(file: Path) -> IO[bytes]:
@@ -195,7 +199,7 @@ def _open_bytes(file: Path) -> IO[bytes]:
         raise StorageError(f"{file}: can't be read ({error.strerror})") from error
 
 
-def _guarded(file: Path, lines: Iterator[bytes]) -> Iterator[bytes]:
+def _guarded(file: Path, lines: Iterable[AnyStr]) -> Iterator[AnyStr]:
     """Name the file when its stream breaks: cut or damaged gzip, a failing disk."""
     try:
         yield from lines
@@ -206,10 +210,13 @@ def _guarded(file: Path, lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _is_json_array(source: Source) -> bool:
-    if not all(".json" in file.suffixes for file in source.files):
+    if not all(file.name.lower().endswith((".json", ".json.gz")) for file in source.files):
         return False
     with _open_bytes(source.files[0]) as stream:
-        return next(_guarded(source.files[0], iter([stream.read(256)]))).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+        for chunk in _guarded(source.files[0], iter(lambda: stream.read(256), b"")):
+            if text := chunk.lstrip(b"\xef\xbb\xbf \r\n\t"):
+                return text.startswith(b"[")
+    return False
 
 
 def _json_lines(source: Source) -> Iterator[tuple[Path, int, bytes]]:
@@ -265,9 +272,9 @@ def _read_json_array(source: Source) -> Iterator[Row]:
         with _open_bytes(file) as stream:
             content = b"".join(_guarded(file, iter(stream)))
         try:
-            items = json.loads(content.decode("utf-8-sig"))
+            items = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object_without_duplicates)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: not a JSON array: {error}") from error
+            raise DataError(f"{file}: not usable as a JSON array: {error}") from error
         for i, item in enumerate(items):
             place = f"{file} item {i + 1}"
             yield Row(number, place, lambda item=item, place=place: _as_object(item, place))  # type: ignore[misc]
@@ -284,10 +291,11 @@ def _read_csv(source: Source) -> Iterator[Row]:
     number = 0
     for file in source.files:
         with _open_bytes(file) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            # What is not UTF-8 is let through as lone surrogates, for the row that holds it to be named by _csv_row.
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
             # A preference text can be long; the csv module's own limit is 128 KiB a cell.
             csv.field_size_limit(1 << 30)
-            reader = csv.reader(text, strict=True)
+            reader = csv.reader(_guarded(file, text), strict=True)
             header: list[str] | None = None
             while True:
                 line = reader.line_num + 1
@@ -295,16 +303,16 @@ def _read_csv(source: Source) -> Iterator[Row]:
                     cells = next(reader)
                 except StopIteration:
                     break
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{file}: not UTF-8 near line {line}; save it as UTF-8") from error
                 except csv.Error as error:
                     raise DataError(f"{file}:{line}: not CSV: {error}") from error
-                except EOFError as error:
-                    raise DataError(f"{file}: damaged gzip file ({error}); fetch it again") from error
+                if not cells:
+                    continue
                 if header is None:
                     header = cells
-                    continue
-                if not cells:
+                    if not _is_utf8(header) or "\0" in header[0]:
+                        raise DataError(f"{file}:{line}: the header is not UTF-8; save the file as UTF-8")
+                    if len(set(header)) < len(header):
+                        raise DataError(f"{file}:{line}: the header names a column twice: {', '.join(header)}")
                     continue
                 place = f"{file}:{line}"
                 yield Row(
@@ -318,7 +326,17 @@ def _read_csv(source: Source) -> Iterator[Row]:
 def _csv_row(header: list[str], cells: list[str], place: str) -> Mapping[str, Any]:
     if len(cells) != len(header):
         raise BadRow("not_csv", f"{place}: {len(cells)} cells where the header names {len(header)} columns")
+    if not _is_utf8(cells):
+        raise BadRow("not_utf8", f"{place}: not UTF-8; save the file as UTF-8")
     return dict(zip(header, cells, strict=True))
+
+
+def _is_utf8(cells: Sequence[str]) -> bool:
+    try:
+        "".join(cells).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_file(file: Path) -> pq.ParquetFile:
@@ -331,25 +349,29 @@ def _parquet_file(file: Path) -> pq.ParquetFile:
 def _read_parquet(source: Source) -> Iterator[Row]:
     number = 0
     wanted = {source.columns.get(name, name) for name in PAIR_COLUMNS}
+    needed = {source.columns.get(name, name) for name in ("chosen", "rejected")} | set(source.columns.values())
     for file in source.files:
         parquet = _parquet_file(file)
-        names = [name for name in parquet.schema_arrow.names if name in wanted]
-        # Without any known column, read all: the pair's own message then names the columns that are there.
-        columns = names or None
+        names = parquet.schema_arrow.names
+        # With a needed column missing, read all: the pair's own message then names the columns that are there.
+        columns = [name for name in names if name in wanted] if needed <= set(names) else None
         in_file = 0
         try:
             for batch in parquet.iter_batches(batch_size=256, columns=columns):
                 for i in range(batch.num_rows):
                     place = f"{file} row {in_file}"
-                    yield Row(number, place, lambda b=batch, i=i: _arrow_row(b, i))  # type: ignore[misc]
+                    yield Row(number, place, lambda b=batch, i=i, p=place: _arrow_row(b, i, p))  # type: ignore[misc]
                     number += 1
                     in_file += 1
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: damaged after row {in_file} ({_first_line(error)})") from error
 
 
-def _arrow_row(batch: pa.RecordBatch, i: int) -> Mapping[str, Any]:
-    return {name: batch.column(c)[i].as_py() for c, name in enumerate(batch.schema.names)}
+def _arrow_row(batch: pa.RecordBatch, i: int, place: str) -> Mapping[str, Any]:
+    try:
+        return {name: batch.column(c)[i].as_py() for c, name in enumerate(batch.schema.names)}
+    except UnicodeDecodeError as error:
+        raise BadRow("not_utf8", f"{place}: holds text that is not UTF-8 ({error.reason})") from error
 
 
 def _load_from_disk(source: Source) -> Any:
@@ -357,7 +379,7 @@ def _load_from_disk(source: Source) -> Any:
 
     try:
         loaded = datasets.load_from_disk(source.path)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{source.path}: not a readable save_to_disk folder ({_first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
@@ -381,6 +403,10 @@ def _read_hub(source: Source) -> Iterator[Row]:
             revision=source.revision,
             streaming=source.streaming,
         )
+    except ConnectionError as error:
+        raise StorageError(
+            f"data.path: {source.path!r} is no file here, and the hub can't be reached: {_first_line(error)}"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.path: {source.path!r} is neither a file here nor a dataset that the hub gives "

@@ -4,6 +4,7 @@
 that a scheduler lost sight of, can never replace what readers may have seen already.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -29,12 +30,17 @@ def put_if_absent(file: Path, content: bytes) -> bool:
             # A link appears at once and as a whole, and fails if the name is taken; a rename would replace.
             os.link(temporary, file)
         except FileExistsError:
-            return _same_file(temporary, file)
+            # A file server that repeats a request whose answer was lost reports our own link as taken.
+            if not _same_file(temporary, file):
+                return False
+        except OSError as error:
+            raise _no_links(file, error) from error
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(file.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise _storage_error(file, error) from error
     return True
 
@@ -47,7 +53,8 @@ def replace_file(file: Path, content: bytes) -> None:
         temporary.replace(file)
         _sync_folder(file.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise _storage_error(file, error) from error
 
 
@@ -76,7 +83,6 @@ def _write_durably(file: Path, content: bytes) -> None:
 
 
 def _same_file(a: Path, b: Path) -> bool:
-    # A file server that repeats a request whose answer was lost reports our own link as taken.
     try:
         return a.samefile(b)
     except OSError:
@@ -91,9 +97,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _no_links(file: Path, error: OSError) -> StorageError:
+    # Linux answers EPERM where a file system knows no hard links, as it does for a folder that may not be changed.
+    if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+        return StorageError(
+            f"{file}: can't be put under its name ({error.strerror}); where this file system has no hard links, "
+            "choose a folder on another one"
+        )
+    return _storage_error(file, error)
+
+
 def _storage_error(file: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{file}: the disk is full; free some space and run the same command again")
-    if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK) and not isinstance(error, PermissionError):
-        return StorageError(f"{file}: this file system has no hard links; choose a folder on another one")
     return StorageError(f"{file}: can't be written or read ({error.strerror or error})")

@@ -38,8 +38,8 @@ class TokenizedPair:
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
     """Tokenize prompt, prompt+chosen and prompt+rejected whole; the prompt is what all three share.
 
-    Plain text ends in exactly one EOS, where the tokenizer has one. In a conversation the chat template alone
-    decides what ends a turn. Truncation is not done here.
+    Plain text ends in an EOS, where the tokenizer has one; an automatic one on top of it is dropped. In a
+    conversation the chat template alone decides what ends a turn. Truncation is not done here.
 
     Raises:
         BadRow: The template refuses the messages, the prompt has no token, a completion has none.
@@ -97,29 +97,23 @@ def pair_key(pair: TokenizedPair) -> bytes:
 
 
 def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    eos = tokenizer.eos_token or ""
-    ids = []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token or ""
+    # What the tokenizer puts around any text on its own.
+    around = tokenizer("a", verbose=False)["input_ids"]
+    adds_bos, adds_eos = around[:1] == [bos], around[-1:] == [tokenizer.eos_token_id]
+    three = []
     for completion in ("", pair.chosen, pair.rejected):
         text = f"{pair.prompt}{completion}"
         if completion and not text.endswith(eos):
             text += eos
-        ids.append(_without_doubles(tokenizer(text, verbose=False)["input_ids"], tokenizer))
-    prompt, chosen, rejected = ids
-    # A tokenizer with automatic EOS ends the lone prompt with one too; it is not part of the prompt.
-    if prompt and prompt[-1] == tokenizer.eos_token_id and not str(pair.prompt).endswith(eos):
-        prompt = prompt[:-1]
-    return prompt, chosen, rejected
-
-
-def _without_doubles(ids: list[int], tokenizer: Any) -> list[int]:
-    """Keep one BOS and one EOS where text and tokenizer both brought one."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start, end = 0, len(ids)
-    while bos is not None and end - start > 1 and ids[start] == bos == ids[start + 1]:
-        start += 1
-    while eos is not None and end - start > 1 and ids[end - 1] == eos == ids[end - 2]:
-        end -= 1
-    return ids[start:end]
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if adds_bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        # A completion's text has its EOS by now, and the lone prompt is not over.
+        if adds_eos:
+            ids = ids[:-1]
+        three.append(ids)
+    return three[0], three[1], three[2]
 
 
 def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:

@@ -46,7 +46,7 @@ class Settings:
     num_layers: int = 3
     learning_rate: float = 3e-3
     warmup_steps: int = 50
-    num_pairs: int = 2000
+    num_pairs: int = 4000
     num_heldout_pairs: int = 400
     num_heldout_prompts: int = 400
     """Of the 1,600 prompts; the training pairs use the others. The reference has seen prompts of both."""

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.config import Config, training_settings
+from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError, UnfinishedError
-from pipeline.fingerprint import identity_of_run, sha256_of_file
+from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.models import load_reference, load_tokenizer, pick_device
 from pipeline.packing import make_batch, plan_batches
@@ -116,11 +117,10 @@ class _Reference:
 
     def _load(self) -> None:
         device = pick_device()
-        key = "reference.model" if self._config.reference.model else "policy.model"
         click.echo(f"Loading the reference {self._config.reference.model or self._config.policy.model} on {device} ...")
         self._model = load_reference(self._config, device)
         prepare(self._model)
-        check_scoring(self._model, key)
+        check_scoring(self._model, "reference.model" if self._config.reference.model else "policy.model")
 
     def _score_batch(self, pairs: list[KeptPair]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
         """Token logps of each chosen completion, then of each rejected one."""

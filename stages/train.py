@@ -58,17 +58,16 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     identity = _run_identity(config, settings, stores, state.num_processes)
 
+    if overwrite and state.is_main_process:
+        _delete_run(output)
+    state.wait_for_everyone()
+    if _is_finished(output, identity):
+        _say(state, f"{output}: this run is finished already; nothing to do.")
+        return
     if state.is_main_process:
-        if overwrite:
-            _delete_run(output)
-        if _is_finished(output, identity):
-            click.echo(f"{output}: this run is finished already; nothing to do.")
-            return
         _save_settings(output, config)
         _join_all(config, stores, tokenizer, output, on_missing)
     state.wait_for_everyone()
-    if _is_finished(output, identity):
-        return
     sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in stores}
 
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
@@ -79,7 +78,8 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     if config.policy.lora or config.policy.adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
-        policy.print_trainable_parameters()
+        trained, total = policy.get_nb_trainable_parameters()
+        _say(state, f"Training {trained:,} of {total:,} parameters")
     callback = CommitCallback(identity, flag)
     trainer = PairTrainer(
         beta=config.loss.beta,
@@ -97,7 +97,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
     checkpoint = _from_main_process(checkpoint)
     if checkpoint is not None:
-        click.echo(f"Going on from {checkpoint}")
+        _say(state, f"Going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if callback.stopped_early:
         raise UnfinishedError(
@@ -124,6 +124,11 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         click.echo(
             f"The policy is in {output} ({trainer.state.global_step} steps, training loss {result.training_loss:.4f})"
         )
+
+
+def _say(state: PartialState, text: str) -> None:
+    if state.is_main_process:
+        click.echo(text)
 
 
 def _training_arguments(config: Config, settings: Mapping[str, Any]) -> transformers.TrainingArguments:

@@ -1,9 +1,11 @@
 """Tiny models, tokenizers and settings that the tests share; everything is made here, nothing is fetched."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ def make_tokenizer(*, bos: bool = False, auto_eos: bool = False, template: str |
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if bos or auto_eos:
@@ -138,16 +143,30 @@ def make_run(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
     return make
 
 
-def refshard(*arguments: Any, check: int | None = 0, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+# Importing torch and transformers takes seconds; the commands start as forks of a process that has done it.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect"])
+
+
+def refshard(*arguments: Any, check: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run the real command in a process of its own; `check` is the exit status to expect."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **(env or {})},
-        timeout=600,
-    )
+    words = ["refshard", *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        process = _FORKS.Process(target=_run_command, args=(words, folder))
+        process.start()
+        process.join(600)
+        assert process.exitcode is not None, f"{words} still runs after 600 s"
+        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("out", "err"))
     if check is not None:
-        assert done.returncode == check, f"exit {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
-    return done
+        assert process.exitcode == check, f"exit {process.exitcode}, expected {check}\n{out}\n{err}"
+    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+
+def _run_command(words: list[str], folder: str) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(Path(__file__).parents[1])
+    sys.argv = words
+    from stages.cli import run
+
+    run()

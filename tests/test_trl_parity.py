@@ -51,9 +51,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     kept = list(kept_pairs(read_rows(open_source(config.data)), tokenizer, config.data, Ledger()))
     assert len(kept) >= 200
     wanted = {pair.row for pair in kept}
-    pairs = [
-        to_pair(row.load(), {}, row.place) for row in read_rows(open_source(config.data)) if row.number in wanted
-    ]
+    pairs = [to_pair(row.load(), {}, row.place) for row in read_rows(open_source(config.data)) if row.number in wanted]
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     write_jsonl(folder / "pairs.jsonl", rows)
     run = _write_run(folder, "run.yaml", folder / "unused")

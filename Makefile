@@ -1,0 +1,55 @@
+# The project's own environment and the two stages. `make` alone lists what there is.
+#
+#   make train                      both stages on the embedded default, no network needed once installed
+#   make train CONFIG=run.yaml      both stages on your data and model
+#   make test                       everything that CI runs but the linters
+
+PYTHON ?= python3
+CONFIG ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEFAULT := stages/recipes/default.yaml
+DEMO := runs/default
+
+.DEFAULT_GOAL := help
+.PHONY: help precompute train test lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+ifeq ($(CONFIG),)
+precompute: $(VENV)/.installed
+	$(BIN)/refshard demo prepare $(DEMO)
+	$(BIN)/refshard precompute --config $(DEFAULT) $(ARGS)
+
+train: precompute
+	$(BIN)/refshard train --config $(DEFAULT) $(ARGS)
+	$(BIN)/refshard demo summary $(DEMO) --config $(DEFAULT) $(ARGS)
+else
+precompute: $(VENV)/.installed
+	$(BIN)/refshard precompute --config $(CONFIG) $(ARGS)
+
+train: precompute
+	$(BIN)/refshard train --config $(CONFIG) $(ARGS)
+endif
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

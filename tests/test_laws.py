@@ -1,0 +1,302 @@
+"""The laws, through the real commands: what must be equal, whatever the numbers are."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
+
+from pipeline.config import load_config
+from pipeline.intake import Ledger, kept_pairs
+from pipeline.models import load_policy, load_tokenizer
+from pipeline.packing import make_batch
+from pipeline.scoring import prepare, score
+from pipeline.shards import open_store, read_parts
+from pipeline.sources import open_source, read_rows
+
+pytestmark = pytest.mark.slow
+
+MakeRun = Callable[..., Path]
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "loss" in entry]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def stored_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
+
+
+def train_section(config: Path) -> dict[str, Any]:
+    section: dict[str, Any] = yaml.safe_load(config.read_text())["train"]
+    return section
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
+def test_training_starts_at_ln_2_and_leaves_it_while_the_shards_stay(
+    make_run: MakeRun, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    """L1 and L2."""
+    config = make_run(train={"max_steps": 10, "learning_rate": "1e-2"}, **({"policy": {"lora": lora}} if lora else {}))
+    refshard("precompute", "--config", config)
+    before = digests(tmp_path / "shards")
+    refshard("train", "--config", config)
+
+    steps = history(tmp_path / "policy")
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert steps[0][name] == pytest.approx(0, abs=1e-4)
+    assert abs(steps[-1]["loss"] - np.log(2)) > 0.01
+    assert digests(tmp_path / "shards") == before
+
+
+def test_adapters_switched_off_give_the_reference_log_prob_for_log_prob(make_run: MakeRun, tmp_path: Path) -> None:
+    """L4: after training, the adapter's folder on its base, disabled, is what stage one scored."""
+    settings = {"r": 4, "alpha": 8, "dropout": 0.1}
+    config_file = make_run(policy={"lora": settings}, train={"max_steps": 5, "learning_rate": "1e-2"})
+    refshard("precompute", "--config", config_file)
+    refshard("train", "--config", config_file)
+    stored = {row["pair_key"]: row for row in stored_rows(tmp_path / "shards" / "train")}
+
+    config = load_config(config_file, ["policy.lora=null", f"policy.adapter={tmp_path / 'policy'}"])
+    policy = load_policy(config).eval()
+    prepare(policy)
+    pairs = list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
+    batch = make_batch([p.pair for p in pairs], pad_id=0)
+    expected = np.array(
+        [stored[p.key][f"ref_{side}_logps"] for side in ("chosen", "rejected") for p in pairs], dtype=np.float32
+    )
+    with torch.no_grad():
+        with policy.disable_adapter():
+            off = torch.cat(score(policy, batch).sums()).numpy()
+        on = torch.cat(score(policy, batch).sums()).numpy()
+    np.testing.assert_allclose(off, expected, atol=2e-4)
+    assert np.abs(on - expected).max() > 0.1
+
+
+def test_any_number_of_workers_killed_or_not_gives_the_same_parts(make_run: MakeRun, tmp_path: Path) -> None:
+    """L5: 1 worker = 7 workers = 3 workers of which one is killed, then 5."""
+    config = make_run(rows=simple_rows(60), precompute={"rows_per_shard": 8})
+    stores = {name: tmp_path / name for name in ("one", "seven", "killed")}
+
+    def precompute(name: str, worker: str) -> None:
+        refshard("precompute", "--config", config, "-o", f"precompute.output={stores[name]}", "--worker", worker)
+
+    precompute("one", "0/1")
+    for index in range(7):
+        precompute("seven", f"{index}/7")
+    precompute("killed", "0/3")
+    _kill_stage_one(config, stores["killed"], "1/3")
+    assert not (stores["killed"] / "train" / "index.json").exists()
+    for index in (4, 3, 2, 1, 0):
+        precompute("killed", f"{index}/5")
+
+    expected = digests(stores["one"])
+    assert len(expected) == 8 + 2
+    assert digests(stores["seven"]) == expected
+    found = {name: value for name, value in digests(stores["killed"]).items() if ".tmp-" not in name}
+    assert found == expected
+
+
+def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
+    before = set((output / "train").glob("part-*"))
+    arguments = ["precompute", "--config", str(config), "-o", f"precompute.output={output}", "--worker", worker]
+    process = subprocess.Popen([sys.executable, "-m", "stages.cli", *arguments], cwd=Path(__file__).parents[1])
+    while process.poll() is None and set((output / "train").glob("part-*")) == before:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_shuffled_filtered_and_mixed_data_need_no_new_shards(make_run: MakeRun, tmp_path: Path) -> None:
+    """L7, first half: the join is by content, so order and company do not matter; beta needs no rescoring."""
+    rows = simple_rows(24)
+    config = make_run(rows=rows)
+    refshard("precompute", "--config", config)
+    before = digests(tmp_path / "shards")
+
+    subset = [rows[i] for i in np.random.default_rng(0).permutation(24)[:16]]
+    other = write_jsonl(tmp_path / "subset.jsonl", subset)
+    done = refshard("train", "--config", config, "-o", f"data.path={other}", "-o", "loss.beta=0.7")
+    assert "16 matched, 0 missing, 8 surplus" in done.stdout
+    assert history(tmp_path / "policy")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert digests(tmp_path / "shards") == before
+
+
+def test_missing_pairs_are_counted_named_and_refused_unless_dropped(make_run: MakeRun, tmp_path: Path) -> None:
+    """L7, second half: a pair that was not scored is an error, for held-out sets too."""
+    config = make_run(rows=simple_rows(24))
+    refshard("precompute", "--config", config)
+    grown = write_jsonl(tmp_path / "grown.jsonl", [*simple_rows(10), *simple_rows(3, start=100), *simple_rows(5)])
+
+    done = refshard("train", "--config", config, "-o", f"data.path={grown}", check=65)
+    assert f"3 of 18 pairs of {grown} (train) have no reference logps" in done.stderr
+    assert f"(first: {grown}:11)" in done.stderr
+    done = refshard("train", "--config", config, "-o", f"data.path={grown}", "-o", "train.on_missing=drop")
+    assert "15 matched, 3 missing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("data.max_length=256", "tokenization.max_length: shards 128, this run 256"),
+        ("reference.dtype=bfloat16", "reference.dtype: shards float32, this run bfloat16"),
+        ("policy.model={template}", "tokenization.chat_template"),
+        ("policy.model={weights}", "reference.weights"),
+        ("policy.model={tokenizer}", "tokenization.tokenizer"),
+    ],
+    ids=["max_length", "dtype", "chat_template", "weights", "tokenizer"],
+)
+def test_a_changed_reference_or_tokenization_is_refused_by_field(
+    make_run: MakeRun, tmp_path: Path, tokenizer: Any, override: str, field: str
+) -> None:
+    """L7: what a log-prob depends on can't change without being named."""
+    config = make_run()
+    refshard("precompute", "--config", config)
+    name = override.partition("{")[2].rstrip("}")
+    if name:
+        other = make_tokenizer(bos=True, template="{{ messages }}" if name == "template" else None)
+        if name == "tokenizer":
+            other.add_tokens(["fresh"])
+        make_model(tmp_path / name, other, seed=1 if name == "weights" else 0)
+        override = override.format(**{name: tmp_path / name})
+    done = refshard("train", "--config", config, "-o", override, check=78)
+    assert field in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = refshard("precompute", "--config", config, "-o", override, check=78)
+    assert field.split(":")[0] in done.stderr
+
+
+def test_a_smaller_max_length_is_served_from_the_same_shards(make_run: MakeRun, tmp_path: Path) -> None:
+    """Stored token logps of a longer cut hold every shorter one: the sums equal those of a fresh scoring."""
+    rows = [{**row, "prompt": row["prompt"] + " Tell me at length, please." * 2} for row in simple_rows(24)]
+    config = make_run(rows=rows)
+    refshard("precompute", "--config", config)
+    refshard("train", "--config", config, "-o", "data.max_length=64")
+    fresh = tmp_path / "fresh"
+    overrides = ["-o", "data.max_length=64", "-o", f"precompute.output={fresh}"]
+    refshard("precompute", "--config", config, *overrides)
+    assert any(row["chosen_tokens"] < 20 for row in stored_rows(fresh / "train"))
+    refshard("train", "--config", config, *overrides, "-o", f"train.output_dir={tmp_path / 'policy-fresh'}")
+    for a, b in zip(history(tmp_path / "policy"), history(tmp_path / "policy-fresh"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["logps/chosen"] == b["logps/chosen"]
+
+
+def test_one_batch_of_eight_equals_eight_micro_batches_and_two_processes(make_run: MakeRun, tmp_path: Path) -> None:
+    """L8."""
+    config = make_run(rows=simple_rows(64), train={"max_steps": 5, "learning_rate": "1e-2", "optim": "sgd"})
+    refshard("precompute", "--config", config)
+
+    def train(name: str, batch: int, accumulation: int, processes: int = 1) -> list[dict[str, float]]:
+        overrides = [
+            f"train.output_dir={tmp_path / name}",
+            f"train.per_device_train_batch_size={batch}",
+            f"train.gradient_accumulation_steps={accumulation}",
+        ]
+        arguments = ["train", "--config", str(config), *(x for o in overrides for x in ("-o", o))]
+        if processes == 1:
+            refshard(*arguments)
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+            subprocess.run(
+                [sys.executable, *launcher, "-m", "stages.cli", *arguments],
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                check=True,
+                timeout=300,
+                capture_output=True,
+            )
+        return history(tmp_path / name)
+
+    whole = train("whole", 8, 1)
+    assert abs(whole[-1]["loss"] - np.log(2)) > 1e-3
+    for other in (train("micro", 1, 8), train("processes", 4, 1, processes=2)):
+        for a, b in zip(whole, other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            for name in ("rewards/margins", "logps/chosen", "entropy", "num_tokens"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("lora", "how"),
+    [(None, signal.SIGKILL), ({"r": 4, "alpha": 8, "dropout": 0.2}, signal.SIGTERM)],
+    ids=["full, killed", "lora, terminated"],
+)
+def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
+    make_run: MakeRun, tmp_path: Path, lora: dict[str, Any] | None, how: signal.Signals
+) -> None:
+    """L9, with AdamW and adapter dropout, so that optimizer, schedule and random state all must come back."""
+    config = make_run(
+        rows=simple_rows(40),
+        train={
+            "max_steps": 10,
+            "save_strategy": "steps",
+            "save_steps": 5,
+            "gradient_accumulation_steps": 16,
+            "learning_rate": "1e-3",
+        },
+        **({"policy": {"lora": lora}} if lora else {}),
+    )
+    refshard("precompute", "--config", config)
+    refshard("train", "--config", config, "-o", f"train.output_dir={tmp_path / 'undisturbed'}")
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", "train", "--config", str(config)],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    marker = tmp_path / "policy" / "checkpoint-5" / "refshard-commit.json"
+    while process.poll() is None and not marker.exists():
+        time.sleep(0.001)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert process.returncode == (75 if how == signal.SIGTERM else -how), errors
+    done = refshard("train", "--config", config)
+    assert "Going on from" in done.stdout
+
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "policy" / weights).read_bytes() == (tmp_path / "undisturbed" / weights).read_bytes()
+    assert history(tmp_path / "policy") == history(tmp_path / "undisturbed")
+    again = refshard("train", "--config", config)
+    assert "finished already" in again.stdout
+    refused = refshard("train", "--config", config, "-o", "loss.beta=0.5", check=78)
+    assert "loss: " in refused.stderr
+
+
+def test_a_temporary_file_is_never_read(make_run: MakeRun, tmp_path: Path) -> None:
+    """L11."""
+    config = make_run()
+    store = tmp_path / "shards" / "train"
+    store.mkdir(parents=True)
+    (store / ".tmp-0123").write_bytes(b"half a part")
+    refshard("precompute", "--config", config)
+    refshard("inspect", tmp_path / "shards")
+    refshard("train", "--config", config)
+    assert (store / ".tmp-0123").read_bytes() == b"half a part"

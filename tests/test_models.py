@@ -1,0 +1,225 @@
+"""Models by folder or hub name, their adapters, and dropout."""
+
+import json
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer
+
+from pipeline.config import Config, DataConfig, LoraSettings, PolicyConfig, PrecomputeConfig, ReferenceConfig
+from pipeline.digests import sha256_of_file
+from pipeline.errors import ConfigError, DataError
+from pipeline.models import (
+    NamedModel,
+    disable_dropout,
+    find_adapter,
+    find_model,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    reference_sources,
+    reference_weights,
+)
+from pipeline.packing import make_batch
+from pipeline.scoring import prepare, score
+from pipeline.tokens import TokenizedPair
+
+BATCH = make_batch([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
+
+
+def settings(policy: PolicyConfig, reference: ReferenceConfig | None = None) -> Config:
+    return Config(
+        data=DataConfig(path="unused"),
+        policy=policy,
+        reference=reference or ReferenceConfig(),
+        precompute=PrecomputeConfig(output="unused"),
+    )
+
+
+def logps(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return score(model, BATCH).tokens.logps
+
+
+@pytest.fixture
+def adapter_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """An adapter that changes the model: its second factor is not zero."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_hub_name_is_fetched_and_a_folder_is_not(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str | None]] = []
+
+    def snapshot_download(name: str, revision: str | None = None, **kwargs: Any) -> str:
+        calls.append((name, revision))
+        assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in kwargs["allow_patterns"])
+        return str(model_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert find_model("org/name", "v1", "policy.model") == model_folder
+    assert calls == [("org/name", "v1")]
+    assert find_model(str(model_folder), None, "policy.model") == model_folder
+    assert len(calls) == 1
+
+
+def test_an_adapter_trained_on_a_hub_model_names_the_hub_model_as_its_base(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(model_folder))
+    policy = load_policy(settings(PolicyConfig(model="org/name", lora=LoraSettings(r=2))))
+    policy.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "org/name"
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "no/such/folder/here", ""])
+def test_a_missing_folder_is_refused_by_its_key_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"reference\.model: .*no such model folder"):
+        find_model(name, None, "reference.model")
+
+
+def test_an_unreachable_hub_model_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.model: 'org/none' is neither a folder here nor"):
+        find_model("org/none", None, "policy.model")
+
+
+def test_a_folder_without_safetensors_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="no \\*.safetensors"):
+        find_model(str(folder), None, "policy.model")
+    with pytest.raises(ConfigError, match="no PEFT adapter"):
+        find_adapter(str(folder), "policy.adapter")
+
+
+def test_an_adapter_given_as_a_model_is_told_where_it_belongs(adapter_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="name that with the key `adapter`"):
+        find_model(str(adapter_folder), None, "policy.model")
+
+
+def test_damaged_weights_are_named(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="policy.model: .*damaged"):
+        load_policy(settings(PolicyConfig(model=str(folder))))
+
+
+def test_the_reference_is_the_policy_before_training_unless_named(model_folder: Path, adapter_folder: Path) -> None:
+    plain = PolicyConfig(model=str(model_folder))
+    continued = PolicyConfig(model=str(model_folder), adapter=str(adapter_folder))
+    by_default = NamedModel(str(model_folder), None, "policy.model")
+    assert reference_sources(settings(plain)) == (by_default, None)
+    assert reference_sources(settings(continued)) == (by_default, adapter_folder)
+    assert reference_sources(settings(continued, ReferenceConfig(disable_adapters=True))) == (by_default, None)
+    named = ReferenceConfig(model="other", revision="r2", adapter=str(adapter_folder))
+    assert reference_sources(settings(plain, named)) == (NamedModel("other", "r2", "reference.model"), adapter_folder)
+    # Another reference has nothing to do with the policy's adapter.
+    assert reference_sources(settings(continued, ReferenceConfig(model="other")))[1] is None
+
+
+def test_a_reference_with_an_adapter_scores_as_the_policy_that_continues_it(
+    model_folder: Path, adapter_folder: Path
+) -> None:
+    continued = settings(PolicyConfig(model=str(model_folder), adapter=str(adapter_folder)))
+    base_only = settings(
+        PolicyConfig(model=str(model_folder), adapter=str(adapter_folder)), ReferenceConfig(disable_adapters=True)
+    )
+    models = [load_policy(continued).eval(), *(load_reference(c, torch.device("cpu")) for c in (continued, base_only))]
+    for model in models:
+        prepare(model)
+    policy, reference, base = map(logps, models)
+    torch.testing.assert_close(policy, reference)
+    assert (policy - base).abs().max() > 0.01
+    assert any(p.requires_grad for p in models[0].parameters())
+    assert not any(p.requires_grad for p in models[1].parameters())
+    assert not models[1].training
+
+
+def test_a_fresh_adapter_changes_nothing_yet(model_folder: Path) -> None:
+    plain = load_policy(settings(PolicyConfig(model=str(model_folder)))).eval()
+    fresh = load_policy(settings(PolicyConfig(model=str(model_folder), lora=LoraSettings(r=4)))).eval()
+    prepare(plain)
+    prepare(fresh)
+    torch.testing.assert_close(logps(plain), logps(fresh), atol=1e-6, rtol=0)
+
+
+def test_dropout_is_off_in_modules_and_in_attention_but_not_in_the_saved_config_or_the_adapter(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    folder = make_model(tmp_path / "dropping", tokenizer, attention_dropout=0.5)
+    policy = load_policy(settings(PolicyConfig(model=str(folder), lora=LoraSettings(r=2, dropout=0.25))))
+    assert policy.get_base_model().config.attention_dropout == 0.5
+    rates = {m.p for name, m in policy.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in name}
+    assert rates == {0.25}
+    plain = load_policy(settings(PolicyConfig(model=str(folder)))).train()
+    prepare(plain)
+    torch.testing.assert_close(logps(plain), logps(plain), atol=0, rtol=0)
+
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32))
+    assert any(m.p > 0 for m in gpt2.modules() if isinstance(m, torch.nn.Dropout))
+    disable_dropout(gpt2)
+    assert all(m.p == 0 for m in gpt2.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_the_dtype_is_the_checkpoints_own_for_the_reference_and_float32_for_the_policy(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    folder = make_model(tmp_path / "half", tokenizer)
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = settings(PolicyConfig(model=str(folder)))
+    assert load_reference(config, torch.device("cpu")).dtype == torch.bfloat16
+    assert load_policy(config).dtype == torch.float32
+
+
+def test_a_broken_tokenizer_is_refused_by_its_key(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"policy\.model: .*tokenizer"):
+        load_tokenizer(settings(PolicyConfig(model=str(folder))))
+
+
+def test_weights_that_stay_on_the_hub_have_the_digests_of_a_local_copy(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage two never fetches another reference's weights; the hub's own digests say whether it changed."""
+
+    class Api:
+        def model_info(self, name: str, revision: str | None, files_metadata: bool) -> Any:
+            assert (name, revision, files_metadata) == ("org/name", "v1", True)
+            files = [
+                types.SimpleNamespace(
+                    rfilename=file.name,
+                    lfs=types.SimpleNamespace(sha256=sha256_of_file(file)) if file.suffix == ".safetensors" else None,
+                )
+                for file in model_folder.iterdir()
+            ]
+            return types.SimpleNamespace(sha="c0ffee", siblings=files)
+
+    def hf_hub_download(name: str, file: str, revision: str) -> str:
+        assert (file, revision) == ("config.json", "c0ffee")
+        return str(model_folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    on_hub = reference_weights(NamedModel("org/name", "v1", "reference.model"))
+    assert on_hub == reference_weights(NamedModel(str(model_folder), None, "reference.model"))
+    assert list(on_hub[1]) == ["model.safetensors"]
