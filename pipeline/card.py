@@ -1,6 +1,7 @@
 """The model card of a trained policy: what it was trained on, against which reference, with which settings."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,5 +75,7 @@ def _plain(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    text = " ".join(str(value).split()).replace("`", "'")
+    # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
+    text = re.sub(r"\\*\|", lambda _: r"\|", text)
     return f"`{text}`"

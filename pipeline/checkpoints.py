@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from pipeline.errors import DataError, IdentityError, RefshardError
+from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.signals import StopFlag
 from pipeline.storage import read_json, replace_file
 
@@ -25,9 +25,7 @@ def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any]) -> N
     """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     write_json(folder / MARKER, {"step": step, "identity": identity, "files": files})
 
 
@@ -112,10 +110,19 @@ def _number(folder: Path) -> str:
     return folder.name.removeprefix("checkpoint-")
 
 
+def _sha256(file: Path) -> str:
+    # Not cached: a checkpoint is judged by what is on the disk now. A disk that fails is not a damaged checkpoint.
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror or error})") from error
+
+
 def _problem(folder: Path) -> str | None:
     try:
         marker = read_json(folder / MARKER)
-    except RefshardError as error:
+    except DataError as error:
         return str(error)
     if not isinstance(marker.get("files"), dict) or not isinstance(marker.get("identity"), dict):
         return "its marker is not one of refshard"
@@ -127,9 +134,8 @@ def _problem(folder: Path) -> str | None:
             return "its marker is not one of refshard"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} has another SHA-256"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} has another SHA-256"
     return None
 
 

@@ -46,11 +46,12 @@ class TokenStatistics:
 def head_of(model: Any) -> Head:
     """Read the head of a transformers causal language model, with its family's extras.
 
-    Scales by family: Cohere and MPT multiply by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite and
-    MiniCPM3 divide by `logits_scaling`; Gemma caps with `final_logit_softcapping`.
+    Scales by family: Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite and MiniCPM3
+    divide by `logits_scaling`; Gemma caps with `final_logit_softcapping`.
     """
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
+    # MPT has a `logit_scale` too, at times a word, which the library's forward takes no notice of.
+    scale = None if config.model_type == "mpt" else getattr(config, "logit_scale", None)
     if scale is None:
         scale = getattr(config, "lm_head_multiplier", None)
     if scale is None and getattr(config, "logits_scaling", None) is not None:

@@ -19,6 +19,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+__all__ = [
+    "FrontierPoint",
+    "Kind",
+    "Review",
+    "Sentence",
+    "accuracy_ceiling",
+    "all_prompts",
+    "all_titles",
+    "is_grammatical",
+    "optimal_at_kl",
+    "optimal_frontier",
+    "parse",
+    "preference_probability",
+    "prompt_for",
+    "sample_review",
+    "true_reward",
+]
+
 MIN_JUDGEMENTS = 2
 MAX_JUDGEMENTS = 4
 

@@ -30,7 +30,7 @@ _OVERRIDES = click.option(
 
 def _parse_worker(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     index, slash, count = value.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise click.BadParameter(f"{value!r}: expected I/N with I from 0 to N-1, like 0/8")
     return int(index), int(count)
 
@@ -123,12 +123,7 @@ def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) ->
     config = load_config(config_file, overrides)
     from stages import demo as stage
 
-    stage.summary(
-        folder,
-        Path(str(config.train["output_dir"])),
-        Path(config.precompute.output),
-        beta=config.loss.beta,
-    )
+    stage.summary(folder, config)
 
 
 def run() -> None:

@@ -32,6 +32,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pipeline import reviews
+from pipeline.config import Config
+from pipeline.errors import UnfinishedError
+from pipeline.intake import Ledger, kept_pairs
+from pipeline.join import load_reference_table
+from pipeline.models import load_tokenizer
+from pipeline.packing import make_batch
+from pipeline.scoring import prepare as prepare_scoring
+from pipeline.scoring import score
+from pipeline.shards import open_store
+from pipeline.sources import open_source, read_rows
+from pipeline.tokens import TokenizedPair
+
+__all__ = ["Reply", "Samples", "Settings", "draw_replies", "prepare", "summary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,150 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
         "reference_rewards": {str(reward): count for reward, count in sorted(rewards.items())},
     }
     _write_text(marker, json.dumps(prepared, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Replies of the policy and of the reference to the same held-out prompts, with the same random numbers."""
+
+    before: list[Reply]
+    """Drawn from the reference"""
+    after: list[Reply]
+    """Drawn from the policy"""
+    after_ref_logps: list[float]
+    """What the reference gives the policy's replies, nats"""
+
+
+def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
+    """Print what training did, each figure beside what was possible, and save the figures with the run.
+
+    Held-out accuracy comes from the policy's log-probs and the shards; true reward, grammar and KL from replies that
+    both models draw to the held-out prompts.
+
+    Args:
+        folder: The prepared folder.
+        config: The settings of the finished run.
+        seed: Of the replies.
+
+    Raises:
+        UnfinishedError: The run has not finished.
+    """
+    run_folder = Path(str(config.train["output_dir"]))
+    if not (run_folder / "run.json").exists():
+        raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
+    tokenizer: Any = load_tokenizer(config)
+    held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    with _two_threads(), _no_progress_bar():
+        margins = _held_out_margins(config, tokenizer, run_folder)
+        samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
+    counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
+    figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
+    _write_text(run_folder / "demo.json", json.dumps(figures, indent=1) + "\n")
+    click.echo(_as_text(figures, samples, config, run_folder))
+    return figures
+
+
+def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[float]:
+    """Reward margin of each held-out pair, in order: the policy's log-probs against those in the shards."""
+    name = next(iter(config.data.eval))
+    pairs = list(
+        kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
+    )
+    table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
+    place = {key: i for i, key in enumerate(table.keys.tolist())}
+    policy = LlamaForCausalLM.from_pretrained(run_folder)
+    prepare_scoring(policy)
+    margins = []
+    with torch.inference_mode():
+        for start in range(0, len(pairs), 50):
+            part = pairs[start : start + 50]
+            scores = score(policy, make_batch([pair.pair for pair in part], tokenizer.pad_token_id))
+            for pair, chosen, rejected in zip(part, *(sums.tolist() for sums in scores.sums()), strict=True):
+                # numpy's fixed-width strings end before trailing zero bytes, in the table as in the look-up.
+                i = place[pair.key.rstrip(b"\0")]
+                ref = float(table.chosen_logps[i]) - float(table.rejected_logps[i])
+                margins.append(config.loss.beta * (chosen - rejected - ref))
+    return margins
+
+
+def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
+    """Draw from both models, one of them in memory at a time."""
+    max_tokens = Settings().max_tokens
+    policy = LlamaForCausalLM.from_pretrained(run_folder)
+    after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
+    del policy
+    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model)
+    before = draw_replies(reference, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
+    prepare_scoring(reference)
+    ref_logps: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(after), 50):
+            # A reply is both sides of its pair; the chosen half of the sums is what counts.
+            twins = [
+                TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids)
+                for reply in after[start : start + 50]
+            ]
+            ref_logps += score(reference, make_batch(twins, tokenizer.pad_token_id)).sums()[0].tolist()
+    return Samples(before, after, ref_logps)
+
+
+def _figures(
+    held_out: Sequence[dict[str, Any]], margins: Sequence[float], samples: Samples, reference_rewards: list[int]
+) -> dict[str, float]:
+    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in held_out]
+    count = len(samples.after)
+    kl = math.fsum(reply.logps for reply in samples.after) - math.fsum(samples.after_ref_logps)
+    kl /= count
+    return {
+        "accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "accuracy_ceiling": reviews.accuracy_ceiling((r["chosen_reward"], r["rejected_reward"]) for r in held_out),
+        "true_ranking": sum(margin * gap > 0 for margin, gap in zip(margins, gaps, strict=True)) / len(margins),
+        "margin": math.fsum(margins) / len(margins),
+        "kl": kl,
+        "reward_before": sum(reply.reward for reply in samples.before) / count,
+        "reward_after": sum(reply.reward for reply in samples.after) / count,
+        "reward_optimum": reviews.optimal_at_kl(reference_rewards, max(kl, 0.0)).reward,
+        "grammatical_before": sum(reviews.is_grammatical(reply.text) for reply in samples.before) / count,
+        "grammatical_after": sum(reviews.is_grammatical(reply.text) for reply in samples.after) / count,
+    }
+
+
+# Which replies are shown: fixed beforehand, so broken ones are shown as they come.
+_SHOWN = (0, 37)
+
+
+def _as_text(figures: dict[str, float], samples: Samples, config: Config, run_folder: Path) -> str:
+    f = figures
+    lines = [
+        "",
+        "What DPO did, on prompts it never trained on                 before     after    possible",
+        f"  accuracy on the judge's noisy labels                       {0.5:6.3f}    {f['accuracy']:6.3f}"
+        f"      {f['accuracy_ceiling']:6.3f}",
+        f"  agreement with the true ranking                            {0.5:6.3f}    {f['true_ranking']:6.3f}"
+        f"      {1.0:6.3f}",
+        f"  reward margin, beta {config.loss.beta:<39g}{0.0:6.2f}    {f['margin']:6.2f}",
+        f"  true reward of a sampled review                            {f['reward_before']:6.2f}"
+        f"    {f['reward_after']:6.2f}      {f['reward_optimum']:6.2f}  at this KL",
+        f"  grammatical reviews                                        {f['grammatical_before']:6.1%}"
+        f"    {f['grammatical_after']:6.1%}",
+        f"  KL from the reference, nats a review                       {0.0:6.2f}    {f['kl']:6.2f}",
+        "",
+    ]
+    for i in _SHOWN:
+        lines.append(samples.before[i].prompt)
+        for label, reply in (("before", samples.before[i]), ("after ", samples.after[i])):
+            lines.append(f"  {label} ({reply.reward:+d}) {' '.join(reply.text.split())}")
+    lines += [
+        "",
+        f"Shards     {config.precompute.output}    refshard inspect {config.precompute.output}",
+        f"Policy     {run_folder}    with its model card in README.md, the settings in refshard.yaml",
+        "",
+        "Next: the same shards serve any beta, learning rate, or LoRA rank:",
+        "  make train ARGS='-o loss.beta=0.1 -o train.output_dir=runs/default/beta-0.1'",
+        "Then your own data and model:",
+        "  make train CONFIG=run.yaml",
+    ]
+    return "\n".join(lines)
 
 
 def _digest(settings: Settings) -> str:

@@ -1,0 +1,297 @@
+"""The join: each pair gets the log-probs stored under its key, or is counted as missing; never another pair's."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import join as module
+from pipeline.errors import DataError, IdentityError, StorageError
+from pipeline.intake import KeptPair, Ledger
+from pipeline.join import JoinReport, ReferenceTable, check_identity, join, load_reference_table
+from pipeline.shards import ScoredPair, Store, create_store, finish_store, open_store, write_part
+from pipeline.tokens import TokenizedPair
+
+IDENTITY: dict[str, Any] = {
+    "schema": 1,
+    "reference": {"weights": "a" * 64, "config": "c" * 64, "dtype": "float32", "adapter": None},
+    "tokenization": {"version": 1, "tokenizer": "t", "max_length": 64, "token_logps": True},
+}
+
+
+def identity(**tokenization: Any) -> dict[str, Any]:
+    return {**IDENTITY, "tokenization": {**IDENTITY["tokenization"], **tokenization}}
+
+
+def scored(
+    key: bytes, chosen: Sequence[float] = (-1.5, -0.25), rejected: Sequence[float] = (-2.0,), *, prompt_tokens: int = 3
+) -> ScoredPair:
+    return ScoredPair(
+        key=key,
+        row=0,
+        prompt_tokens=prompt_tokens,
+        chosen_token_logps=np.array(chosen, np.float32),
+        rejected_token_logps=np.array(rejected, np.float32),
+    )
+
+
+def asked(key: bytes, row: int = 0, chosen: int = 2, rejected: int = 1) -> KeptPair:
+    """A pair of the run, with as many completion tokens as said."""
+    ids = TokenizedPair(prompt_ids=[1, 2, 3], chosen_ids=list(range(chosen)), rejected_ids=list(range(rejected)))
+    return KeptPair(row=row, place=f"pairs.jsonl line {row + 1}", key=key, pair=ids)
+
+
+def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapping[str, Any] = IDENTITY) -> Store:
+    fingerprint = create_store(folder, stored, {}, {})
+    for unit, pairs in enumerate(parts):
+        write_part(
+            folder,
+            unit,
+            pairs,
+            fingerprint=fingerprint,
+            token_logps=stored["tokenization"]["token_logps"],
+            ledger=Ledger(rows=len(pairs), kept=len(pairs)),
+            provenance={},
+        )
+    assert finish_store(folder, len(parts)) == []
+    return open_store(folder)
+
+
+def joined(pairs: Sequence[KeptPair], table: ReferenceTable, folder: Path) -> tuple[JoinReport, list[dict[str, Any]]]:
+    report = join(pairs, table, folder / "joined.arrow")
+    with pa.memory_map(str(folder / "joined.arrow")) as source:
+        return report, pa.ipc.open_stream(source).read_all().to_pylist()
+
+
+def key(number: int) -> bytes:
+    return hashlib.blake2b(b"%d" % number, digest_size=16).digest()
+
+
+# Few distinct bytes, zeros among them: keys that end in zero bytes, keys that are prefixes of others, repeats.
+_keys = st.one_of(
+    st.binary(min_size=16, max_size=16),
+    st.tuples(st.binary(max_size=3), st.sampled_from([b"\0", b"\1", b"\xff"])).map(lambda p: p[0].ljust(16, p[1])),
+    st.lists(st.sampled_from([0, 1, 255]), min_size=16, max_size=16).map(bytes),
+)
+
+
+@given(data=st.data(), stored=st.lists(_keys, max_size=30), strange=st.lists(_keys, max_size=10))
+@settings(max_examples=35, deadline=None)
+def test_joined_rows_are_those_of_a_lookup_by_key(
+    data: st.DataObject, stored: list[bytes], strange: list[bytes]
+) -> None:
+    wanted = data.draw(st.lists(st.sampled_from([*stored, *strange, bytes(16)]), max_size=40))
+    unique = list(dict.fromkeys(stored))
+    lookup = {k: (-1.0 - i, -0.5 * i - 2) for i, k in enumerate(unique)}
+    pairs = [asked(k, row=2 * i) for i, k in enumerate(wanted)]
+    with tempfile.TemporaryDirectory() as folder:
+        # Equal keys are equal pairs, so a key that is stored twice has equal values.
+        rows = [scored(k, (lookup[k][0], 0.0), (lookup[k][1],)) for k in stored]
+        store = make_store(Path(folder, "train"), [rows[::2], rows[1::2]])
+        report, found = joined(pairs, load_reference_table([store], 64), Path(folder))
+    hits = [pair for pair in pairs if pair.key in lookup]
+    misses = [pair for pair in pairs if pair.key not in lookup]
+    assert [(row["row"], row["pair_key"]) for row in found] == [(pair.row, pair.key) for pair in hits]
+    assert [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in found] == [lookup[p.key] for p in hits]
+    assert report == JoinReport(
+        matched=len(hits),
+        missing=len(misses),
+        first_missing=misses[0].place if misses else None,
+        surplus=len(lookup.keys() - set(wanted)),
+    )
+
+
+def test_keys_that_differ_only_in_trailing_zero_bytes_are_kept_apart(tmp_path: Path) -> None:
+    keys = [bytes(16), b"\1" + bytes(15), b"\1\0\1" + bytes(13), b"\1" + bytes(14) + b"\1", bytes(15) + b"\1"]
+    store = make_store(tmp_path / "train", [[scored(k, (-1.0 - i, 0.0)) for i, k in enumerate(keys)]])
+    report, rows = joined([asked(k) for k in reversed(keys)], load_reference_table([store], 64), tmp_path)
+    assert report.matched == 5
+    assert [row["pair_key"] for row in rows] == keys[::-1]
+    assert [row["ref_chosen_logps"] for row in rows] == [-5, -4, -3, -2, -1]
+
+
+def test_ids_and_row_numbers_are_carried_over(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]])
+    _, rows = joined([asked(key(0), row=2**40)], load_reference_table([store], 64), tmp_path)
+    assert rows == [
+        {
+            "pair_key": key(0),
+            "row": 2**40,
+            "prompt_ids": [1, 2, 3],
+            "chosen_ids": [0, 1],
+            "rejected_ids": [0],
+            "ref_chosen_logps": -1.75,
+            "ref_rejected_logps": -2.0,
+        }
+    ]
+
+
+def test_order_is_kept_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    store = make_store(tmp_path / "train", [[scored(key(i), (-1.0 * i, 0.0)) for i in range(11)]])
+    order = [10, 3, 99, 0, 7, 7, 98, 97, 96, 95, 1, 2]
+    report, rows = joined(
+        [asked(key(n), row=i) for i, n in enumerate(order)], load_reference_table([store], 64), tmp_path
+    )
+    assert [row["ref_chosen_logps"] for row in rows] == [-10, -3, 0, -7, -7, -1, -2]
+    assert report == JoinReport(matched=7, missing=5, first_missing="pairs.jsonl line 3", surplus=5)
+
+
+def test_the_report_says_what_was_found(tmp_path: Path) -> None:
+    report = JoinReport(matched=1234, missing=5, first_missing="x", surplus=0)
+    assert report.summary() == "1,234 matched, 5 missing, 0 surplus in the shards"
+
+
+def test_no_pair_matches_an_empty_table(tmp_path: Path) -> None:
+    """All rows of a split can have been dropped: its parts are there, and hold nothing."""
+    store = make_store(tmp_path / "train", [[], []])
+    for max_length in (64, 8):
+        table = load_reference_table([store], max_length)
+        assert len(table.keys) == 0
+        report, rows = joined([asked(bytes(16)), asked(key(1))], table, tmp_path)
+        assert rows == []
+        assert (report.matched, report.missing, report.surplus) == (0, 2, 0)
+
+
+def test_no_pairs_leave_a_readable_file(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]])
+    report, rows = joined([], load_reference_table([store], 64), tmp_path)
+    assert (rows, report) == ([], JoinReport(matched=0, missing=0, first_missing=None, surplus=1))
+
+
+def test_a_file_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="can't be written"):
+        join([asked(key(0))], load_reference_table([store], 64), tmp_path / "file" / "joined.arrow")
+
+
+# Counts.
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [(3, 1), (1, 1), (2, 2)])
+def test_another_token_count_than_the_shards_is_an_error(tmp_path: Path, chosen: int, rejected: int) -> None:
+    table = load_reference_table([make_store(tmp_path / "train", [[scored(key(0)), scored(key(1))]])], 64)
+    pairs = [asked(key(1)), asked(key(0), row=6, chosen=chosen, rejected=rejected)]
+    with pytest.raises(DataError, match=f"line 7: the shards scored 2 and 1 .* has {chosen} and {rejected}") as caught:
+        join(pairs, table, tmp_path / "joined.arrow")
+    assert caught.value.exit_status == 65
+
+
+# A smaller max_length.
+
+_logps = st.lists(st.floats(-50, 0, width=32), min_size=1, max_size=30)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 20), _logps, _logps), min_size=1, max_size=8),
+    max_length=st.integers(1, 63),
+    stored_length=st.sampled_from([64, None]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_smaller_max_length_takes_the_sums_of_the_stored_prefixes(
+    pairs: list[tuple[int, list[float], list[float]]], max_length: int, stored_length: int | None
+) -> None:
+    rows = [scored(key(i), c, r, prompt_tokens=p) for i, (p, c, r) in enumerate(pairs)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder), [rows[:3], rows[3:]], identity(max_length=stored_length))
+        table = load_reference_table([store], max_length)
+    assert len(table.keys) == len(pairs)
+    at = {bytes(k).ljust(16, b"\0"): i for i, k in enumerate(table.keys)}
+    for n, (prompt_tokens, chosen, rejected) in enumerate(pairs):
+        i, room = at[key(n)], max(max_length - prompt_tokens, 0)
+        assert table.chosen_tokens[i] == len(chosen[:room])
+        assert table.rejected_tokens[i] == len(rejected[:room])
+        assert table.chosen_logps[i] == np.float32(np.sum(chosen[:room], dtype=np.float64))
+        assert table.rejected_logps[i] == np.float32(np.sum(rejected[:room], dtype=np.float64))
+
+
+def test_counts_are_checked_at_the_smaller_length_too(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0), (-1.0, -2.0, -4.0, -8.0), (-16.0, -32.0, -64.0))]])
+    table = load_reference_table([store], 5)
+    _, rows = joined([asked(key(0), chosen=2, rejected=2)], table, tmp_path)
+    assert (rows[0]["ref_chosen_logps"], rows[0]["ref_rejected_logps"]) == (-3.0, -48.0)
+    with pytest.raises(DataError, match="scored 2 and 2"):
+        joined([asked(key(0), chosen=4, rejected=3)], table, tmp_path)
+
+
+def test_the_same_max_length_needs_no_token_logps(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]], identity(token_logps=False))
+    table = load_reference_table([store], 64)
+    assert (table.chosen_logps[0], table.rejected_logps[0]) == (-1.75, -2.0)
+    assert (table.chosen_tokens[0], table.rejected_tokens[0]) == (2, 1)
+
+
+# Several stores.
+
+
+def test_stores_of_one_reference_are_joined_together(tmp_path: Path) -> None:
+    first = make_store(tmp_path / "a", [[scored(key(0), (-1.0, 0.0)), scored(key(1), (-2.0, 0.0))]])
+    # A pair that is in both counts once.
+    second = make_store(tmp_path / "b", [[scored(key(1), (-2.0, 0.0))], [scored(key(2), (-3.0, 0.0))]])
+    assert first.fingerprint == second.fingerprint
+    check_identity([first, second], IDENTITY)
+    table = load_reference_table([first, second], 64)
+    assert len(table.keys) == 3
+    report, rows = joined([asked(key(n)) for n in (2, 0, 1)], table, tmp_path)
+    assert [row["ref_chosen_logps"] for row in rows] == [-3, -1, -2]
+    assert report == JoinReport(matched=3, missing=0, first_missing=None, surplus=0)
+
+
+def test_a_store_cut_later_joins_with_one_cut_at_this_runs_length(tmp_path: Path) -> None:
+    longer = make_store(tmp_path / "a", [[scored(key(0), (-1.0, -2.0, -4.0))]], identity(max_length=None))
+    equal = make_store(tmp_path / "b", [[scored(key(1), (-8.0, -16.0))]], identity(max_length=5))
+    check_identity([longer, equal], identity(max_length=5))
+    _, rows = joined([asked(key(0)), asked(key(1))], load_reference_table([longer, equal], 5), tmp_path)
+    assert [row["ref_chosen_logps"] for row in rows] == [-3.0, -24.0]
+
+
+# Identity.
+
+
+def test_a_store_of_the_same_identity_is_taken(tmp_path: Path) -> None:
+    check_identity([make_store(tmp_path / "train", [[scored(key(0))]])], IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        (
+            {**IDENTITY, "reference": {**IDENTITY["reference"], "weights": "b" * 64, "dtype": "bfloat16"}},
+            ["reference.weights: shards aaaaaaaaaaaa, this run bbbbbbbbbbbb", "reference.dtype: shards float32"],
+        ),
+        (
+            {**IDENTITY, "reference": {**IDENTITY["reference"], "adapter": "x"}},
+            ["reference.adapter: shards none, this run x"],
+        ),
+        (identity(tokenizer="u"), ["tokenization.tokenizer: shards t, this run u"]),
+        (identity(max_length=128), ["tokenization.max_length: shards 64, this run 128; the shards were cut shorter"]),
+        (identity(max_length=None), ["tokenization.max_length: shards 64, this run none"]),
+    ],
+    ids=["weights and dtype", "adapter", "tokenizer", "longer", "uncut"],
+)
+def test_each_differing_field_is_named(tmp_path: Path, run: Mapping[str, Any], named: list[str]) -> None:
+    good = make_store(tmp_path / "good", [[scored(key(0))]], run)
+    other = make_store(tmp_path / "other", [[scored(key(0))]])
+    with pytest.raises(IdentityError) as caught:
+        check_identity([good, other], run)
+    assert caught.value.exit_status == 78
+    assert str(tmp_path / "other") in str(caught.value)
+    for text in named:
+        assert text in str(caught.value)
+
+
+def test_a_smaller_max_length_is_served_only_where_token_logps_are_stored(tmp_path: Path) -> None:
+    run = identity(max_length=32)
+    check_identity([make_store(tmp_path / "with", [[scored(key(0))]])], run)
+    without = make_store(tmp_path / "without", [[scored(key(0))]], identity(token_logps=False))
+    check_identity([without], IDENTITY)
+    with pytest.raises(IdentityError, match=r"tokenization\.max_length: shards 64, this run 32; .* no token logps"):
+        check_identity([without], run)

@@ -1,0 +1,297 @@
+"""The scorer: the model's own log-probs, pair by pair, whoever the neighbours are and whatever the family."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError
+from pipeline.packing import Batch, make_batch
+from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps
+from pipeline.tokens import TokenizedPair
+
+VOCABULARY = 97
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Sharp enough that log-probs differ by nats, and that softcaps and scales are felt.
+    "initializer_range": 0.3,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+
+FAMILIES: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 4}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", GROUPED),
+    "phi, a head with bias": ("PhiForCausalLM", "PhiConfig", SMALL),
+    "gemma2, softcap": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0},
+    ),
+    "granite, logits_scaling": ("GraniteForCausalLM", "GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
+    "cohere, logit_scale": ("CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 0.25}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "initializer_range": 0.3,
+        },
+    ),
+    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL),
+    "mpt, an unused logit_scale": (
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "logit_scale": "inv_sqrt_d_model"},
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def make_model(family: str) -> Any:
+    model_class, config_class, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**changes)
+    return getattr(transformers, model_class)(config).eval()
+
+
+def random_pairs(count: int, seed: int = 0) -> list[TokenizedPair]:
+    random = torch.Generator().manual_seed(seed)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(1, 9, (1,), generator=random))
+        return torch.randint(3, VOCABULARY, (length,), generator=random).tolist()
+
+    return [TokenizedPair(prompt_ids=ids(), chosen_ids=ids(), rejected_ids=ids()) for _ in range(count)]
+
+
+def score_pairs(model: Any, pairs: list[TokenizedPair]) -> list[tuple[float, float]]:
+    with torch.no_grad():
+        chosen, rejected = score(model, make_batch(pairs, pad_id=0)).sums()
+    return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def plain_token_logps(model: Any, batch: Batch) -> torch.Tensor:
+    """Log-softmax over all logits, then the completion tokens' entries, row by row."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    logps = logps.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return logps[batch.completion_mask[:, 1:]]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    model = make_model("llama")
+    prepare(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scorer_gives_the_families_own_log_probs(family: str) -> None:
+    model = make_model(family)
+    batch = make_batch(random_pairs(5), pad_id=0)
+    with torch.no_grad():
+        plain = plain_token_logps(model, batch)
+        prepare(model)
+        check_scoring(model, "policy.model")
+        found = score(model, batch)
+    assert plain.std() > 0.01
+    torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
+    assert found.lengths.tolist() == batch.completion_mask.sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2, softcap", "cohere, logit_scale"])
+def test_gradients_are_those_of_the_models_own_logits(family: str) -> None:
+    model = make_model(family)
+    batch = make_batch(random_pairs(4), pad_id=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(plain_token_logps(model, batch).sum(), parameters)
+    prepare(model)
+    chosen, rejected = score(model, batch).sums()
+    found = torch.autograd.grad((chosen + rejected).sum(), parameters)
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-6)
+
+
+# L6: neighbours, packing and batch size change nothing.
+
+_PAIRS = random_pairs(8, seed=1)
+
+
+@given(order=st.permutations(range(len(_PAIRS))), cuts=st.sets(st.integers(1, len(_PAIRS) - 1)))
+@settings(max_examples=25, deadline=None)
+def test_a_pairs_log_probs_do_not_depend_on_its_batch(llama: Any, order: list[int], cuts: set[int]) -> None:
+    alone = [score_pairs(llama, [pair])[0] for pair in _PAIRS]
+    bounds = [0, *sorted(cuts), len(order)]
+    for start, end in itertools.pairwise(bounds):
+        group = order[start:end]
+        for i, found in zip(group, score_pairs(llama, [_PAIRS[i] for i in group]), strict=True):
+            assert found == pytest.approx(alone[i], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2, softcap", "mistral", "mixtral"])
+def test_a_pairs_log_probs_do_not_depend_on_a_longer_neighbour(family: str) -> None:
+    model = make_model(family)
+    prepare(model)
+    long = TokenizedPair(prompt_ids=list(range(3, 40)), chosen_ids=list(range(40, 80)), rejected_ids=[5])
+    alone = [score_pairs(model, [pair])[0] for pair in _PAIRS]
+    together = score_pairs(model, [long, *_PAIRS])[1:]
+    for found, expected in zip(together, alone, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_value_of_the_padding_token_is_never_seen(llama: Any) -> None:
+    with torch.no_grad():
+        one, other = (score(llama, make_batch(_PAIRS, pad_id)).tokens.logps for pad_id in (0, 55))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_sums_add_the_tokens_of_each_completion(llama: Any) -> None:
+    with torch.no_grad():
+        scores = score(llama, make_batch(_PAIRS, pad_id=0))
+    rows = [part.double().sum().item() for part in scores.tokens.logps.split(scores.lengths.tolist())]
+    chosen, rejected = scores.sums()
+    assert chosen.dtype == rejected.dtype == torch.float32
+    assert [*chosen.tolist(), *rejected.tolist()] == pytest.approx(rows, rel=1e-6)
+    assert [len(p.chosen_ids) for p in _PAIRS] + [len(p.rejected_ids) for p in _PAIRS] == scores.lengths.tolist()
+
+
+def test_a_long_sum_is_rounded_once() -> None:
+    """Adding in float32, every term of 2**-24 beside a 1 would be lost."""
+    logps = torch.cat([torch.tensor([-1.0]), torch.full((1024,), -(2.0**-24)), torch.tensor([-0.5])])
+    chosen, rejected = sum_logps(logps, torch.tensor([1025, 1]))
+    assert chosen.item() == -1.0 - 1024 * 2.0**-24
+    assert rejected.item() == -0.5
+
+
+# What prepare leaves alone.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prepare_leaves_forward_and_generate_as_they_were(family: str) -> None:
+    model = make_model(family)
+    batch = make_batch(random_pairs(3), pad_id=0)
+    # Padded on the left: generation must go on handing the mask and the positions that follow from it to forward.
+    prompts = {
+        "input_ids": torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+
+    def observe() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            outputs = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids, use_cache=True
+            )
+            generated = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert outputs.past_key_values is not None
+        return outputs.logits, outputs.loss, generated
+
+    before = observe()
+    prepare(model)
+    for a, b in zip(before, observe(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prepare_twice_is_prepare_once(llama: Any) -> None:
+    model = make_model("llama")
+    prepare(model)
+    prepare(model)
+    assert score_pairs(model, _PAIRS) == score_pairs(llama, _PAIRS)
+
+
+def test_prepare_adds_no_parameter_and_no_buffer() -> None:
+    model = make_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_check_leaves_the_mode_and_the_gradients_as_they_were(llama: Any, training: bool) -> None:
+    llama.train(training)
+    check_scoring(llama, "policy.model")
+    assert llama.training == training
+    assert all(p.grad is None for p in llama.parameters())
+    llama.eval()
+
+
+# What the scorer does not know is refused.
+
+
+class ScaledLlama(transformers.LlamaForCausalLM):
+    """Does more after the backbone than a projection, under no name that head.py reads."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 1.5
+        return outputs
+
+
+def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
+    torch.manual_seed(0)
+    model = ScaledLlama(transformers.LlamaConfig(**GROUPED))
+    prepare(model)
+    with pytest.raises(ConfigError, match=r"policy\.model: ScaledLlama .* not supported") as caught:
+        check_scoring(model, "policy.model")
+    assert caught.value.exit_status == 2
+
+
+def test_a_model_whose_numbers_are_nan_is_refused() -> None:
+    model = make_model("llama")
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    prepare(model)
+    with pytest.raises(ConfigError, match="differ by nan"):
+        check_scoring(model, "reference.model")
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_an_adapter_on_the_head_is_refused(option: str) -> None:
+    lists = {"target_modules": ["q_proj"], option: ["lm_head"]}
+    adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **lists))
+    with pytest.raises(ConfigError, match="lm_head") as caught:
+        prepare(adapted)
+    assert caught.value.exit_status == 2
+
+
+def test_an_adapted_model_is_scored_with_its_adapter() -> None:
+    base = make_model("llama")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    batch = make_batch(_PAIRS, pad_id=0)
+    with torch.no_grad():
+        plain = plain_token_logps(adapted, batch)
+        prepare(adapted)
+        check_scoring(adapted, "policy.model")
+        found: Scores = score(adapted, batch)
+        with adapted.disable_adapter():
+            off = score(adapted, batch)
+    torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
+    assert (off.tokens.logps - plain).abs().max() > 0.01
