@@ -104,9 +104,8 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
         "import datasets, torch, transformers, trl; from trl import DPOTrainer",
         _TRL.format(data=str(data), model=str(model), output=str(tmp_path / "trl"), train=train),
     )
-    print(
-        f"weights {weights / MIB:.0f}, stage one {scoring / MIB:.0f}, stage two {training / MIB:.0f}, TRL {trl / MIB:.0f} MiB"
-    )
+    sizes = {"weights": weights, "stage one": scoring, "stage two": training, "TRL": trl}
+    print({name: f"{size / MIB:.0f} MiB" for name, size in sizes.items()})
     # One copy of the weights and one of their gradients, and no third: the reference's.
     assert training < 2.6 * weights
     assert trl - training > 0.8 * weights

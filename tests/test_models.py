@@ -103,7 +103,7 @@ def test_a_folder_without_safetensors_is_refused(model_folder: Path, tmp_path: P
     folder = tmp_path / "pickled"
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="no \\*.safetensors"):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         find_model(str(folder), None, "policy.model")
     with pytest.raises(ConfigError, match="no PEFT adapter"):
         find_adapter(str(folder), "policy.adapter")
@@ -119,7 +119,7 @@ def test_damaged_weights_are_named(model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, folder)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="policy.model: .*damaged"):
+    with pytest.raises(DataError, match=r"policy\.model: .*damaged"):
         load_policy(settings(PolicyConfig(model=str(folder))))
 
 
