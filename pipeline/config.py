@@ -118,6 +118,8 @@ class PrecomputeConfig:
 
     output: str
     """Folder of the stores: `output/train` and one for each held-out set."""
+    reuse: list[str] = field(default_factory=list)
+    """Stores of the same reference and tokenization to copy from, by key: `[runs/a/shards/train, ...]`."""
     rows_per_shard: int = 1024
     """Dataset rows of one unit, one Parquet file: what is lost at most when a worker is killed."""
     tokens_per_batch: int = 8192

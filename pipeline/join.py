@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.fingerprint import differences
 from pipeline.intake import KeptPair
-from pipeline.shards import Store, read_parts
+from pipeline.shards import Store, pair_keys, read_parts
 
 __all__ = ["JoinReport", "ReferenceTable", "check_identity", "join", "load_reference_table"]
 
@@ -83,7 +83,7 @@ def load_reference_table(stores: Sequence[Store], max_length: int | None) -> Ref
         columns += ["ref_chosen_logps", "ref_rejected_logps"]
         columns += ["chosen_token_logps", "rejected_token_logps"] if shorter else []
         for part in read_parts(store, columns):
-            keys = _keys(part["pair_key"].combine_chunks())
+            keys = pair_keys(part)
             sides = []
             for side in ("chosen", "rejected"):
                 tokens = part[f"{side}_tokens"].to_numpy().astype(np.int32)
@@ -188,12 +188,6 @@ def _chunks(pairs: Iterable[KeptPair]) -> Iterator[list[KeptPair]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _keys(column: pa.Array) -> npt.NDArray[np.bytes_]:
-    """Fixed 16-byte keys as numpy strings. Their comparison ignores trailing zero bytes, which changes no order
-    and no equality among keys of one length."""
-    return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
 
 
 def _prefix_sums(lists: pa.Array, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:

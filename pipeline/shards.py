@@ -35,6 +35,7 @@ __all__ = [
     "finish_store",
     "is_finished",
     "open_store",
+    "pair_keys",
     "part_exists",
     "part_name",
     "read_part",
@@ -70,6 +71,11 @@ class Store:
     @property
     def fingerprint(self) -> str:
         return str(self.manifest["fingerprint"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the index says: of the store's whole content, as it holds each part's own."""
+        return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:
@@ -302,6 +308,16 @@ def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[p
     """Read the parts in order, one in memory at a time."""
     for number in range(len(store.parts)):
         yield read_part(store, number, columns)
+
+
+def pair_keys(part: pa.Table) -> npt.NDArray[np.bytes_]:
+    """The keys of a part's rows, [rows], as numpy strings of 16 bytes.
+
+    Comparing such strings ignores trailing zero bytes, which changes no order and no equality among keys of one
+    length.
+    """
+    column = part["pair_key"].combine_chunks()
+    return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
 
 
 def _to_table(pairs: Sequence[ScoredPair], *, token_logps: bool) -> pa.Table:

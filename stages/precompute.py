@@ -26,6 +26,7 @@ from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.models import load_reference, load_tokenizer, pick_device
 from pipeline.packing import make_batch, plan_batches
+from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, prepare, score
 from pipeline.shards import (
     ScoredPair,
@@ -69,14 +70,17 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     tokenizer = load_tokenizer(config)
     identity = identity_of_run(config, tokenizer)
     reference = _Reference(config, tokenizer)
+    reusable = open_reusable(config.precompute.reuse, identity)
     others = 0
     for name, source in sources.items():
         folder = Path(config.precompute.output) / name
         if overwrite:
             delete_store(folder)
-        fingerprint = create_store(folder, identity, _plan(config, source), _declared(config))
+        fingerprint = create_store(folder, identity, _plan(config, source, reusable), _declared(config))
         if not is_finished(folder):
-            others += _score_split(config, name, source, folder, fingerprint, worker, reference, tokenizer, flag)
+            others += _score_split(
+                config, name, source, folder, fingerprint, worker, reference, reusable, tokenizer, flag
+            )
         if is_finished(folder):
             _report_finished(folder, name)
     if others:
@@ -156,6 +160,7 @@ def _score_split(
     fingerprint: str,
     worker: tuple[int, int],
     reference: _Reference,
+    reusable: Reusable,
     tokenizer: "PreTrainedTokenizerBase",
     flag: StopFlag,
 ) -> int:
@@ -173,7 +178,13 @@ def _score_split(
             raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
         ledger = Ledger()
         pairs = list(kept_pairs(rows, tokenizer, config.data, ledger))
-        scored = _finite(reference.score_unit(pairs, flag), pairs, config.precompute.on_nonfinite, ledger)
+        copied = copy_scored(reusable, pairs)
+        new = [pair for i, pair in enumerate(pairs) if i not in copied]
+        fresh = iter(reference.score_unit(new, flag) if new else [])
+        scored = [copied[i] if i in copied else next(fresh) for i in range(len(pairs))]
+        scored = _finite(scored, pairs, config.precompute.on_nonfinite, ledger)
+        if copied:
+            ledger.noted["copied from other shards"] += len(copied)
         write_part(
             folder,
             unit,
@@ -232,7 +243,7 @@ class _Progress:
         self._name, self._total = name, rows
         self._done = self._tokens = 0
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=rows, desc=name, unit="pairs", disable=not sys.stderr.isatty() or rows == 0)
+        self._bar = tqdm(total=rows, desc=name, unit=" pairs", disable=not sys.stderr.isatty() or rows == 0)
 
     def advance(self, rows: int, tokens: int) -> None:
         self._done += rows
@@ -268,7 +279,7 @@ def _report_finished(folder: Path, name: str) -> None:
         raise DataError(f"{folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
 
 
-def _plan(config: Config, source: Source) -> dict[str, Any]:
+def _plan(config: Config, source: Source, reusable: Reusable) -> dict[str, Any]:
     """What the content of a part depends on besides the identity: a store is continued only if all is equal."""
     files = source.files
     if source.format == "disk":
@@ -280,6 +291,7 @@ def _plan(config: Config, source: Source) -> dict[str, Any]:
         "on_identical": config.data.on_identical,
         "on_nonfinite": config.precompute.on_nonfinite,
         "columns": dict(source.columns),
+        "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is known by content, so that a moved file is the same and an edited one is not.
         "dataset": (

@@ -49,6 +49,7 @@ OPTIONS = [
     "precompute",
     "precompute.on_nonfinite",
     "precompute.output",
+    "precompute.reuse",
     "precompute.rows_per_shard",
     "precompute.token_logps",
     "precompute.tokens_per_batch",
@@ -78,6 +79,7 @@ DEFAULTS = {
     "policy": {"model": "m", "revision": None, "adapter": None, "lora": None, "dtype": "float32"},
     "precompute": {
         "output": "out",
+        "reuse": [],
         "rows_per_shard": 1024,
         "tokens_per_batch": 8192,
         "token_logps": True,
