@@ -16,7 +16,7 @@ from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.signals import StopFlag
 from pipeline.storage import read_json, replace_file
 
-__all__ = ["CommitCallback", "commit_checkpoint", "find_checkpoint", "write_json"]
+__all__ = ["CommitCallback", "check_same_run", "commit_checkpoint", "find_checkpoint", "write_json"]
 
 MARKER = "refshard-commit.json"
 
@@ -49,7 +49,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
             continue
         problem = _problem(folder)
         if problem is None:
-            _check_identity(folder, read_json(folder / MARKER)["identity"], identity)
+            check_same_run(folder, read_json(folder / MARKER)["identity"], identity)
             return folder
         damaged.append(folder)
         _set_aside(folder)
@@ -60,6 +60,24 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
             "Run again to train from the beginning, or restore it from a backup"
         )
     return None
+
+
+def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Refuse to go on with what a run with other settings left.
+
+    Raises:
+        IdentityError: The differing settings are named, both values side by side.
+    """
+    found = [
+        f"{key}: saved {stored.get(key)!r}, this run {run.get(key)!r}"
+        for key in sorted({*stored, *run})
+        if stored.get(key) != run.get(key)
+    ]
+    if found:
+        raise IdentityError(
+            f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. "
+            "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+        )
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -144,16 +162,3 @@ def _set_aside(folder: Path) -> None:
     while (target := folder.with_name(f"broken-{folder.name}-{number}")).exists():
         number += 1
     folder.rename(target)
-
-
-def _check_identity(folder: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    found = [
-        f"{key}: saved {stored.get(key)!r}, this run {run.get(key)!r}"
-        for key in sorted({*stored, *run})
-        if stored.get(key) != run.get(key)
-    ]
-    if found:
-        raise IdentityError(
-            f"{folder}: saved by a run with other settings. It differs in {'; '.join(found)}. "
-            "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
-        )

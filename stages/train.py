@@ -15,9 +15,9 @@ import yaml
 from accelerate import PartialState
 
 from pipeline.card import model_card
-from pipeline.checkpoints import CommitCallback, find_checkpoint, write_json
+from pipeline.checkpoints import CommitCallback, check_same_run, find_checkpoint, write_json
 from pipeline.config import Config, as_dict, training_settings
-from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
+from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import identity_of_run
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import check_identity, join, load_reference_table
@@ -184,17 +184,7 @@ def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
     file = output / RUN
     if not file.exists():
         return False
-    stored = read_json(file)["identity"]
-    found = [
-        f"{key}: there {stored.get(key)!r}, this run {identity.get(key)!r}"
-        for key in sorted({*stored, *identity})
-        if stored.get(key) != identity.get(key)
-    ]
-    if found:
-        raise IdentityError(
-            f"{output}: holds a finished run with other settings. It differs in {'; '.join(found)}. "
-            "Set train.output_dir to a new folder, or pass --overwrite"
-        )
+    check_same_run(output, read_json(file).get("identity", {}), identity)
     return True
 
 
