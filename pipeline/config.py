@@ -390,7 +390,7 @@ def _convert_scalar(text: str, hint: Any, where: str) -> Any:
             return False
     elif hint is int:
         try:
-            return int(text.replace("_", ""))
+            return int(text)
         except ValueError:
             pass
         # 1e3 is a whole number too; 2.5 is not.

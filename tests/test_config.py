@@ -183,6 +183,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("loss=0.1", "loss: expected settings (a mapping), found '0.1'"),
         ("data.max_length=2.5", "data.max_length: expected a whole number, found '2.5'"),
         ("data.max_length=inf", "data.max_length: expected a whole number, found 'inf'"),
+        ("data.max_length=1__0", "data.max_length: expected a whole number, found '1__0'"),
         ("data.max_length=0x10", "data.max_length: expected a whole number, found '0x10'"),
         ("data.max_length=true", "data.max_length: expected a whole number, found 'true'"),
         ("data.streaming=1", "data.streaming: expected true or false, found '1'"),
@@ -371,7 +372,8 @@ def test_train_fields_are_converted_by_the_librarys_types(train: Callable[[str],
     settings = train(
         "learning_rate: 5e-7, max_steps: 1_000, save_strategy: no, eval_strategy: 'no', bf16: off, "
         "gradient_checkpointing: yes, optim: adamw_torch, report_to: [tensorboard, wandb], save_total_limit: null, "
-        "lr_scheduler_kwargs: {num_cycles: 2, power: 1e-1, name: off}, run_name: on, eval_steps: 0.25"
+        "lr_scheduler_kwargs: {num_cycles: 2, power: 1e-1, name: off}, run_name: on, eval_steps: 0.25, "
+        "include_num_input_tokens_seen: on"
     )
     expected = {
         "learning_rate": 5e-7,
@@ -385,6 +387,7 @@ def test_train_fields_are_converted_by_the_librarys_types(train: Callable[[str],
         "save_total_limit": None,
         "run_name": "on",
         "eval_steps": 0.25,
+        "include_num_input_tokens_seen": True,
     }
     assert {key: settings[key] for key in expected} == expected
     assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2, "power": 0.1, "name": False}

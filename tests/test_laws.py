@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -219,18 +217,15 @@ def test_one_batch_of_eight_equals_eight_micro_batches_and_two_processes(make_ru
         if processes == 1:
             refshard(*arguments)
         else:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-            subprocess.run(
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            done = subprocess.run(
                 [sys.executable, *launcher, "-m", "stages.cli", *arguments],
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                check=True,
                 timeout=300,
                 capture_output=True,
+                text=True,
             )
+            assert done.returncode == 0, done.stdout + done.stderr
         return history(tmp_path / name)
 
     whole = train("whole", 8, 1)

@@ -485,6 +485,16 @@ def test_a_damaged_page_stops_the_index(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
 
 
+def test_a_column_whose_name_was_damaged_stops_the_index(tmp_path: Path) -> None:
+    make_store(tmp_path, finish=False)
+    file = tmp_path / part_name(1)
+    whole = file.read_bytes()
+    for name in (b"ref_chosen_l\xffgps", b"ref_chosen_l0gps"):
+        file.write_bytes(whole.replace(b"ref_chosen_logps", name))
+        with pytest.raises(DataError, match=r"part-00001\.parquet: damaged"):
+            finish_store(tmp_path, 3)
+
+
 def test_a_part_with_other_rows_than_its_footer_counts_stops_the_index(tmp_path: Path) -> None:
     fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     put_part(tmp_path, 0, [scored(0)], fingerprint, ledger=Ledger(rows=2, kept=2))

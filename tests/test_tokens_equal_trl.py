@@ -370,10 +370,13 @@ def test_trl_doubles_the_bos_of_a_prompt_that_starts_with_one_and_we_keep_one(au
     assert our_ids(row, tokenizer) == our_ids({**row, "prompt": "What is two plus two?"}, tokenizer)
 
 
-def test_bos_of_the_text_alone_is_kept_as_by_trl() -> None:
+@pytest.mark.parametrize("start", ["<s>", "<s><s>"])
+def test_bos_of_the_text_alone_is_kept_as_by_trl(start: str) -> None:
     tokenizer = make_tokenizer(bos=False)
-    assert_equal_to_trl([{"prompt": "<s>Two?", "chosen": " Yes.", "rejected": " No."}], tokenizer)
-    assert our_ids({"prompt": "<s>Two?", "chosen": " Yes.", "rejected": " No."}, tokenizer)[0][0] == 0
+    tokenizer.bos_token = "<s>"
+    row = {"prompt": f"{start}Two?", "chosen": " Yes.", "rejected": " No."}
+    assert_equal_to_trl([row], tokenizer)
+    assert our_ids(row, tokenizer)[0].count(tokenizer.bos_token_id) == start.count("<s>")
 
 
 def test_trl_drops_a_too_long_prompt_without_a_word_and_we_count_it(caplog: pytest.LogCaptureFixture) -> None:
