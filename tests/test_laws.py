@@ -127,6 +127,26 @@ def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
     process.wait()
 
 
+def test_stage_one_leaves_with_75_on_a_signal_and_goes_on_from_there(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(rows=simple_rows(400), precompute={"rows_per_shard": 8})
+    refshard("precompute", "--config", config, "-o", f"precompute.output={tmp_path / 'undisturbed'}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", "precompute", "--config", str(config)],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list((tmp_path / "shards" / "train").glob("part-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert "Run the same command again" in errors
+    assert not list((tmp_path / "shards" / "train").glob(".tmp-*"))
+    refshard("precompute", "--config", config)
+    assert digests(tmp_path / "shards") == digests(tmp_path / "undisturbed")
+
+
 def test_shuffled_filtered_and_mixed_data_need_no_new_shards(make_run: MakeRun, tmp_path: Path) -> None:
     """L7, first half: the join is by content, so order and company do not matter; beta needs no rescoring."""
     rows = simple_rows(24)
@@ -143,7 +163,7 @@ def test_shuffled_filtered_and_mixed_data_need_no_new_shards(make_run: MakeRun, 
 
 
 def test_missing_pairs_are_counted_named_and_refused_unless_dropped(make_run: MakeRun, tmp_path: Path) -> None:
-    """L7, second half: a pair that was not scored is an error, for held-out sets too."""
+    """L7, second half: a pair that was not scored is an error."""
     config = make_run(rows=simple_rows(24))
     refshard("precompute", "--config", config)
     grown = write_jsonl(tmp_path / "grown.jsonl", [*simple_rows(10), *simple_rows(3, start=100), *simple_rows(5)])
@@ -153,6 +173,27 @@ def test_missing_pairs_are_counted_named_and_refused_unless_dropped(make_run: Ma
     assert f"(first: {grown}:11)" in done.stderr
     done = refshard("train", "--config", config, "-o", f"data.path={grown}", "-o", "train.on_missing=drop")
     assert "15 matched, 3 missing" in done.stdout
+
+
+def test_held_out_sets_have_stores_of_their_own_under_the_same_rules(make_run: MakeRun, tmp_path: Path) -> None:
+    for name, start in (("easy", 100), ("hard", 200)):
+        write_jsonl(tmp_path / f"{name}.jsonl", simple_rows(8, start=start))
+    config = make_run(
+        data={"eval": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("easy", "hard")}},
+        train={"eval_strategy": "steps", "eval_steps": 4, "learning_rate": "1e-2"},
+    )
+    refshard("precompute", "--config", config)
+    assert [len(stored_rows(tmp_path / "shards" / name)) for name in ("train", "easy", "hard")] == [24, 8, 8]
+    refshard("train", "--config", config)
+    metrics = json.loads((tmp_path / "policy" / "run.json").read_text())["metrics"]
+    for name in ("easy", "hard"):
+        assert metrics[f"eval_{name}_rewards/margins"] != 0
+        assert metrics[f"eval_{name}_loss"] > 0
+
+    write_jsonl(tmp_path / "hard.jsonl", simple_rows(9, start=200))
+    done = refshard("train", "--config", config, "--overwrite", check=65)
+    assert f"1 of 9 pairs of {tmp_path / 'hard.jsonl'}" in done.stderr
+    assert f"(first: {tmp_path / 'hard.jsonl'}:9)" in done.stderr
 
 
 @pytest.mark.parametrize(
