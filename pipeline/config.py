@@ -223,7 +223,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected sections like `data:` and `policy:` at the top, found {_kind(tree)}")
     for override in overrides:
         _apply_override(tree, override)
-    return typing.cast(Config, _build(Config, tree, ""))
+    return _expand_home(typing.cast(Config, _build(Config, tree, "")))
+
+
+def _expand_home(config: Config) -> Config:
+    """Read `~` in the paths of data and shards, as model folders and the library's own paths do."""
+    data, precompute = config.data, config.precompute
+    sets = {
+        name: dataclasses.replace(held_out, path=held_out.path and _from_home(held_out.path))
+        for name, held_out in data.eval.items()
+    }
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, path=_from_home(data.path), eval=sets),
+        precompute=dataclasses.replace(
+            precompute,
+            output=_from_home(precompute.output),
+            reuse=[_from_home(store) for store in precompute.reuse],
+        ),
+    )
+
+
+def _from_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -268,6 +290,7 @@ _FIXED_TRAIN_FIELDS = {
     "label_names": "can't be set: preference pairs have no labels",
     "resume_from_checkpoint": "can't be set: a rerun goes on from the last whole checkpoint by itself",
     "save_only_model": "can't be set: a run that goes on from a checkpoint without its optimizer is another run",
+    "ignore_data_skip": "can't be set: a run that goes on must go on with the pairs that it has not seen",
     "enable_jit_checkpoint": "can't be set: signals are handled by refshard, which saves and exits with 75",
     "do_train": "can't be set: `refshard train` trains",
     "do_predict": "can't be set: there is nothing to predict",

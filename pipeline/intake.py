@@ -83,7 +83,7 @@ def kept_pairs(
             whole = tokenize(to_pair(row.load(), data.columns, row.place), tokenizer, row.place)
         except BadRow as error:
             if data.on_bad_row == "stop":
-                way_on = "Mend the row, or set data.on_bad_row: skip"
+                way_on = "Set data.on_bad_row: skip, or mend the row and start over with --overwrite"
                 raise BadRow(error.reason, f"{error}. {way_on}") from error
             ledger.drop(error.reason)
             ledger.skipped.append(

@@ -280,16 +280,18 @@ def _report_finished(folder: Path, name: str) -> None:
 
 
 def _plan(config: Config, source: Source, reusable: Reusable) -> dict[str, Any]:
-    """What the content of a part depends on besides the identity: a store is continued only if all is equal."""
+    """What the content of a part depends on besides the identity: a store is continued only if all is equal.
+
+    Whether a bad row stops the run or is skipped is not in it: no part ever holds one. So the way on that an error
+    names, to skip, goes on with the parts that are there.
+    """
     files = source.files
     if source.format == "disk":
         files = tuple(sorted(Path(source.path).rglob("*.arrow")))
     local = bool(files)
     return {
         "rows_per_shard": config.precompute.rows_per_shard,
-        "on_bad_row": config.data.on_bad_row,
         "on_identical": config.data.on_identical,
-        "on_nonfinite": config.precompute.on_nonfinite,
         "columns": dict(source.columns),
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",

@@ -196,9 +196,11 @@ def _delete_run(output: Path) -> None:
 
 
 def _save_settings(output: Path, config: Config) -> None:
-    """Save the settings, defaults filled in, before anything runs."""
+    """Save the settings, defaults filled in, before anything runs. Access tokens are left out."""
     output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    settings = as_dict(config)
+    settings["train"] = {key: value for key, value in settings["train"].items() if not key.endswith("_token")}
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     replace_file(output / SETTINGS, text.encode())
 
 

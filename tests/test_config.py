@@ -447,3 +447,14 @@ def test_training_without_an_output_folder_is_refused(load: Load, value: str) ->
     for text in ("train: {seed: 1}", f"train: {{output_dir: {value}}}"):
         with pytest.raises(ConfigError, match=r"^train\.output_dir: missing"):
             training_settings(load(f"{SMALLEST}{text}"))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load(
+        "data: {path: ~/p.jsonl, eval: {a: {path: ~/a.jsonl}, b: {split: test}}}\npolicy: {model: m}\n"
+        "precompute: {output: ~/shards, reuse: [~/old]}\n"
+    )
+    assert (config.data.path, config.data.eval["a"].path) == ("/home/ada/p.jsonl", "/home/ada/a.jsonl")
+    assert config.data.eval["b"].path is None
+    assert (config.precompute.output, config.precompute.reuse) == ("/home/ada/shards", ["/home/ada/old"])

@@ -147,6 +147,30 @@ def test_stage_one_leaves_with_75_on_a_signal_and_goes_on_from_there(make_run: M
     assert digests(tmp_path / "shards") == digests(tmp_path / "undisturbed")
 
 
+def test_after_a_bad_row_the_way_on_that_the_error_names_goes_on_with_what_is_scored(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    config = make_run(rows=[*simple_rows(20), {"prompt": "no", "chosen": "pair"}, *simple_rows(3, start=30)])
+    done = refshard("precompute", "--config", config, check=65)
+    assert f"{tmp_path / 'pairs.jsonl'}:21" in done.stderr
+    assert "data.on_bad_row: skip" in done.stderr
+    scored = digests(tmp_path / "shards")
+    assert len(scored) == 1 + 2
+    done = refshard("precompute", "--config", config, "-o", "data.on_bad_row=skip")
+    assert "23 pairs kept; 1 dropped: missing column" in done.stdout
+    assert scored.items() <= digests(tmp_path / "shards").items()
+
+
+def test_an_access_token_stays_out_of_everything_that_is_written(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run()
+    refshard("precompute", "--config", config, "-o", "train.hub_token=hf_canary")
+    saving = ["-o", "train.save_strategy=steps", "-o", "train.save_steps=2"]
+    refshard("train", "--config", config, "-o", "train.hub_token=hf_canary", *saving)
+    for folder in (tmp_path / "shards", tmp_path / "policy"):
+        for file in (f for f in folder.rglob("*") if f.is_file()):
+            assert b"hf_canary" not in file.read_bytes(), file
+
+
 def test_shuffled_filtered_and_mixed_data_need_no_new_shards(make_run: MakeRun, tmp_path: Path) -> None:
     """L7, first half: the join is by content, so order and company do not matter; beta needs no rescoring."""
     rows = simple_rows(24)
