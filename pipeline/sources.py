@@ -423,8 +423,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
 
 
 def _map_style_rows(dataset: Any, source: Source) -> Iterator[Row]:
-    first = min(source.start, max(len(dataset) - 1, 0))
-    for number in range(first, len(dataset)):
+    for number in range(source.start, len(dataset)):
         place = f"{source.path} ({source.split}) row {number}"
         yield Row(number, place, lambda n=number: dataset[n])  # type: ignore[misc]
 

@@ -164,6 +164,10 @@ def test_transcript_with_crlf_and_indented_turns_is_split_too() -> None:
     assert read({"chosen": f"{start} Yes.", "rejected": f"{start} Yes!"}).prompt == start
 
 
+def test_transcript_may_begin_with_the_assistant() -> None:
+    assert read({"chosen": "Assistant: It is four.", "rejected": "Assistant: It is five."}).prompt == "Assistant:"
+
+
 def test_equal_transcripts_are_split_at_their_last_turn() -> None:
     text = "\n\nHuman: Hi\n\nAssistant: Hello!"
     pair = read({"chosen": text, "rejected": text})

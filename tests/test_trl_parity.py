@@ -158,11 +158,11 @@ def test_sgd_trajectory_equals_trl_with_a_live_reference(setting: dict[str, Any]
 def test_adamw_equals_trl_on_its_captured_weights_and_nearly_end_to_end(
     setting: dict[str, Any], tmp_path: Path, lora: bool
 ) -> None:
-    train = {"learning_rate": "5e-4"}
+    train = {"learning_rate": "5e-3" if lora else "5e-4"}
     theirs, weights = _train_trl(setting, tmp_path / "trl", lora=lora, **train)
     ours = _train_ours(setting, tmp_path / "ours", lora=lora, **train)
 
-    assert min(entry["loss"] for entry in theirs) < 0.67
+    assert min(entry["loss"] for entry in theirs) < 0.68
     # AdamW divides by the root of tiny second moments, so rounding grows: end to end it can only be near.
     assert max(_relative_gaps(ours, theirs, "loss")) < 2e-3
     on_their_weights = _losses_on_weights(setting, tmp_path, lora, weights)
