@@ -74,7 +74,7 @@ def precompute(config_file: Path, overrides: tuple[str, ...], worker: tuple[int,
     stage.run(config, worker=worker, overwrite=overwrite)
 
 
-@main.command()
+@main.command(short_help="Stage two: train the policy on the shards.")
 @_CONFIG
 @_OVERRIDES
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
@@ -89,7 +89,7 @@ def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool) -> Non
     stage.run(config, overwrite=overwrite)
 
 
-@main.command()
+@main.command(short_help="Show what shards hold.")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def inspect(shards: Path, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def inspect(shards: Path, as_json: bool) -> None:
     stage.run(shards, as_json=as_json)
 
 
-@main.group()
+@main.group(short_help="The embedded default: make it, sum it up.")
 def demo() -> None:
     """The embedded default: a tiny model and preferences whose true reward is known."""
 

@@ -39,7 +39,7 @@ from pipeline.shards import (
     write_part,
 )
 from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import Row, Source, count_rows, open_source, read_rows
+from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
 from pipeline.versions import library_versions
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
         folder = Path(config.precompute.output) / name
         if overwrite:
             delete_store(folder)
-        fingerprint = create_store(folder, identity, _plan(config, source, reusable), _declared(config))
+        fingerprint = create_store(folder, identity, _plan(config, source, reusable), _declared(config, source))
         if not is_finished(folder):
             others += _score_split(
                 config, name, source, folder, fingerprint, worker, reference, reusable, tokenizer, flag
@@ -305,13 +305,13 @@ def _plan(config: Config, source: Source, reusable: Reusable) -> dict[str, Any]:
     }
 
 
-def _declared(config: Config) -> dict[str, Any]:
+def _declared(config: Config, source: Source) -> dict[str, Any]:
     return {
         "reference": config.reference.model or config.policy.model,
         "reference_revision": config.reference.revision if config.reference.model else config.policy.revision,
         "reference_adapter": config.reference.adapter or (None if config.reference.model else config.policy.adapter),
         "tokenizer": config.policy.model,
-        "dataset": config.data.path,
+        "dataset": describe(source),
         "tokens_per_batch": config.precompute.tokens_per_batch,
     }
 

@@ -28,7 +28,13 @@ def test_counts_lengths_and_margins_are_those_of_the_rows(make_run: Callable[...
     assert entry["tokens"]["prompt"]["total"] == sum(row["prompt_tokens"] for row in stored)
     assert entry["tokens"]["chosen"]["p50"] == np.median([row["chosen_tokens"] for row in stored])
     text = refshard("inspect", tmp_path / "shards" / "train").stdout
-    for part in (entry["fingerprint"], str(tmp_path / "pairs.jsonl"), "24 pairs kept", "3 are duplicates", "margin"):
+    for part in (
+        entry["fingerprint"],
+        f"{tmp_path / 'pairs.jsonl'} (train)",
+        "24 pairs kept",
+        "3 are duplicates",
+        "margin",
+    ):
         assert part in text
 
 
