@@ -127,8 +127,8 @@ def _inside_word(text: str, i: int) -> bool:
 
 
 def _is_word(character: str) -> bool:
-    # Scripts written without spaces (Chinese, Japanese) have no word boundary to look for.
-    if unicodedata.east_asian_width(character) in "WF":
+    # Scripts written without spaces (Chinese, Japanese) have no word boundary to look for. Korean has spaces.
+    if unicodedata.east_asian_width(character) in "WF" and not "\uac00" <= character <= "\ud7a3":
         return False
     return character.isalnum() or character in "_'’-" or unicodedata.category(character) in ("Mn", "Mc")
 

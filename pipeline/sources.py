@@ -412,6 +412,8 @@ def _read_hub(source: Source) -> Iterator[Row]:
             f"data.path: {source.path!r} is neither a file here nor a dataset that the hub gives "
             f"(split {source.split}): {_first_line(error)}"
         ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise DataError(f"data.path: {source.path!r}: the library can't read it: {_first_line(error)}") from error
     if not source.streaming:
         yield from _map_style_rows(loaded, source)
         return

@@ -64,10 +64,14 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     if _is_finished(output, identity):
         _say(state, f"{output}: this run is finished already; nothing to do.")
         return
+    checkpoint = None
     if state.is_main_process:
+        # First, since it refuses a folder of another run, whose settings are then still its own.
+        checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
         _save_settings(output, config)
         _join_all(config, stores, tokenizer, output, on_missing)
     state.wait_for_everyone()
+    checkpoint = _from_main_process(checkpoint)
     sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in stores}
 
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
@@ -92,10 +96,6 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         callbacks=[callback],
     )
     callback.trainer = trainer
-    checkpoint = None
-    if state.is_main_process:
-        checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
-    checkpoint = _from_main_process(checkpoint)
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -338,6 +338,10 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
     process.send_signal(how)
     _, errors = process.communicate()
     assert process.returncode == (75 if how == signal.SIGTERM else -how), errors
+    settings = (tmp_path / "policy" / "refshard.yaml").read_bytes()
+    refused = refshard("train", "--config", config, "-o", "loss.beta=0.5", check=78)
+    assert "loss: saved" in refused.stderr
+    assert (tmp_path / "policy" / "refshard.yaml").read_bytes() == settings
     done = refshard("train", "--config", config)
     assert "Going on from" in done.stdout
 

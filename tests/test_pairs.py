@@ -313,3 +313,7 @@ def test_renamed_column_that_is_not_there_is_missing_even_if_the_row_could_do_wi
     with pytest.raises(BadRow, match="no column 'qestion'") as caught:
         read(row, {ours: "qestion"})
     assert caught.value.reason == "missing_column"
+
+
+def test_a_korean_word_is_not_cut_though_its_characters_are_wide() -> None:
+    assert split_shared_prompt("질문입니다 대답은", "질문입니다 대신에") == ("질문입니다", " 대답은", " 대신에")
