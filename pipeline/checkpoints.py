@@ -4,7 +4,7 @@ The library's own resume takes the highest number, accepts a missing optimizer a
 half-written folder. So a checkpoint without our marker is one that a kill cut short, and is set aside.
 """
 
-import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 import transformers
 
-from pipeline.errors import DataError, IdentityError, StorageError
+from pipeline.digests import read_sha256
+from pipeline.errors import DataError, IdentityError
 from pipeline.signals import StopFlag
 from pipeline.storage import read_json, replace_file
 
@@ -25,7 +26,7 @@ def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any]) -> N
     """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": read_sha256(file)}
     write_json(folder / MARKER, {"step": step, "identity": identity, "files": files})
 
 
@@ -82,8 +83,6 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that readers see whole or not at all."""
-    import json
-
     replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -128,15 +127,6 @@ def _number(folder: Path) -> str:
     return folder.name.removeprefix("checkpoint-")
 
 
-def _sha256(file: Path) -> str:
-    # Not cached: a checkpoint is judged by what is on the disk now. A disk that fails is not a damaged checkpoint.
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{file}: can't be read ({error.strerror or error})") from error
-
-
 def _problem(folder: Path) -> str | None:
     try:
         marker = read_json(folder / MARKER)
@@ -152,7 +142,8 @@ def _problem(folder: Path) -> str | None:
             return "its marker is not one of refshard"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        # Not the cached digest: a checkpoint is judged by what is on the disk now.
+        if read_sha256(file) != expected["sha256"]:
             return f"{name} has another SHA-256"
     return None
 

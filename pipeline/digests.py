@@ -1,4 +1,4 @@
-"""SHA-256 of files, cached: a relaunch does not read many gigabytes of weights again."""
+"""SHA-256 of files; cached where it is asked for, so that a relaunch does not read gigabytes of weights again."""
 
 import hashlib
 import json
@@ -7,7 +7,16 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 
-__all__ = ["sha256_of_file"]
+__all__ = ["read_sha256", "sha256_of_file"]
+
+
+def read_sha256(file: Path) -> str:
+    """SHA-256, in hex, of what is on the disk now. Raises StorageError if it can't be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{file}: can't be read ({error.strerror or error})") from error
 
 
 def sha256_of_file(file: Path) -> str:
@@ -21,11 +30,7 @@ def sha256_of_file(file: Path) -> str:
     cache = _read_cache(cache_file)
     if entry in cache:
         return cache[entry]
-    try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{file}: can't be read ({error.strerror})") from error
+    digest = read_sha256(file)
     _write_cache(cache_file, {**_read_cache(cache_file), entry: digest})
     return digest
 

@@ -12,7 +12,6 @@ about 20 seconds on two cores and leave about 95% of its reviews grammatical.
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -42,6 +41,7 @@ from pipeline.scoring import prepare as prepare_scoring
 from pipeline.scoring import score
 from pipeline.shards import open_store
 from pipeline.sources import open_source, read_rows
+from pipeline.storage import replace_file
 from pipeline.tokens import TokenizedPair
 
 __all__ = ["Reply", "Samples", "Settings", "draw_replies", "prepare", "summary"]
@@ -120,7 +120,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
         ):
             pairs, drawn = _draw_pairs(model, tokenizer, asked, num_pairs, settings, rng)
             rewards.update(drawn)
-            _write_text(folder / name, "".join(json.dumps(pair) + "\n" for pair in pairs))
+            replace_file(folder / name, ("".join(json.dumps(pair) + "\n" for pair in pairs)).encode())
             click.echo(f"{num_pairs} pairs of the reference's own reviews, labelled by a noisy judge: {folder / name}")
     prepared = {
         "digest": digest,
@@ -128,7 +128,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
         # Of every reply drawn, ties included: what the best possible policy is computed from.
         "reference_rewards": {str(reward): count for reward, count in sorted(rewards.items())},
     }
-    _write_text(marker, json.dumps(prepared, indent=1) + "\n")
+    replace_file(marker, (json.dumps(prepared, indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    _write_text(run_folder / "demo.json", json.dumps(figures, indent=1) + "\n")
+    replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures
 
@@ -516,10 +516,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader that finds the final name may trust it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -24,7 +24,7 @@ from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.models import load_reference, load_tokenizer, pick_device
+from pipeline.models import load_reference, load_tokenizer, pick_device, reference_sources
 from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, prepare, score
@@ -121,10 +121,11 @@ class _Reference:
 
     def _load(self) -> None:
         device = pick_device()
-        click.echo(f"Loading the reference {self._config.reference.model or self._config.policy.model} on {device} ...")
+        named, _ = reference_sources(self._config)
+        click.echo(f"Loading the reference {named.name} on {device} ...")
         self._model = load_reference(self._config, device)
         prepare(self._model)
-        check_scoring(self._model, "reference.model" if self._config.reference.model else "policy.model")
+        check_scoring(self._model, named.key)
 
     def _score_batch(self, pairs: list[KeptPair]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
         """Token logps of each chosen completion, then of each rejected one."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 
 from pipeline.config import load_config
@@ -46,9 +45,14 @@ def stored_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
 
 
-def train_section(config: Path) -> dict[str, Any]:
-    section: dict[str, Any] = yaml.safe_load(config.read_text())["train"]
-    return section
+def start(*arguments: Any) -> subprocess.Popen[str]:
+    """Start the command without waiting for it, to be signalled."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
@@ -119,23 +123,17 @@ def test_any_number_of_workers_killed_or_not_gives_the_same_parts(make_run: Make
 
 def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
     before = set((output / "train").glob("part-*"))
-    arguments = ["precompute", "--config", str(config), "-o", f"precompute.output={output}", "--worker", worker]
-    process = subprocess.Popen([sys.executable, "-m", "stages.cli", *arguments], cwd=Path(__file__).parents[1])
+    process = start("precompute", "--config", config, "-o", f"precompute.output={output}", "--worker", worker)
     while process.poll() is None and set((output / "train").glob("part-*")) == before:
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_stage_one_leaves_with_75_on_a_signal_and_goes_on_from_there(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(400), precompute={"rows_per_shard": 8})
     refshard("precompute", "--config", config, "-o", f"precompute.output={tmp_path / 'undisturbed'}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", "precompute", "--config", str(config)],
-        cwd=Path(__file__).parents[1],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("precompute", "--config", config)
     while process.poll() is None and not list((tmp_path / "shards" / "train").glob("part-*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
@@ -326,12 +324,7 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
     refshard("precompute", "--config", config)
     refshard("train", "--config", config, "-o", f"train.output_dir={tmp_path / 'undisturbed'}")
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", "train", "--config", str(config)],
-        cwd=Path(__file__).parents[1],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("train", "--config", config)
     marker = tmp_path / "policy" / "checkpoint-5" / "refshard-commit.json"
     while process.poll() is None and not marker.exists():
         time.sleep(0.001)
