@@ -6,6 +6,7 @@ tokenization code. Beta, learning rate, loss, LoRA rank, seed and output folder 
 reuses the shards. Digests are of file contents: a model moved or copied is still the same reference.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.digests import sha256_of_file
-from pipeline.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, reference_sources, reference_weights, resolve_dtype
+from pipeline.models import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    reference_quantization,
+    reference_sources,
+    reference_weights,
+    resolve_dtype,
+)
 from pipeline.tokens import TOKENIZATION_VERSION
 
 if TYPE_CHECKING:
@@ -51,16 +59,9 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
     Returns:
         Nested dict of strings and numbers: `schema`, `reference`, `tokenization`.
     """
-    model, adapter = reference_sources(config)
-    settings, weights = reference_weights(model)
     return {
         "schema": SCHEMA_VERSION,
-        "reference": {
-            "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
-            "config": _digest_of_config(settings),
-            "dtype": resolve_dtype(config.reference.dtype, settings),
-            "adapter": None if adapter is None else _digest_of_adapter(adapter),
-        },
+        "reference": _identity_of_reference(config),
         "tokenization": {
             "version": TOKENIZATION_VERSION,
             "tokenizer": _digest_of_tokenizer(tokenizer),
@@ -69,6 +70,21 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
             "max_length": config.data.max_length,
             "token_logps": config.precompute.token_logps,
         },
+    }
+
+
+def _identity_of_reference(config: Config) -> dict[str, Any]:
+    if config.reference.declared is not None:
+        return {"declared": config.reference.declared}
+    model, adapter = reference_sources(config)
+    settings, weights = reference_weights(model)
+    quantization = reference_quantization(config)
+    return {
+        "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
+        "config": _digest_of_config(settings),
+        "dtype": resolve_dtype(config.reference.dtype, settings),
+        "adapter": None if adapter is None else _digest_of_adapter(adapter),
+        "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
 
 

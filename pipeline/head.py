@@ -41,6 +41,8 @@ class TokenStatistics:
     """[N] float32, over the vocabulary"""
     is_top1: torch.Tensor
     """[N] bool, the token is the model's first choice"""
+    log_sum_squares: torch.Tensor | None = None
+    """[N] float32, log of the summed squares of all probabilities; None where it was not asked for"""
 
 
 def head_of(model: Any) -> Head:
@@ -65,7 +67,9 @@ def head_of(model: Any) -> Head:
     )
 
 
-def token_statistics(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> TokenStatistics:
+def token_statistics(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, squares: bool = False
+) -> TokenStatistics:
     """Score each position's target token.
 
     Products run in the dtype of autocast where it is on, else in that of `hidden`; log-sum-exp and all sums over
@@ -75,11 +79,12 @@ def token_statistics(hidden: torch.Tensor, targets: torch.Tensor, head: Head) ->
         hidden: Final hidden states of the predicting positions, [N, hidden].
         targets: The token each of them predicts, [N] int64.
         head: Output projection.
+        squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
     """
-    logps, entropy, mean_logit, is_top1 = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap
+    logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, squares
     )
-    return TokenStatistics(logps, entropy, mean_logit, is_top1)
+    return TokenStatistics(logps, entropy, mean_logit, is_top1, log_sum_squares if squares else None)
 
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -116,13 +121,14 @@ class _TokenStatistics(torch.autograd.Function):
         targets: torch.Tensor,
         scale: float,
         softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        squares: bool,
+    ) -> tuple[torch.Tensor, ...]:
         dtype = _product_dtype(hidden)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         h, w = hidden.to(dtype), weight.to(dtype)
         count = hidden.shape[0]
-        logps, log_sums, entropy, mean_logit = (
-            torch.full((count,), float("nan"), dtype=wide, device=hidden.device) for _ in range(4)
+        logps, log_sums, entropy, mean_logit, log_sum_squares = (
+            torch.full((count,), float("nan"), dtype=wide, device=hidden.device) for _ in range(5)
         )
         is_top1 = torch.zeros(count, dtype=torch.bool, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -137,11 +143,14 @@ class _TokenStatistics(torch.autograd.Function):
                 is_top1[part] = logits.argmax(dim=-1) == target.squeeze(1)
                 # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
                 probabilities = torch.exp(logits - log_sum[:, None])
+                if squares:
+                    # The sum is at least one over the vocabulary, so its logarithm needs no care.
+                    log_sum_squares[part] = 2 * torch.linalg.vector_norm(probabilities, dim=-1).log()
                 entropy[part] = log_sum - (probabilities.mul_(logits)).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
         ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
-        ctx.mark_non_differentiable(entropy, mean_logit, is_top1)
-        return logps, entropy, mean_logit, is_top1
+        ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
+        return logps, entropy, mean_logit, is_top1, log_sum_squares
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -179,6 +188,7 @@ class _TokenStatistics(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -28,6 +28,8 @@ class KeptPair:
     place: str
     key: bytes
     pair: TokenizedPair
+    truncated: bool = False
+    """Whether `max_length` cut a completion"""
 
 
 @dataclass
@@ -109,4 +111,4 @@ def kept_pairs(
             )
             if holds
         )
-        yield KeptPair(row=row.number, place=row.place, key=pair_key(whole), pair=scored)
+        yield KeptPair(row=row.number, place=row.place, key=pair_key(whole), pair=scored, truncated=scored is not whole)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.config import Config, Dtype, LoraSettings
+from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, Quantization
 from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import read_json
@@ -31,6 +31,7 @@ __all__ = [
     "load_reference",
     "load_tokenizer",
     "pick_device",
+    "reference_quantization",
     "reference_sources",
     "reference_weights",
     "resolve_dtype",
@@ -199,7 +200,7 @@ def pick_device() -> "torch.device":
 def load_reference(config: Config, device: "torch.device") -> Any:
     """Load the frozen reference for stage one: eval mode, no gradients, dropout off."""
     named, adapter = reference_sources(config)
-    model = _load(named, config.reference.dtype, device)
+    model = _load(named, config.reference.dtype, device, reference_quantization(config))
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
@@ -209,12 +210,25 @@ def load_reference(config: Config, device: "torch.device") -> Any:
 
 def load_policy(config: Config) -> Any:
     """Load the model to train, with its adapter where the settings have one. The Trainer moves it to its device."""
-    model = _load(NamedModel(config.policy.model, config.policy.revision, "policy.model"), config.policy.dtype, None)
-    if config.policy.adapter is not None:
-        return _with_adapter(model, find_adapter(config.policy.adapter, "policy.adapter"), trainable=True)
-    if config.policy.lora is not None:
-        return _with_fresh_lora(model, config.policy.lora)
+    policy = config.policy
+    named = NamedModel(policy.model, policy.revision, "policy.model")
+    # Quantized weights can't be moved after they are loaded.
+    device = pick_device() if policy.quantization is not None else None
+    model = _load(named, policy.dtype, device, policy.quantization)
+    if policy.adapter is not None:
+        return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
+    if policy.lora is not None:
+        return _with_fresh_adapter(model, _lora_config(policy.lora), "policy.lora")
+    if policy.ia3 is not None:
+        return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
     return model
+
+
+def reference_quantization(config: Config) -> Quantization | None:
+    """Give the reference's quantization: its own, or the policy's where the reference is the policy's own weights."""
+    if config.reference.quantization is not None or config.reference.model is not None:
+        return config.reference.quantization
+    return config.policy.quantization
 
 
 def disable_dropout(model: Any) -> None:
@@ -233,7 +247,7 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _load(named: NamedModel, requested: Dtype, device: "torch.device | None") -> Any:
+def _load(named: NamedModel, requested: Dtype, device: "torch.device | None", quantization: Quantization | None) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -242,7 +256,11 @@ def _load(named: NamedModel, requested: Dtype, device: "torch.device | None") ->
     dtype = resolve_dtype(requested, read_json(folder / "config.json"))
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ConfigError(f"{key}: {folder}: dtype {dtype} can't be scored with; set dtype to bfloat16 or float32")
-    placement = {"device_map": {"": device}} if device is not None and device.type != "cpu" else {}
+    placement: dict[str, Any] = {}
+    if device is not None and device.type != "cpu":
+        placement["device_map"] = {"": device}
+    if quantization is not None:
+        placement["quantization_config"] = _bitsandbytes(quantization, dtype, key)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **placement
@@ -268,17 +286,56 @@ def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
         raise ConfigError(f"adapter {adapter}: does not fit the model: {reason}") from error
 
 
-def _with_fresh_lora(model: Any, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
+def _bitsandbytes(settings: Quantization, dtype: str, key: str) -> Any:
+    import importlib.util
 
-    config = LoraConfig(
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{key.partition('.')[0]}.quantization: needs bitsandbytes, which is not installed here. "
+            "Run: pip install 'refshard[quantization]'"
+        )
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.type,
+        bnb_4bit_use_double_quant=settings.double,
+        # Products run in the dtype of the weights that are not quantized, as they would without quantization.
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def _lora_config(settings: LoraSettings) -> Any:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        modules_to_save=settings.modules_to_save or None,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
     )
+
+
+def _ia3_config(settings: Ia3Settings) -> Any:
+    from peft import IA3Config, TaskType
+
+    modules = settings.target_modules
+    # Named targets without named feed-forward ones: all of them scale outputs.
+    feedforward = settings.feedforward_modules if modules is None else settings.feedforward_modules or []
+    return IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=feedforward)
+
+
+def _with_fresh_adapter(model: Any, adapter: Any, key: str) -> Any:
+    from peft import get_peft_model
+
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, adapter)
     except ValueError as error:
-        raise ConfigError(f"policy.lora.target_modules: {error}") from error
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error

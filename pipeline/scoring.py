@@ -17,7 +17,7 @@ from pipeline.head import TokenStatistics, head_of, token_statistics
 from pipeline.packing import Batch, make_batch
 from pipeline.tokens import TokenizedPair
 
-__all__ = ["Scores", "check_scoring", "prepare", "score", "sum_logps"]
+__all__ = ["Scores", "check_scoring", "prepare", "score", "sum_logps", "weighted_sums"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Scores:
     """Of N tokens, the batch's completion tokens"""
     lengths: torch.Tensor
     """[2P] int64, completion tokens of each row; their sum is N"""
+    aux_loss: torch.Tensor | None = None
+    """Scalar, a mixture of experts' balance loss over all real tokens; None where it was not asked for"""
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logps of the chosen and of the rejected completions, [P] and [P] float32. They carry the gradient."""
@@ -50,34 +52,71 @@ def prepare(model: Any) -> None:
         )
     original = causal.forward
 
-    def forward(self: Any, *args: Any, completion_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        completion_mask: torch.Tensor | None = None,
+        squares: bool = False,
+        aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if completion_mask is None:
             return original(*args, **kwargs)
-        outputs = self.base_model(*args, use_cache=False, **kwargs)
-        hidden = outputs.last_hidden_state  # [rows, length, hidden]
+        if aux_loss:
+            hidden, balance = _hidden_and_balance(self, original, args, kwargs)
+        else:
+            hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
         # The position before a token predicts it: shift the mask by one, so N positions remain of rows * length.
         predicts = completion_mask[:, 1:]
         targets = kwargs["input_ids"][:, 1:][predicts]  # [N]
-        statistics = token_statistics(hidden[:, :-1][predicts], targets, head_of(self))
-        return vars(statistics)
+        # hidden: [rows, length, hidden] -> [N, hidden]
+        statistics = token_statistics(hidden[:, :-1][predicts], targets, head_of(self), squares=squares)
+        return {**vars(statistics), "aux_loss": balance}
 
     # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
 
 
-def score(model: Any, batch: Batch) -> Scores:
+def _hidden_and_balance(
+    causal: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model's own forward, which knows its balance loss, and catch the hidden states on their way to the head.
+
+    Returns:
+        Hidden states, [rows, length, hidden], and the balance loss, a scalar with a gradient.
+    """
+    caught: list[torch.Tensor] = []
+    hook = causal.base_model.register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
+    try:
+        # One position of logits, since forward makes some.
+        outputs = forward(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)
+    finally:
+        hook.remove()
+    return caught[0], outputs.aux_loss
+
+
+def score(model: Any, batch: Batch, *, squares: bool = False, aux_loss: bool = False) -> Scores:
     """Score every completion token of the batch.
 
     The model must have been through `prepare`. Gradients flow to its parameters unless the caller switched them
     off. No tensor of [tokens, vocabulary] is made, forward or backward.
+
+    Args:
+        model: A prepared causal language model, wrapped or not.
+        batch: P pairs.
+        squares: Also give the tokens' `log_sum_squares`.
+        aux_loss: Also give a mixture of experts' balance loss.
     """
+    wanted = {name: True for name, on in (("squares", squares), ("aux_loss", aux_loss)) if on}
     outputs = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         completion_mask=batch.completion_mask,
+        **wanted,
     )
-    return Scores(TokenStatistics(**outputs), batch.completion_mask.sum(dim=1))
+    balance = outputs.pop("aux_loss")
+    return Scores(TokenStatistics(**outputs), batch.completion_mask.sum(dim=1), balance)
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +131,23 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.T
     sums = torch.zeros(len(lengths), dtype=wide.dtype, device=wide.device).index_add(0, rows, wide).float()
     chosen, rejected = sums.chunk(2)
     return chosen, rejected
+
+
+def weighted_sums(
+    token_logps: torch.Tensor, lengths: torch.Tensor, ld_alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum token logps as LD-DPO does (arXiv 2409.06411): past the shorter completion's length a token counts alpha.
+
+    Args:
+        token_logps: [N], row by row.
+        lengths: [2P], tokens of each row.
+        ld_alpha: 0 sums the common length alone, 1 everything.
+    """
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)  # [2P]
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(len(token_logps), device=lengths.device) - starts.repeat_interleave(lengths)  # [N]
+    weights = torch.where(position < shared.repeat_interleave(lengths), 1.0, ld_alpha)
+    return sum_logps(token_logps * weights, lengths)
 
 
 def check_scoring(model: Any, key: str) -> None:

@@ -28,8 +28,10 @@ from pipeline.intake import Ledger
 from pipeline.storage import put_if_absent, read_json, replace_file
 
 __all__ = [
+    "NoiseFloor",
     "ScoredPair",
     "Store",
+    "SummedPair",
     "create_store",
     "delete_store",
     "finish_store",
@@ -61,6 +63,39 @@ class ScoredPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SummedPair:
+    """One shard row of which only the sums are known."""
+
+    key: bytes
+    row: int
+    prompt_tokens: int
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_logps: float
+    """Nats"""
+    rejected_logps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseFloor:
+    """How far token logps move when the same pairs are scored in other company: model, dtype and kernel's own noise."""
+
+    tokens: int = 0
+    """Tokens that were scored twice"""
+    mean: float = 0.0
+    """Mean absolute difference, nats"""
+    largest: float = 0.0
+    """Largest absolute difference, nats"""
+
+    def __add__(self, other: "NoiseFloor") -> "NoiseFloor":
+        tokens = self.tokens + other.tokens
+        total = self.mean * self.tokens + other.mean * other.tokens
+        return NoiseFloor(
+            tokens=tokens, mean=total / tokens if tokens else 0.0, largest=max(self.largest, other.largest)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Store:
     """A finished store, as its manifest and index describe it."""
 
@@ -80,6 +115,11 @@ class Store:
     @property
     def parts(self) -> list[Mapping[str, Any]]:
         return list(self.index["parts"])
+
+    @property
+    def noise(self) -> NoiseFloor:
+        """The noise floor over all parts; of 0 tokens where nothing was scored twice, as in imported stores."""
+        return NoiseFloor(**self.index["noise"])
 
 
 def schema(*, token_logps: bool) -> pa.Schema:
@@ -182,12 +222,13 @@ def create_store(
 def write_part(
     folder: Path,
     unit: int,
-    pairs: Sequence[ScoredPair],
+    pairs: Sequence[ScoredPair] | Sequence[SummedPair],
     *,
     fingerprint: str,
     token_logps: bool,
     ledger: Ledger,
     provenance: Mapping[str, Any],
+    noise: NoiseFloor | None = None,
 ) -> bool:
     """Write one unit's part: serialized, read back and compared, then committed. False if another was first.
 
@@ -201,6 +242,7 @@ def write_part(
         "refshard.ledger": json.dumps(ledger.as_dict()),
         "refshard.skipped": json.dumps(ledger.skipped),
         "refshard.provenance": json.dumps(provenance, sort_keys=True),
+        "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
     }
     table = _to_table(pairs, token_logps=token_logps).replace_schema_metadata(footer)
     buffer = io.BytesIO()
@@ -230,7 +272,7 @@ def finish_store(folder: Path, num_units: int) -> list[int]:
     if missing or (folder / INDEX).exists():
         return missing
     manifest = _read_manifest(folder)
-    totals, parts, skipped = Ledger(), [], []
+    totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
     for unit in range(num_units):
         file = folder / part_name(unit)
         way_on = "Delete this part, then run the same command again: it scores this unit only"
@@ -248,6 +290,7 @@ def finish_store(folder: Path, num_units: int) -> list[int]:
             ledger = Ledger()
             ledger.add(json.loads(metadata[b"refshard.ledger"]))
             skipped += json.loads(metadata[b"refshard.skipped"])
+            noise += NoiseFloor(**json.loads(metadata[b"refshard.noise"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: damaged, its footer does not say what became of its rows. {way_on}") from error
         if not table.num_rows == ledger.kept == ledger.rows - ledger.dropped.total():
@@ -258,7 +301,12 @@ def finish_store(folder: Path, num_units: int) -> list[int]:
     if skipped:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
         replace_file(folder / SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
-    index = {"fingerprint": manifest["fingerprint"], "parts": parts, "totals": totals.as_dict()}
+    index = {
+        "fingerprint": manifest["fingerprint"],
+        "parts": parts,
+        "totals": totals.as_dict(),
+        "noise": vars(noise),
+    }
     put_if_absent(folder / INDEX, (json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
     return []
 
@@ -320,21 +368,17 @@ def pair_keys(part: pa.Table) -> npt.NDArray[np.bytes_]:
     return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
 
 
-def _to_table(pairs: Sequence[ScoredPair], *, token_logps: bool) -> pa.Table:
+def _to_table(pairs: Sequence[ScoredPair] | Sequence[SummedPair], *, token_logps: bool) -> pa.Table:
     columns: dict[str, Any] = {
         "pair_key": [p.key for p in pairs],
         "row": np.array([p.row for p in pairs], dtype=np.int64),
         "prompt_tokens": np.array([p.prompt_tokens for p in pairs], dtype=np.int32),
     }
     for side in ("chosen", "rejected"):
-        lists = [p.chosen_token_logps if side == "chosen" else p.rejected_token_logps for p in pairs]
-        # A sum is finite only if every term is, and if it fits float32.
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = np.array([values.sum(dtype=np.float64) for values in lists]).astype(np.float32)
-        for pair, values, total in zip(pairs, lists, sums, strict=True):
-            if len(values) == 0 or not np.isfinite(total):
-                raise DataError(f"row {pair.row}: a {side} log-prob is missing or not finite; it can't be stored")
-        lengths = np.array([len(values) for values in lists], dtype=np.int32)
+        lengths, sums, lists = _side_of(pairs, side)
+        for row, length, total in zip(columns["row"], lengths, sums, strict=True):
+            if length == 0 or not np.isfinite(total):
+                raise DataError(f"row {row}: a {side} log-prob is missing or not finite; it can't be stored")
         columns[f"{side}_tokens"] = lengths
         columns[f"ref_{side}_logps"] = sums
         if token_logps:
@@ -345,6 +389,22 @@ def _to_table(pairs: Sequence[ScoredPair], *, token_logps: bool) -> pa.Table:
             )
     target = schema(token_logps=token_logps)
     return pa.table([pa.array(columns[f.name], type=f.type) for f in target], schema=target)
+
+
+def _side_of(
+    pairs: Sequence[ScoredPair] | Sequence[SummedPair], side: str
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+    """Token counts and sums of one side's completions, and their token logps where they are known."""
+    lists = [getattr(pair, f"{side}_token_logps") for pair in pairs if isinstance(pair, ScoredPair)]
+    if len(lists) == len(pairs):
+        lengths = [len(values) for values in lists]
+        sums = [values.sum(dtype=np.float64) for values in lists]
+    else:
+        lengths = [getattr(pair, f"{side}_tokens") for pair in pairs]
+        sums = [getattr(pair, f"{side}_logps") for pair in pairs]
+    # A sum is finite only if every term is, and if it fits float32.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(lengths, dtype=np.int32), np.array(sums, dtype=np.float64).astype(np.float32), lists
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -376,6 +436,8 @@ def _check_index(file: Path, index: Mapping[str, Any], fingerprint: str) -> None
         or not totals.keys() >= Ledger().as_dict().keys()
         or not all(isinstance(part.get("rows"), int) for part in parts)
         or sum(part["rows"] for part in parts) != totals["kept"]
+        or not isinstance(index.get("noise"), dict)
+        or index["noise"].keys() != vars(NoiseFloor()).keys()
     ):
         raise DataError(f"{file}: damaged, its parts do not add up to its totals. {way_on}")
 

@@ -3,6 +3,7 @@
 The reference is two numbers per pair in the batch; nothing here knows how to load a second model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.losses import PairLogps, dpo_loss
+from pipeline.config import LossConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.packing import Batch, make_batch
-from pipeline.scoring import Scores, score
+from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.tokens import TokenizedPair, truncate
 
-__all__ = ["PairTrainer", "make_collator"]
+__all__ = ["PairTrainer", "make_collator", "router_aux_weight"]
 
 
 def make_collator(pad_id: int, max_length: int | None) -> Any:
@@ -33,13 +36,22 @@ def make_collator(pad_id: int, max_length: int | None) -> Any:
             pairs.append(pair)
         batch = make_batch(pairs, pad_id)
         # The first entry tells the library how many pairs there are; the sequences are twice as many.
-        return {
+        columns = {
             "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+            "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "completion_mask": batch.completion_mask,
         }
+        for row in rows:
+            if math.isnan(row["ref_chosen_logps"]) or math.isnan(row["ref_rejected_logps"]):
+                raise DataError(f"row {row['row']}: is to be trained on, but was not scored. This is a bug")
+        if "ref_chosen_token_logps" in rows[0]:
+            lists = [row[f"ref_{side}_token_logps"] for side in ("chosen", "rejected") for row in rows]
+            # [N], in the order in which the scorer gives the policy's
+            columns["ref_token_logps"] = torch.tensor([x for values in lists for x in values], dtype=torch.float32)
+        return columns
 
     return collate
 
@@ -49,9 +61,10 @@ class PairTrainer(transformers.Trainer):
 
     model: torch.nn.Module
 
-    def __init__(self, *, beta: float, **kwargs: Any) -> None:
+    def __init__(self, *, loss: LossConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._beta = beta
+        self._loss = loss
+        self._aux_weight = router_aux_weight(kwargs["model"].config.get_text_config(), loss)
         # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._totals: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
@@ -63,24 +76,16 @@ class PairTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean DPO loss of the micro-batch's pairs; metrics are added up on the way."""
+        """Mean loss of the micro-batch's pairs; metrics are added up on the way."""
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-        scores = score(model, batch)
-        policy = PairLogps(*scores.sums())
-        ref = PairLogps(inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
-        pair_loss = dpo_loss(policy, ref, beta=self._beta)
-        self._add_metrics(
-            batch,
-            scores,
-            {
-                "logps/chosen": policy.chosen,
-                "logps/rejected": policy.rejected,
-                "rewards/chosen": pair_loss.chosen_rewards,
-                "rewards/rejected": pair_loss.rejected_rewards,
-            },
-        )
-        loss = pair_loss.losses.mean()
-        return (loss, {"losses": pair_loss.losses.detach()}) if return_outputs else loss
+        scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._aux_weight != 0)
+        pairs = _pairs(scores, inputs, self._loss)
+        objective = total_loss(pairs, self._loss)
+        loss = objective.loss
+        if scores.aux_loss is not None:
+            loss = loss + self._aux_weight * scores.aux_loss
+        self._add_metrics(_per_pair_columns(batch, scores, inputs, pairs, objective))
+        return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -107,9 +112,8 @@ class PairTrainer(transformers.Trainer):
             totals.clear()
         super().log(logs, start_time)
 
-    def _add_metrics(self, batch: Batch, scores: Scores, per_pair: dict[str, torch.Tensor]) -> None:
+    def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"
-        columns = _per_pair_columns(batch, scores, per_pair)
         # One collective per micro-batch: [pairs of all ranks, columns], without the pairs that padded the last one.
         stacked = self.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=1))
         totals = self._totals[mode]
@@ -121,43 +125,100 @@ class PairTrainer(transformers.Trainer):
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
 
 
-def _per_pair_columns(batch: Batch, scores: Scores, per_pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def router_aux_weight(config: Any, loss: LossConfig) -> float:
+    """Weight of the balance loss: the settings', or the model's own; 0 for a model without experts.
+
+    Raises:
+        ConfigError: A weight is set for a model that has no balance loss.
+    """
+    has_balance = hasattr(config, "output_router_logits")
+    if loss.router_aux_loss_coef and not has_balance:
+        raise ConfigError(
+            f"loss.router_aux_loss_coef: {config.model_type} is no mixture of experts that gives its router's logits; "
+            "leave it out"
+        )
+    if not has_balance:
+        return 0.0
+    own = getattr(config, "router_aux_loss_coef", 0.0)
+    return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+
+
+def _pairs(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig) -> Pairs:
+    """What the losses look at: policy logps from the scorer, reference logps from the batch."""
+    chosen, rejected = plain = scores.sums()
+    if loss.ld_alpha is not None:
+        # The reference's sums were weighed by the join, in the same way.
+        chosen, rejected = weighted_sums(scores.tokens.logps, scores.lengths, loss.ld_alpha)
+    weights = None
+    if scores.tokens.log_sum_squares is not None:
+        weights = wpo_weights(scores.tokens.logps, scores.tokens.log_sum_squares, scores.lengths)
+    chosen_tokens, rejected_tokens = scores.lengths.chunk(2)
+    return Pairs(
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=inputs["ref_chosen_logps"],
+        ref_rejected_logps=inputs["ref_rejected_logps"],
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        chosen_plain_logps=plain[0],
+        wpo_weights=weights,
+    )
+
+
+def _per_pair_columns(
+    batch: Batch, scores: Scores, inputs: Mapping[str, torch.Tensor], pairs: Pairs, objective: PairLoss
+) -> dict[str, torch.Tensor]:
     """Everything that is averaged, as sums per pair: each [P], float32."""
-    margins = per_pair["rewards/chosen"] - per_pair["rewards/rejected"]
-    columns = {name: value.detach().float() for name, value in per_pair.items()}
-    columns["rewards/margins"] = margins
-    # A tie says nothing: it counts as half right, so a policy equal to its reference reads 0.5, not 0.
-    columns["rewards/accuracies"] = (margins > 0).float() + 0.5 * (margins == 0).float()
-    columns["tokens"] = _pairwise(batch.attention_mask.sum(dim=1).float())
+    ref_margins = pairs.ref_chosen_logps - pairs.ref_rejected_logps
+    margins = objective.chosen_rewards - objective.rejected_rewards
+    columns = {
+        "logps/chosen": pairs.chosen_logps,
+        "logps/rejected": pairs.rejected_logps,
+        "logps/chosen_shift": pairs.chosen_ratios,
+        "rewards/chosen": objective.chosen_rewards,
+        "rewards/rejected": objective.rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": _share_above_zero(margins),
+        "ref/margins": ref_margins,
+        "ref/accuracies": _share_above_zero(ref_margins),
+        "lengths/chosen": pairs.chosen_tokens,
+        "lengths/rejected": pairs.rejected_tokens,
+        "lengths/truncated": inputs["truncated"],
+    }
+    if scores.aux_loss is not None:
+        columns["aux_loss"] = scores.aux_loss.expand(batch.num_pairs)
+    columns["tokens"] = torch.add(*batch.attention_mask.sum(dim=1).chunk(2))
+    per_token = {
+        "entropy": scores.tokens.entropy,
+        "top1": scores.tokens.is_top1,
+        "logit": scores.tokens.mean_logit,
+    }
+    if "ref_token_logps" in inputs:
+        # The k3 estimator (joschu.net/blog/kl-approx.html): never negative, 0 where the two agree.
+        gap = inputs["ref_token_logps"] - scores.tokens.logps.detach()
+        per_token["kl"] = torch.expm1(gap) - gap
     rows = torch.repeat_interleave(scores.lengths)
-    tokens = scores.tokens
-    for name, values in (("entropy", tokens.entropy), ("top1", tokens.is_top1), ("logit", tokens.mean_logit)):
+    for name, values in per_token.items():
         sums = torch.zeros(len(scores.lengths), device=values.device).index_add(0, rows, values.detach().float())
         columns[f"{name}_chosen"], columns[f"{name}_rejected"] = sums.chunk(2)
-    columns["num_chosen"], columns["num_rejected"] = scores.lengths.float().chunk(2)
-    return columns
+    columns["num_chosen"], columns["num_rejected"] = scores.lengths.chunk(2)
+    return {name: values.detach().float() for name, values in columns.items()}
 
 
-def _pairwise(rows: torch.Tensor) -> torch.Tensor:
-    chosen, rejected = rows.chunk(2)
-    return chosen + rejected
+def _share_above_zero(margins: torch.Tensor) -> torch.Tensor:
+    # A tie says nothing: it counts as half right, so a policy equal to its reference reads 0.5, not 0.
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def _averages(totals: Mapping[str, float]) -> dict[str, float]:
     """Averages over pairs, or over tokens where the metric is one of tokens."""
     chosen, rejected, pairs = totals["num_chosen"], totals["num_rejected"], totals["pairs"]
-    per_pair = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
-    return {
-        **{name: totals[name] / pairs for name in per_pair},
-        "logits/chosen": totals["logit_chosen"] / chosen,
-        "logits/rejected": totals["logit_rejected"] / rejected,
-        "entropy": (totals["entropy_chosen"] + totals["entropy_rejected"]) / (chosen + rejected),
-        "mean_token_accuracy": totals["top1_chosen"] / chosen,
-    }
+    averages = {name: total / pairs for name, total in totals.items() if "/" in name or name == "aux_loss"}
+    averages["logits/chosen"] = totals["logit_chosen"] / chosen
+    averages["logits/rejected"] = totals["logit_rejected"] / rejected
+    if "kl_chosen" in totals:
+        averages["kl/chosen"] = totals["kl_chosen"] / chosen
+        averages["kl/rejected"] = totals["kl_rejected"] / rejected
+    averages["entropy"] = (totals["entropy_chosen"] + totals["entropy_rejected"]) / (chosen + rejected)
+    averages["mean_token_accuracy"] = totals["top1_chosen"] / chosen
+    return averages

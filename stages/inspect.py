@@ -70,6 +70,7 @@ def describe_store(store: Store) -> dict[str, Any]:
         "identity": store.manifest["identity"],
         "declared": store.manifest["declared"],
         "totals": store.index["totals"],
+        "noise": store.index["noise"],
         "parts": len(store.parts),
         "bytes": sum(int(part["bytes"]) for part in store.parts),
         "pairs": pairs,
@@ -99,6 +100,19 @@ def _share_positive(values: npt.NDArray[Any]) -> float | None:
     return float((values > 0).mean() + 0.5 * (values == 0).mean()) if len(values) else None
 
 
+def _described_reference(reference: Mapping[str, Any]) -> str:
+    if "declared" in reference:
+        return "declared by name, weights unknown"
+    quantization = f", {reference['quantization']['bits']} bits" if reference["quantization"] else ""
+    return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
+
+
+def _described_noise(noise: Mapping[str, Any]) -> str:
+    if not noise["tokens"]:
+        return "not measured"
+    return f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most ({noise['tokens']:,} tokens scored twice)"
+
+
 def _as_text(entry: Mapping[str, Any]) -> str:
     identity, declared = entry["identity"], entry["declared"]
     totals = Ledger()
@@ -107,14 +121,15 @@ def _as_text(entry: Mapping[str, Any]) -> str:
     stored = "stored" if tokenization["token_logps"] else "not stored"
     lines = [
         entry["store"],
-        f"  reference     {declared['reference']} ({reference['dtype']}, weights {reference['weights'][:12]})",
+        f"  reference     {declared['reference']} ({_described_reference(reference)})",
     ]
-    if declared.get("reference_adapter") and reference["adapter"]:
+    if declared.get("reference_adapter") and reference.get("adapter"):
         lines.append(f"  adapter       {declared['reference_adapter']} ({reference['adapter'][:12]})")
     lines += [
         f"  dataset       {declared['dataset']}",
         f"  fingerprint   {entry['fingerprint']}",
         f"  max_length    {tokenization['max_length']}, token logps {stored}",
+        f"  noise floor   {_described_noise(entry['noise'])}",
         f"  rows          {totals.summary()}",
         f"  pairs         {entry['pairs']:,} in {entry['parts']} parts, {entry['bytes'] / 2**20:,.1f} MiB; "
         f"{entry['duplicates']:,} are duplicates of another",

@@ -29,6 +29,7 @@ from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, prepare, score
 from pipeline.shards import (
+    NoiseFloor,
     ScoredPair,
     create_store,
     delete_store,
@@ -62,6 +63,11 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
         DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
     """
     flag = watch_signals()
+    if config.reference.declared is not None:
+        raise ConfigError(
+            "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
+            "refshard import, or name a model in reference.model"
+        )
     if config.train:
         # A mistake in the other stage's section is better found before an hour of scoring than after it.
         training_settings(config)
@@ -95,8 +101,11 @@ class _Reference:
         self._pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         self._model: Any = None
 
-    def score_unit(self, pairs: list[KeptPair], flag: StopFlag) -> list[ScoredPair]:
-        """Score the pairs of one unit, in batches of similar length; give them in the order that they came in.
+    def score_unit(self, pairs: list[KeptPair], flag: StopFlag) -> tuple[list[ScoredPair], NoiseFloor]:
+        """Score the pairs of one unit, and a few of them a second time in other company.
+
+        Returns:
+            The scored pairs, in the order that they came in, and how far the second scoring was from the first.
 
         Raises:
             UnfinishedError: A signal came; the unit is dropped as a whole.
@@ -104,6 +113,14 @@ class _Reference:
         if self._model is None:
             self._load()
         self._check_vocabulary(pairs)
+        scored = self._score(pairs, flag)
+        # One pair alone has no other company to be scored in.
+        count = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
+        again = [i * len(pairs) // count for i in range(count)]
+        return scored, _noise_floor([scored[i] for i in again], self._score([pairs[i] for i in again], flag))
+
+    def _score(self, pairs: list[KeptPair], flag: StopFlag) -> list[ScoredPair]:
+        """Score pairs in batches of similar length; give them in the order that they came in."""
         scored: list[ScoredPair | None] = [None] * len(pairs)
         for indices in plan_batches([p.pair for p in pairs], self._config.precompute.tokens_per_batch):
             if flag:
@@ -153,6 +170,26 @@ class _Reference:
                 )
 
 
+# Pairs of a unit for each one that is scored twice: 1.6% of the work.
+_PAIRS_PER_SECOND_SCORING = 64
+
+
+def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
+    if not once:
+        return NoiseFloor()
+    gaps = [
+        np.abs(getattr(a, side).astype(np.float64) - getattr(b, side))
+        for a, b in zip(once, again, strict=True)
+        for side in ("chosen_token_logps", "rejected_token_logps")
+    ]
+    flat = np.concatenate(gaps)
+    # What is not finite is dealt with pair by pair, and measures nothing.
+    flat = flat[np.isfinite(flat)]
+    if not len(flat):
+        return NoiseFloor()
+    return NoiseFloor(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max()))
+
+
 def _score_split(
     config: Config,
     name: str,
@@ -181,8 +218,9 @@ def _score_split(
         pairs = list(kept_pairs(rows, tokenizer, config.data, ledger))
         copied = copy_scored(reusable, pairs)
         new = [pair for i, pair in enumerate(pairs) if i not in copied]
-        fresh = iter(reference.score_unit(new, flag) if new else [])
-        scored = [copied[i] if i in copied else next(fresh) for i in range(len(pairs))]
+        fresh, noise = reference.score_unit(new, flag) if new else ([], NoiseFloor())
+        unread = iter(fresh)
+        scored = [copied[i] if i in copied else next(unread) for i in range(len(pairs))]
         scored = _finite(scored, pairs, config.precompute.on_nonfinite, ledger)
         if copied:
             ledger.noted["copied from other shards"] += len(copied)
@@ -194,6 +232,7 @@ def _score_split(
             token_logps=config.precompute.token_logps,
             ledger=ledger,
             provenance=_provenance(config),
+            noise=noise,
         )
         progress.advance(ledger.rows, sum(_num_tokens(p) for p in pairs))
     progress.close()

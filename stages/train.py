@@ -86,7 +86,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         _say(state, f"Training {trained:,} of {total:,} parameters")
     callback = CommitCallback(identity, flag)
     trainer = PairTrainer(
-        beta=config.loss.beta,
+        loss=config.loss,
         model=policy,
         args=arguments,
         data_collator=make_collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0, config.data.max_length),
@@ -213,7 +213,12 @@ def _join_all(config: Config, stores: Mapping[str, Store], tokenizer: Any, outpu
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
         pairs = kept_pairs(read_rows(source), tokenizer, config.data, ledger)
-        report = join(pairs, load_reference_table([store], config.data.max_length), _joined_file(output, name))
+        token_file = output / JOINED / f"{name}-token-logps.arrow"
+        table = load_reference_table(
+            [store], config.data.max_length, ld_alpha=config.loss.ld_alpha, token_file=token_file
+        )
+        report = join(pairs, table, _joined_file(output, name))
+        token_file.unlink(missing_ok=True)
         click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
         if report.missing and on_missing == "stop":
             raise DataError(

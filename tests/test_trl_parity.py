@@ -16,7 +16,7 @@ import transformers
 import trl
 from conftest import HH, make_model, make_tokenizer, refshard, write_config, write_jsonl
 
-from pipeline.config import load_config
+from pipeline.config import LossConfig, load_config
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import join, load_reference_table
 from pipeline.models import load_policy
@@ -182,7 +182,7 @@ def _losses_on_weights(
     policy = load_policy(config)
     prepare(policy)
     trainer = PairTrainer(
-        beta=BETA,
+        loss=LossConfig(beta=BETA),
         model=policy,
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path / "captured"), remove_unused_columns=False, **_shared_arguments()
