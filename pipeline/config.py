@@ -366,8 +366,8 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: dict[str, object] = field(default_factory=dict)
-    """Any field of `transformers.TrainingArguments`; and `on_missing`, stop or drop: what pairs do that have no
-    reference logps."""
+    """Any field of `transformers.TrainingArguments`; `on_missing`, stop or drop: what pairs do that have no reference
+    logps; `on_mismatch`, stop or warn: what a policy does that should start as its reference and does not."""
 
     def __post_init__(self) -> None:
         if self.loss.ld_alpha is not None and not self.precompute.token_logps:
@@ -449,12 +449,12 @@ def training_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"learning_rate": 1e-6, "logging_steps": 10, "report_to": "none"}
     for key, value in config.train.items():
         where = f"train.{key}"
-        if key == "on_missing":
-            settings[key] = _convert(value, Literal["stop", "drop"], where)
+        if key in _OWN_TRAIN_FIELDS:
+            settings[key] = _convert(value, _OWN_TRAIN_FIELDS[key], where)
             continue
         if key not in known:
             raise ConfigError(
-                f"{where}: no such field of TrainingArguments{_nearest(key, [*sorted(known), 'on_missing'])}"
+                f"{where}: no such field of TrainingArguments{_nearest(key, [*sorted(known), *_OWN_TRAIN_FIELDS])}"
             )
         if key in _FIXED_TRAIN_FIELDS:
             raise ConfigError(f"{where}: {_FIXED_TRAIN_FIELDS[key]}")
@@ -463,6 +463,9 @@ def training_settings(config: Config) -> dict[str, Any]:
         raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
     return settings
 
+
+# What pairs without reference logps do, and what a policy does that is not the reference that it should start as.
+_OWN_TRAIN_FIELDS: dict[str, Any] = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
 
 _FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",

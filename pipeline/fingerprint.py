@@ -10,14 +10,16 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config
+from pipeline.config import Config, ReferenceConfig
 from pipeline.digests import sha256_of_file
 from pipeline.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    find_adapter,
     reference_quantization,
     reference_sources,
     reference_weights,
@@ -28,7 +30,7 @@ from pipeline.tokens import TOKENIZATION_VERSION
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SCHEMA_VERSION", "differences", "fingerprint_of", "identity_of_run"]
+__all__ = ["SCHEMA_VERSION", "Kinship", "differences", "fingerprint_of", "identity_of_run", "kinship"]
 
 SCHEMA_VERSION = 1
 """Version of the shards' columns and of the manifest."""
@@ -86,6 +88,35 @@ def _identity_of_reference(config: Config) -> dict[str, Any]:
         "adapter": None if adapter is None else _digest_of_adapter(adapter),
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """Where the policy and its reference are the same model."""
+
+    at_start: bool
+    """The policy before training is the reference, dtype aside."""
+    adapters_off: bool
+    """The policy with its adapter switched off is the reference, at any step."""
+    frozen_adapter: Path | None
+    """With this adapter in place of its own, the policy is the reference, at any step."""
+
+
+def kinship(config: Config) -> Kinship:
+    """Tell by content where policy and reference must agree. Reads files, loads no weights."""
+    if config.reference.declared is not None:
+        return Kinship(False, False, None)
+    reference = _identity_of_reference(config)
+    own = _identity_of_reference(dataclasses.replace(config, reference=ReferenceConfig()))
+    same_base = all(reference[key] == own[key] for key in ("weights", "config", "quantization"))
+    at_start = same_base and reference["adapter"] == own["adapter"]
+    return Kinship(
+        at_start=at_start,
+        adapters_off=same_base and reference["adapter"] is None and config.policy.has_adapter,
+        frozen_adapter=(
+            find_adapter(config.policy.adapter, "policy.adapter") if at_start and config.policy.adapter else None
+        ),
+    )
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:

@@ -18,10 +18,11 @@ from pipeline.card import model_card
 from pipeline.checkpoints import CommitCallback, check_same_run, find_checkpoint, write_json
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import ConfigError, DataError, UnfinishedError
-from pipeline.fingerprint import identity_of_run
+from pipeline.fingerprint import identity_of_run, kinship
+from pipeline.gate import Gate, GateCallback
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import check_identity, join, load_reference_table
-from pipeline.models import load_policy, load_tokenizer
+from pipeline.models import find_model, load_policy, load_tokenizer, resolve_dtype
 from pipeline.scoring import check_scoring, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import watch_signals
@@ -49,7 +50,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     """
     flag = watch_signals()
     settings = training_settings(config)
-    on_missing = settings.pop("on_missing", "stop")
+    on_missing, on_mismatch = (settings.pop(key, "stop") for key in ("on_missing", "on_mismatch"))
     arguments = _training_arguments(config, settings)
     output = Path(str(arguments.output_dir))
     state = PartialState()
@@ -79,12 +80,13 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     policy = load_policy(config)
     prepare(policy)
     check_scoring(policy, "policy.model")
-    if config.policy.lora or config.policy.adapter:
+    if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
     callback = CommitCallback(identity, flag)
+    gate = GateCallback(_gate(config, arguments, stores["train"], on_mismatch), lambda text: _say(state, text))
     trainer = PairTrainer(
         loss=config.loss,
         model=policy,
@@ -93,9 +95,9 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[callback, gate],
     )
-    callback.trainer = trainer
+    callback.trainer = gate.trainer = trainer
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -150,6 +152,23 @@ def _training_arguments(config: Config, settings: Mapping[str, Any]) -> transfor
 def _open_stores(config: Config) -> dict[str, Store]:
     folder = Path(config.precompute.output)
     return {name: open_store(folder / name) for name in ("train", *config.data.eval)}
+
+
+def _gate(config: Config, arguments: transformers.TrainingArguments, store: Store, on_mismatch: str) -> Gate:
+    kin = kinship(config)
+    model = find_model(config.policy.model, config.policy.revision, "policy.model")
+    policy_dtype = resolve_dtype(config.policy.dtype, read_json(model / "config.json"))
+    if arguments.bf16 or arguments.fp16:
+        policy_dtype = "bfloat16" if arguments.bf16 else "float16"
+    return Gate(
+        store=store,
+        reference_dtype=str(store.manifest["identity"]["reference"].get("dtype", "float32")),
+        policy_dtype=policy_dtype,
+        at_start=kin.at_start,
+        adapters_off=kin.adapters_off,
+        frozen_adapter=kin.frozen_adapter,
+        warn_only=on_mismatch == "warn",
+    )
 
 
 def _run_identity(

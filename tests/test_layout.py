@@ -29,6 +29,7 @@ PIPELINE = [
     "shards",
     "reuse",
     "join",
+    "gate",
     "losses",
     "trainer",
     "checkpoints",
