@@ -4,22 +4,33 @@ The library's own resume takes the highest number, accepts a missing optimizer a
 half-written folder. So a checkpoint without our marker is one that a kill cut short, and is set aside.
 """
 
-import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from pipeline.config import Config, as_dict
 from pipeline.digests import read_sha256
 from pipeline.errors import DataError, IdentityError
 from pipeline.signals import StopFlag
-from pipeline.storage import read_json, replace_file
+from pipeline.storage import read_json, write_json
 
-__all__ = ["CommitCallback", "check_same_run", "commit_checkpoint", "find_checkpoint", "write_json"]
+__all__ = [
+    "RUN",
+    "CommitCallback",
+    "check_same_run",
+    "commit_checkpoint",
+    "delete_run",
+    "find_checkpoint",
+    "is_recorded",
+    "newest_step",
+    "run_identity",
+]
 
-MARKER = "refshard-commit.json"
+MARKER, RUN = "refshard-commit.json", "run.json"
 
 
 def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
@@ -81,9 +92,59 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
         )
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that readers see whole or not at all."""
-    replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+def newest_step(run_folder: Path) -> int:
+    """Step of the newest committed checkpoint, 0 if there is none. Only looks; its files are not checked."""
+    found = [int(_number(p)) for p in run_folder.glob("checkpoint-*") if re.fullmatch("[0-9]+", _number(p))]
+    return max((step for step in found if (run_folder / f"checkpoint-{step}" / MARKER).exists()), default=0)
+
+
+def is_recorded(run_folder: Path) -> bool:
+    """Whether the run is recorded as finished."""
+    return (run_folder / RUN).exists()
+
+
+def delete_run(run_folder: Path) -> None:
+    """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
+    (run_folder / RUN).unlink(missing_ok=True)
+    for folder in (*run_folder.glob("checkpoint-*"), *run_folder.glob("references")):
+        shutil.rmtree(folder)
+
+
+def run_identity(
+    config: Config, settings: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
+) -> dict[str, Any]:
+    """What a checkpoint must agree with for training to go on from it as if it had never stopped."""
+    fixed = (
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "optim",
+        "optim_args",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "weight_decay",
+        "max_grad_norm",
+        "bf16",
+        "fp16",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+    )
+    run = as_dict(config)
+    return {
+        "fingerprints": dict(fingerprints),
+        "data": run["data"],
+        "policy": run["policy"],
+        "loss": run["loss"],
+        "sync": run["reference"]["sync"],
+        "train": {key: settings[key] for key in fixed if key in settings},
+        "processes": processes,
+    }
 
 
 class CommitCallback(transformers.TrainerCallback):

@@ -21,6 +21,7 @@ import yaml
 from pipeline.errors import ConfigError
 
 __all__ = [
+    "OWN_TRAIN_FIELDS",
     "Config",
     "DataConfig",
     "EvalSetConfig",
@@ -380,6 +381,8 @@ def _check_sync(config: "Config") -> None:
     """Refuse what can't go together with a reference that moves."""
     if config.policy.quantization is not None:
         raise ValueError("policy.quantization: quantized weights can't be mixed with the reference (reference.sync)")
+    if str(config.train.get("on_missing", "stop")) == "drop":
+        raise ValueError("train.on_missing: drop would change which pairs a window has (reference.sync)")
     for key in ("load_best_model_at_end", "push_to_hub"):
         if str(config.train.get(key, "false")).lower() not in _FALSE:
             raise ValueError(f"train.{key}: can't be set with reference.sync, whose run is one process for each window")
@@ -449,12 +452,12 @@ def training_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"learning_rate": 1e-6, "logging_steps": 10, "report_to": "none"}
     for key, value in config.train.items():
         where = f"train.{key}"
-        if key in _OWN_TRAIN_FIELDS:
-            settings[key] = _convert(value, _OWN_TRAIN_FIELDS[key], where)
+        if key in OWN_TRAIN_FIELDS:
+            settings[key] = _convert(value, OWN_TRAIN_FIELDS[key], where)
             continue
         if key not in known:
             raise ConfigError(
-                f"{where}: no such field of TrainingArguments{_nearest(key, [*sorted(known), *_OWN_TRAIN_FIELDS])}"
+                f"{where}: no such field of TrainingArguments{_nearest(key, [*sorted(known), *OWN_TRAIN_FIELDS])}"
             )
         if key in _FIXED_TRAIN_FIELDS:
             raise ConfigError(f"{where}: {_FIXED_TRAIN_FIELDS[key]}")
@@ -465,7 +468,7 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 
 # What pairs without reference logps do, and what a policy does that is not the reference that it should start as.
-_OWN_TRAIN_FIELDS: dict[str, Any] = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
+OWN_TRAIN_FIELDS: dict[str, Any] = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
 
 _FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError
+from pipeline.fingerprint import Kinship
 from pipeline.packing import Batch
 from pipeline.scoring import score
 from pipeline.shards import NoiseFloor, Store, part_name
@@ -72,12 +73,10 @@ class Gate:
     reference_dtype: str
     policy_dtype: str
     """Dtype that the policy's products run in: autocast's where it is on"""
-    at_start: bool
-    """The policy, before step one, is the reference"""
-    adapters_off: bool
-    """The policy with its adapters switched off is the reference, at any step"""
-    frozen_adapter: Path | None
-    """With this adapter in place of its own the policy is the reference, at any step"""
+    kinship: Kinship
+    """Where the two must agree"""
+    start: int
+    """Step before whose successor the policy stands at its start"""
     warn_only: bool
     """Print what is found instead of stopping"""
 
@@ -104,23 +103,27 @@ class GateCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gate, trainer = self._gate, self.trainer
-        fresh = state.global_step == 0
-        if not (gate.adapters_off or gate.frozen_adapter or (gate.at_start and fresh)):
+        kinship = gate.kinship
+        fresh = state.global_step == gate.start
+        if not (kinship.adapters_off or kinship.frozen_adapter or (kinship.at_start and fresh)):
             return
         rows = choose_sample(trainer.train_dataset)
         if not rows:
             return
         measure = _Measure(trainer, rows)
-        if gate.at_start and fresh:
+        if kinship.at_start and fresh:
             gaps, which = measure(), "the policy before its first step"
-        elif gate.adapters_off:
+        elif kinship.adapters_off:
             gaps, which = measure(adapters=False), "the policy with its adapter switched off"
         elif _is_sharded(trainer):
             # Another adapter can't be put on a model that is spread over ranks.
             return
         else:
-            assert gate.frozen_adapter is not None
-            gaps, which = measure(adapter=gate.frozen_adapter), f"the policy with the adapter {gate.frozen_adapter}"
+            assert kinship.frozen_adapter is not None
+            gaps, which = (
+                measure(adapter=kinship.frozen_adapter),
+                f"the policy with the adapter {kinship.frozen_adapter}",
+            )
         # A fresh adapter over wrong weights is found by either; the one with it off says which of the two it is.
         if gate.passes(gaps):
             self._say(
@@ -249,8 +252,7 @@ def _explain(gate: Gate, gaps: Gaps, which: str, measure: _Measure, fresh: bool)
             f"{found}, but only in {names}: what it holds is not what this reference gave. Delete it and index.json, "
             "then run refshard precompute again"
         )
-    with_adapter = (gate.adapters_off or gate.frozen_adapter is not None) and fresh and gate.at_start
-    if with_adapter and gate.adapters_off and gate.passes(measure(adapters=False)):
+    if gate.kinship.adapters_off and gate.kinship.at_start and fresh and gate.passes(measure(adapters=False)):
         return ConfigError(
             f"{found}. With the adapter switched off it is, so the adapter, declared fresh, is not a zero change: "
             "start from one whose change is zero, or name it in policy.adapter, which puts it on the reference too"

@@ -97,8 +97,8 @@ def load_reference_table(
         ConfigError: `ld_alpha` is asked for, and a store has no token logps.
         DataError: A part is damaged, or its sums are not those of its token logps.
     """
-    stored = all(store.manifest["identity"]["tokenization"]["token_logps"] for store in stores)
-    if ld_alpha is not None and not stored:
+    stored = bool(stores) and all(store.manifest["identity"]["tokenization"]["token_logps"] for store in stores)
+    if ld_alpha is not None and stores and not stored:
         raise ConfigError(
             f"loss.ld_alpha: {stores[0].folder} holds sums alone, and tokens are weighed one by one; "
             "score again with precompute.token_logps: true"
@@ -111,9 +111,9 @@ def load_reference_table(
                 piece, lists = _piece(store, part, len(pieces), max_length, ld_alpha)
                 pieces.append(piece)
                 sink.write(lists)
-    if not pieces:
-        raise DataError("the stores hold no part")
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(piece[name] for piece in pieces)]) for name, dtype in _PIECE.items()
+    }
     columns["rows"] = np.arange(len(columns["keys"]))
     columns["keys"], first = np.unique(columns["keys"], return_index=True)
     return ReferenceTable(
@@ -121,6 +121,16 @@ def load_reference_table(
         **{name: values[first] for name, values in columns.items()},
         token_logps=None if token_file is None else pa.ipc.open_stream(pa.memory_map(str(token_file))).read_all(),
     )
+
+
+_PIECE = {
+    "keys": "S16",
+    "parts": "int32",
+    "chosen_logps": "float32",
+    "rejected_logps": "float32",
+    "chosen_tokens": "int32",
+    "rejected_tokens": "int32",
+}
 
 
 def _piece(

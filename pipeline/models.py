@@ -27,10 +27,12 @@ __all__ = [
     "disable_dropout",
     "find_adapter",
     "find_model",
+    "load_plain",
     "load_policy",
     "load_reference",
     "load_tokenizer",
     "pick_device",
+    "reference_dtype",
     "reference_quantization",
     "reference_sources",
     "reference_weights",
@@ -222,6 +224,20 @@ def load_policy(config: Config) -> Any:
     if policy.ia3 is not None:
         return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
     return model
+
+
+def load_plain(config: Config) -> Any:
+    """Load the reference in float32 on the CPU, its adapter merged into the weights."""
+    named, adapter = reference_sources(config)
+    model = _load(named, "float32", None, None)
+    return model if adapter is None else _with_adapter(model, adapter, trainable=False).merge_and_unload()
+
+
+def reference_dtype(config: Config) -> Dtype:
+    """Name the dtype that the reference is scored in. Fetches no weights."""
+    named, _ = reference_sources(config)
+    settings = read_json(named.folder() / "config.json") if config.reference.dtype == "auto" else {}
+    return cast(Dtype, resolve_dtype(config.reference.dtype, settings))
 
 
 def reference_quantization(config: Config) -> Quantization | None:

@@ -9,12 +9,13 @@ import errno
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, StorageError
 
-__all__ = ["put_if_absent", "read_json", "replace_file"]
+__all__ = ["put_if_absent", "read_json", "replace_file", "write_json"]
 
 
 def put_if_absent(file: Path, content: bytes) -> bool:
@@ -56,6 +57,11 @@ def replace_file(file: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise _storage_error(file, error) from error
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that readers see whole or not at all."""
+    replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.config import LossConfig
+from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
 from pipeline.errors import ConfigError, DataError
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.packing import Batch, make_batch
 from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.tokens import TokenizedPair, truncate
 
-__all__ = ["PairTrainer", "make_collator", "router_aux_weight"]
+__all__ = ["PairTrainer", "make_collator", "router_aux_weight", "training_arguments"]
 
 
 def make_collator(pad_id: int, max_length: int | None) -> Any:
@@ -44,16 +44,49 @@ def make_collator(pad_id: int, max_length: int | None) -> Any:
             "attention_mask": batch.attention_mask,
             "completion_mask": batch.completion_mask,
         }
-        for row in rows:
-            if math.isnan(row["ref_chosen_logps"]) or math.isnan(row["ref_rejected_logps"]):
-                raise DataError(f"row {row['row']}: is to be trained on, but was not scored. This is a bug")
         if "ref_chosen_token_logps" in rows[0]:
-            lists = [row[f"ref_{side}_token_logps"] for side in ("chosen", "rejected") for row in rows]
+            # A pair that was not scored has none; the loader may fetch it ahead, but the loss refuses it.
+            lists = [
+                row[f"ref_{side}_token_logps"] or [math.nan] * len(getattr(pair, f"{side}_ids"))
+                for side in ("chosen", "rejected")
+                for row, pair in zip(rows, pairs, strict=True)
+            ]
             # [N], in the order in which the scorer gives the policy's
             columns["ref_token_logps"] = torch.tensor([x for values in lists for x in values], dtype=torch.float32)
         return columns
 
     return collate
+
+
+def training_arguments(config: Config) -> transformers.TrainingArguments:
+    """Make the library's arguments from the settings, and refuse what can't work.
+
+    Raises:
+        ConfigError: A field is unknown, of the wrong type, or impossible here.
+    """
+    settings = training_settings(config)
+    for own in OWN_TRAIN_FIELDS:
+        settings.pop(own, None)
+    try:
+        made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+    if made.n_gpu > 1:
+        raise ConfigError(
+            "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
+    if made.eval_strategy != "no" and not config.data.eval:
+        raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
+    if config.reference.sync is not None:
+        if made.world_size > 1:
+            raise ConfigError(
+                f"reference.sync: {made.world_size} processes; windows are planned for one process. Start it alone"
+            )
+        if made.save_strategy == "no":
+            # Every window ends in a checkpoint; one behind the newest is kept, in case that one is cut short.
+            made.save_total_limit = made.save_total_limit or 2
+    return made
 
 
 class PairTrainer(transformers.Trainer):
@@ -76,7 +109,13 @@ class PairTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of the micro-batch's pairs; metrics are added up on the way."""
+        """Mean loss of the micro-batch's pairs; metrics are added up on the way.
+
+        Raises:
+            DataError: A pair has no reference logps.
+        """
+        if not torch.isfinite(inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).all():
+            raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
         scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._aux_weight != 0)
         pairs = _pairs(scores, inputs, self._loss)

@@ -78,12 +78,20 @@ def precompute(config_file: Path, overrides: tuple[str, ...], worker: tuple[int,
 @_CONFIG
 @_OVERRIDES
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
-def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+@click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
+def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_window: bool) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
-    Goes on from the run's last whole checkpoint, if there is one.
+    Goes on from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
+    stage one, each in its own process, until the run is finished.
     """
     config = load_config(config_file, overrides)
+    if config.reference.sync is not None and not one_window:
+        from stages import windows
+
+        words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
+        windows.run(config, words, overwrite=overwrite)
+        return
     from stages import train as stage
 
     stage.run(config, overwrite=overwrite)
@@ -133,6 +141,8 @@ def run() -> None:
         status = main.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        status = error.exit_code
+    except click.exceptions.Exit as error:
         status = error.exit_code
     except click.exceptions.Abort:
         click.echo("refshard: interrupted", err=True)

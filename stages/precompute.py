@@ -7,6 +7,7 @@ those that are there, and whoever finds all of them there writes the index. So a
 run, and any other number can finish it.
 """
 
+import hashlib
 import itertools
 import sys
 import time
@@ -25,6 +26,7 @@ from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.models import load_reference, load_tokenizer, pick_device, reference_sources
+from pipeline.order import order_of_run
 from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, prepare, score
@@ -41,7 +43,9 @@ from pipeline.shards import (
 )
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
+from pipeline.trainer import training_arguments
 from pipeline.versions import library_versions
+from pipeline.windows import next_window, prepare_reference, window_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,23 +78,53 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     sources = {"train": open_source(config.data)}
     sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
     tokenizer = load_tokenizer(config)
+    rows = None
+    if config.reference.sync is not None:
+        config, sources, rows = _next_window(config, sources, tokenizer)
     identity = identity_of_run(config, tokenizer)
     reference = _Reference(config, tokenizer)
     reusable = open_reusable(config.precompute.reuse, identity)
     others = 0
     for name, source in sources.items():
         folder = Path(config.precompute.output) / name
+        wanted = rows if name == "train" else None
         if overwrite:
             delete_store(folder)
-        fingerprint = create_store(folder, identity, _plan(config, source, reusable), _declared(config, source))
+        plan = _plan(config, source, reusable, wanted)
+        fingerprint = create_store(folder, identity, plan, _declared(config, source))
         if not is_finished(folder):
             others += _score_split(
-                config, name, source, folder, fingerprint, worker, reference, reusable, tokenizer, flag
+                config, name, source, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
             )
         if is_finished(folder):
             _report_finished(folder, name)
     if others:
         click.echo(f"Worker {worker[0]}/{worker[1]} is done; {others} units of other workers are still missing.")
+
+
+def _next_window(
+    config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Config, dict[str, Source], frozenset[int]]:
+    """Find out where a TR-DPO run stands and move its reference there.
+
+    Returns:
+        The settings of the window that comes next, the sets that it needs scored, and the training rows that it has.
+    """
+    arguments = training_arguments(config)
+    output = Path(str(arguments.output_dir))
+    kept = [pair.row for pair in kept_pairs(read_rows(sources["train"]), tokenizer, config.data, Ledger())]
+    order = order_of_run(arguments, len(kept))
+    window = next_window(config, arguments, order)
+    prepare_reference(config, window, output)
+    rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
+    steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
+    click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
+    needed = {
+        name: source
+        for name, source in sources.items()
+        if (bool(rows) if name == "train" else bool(window.evaluations))
+    }
+    return window_config(config, window, output), needed, rows
 
 
 class _Reference:
@@ -194,6 +228,7 @@ def _score_split(
     config: Config,
     name: str,
     source: Source,
+    wanted: frozenset[int] | None,
     folder: Path,
     fingerprint: str,
     worker: tuple[int, int],
@@ -204,8 +239,8 @@ def _score_split(
 ) -> int:
     """Score this worker's missing units of one split; gives the number of units that others still owe."""
     index, count = worker
-    total = count_rows(source)
-    units = _units(source, config.precompute.rows_per_shard)
+    total = count_rows(source) if wanted is None else len(wanted)
+    units = _units(source, wanted, config.precompute.rows_per_shard)
     num_units = 0
     progress = _Progress(name, _rows_to_do(total, config, folder, worker))
     for unit, rows in units:
@@ -239,9 +274,11 @@ def _score_split(
     return len(finish_store(folder, num_units))
 
 
-def _units(source: Source, rows_per_shard: int) -> Iterator[tuple[int, Iterator[Row]]]:
-    """Cut the source into units of consecutive rows, numbered from 0; unread rows are never decoded."""
-    return itertools.groupby(read_rows(source), key=lambda row: (row.number - source.start) // rows_per_shard)
+def _units(source: Source, wanted: frozenset[int] | None, rows_per_shard: int) -> Iterator[tuple[int, Iterator[Row]]]:
+    """Cut the source, or its wanted rows, into units, numbered from 0; unread rows are never decoded."""
+    rows = (row for row in read_rows(source) if wanted is None or row.number in wanted)
+    for unit, group in itertools.groupby(enumerate(rows), key=lambda item: item[0] // rows_per_shard):
+        yield unit, (row for _, row in group)
 
 
 def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, ledger: Ledger) -> list[ScoredPair]:
@@ -319,7 +356,7 @@ def _report_finished(folder: Path, name: str) -> None:
         raise DataError(f"{folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
 
 
-def _plan(config: Config, source: Source, reusable: Reusable) -> dict[str, Any]:
+def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[int] | None) -> dict[str, Any]:
     """What the content of a part depends on besides the identity: a store is continued only if all is equal.
 
     Whether a bad row stops the run or is skipped is not in it: no part ever holds one. So the way on that an error
@@ -329,7 +366,9 @@ def _plan(config: Config, source: Source, reusable: Reusable) -> dict[str, Any]:
     if source.format == "disk":
         files = tuple(sorted(Path(source.path).rglob("*.arrow")))
     local = bool(files)
+    of_window = {} if wanted is None else {"window": hashlib.sha256(repr(sorted(wanted)).encode()).hexdigest()}
     return {
+        **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
         "columns": dict(source.columns),

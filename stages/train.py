@@ -3,8 +3,9 @@
 stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO loss -> a folder that loads
 """
 
+import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,33 @@ import yaml
 from accelerate import PartialState
 
 from pipeline.card import model_card
-from pipeline.checkpoints import CommitCallback, check_same_run, find_checkpoint, write_json
+from pipeline.checkpoints import RUN, CommitCallback, check_same_run, delete_run, find_checkpoint, run_identity
 from pipeline.config import Config, as_dict, training_settings
-from pipeline.errors import ConfigError, DataError, UnfinishedError
-from pipeline.fingerprint import identity_of_run, kinship
+from pipeline.errors import DataError, UnfinishedError
+from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.gate import Gate, GateCallback
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import check_identity, join, load_reference_table
 from pipeline.models import find_model, load_policy, load_tokenizer, resolve_dtype
+from pipeline.order import order_of_run
 from pipeline.scoring import check_scoring, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import watch_signals
 from pipeline.sources import describe, open_source, read_rows
-from pipeline.storage import read_json, replace_file
-from pipeline.trainer import PairTrainer, make_collator
+from pipeline.storage import read_json, replace_file, write_json
+from pipeline.trainer import PairTrainer, make_collator, training_arguments
 from pipeline.versions import library_versions
+from pipeline.windows import Window, WindowCallback, make_window, window_config
 
 __all__ = ["run"]
 
-RUN, SETTINGS, JOINED = "run.json", "refshard.yaml", "joined"
+SETTINGS, JOINED = "refshard.yaml", "joined"
 
 
 def run(config: Config, *, overwrite: bool = False) -> None:
     """Train, going on from the run's last whole checkpoint if there is one, and save the policy.
+
+    With `reference.sync`, train one window: up to the step where the reference moves.
 
     Args:
         config: The run's settings.
@@ -50,17 +55,15 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     """
     flag = watch_signals()
     settings = training_settings(config)
-    on_missing, on_mismatch = (settings.pop(key, "stop") for key in ("on_missing", "on_mismatch"))
-    arguments = _training_arguments(config, settings)
+    arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
     state = PartialState()
-    stores = _open_stores(config)
     tokenizer = load_tokenizer(config)
-    check_identity(list(stores.values()), identity_of_run(config, tokenizer))
-    identity = _run_identity(config, settings, stores, state.num_processes)
+    stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
+    identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
 
     if overwrite and state.is_main_process:
-        _delete_run(output)
+        delete_run(output)
     state.wait_for_everyone()
     if _is_finished(output, identity):
         _say(state, f"{output}: this run is finished already; nothing to do.")
@@ -70,14 +73,23 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         # First, since it refuses a folder of another run, whose settings are then still its own.
         checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
         _save_settings(output, config)
-        _join_all(config, stores, tokenizer, output, on_missing)
-    state.wait_for_everyone()
     checkpoint = _from_main_process(checkpoint)
-    sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in stores}
+    window = None
+    if config.reference.sync:
+        window = _window(config, arguments, tokenizer, checkpoint)
+        settings_of_window = window_config(config, window, output)
+        stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
+    else:
+        settings_of_window = config
+    if state.is_main_process:
+        _join_all(config, stores, tokenizer, output, str(settings.get("on_missing", "stop")), window)
+    state.wait_for_everyone()
+    sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in ("train", *config.data.eval)}
 
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
-    policy = load_policy(config)
+    finished = checkpoint is not None and _is_trained(checkpoint)
+    policy = load_policy(_at_checkpoint(config, checkpoint) if checkpoint is not None and finished else config)
     prepare(policy)
     check_scoring(policy, "policy.model")
     if config.policy.has_adapter:
@@ -85,8 +97,14 @@ def run(config: Config, *, overwrite: bool = False) -> None:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
-    callback = CommitCallback(identity, flag)
-    gate = GateCallback(_gate(config, arguments, stores["train"], on_mismatch), lambda text: _say(state, text))
+    commit = CommitCallback(identity, flag)
+    callbacks: list[Any] = [commit]
+    if "train" in stores:
+        gate = _gate(config, settings_of_window, arguments, stores["train"], settings.get("on_mismatch"), window)
+        callbacks.append(GateCallback(gate, lambda text: _say(state, text)))
+    if window is not None:
+        callbacks.append(WindowCallback(window))
+        arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
     trainer = PairTrainer(
         loss=config.loss,
         model=policy,
@@ -95,37 +113,92 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
         processing_class=tokenizer,
-        callbacks=[callback, gate],
+        callbacks=callbacks,
     )
-    callback.trainer = gate.trainer = trainer
+    for callback in callbacks:
+        callback.trainer = trainer
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if callback.stopped_early:
+    if checkpoint is not None and finished:
+        # All steps are done, and the library would take one more.
+        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if commit.stopped_early:
         raise UnfinishedError(
             f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
             f"saved in {output}. Run the same command again"
         )
+    if window is not None and not window.is_last:
+        _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
+        return
+    _finish(config, trainer, output, stores, identity, settings, len(sets["train"]), state)
+
+
+def _finish(
+    config: Config,
+    trainer: PairTrainer,
+    output: Path,
+    stores: Mapping[str, Store],
+    identity: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    pairs: int,
+    state: PartialState,
+) -> None:
+    """Evaluate, save the policy and its card, and write down that the run is finished."""
     metrics = _final_metrics(trainer)
     trainer.save_model(str(output))
-    if state.is_main_process:
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
-        _write_card(config, output, stores, len(sets["train"]), settings, metrics)
-        write_json(
-            output / RUN,
-            {
-                "finished": True,
-                "step": trainer.state.global_step,
-                "identity": identity,
-                "train_loss": result.training_loss,
-                "metrics": metrics,
-                "versions": library_versions(),
-            },
-        )
-        shutil.rmtree(output / JOINED, ignore_errors=True)
-        click.echo(
-            f"The policy is in {output} ({trainer.state.global_step} steps, training loss {result.training_loss:.4f})"
-        )
+    if not state.is_main_process:
+        return
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    train_loss = sum(losses) / len(losses) if losses else None
+    _write_card(config, output, stores, pairs, settings, metrics)
+    record = {"finished": True, "step": trainer.state.global_step, "identity": identity, "train_loss": train_loss}
+    write_json(output / RUN, {**record, "metrics": metrics, "versions": library_versions()})
+    for folder in (JOINED, "references"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
+    click.echo(f"The policy is in {output} ({trainer.state.global_step} steps{mean})")
+
+
+def _window(
+    config: Config, arguments: transformers.TrainingArguments, tokenizer: Any, checkpoint: Path | None
+) -> Window:
+    """The window that the checkpoint stands in."""
+    assert config.reference.sync is not None
+    pairs = kept_pairs(read_rows(open_source(config.data)), tokenizer, config.data, Ledger())
+    order = order_of_run(arguments, sum(1 for _ in pairs))
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    return make_window(config, arguments, order, step // config.reference.sync.steps)
+
+
+def _sets_of(config: Config, window: Window) -> list[str]:
+    trains = ["train"] if window.last > window.first else []
+    return [*trains, *(config.data.eval if window.evaluations else [])]
+
+
+def _is_trained(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the run's last step."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _at_checkpoint(config: Config, checkpoint: Path) -> Config:
+    """The settings with the policy as the checkpoint has it."""
+    policy = config.policy
+    if policy.has_adapter:
+        policy = dataclasses.replace(policy, adapter=str(checkpoint), lora=None, ia3=None)
+    else:
+        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None)
+    return dataclasses.replace(config, policy=policy)
+
+
+def _fingerprints(config: Config, stores: Mapping[str, Store], tokenizer: Any) -> dict[str, str]:
+    if config.reference.sync is None:
+        return {name: store.fingerprint for name, store in stores.items()}
+    # The stores change with every window; what they start from does not.
+    return {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
 
 
 def _say(state: PartialState, text: str) -> None:
@@ -133,29 +206,26 @@ def _say(state: PartialState, text: str) -> None:
         click.echo(text)
 
 
-def _training_arguments(config: Config, settings: Mapping[str, Any]) -> transformers.TrainingArguments:
-    arguments = {**settings, "remove_unused_columns": False, "label_names": []}
-    try:
-        made = transformers.TrainingArguments(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
-    if made.n_gpu > 1:
-        raise ConfigError(
-            "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
-            "CUDA_VISIBLE_DEVICES to one of them"
-        )
-    if made.eval_strategy != "no" and not config.data.eval:
-        raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
-    return made
-
-
-def _open_stores(config: Config) -> dict[str, Store]:
+def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
     folder = Path(config.precompute.output)
-    return {name: open_store(folder / name) for name in ("train", *config.data.eval)}
+    stores = {name: open_store(folder / name) for name in names}
+    check_identity(list(stores.values()), identity_of_run(config, tokenizer))
+    return stores
 
 
-def _gate(config: Config, arguments: transformers.TrainingArguments, store: Store, on_mismatch: str) -> Gate:
-    kin = kinship(config)
+def _gate(
+    config: Config,
+    settings_of_window: Config,
+    arguments: transformers.TrainingArguments,
+    store: Store,
+    on_mismatch: Any,
+    window: Window | None,
+) -> Gate:
+    kin = kinship(settings_of_window)
+    if window is not None and window.number > 0:
+        # A reference that has moved is the policy's equal only where it is a copy of it.
+        copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
+        kin = Kinship(at_start=copied, adapters_off=False, frozen_adapter=None)
     model = find_model(config.policy.model, config.policy.revision, "policy.model")
     policy_dtype = resolve_dtype(config.policy.dtype, read_json(model / "config.json"))
     if arguments.bf16 or arguments.fp16:
@@ -164,39 +234,10 @@ def _gate(config: Config, arguments: transformers.TrainingArguments, store: Stor
         store=store,
         reference_dtype=str(store.manifest["identity"]["reference"].get("dtype", "float32")),
         policy_dtype=policy_dtype,
-        at_start=kin.at_start,
-        adapters_off=kin.adapters_off,
-        frozen_adapter=kin.frozen_adapter,
+        kinship=kin,
+        start=0 if window is None else window.first,
         warn_only=on_mismatch == "warn",
     )
-
-
-def _run_identity(
-    config: Config, settings: Mapping[str, Any], stores: Mapping[str, Store], processes: int
-) -> dict[str, Any]:
-    """What a checkpoint must agree with for training to go on from it as if it had never stopped."""
-    fixed = (
-        "seed",
-        "data_seed",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "optim",
-        "weight_decay",
-        "max_grad_norm",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-    )
-    return {
-        "fingerprints": {name: store.fingerprint for name, store in stores.items()},
-        "data": as_dict(config)["data"],
-        "policy": as_dict(config)["policy"],
-        "loss": as_dict(config)["loss"],
-        "train": {key: settings[key] for key in fixed if key in settings},
-        "processes": processes,
-    }
 
 
 def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
@@ -205,13 +246,6 @@ def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
         return False
     check_same_run(output, read_json(file).get("identity", {}), identity)
     return True
-
-
-def _delete_run(output: Path) -> None:
-    """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
-    (output / RUN).unlink(missing_ok=True)
-    for folder in output.glob("checkpoint-*"):
-        shutil.rmtree(folder)
 
 
 def _save_settings(output: Path, config: Config) -> None:
@@ -227,17 +261,32 @@ def _joined_file(output: Path, name: str) -> Path:
     return output / JOINED / f"{name}.arrow"
 
 
-def _join_all(config: Config, stores: Mapping[str, Store], tokenizer: Any, output: Path, on_missing: str) -> None:
-    for name, store in stores.items():
+def _join_all(
+    config: Config,
+    stores: Mapping[str, Store],
+    tokenizer: Any,
+    output: Path,
+    on_missing: str,
+    window: Window | None,
+) -> None:
+    for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
         pairs = kept_pairs(read_rows(source), tokenizer, config.data, ledger)
         token_file = output / JOINED / f"{name}-token-logps.arrow"
         table = load_reference_table(
-            [store], config.data.max_length, ld_alpha=config.loss.ld_alpha, token_file=token_file
+            [stores[name]] if name in stores else [],
+            config.data.max_length,
+            ld_alpha=config.loss.ld_alpha,
+            token_file=token_file,
         )
-        report = join(pairs, table, _joined_file(output, name))
+        report = join(pairs, table, _joined_file(output, name), keep_missing=window is not None)
         token_file.unlink(missing_ok=True)
+        if window is not None:
+            # Only a window's pairs are scored; one that is missing stops its step.
+            click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window.number}")
+            continue
+        store = stores[name]
         click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
         if report.missing and on_missing == "stop":
             raise DataError(
@@ -284,7 +333,9 @@ def _write_card(
     settings: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> None:
-    policy, declared = config.policy, stores["train"].manifest["declared"]
+    # The last window of all may have held-out sets alone.
+    store = stores["train"] if "train" in stores else next(iter(stores.values()))
+    policy, declared = config.policy, store.manifest["declared"]
     adapter = None
     if policy.lora:
         adapter = f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
@@ -305,7 +356,7 @@ def _write_card(
         name=output.name,
         base_model=policy.model,
         reference=reference,
-        fingerprint=stores["train"].fingerprint,
+        fingerprint=store.fingerprint,
         dataset=describe(open_source(config.data)),
         pairs=pairs,
         loss=as_dict(config)["loss"],

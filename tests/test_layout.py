@@ -33,10 +33,13 @@ PIPELINE = [
     "losses",
     "trainer",
     "checkpoints",
+    "order",
+    "mixing",
+    "windows",
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "inspect", "demo"]
+STAGES = ["cli", "precompute", "train", "windows", "inspect", "demo"]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",

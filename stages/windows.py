@@ -1,0 +1,96 @@
+"""TR-DPO: the two stages in alternation, each in a process of its own, so that no two models are ever in memory.
+
+    move the reference -> score the next window's pairs -> train the window -> move the reference -> ...
+
+Each process finds out from the checkpoints where the run stands, so it does not matter which of them is killed, or
+when: the same command goes on. A scheduler can run the two commands in turn itself:
+`refshard precompute --config F`, then `refshard train --config F --one-window`.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.checkpoints import delete_run, is_recorded, newest_step
+from pipeline.config import Config, training_settings
+from pipeline.errors import UnfinishedError
+from pipeline.signals import StopFlag, watch_signals
+
+__all__ = ["run"]
+
+_UNFINISHED = UnfinishedError.exit_status
+
+
+def run(config: Config, words: Sequence[str], *, overwrite: bool = False) -> None:
+    """Alternate until the run is finished.
+
+    Args:
+        config: The run's settings, with `reference.sync`.
+        words: The options that the two commands are called with: `--config FILE -o KEY=VALUE ...`.
+        overwrite: Delete the checkpoints, the moved references and the record of an earlier run first.
+
+    Raises:
+        click.exceptions.Exit: A command failed, which has said why; with its exit status.
+    """
+    flag = watch_signals()
+    output = Path(training_settings(config)["output_dir"])
+    if overwrite:
+        delete_run(output)
+    if is_recorded(output):
+        # Says that the run is finished, or that the folder is another run's.
+        _command(["train", *words, "--one-window"], flag)
+    while not is_recorded(output):
+        step = newest_step(output)
+        _command(["precompute", *words], flag)
+        status = _command(["train", *words, "--one-window"], flag, accept=(0, _UNFINISHED))
+        # A damaged checkpoint is set aside by stage two, and the one before may stand in an earlier window.
+        went_back = newest_step(output) < step
+        if status == _UNFINISHED and (flag or not went_back):
+            raise click.exceptions.Exit(_UNFINISHED)
+        if not is_recorded(output) and newest_step(output) == step:
+            raise AssertionError(f"{output}: a window was trained, and no step was taken after step {step}")
+
+
+def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,)) -> int:
+    """Run a command in a process of its own and hand signals on to it."""
+    # Forks of a server that has imported the libraries start at once and share nothing with each other.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["pipeline.trainer", "pipeline.gate", "pipeline.windows"])
+    process = context.Process(target=_run_command, args=(["refshard", *words],))
+    process.start()
+    told = False
+    while process.is_alive():
+        process.join(0.2)
+        if flag and not told and process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
+            told = True
+    status = process.exitcode or 0
+    if status not in accept:
+        # A process that was killed reports the signal as a negative number.
+        raise click.exceptions.Exit(status if status > 0 else 128 - status)
+    return status
+
+
+def _run_command(words: list[str]) -> None:
+    # Without the one who would start the next command, going on would only get in a rerun's way.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    sys.argv = words
+    importlib.import_module("stages.cli").run()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(_UNFINISHED)
