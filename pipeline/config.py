@@ -468,7 +468,7 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 
 # What pairs without reference logps do, and what a policy does that is not the reference that it should start as.
-OWN_TRAIN_FIELDS: dict[str, Any] = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
+OWN_TRAIN_FIELDS = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
 
 _FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",

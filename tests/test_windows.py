@@ -1,0 +1,426 @@
+"""TR-DPO in windows: a reference that moves gives what an online TR-DPO gives, and no kill changes it (L10)."""
+
+import contextlib
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
+
+from pipeline.config import load_config
+from pipeline.mixing import mix
+from pipeline.models import load_policy
+from pipeline.order import order_of_run
+from pipeline.shards import open_store
+from pipeline.trainer import training_arguments
+from pipeline.windows import make_window
+
+pytestmark = pytest.mark.slow
+
+STEPS, EVERY, ALPHA, BETA, SEED = 14, 4, 0.6, 0.1, 7
+LORA = {"r": 4, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, training and held-out pairs."""
+    folder = tmp_path_factory.mktemp("windows")
+    make_model(folder / "model", make_tokenizer(bos=True))
+    write_jsonl(folder / "pairs.jsonl", simple_rows(38))
+    write_jsonl(folder / "test.jsonl", simple_rows(6, start=100))
+    return folder
+
+
+def shared_arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": 4,
+        # 38 pairs are ten micro-batches: an epoch ends in the middle of an accumulation.
+        "gradient_accumulation_steps": 3,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 5e-3,
+        "optim": "sgd",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "seed": SEED,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+        **changes,
+    }
+
+
+def write_run(folder: Path, output: Path, sync: Mapping[str, Any] | None, *, lora: bool = False, **train: Any) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    return write_config(
+        output / "run.yaml",
+        data={
+            "path": str(folder / "pairs.jsonl"),
+            "max_length": 128,
+            "eval": {"test": {"path": str(folder / "test.jsonl")}},
+        },
+        policy={"model": str(folder / "model"), **({"lora": LORA} if lora else {})},
+        reference={"sync": dict(sync)} if sync else {},
+        precompute={"output": str(output / "shards"), "rows_per_shard": 8},
+        loss={"beta": BETA},
+        train={"output_dir": str(output / "policy"), **shared_arguments(**train)},
+    )
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    state: dict[str, Any] = json.loads((output / "policy" / "trainer_state.json").read_text())
+    return [{k: v for k, v in entry.items() if not _is_timing(k)} for entry in state["log_history"]]
+
+
+def _is_timing(key: str) -> bool:
+    return "runtime" in key or "per_second" in key or "preparation" in key
+
+
+def losses(entries: Sequence[Mapping[str, float]], key: str = "loss") -> dict[int, float]:
+    return {int(entry["step"]): entry[key] for entry in entries if key in entry}
+
+
+def largest_gap(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[step] - theirs[step]) / theirs[step] for step in ours)
+
+
+class MoveReference(transformers.TrainerCallback):
+    """An online TR-DPO in the open: every EVERY steps the live reference takes in what the policy stands for."""
+
+    def __init__(self, reference: Any, *, behind: int = 0) -> None:
+        self.reference = reference
+        self.behind = behind
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % EVERY:
+            return
+        plain = copy.deepcopy(model)
+        plain = plain.merge_and_unload() if isinstance(plain, peft.PeftModel) else plain
+        self.seen.append({name: p.detach().clone() for name, p in plain.named_parameters()})
+        if len(self.seen) > self.behind:
+            weights = self.seen[-1 - self.behind]
+            for name, p in self.reference.named_parameters():
+                p.data.mul_(1 - ALPHA).add_(weights[name], alpha=ALPHA)
+
+
+class CaptureWeights(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def train_trl(
+    folder: Path,
+    output: Path,
+    *,
+    lora: bool = False,
+    every: int | None = EVERY,
+    behind: int | None = None,
+    capture: CaptureWeights | None = None,
+    **train: Any,
+) -> list[dict[str, float]]:
+    """TRL with its reference in memory: moved by itself, or by `MoveReference` where it refuses or must be late."""
+
+    def load() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+    by_hand = lora or behind is not None
+    sync = {} if by_hand or every is None else {"ref_model_sync_steps": every, "ref_model_mixup_alpha": ALPHA}
+    reference = load()
+    callbacks: list[Any] = [MoveReference(reference, behind=behind or 0)] if by_hand else []
+    callbacks += [capture] if capture else []
+    trainer = trl.DPOTrainer(
+        model=load(),
+        ref_model=reference,
+        args=trl.DPOConfig(
+            output_dir=str(output),
+            beta=BETA,
+            max_length=128,
+            bf16=False,
+            gradient_checkpointing=False,
+            sync_ref_model=bool(sync),
+            **sync,
+            **shared_arguments(**train),
+        ),
+        train_dataset=datasets.Dataset.from_list(simple_rows(38)),
+        eval_dataset=datasets.Dataset.from_list(simple_rows(6, start=100)),
+        processing_class=make_tokenizer(bos=True),
+        peft_config=peft.LoraConfig(
+            task_type="CAUSAL_LM", r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"]
+        )
+        if lora
+        else None,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    entries: list[dict[str, float]] = trainer.state.log_history
+    return entries
+
+
+@pytest.fixture(scope="module")
+def windowed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of full fine-tuning, whose reference moved three times."""
+    output = tmp_path_factory.mktemp("windowed")
+    refshard("train", "--config", write_run(folder, output, {"steps": EVERY, "mixup_alpha": ALPHA}))
+    return output
+
+
+def test_windows_give_what_trl_gives_with_its_reference_in_memory(folder: Path, windowed: Path, tmp_path: Path) -> None:
+    theirs = train_trl(folder, tmp_path / "trl")
+    ours = history(windowed)
+    assert len(losses(ours)) == STEPS > 3 * EVERY
+    # The reference must have moved far enough for its moves to be seen, and training away from ln 2.
+    still = losses(train_trl(folder, tmp_path / "still", every=None))
+    assert largest_gap(losses(theirs), still) > 1e-2
+    print(
+        "largest gaps",
+        largest_gap(losses(ours), losses(theirs)),
+        largest_gap(losses(ours, "grad_norm"), losses(theirs, "grad_norm")),
+    )
+    assert largest_gap(losses(ours), losses(theirs)) < 1e-5
+    assert largest_gap(losses(ours, "grad_norm"), losses(theirs, "grad_norm")) < 1e-5
+    # Steps 4, 8 and 12 are evaluated on the reference that has just moved.
+    assert {2, 4, 6, 8, 10, 12, 14} == losses(ours, "eval_loss").keys()
+    assert largest_gap(losses(ours, "eval_loss"), losses(theirs, "eval_loss")) < 1e-5
+    for key in ("rewards/chosen", "rewards/rejected", "logps/chosen", "eval_rewards/chosen", "eval_logps/rejected"):
+        for step, value in losses(ours, key).items():
+            assert value == pytest.approx(losses(theirs, key)[step], rel=1e-4, abs=2e-4), key
+
+
+@pytest.mark.parametrize("control", [{"every": EVERY + 1}, {"behind": 1}], ids=["a step late", "a window stale"])
+def test_a_reference_that_is_late_would_be_seen(
+    folder: Path, windowed: Path, tmp_path: Path, control: dict[str, int]
+) -> None:
+    theirs = train_trl(folder, tmp_path / "trl", **control)
+    assert largest_gap(losses(history(windowed)), losses(theirs)) > 1e-3
+
+
+def test_moving_by_hand_is_what_trl_does(folder: Path, tmp_path: Path) -> None:
+    """The adapters' comparison and the stale control stand on this."""
+    by_trl = train_trl(folder, tmp_path / "a")
+    by_hand = train_trl(folder, tmp_path / "b", behind=0)
+    assert losses(by_trl) == losses(by_hand)
+
+
+def test_with_an_adapter_the_reference_moves_to_what_the_adapter_stands_for(folder: Path, tmp_path: Path) -> None:
+    """TRL refuses to sync with adapters; its loss with a reference that is moved by hand is the peer."""
+    train = {"learning_rate": 5e-2}
+    refshard(
+        "train", "--config", write_run(folder, tmp_path, {"steps": EVERY, "mixup_alpha": ALPHA}, lora=True, **train)
+    )
+    theirs = train_trl(folder, tmp_path / "trl", lora=True, **train)
+    assert min(losses(theirs).values()) < 0.68
+    assert largest_gap(losses(history(tmp_path)), losses(theirs)) < 1e-5
+    assert largest_gap(losses(history(tmp_path), "eval_loss"), losses(theirs, "eval_loss")) < 1e-5
+
+
+def test_under_adamw_the_losses_on_captured_weights_are_trls(folder: Path, tmp_path: Path) -> None:
+    """Every window's reference, mixed by us from TRL's weights, gives TRL's losses on TRL's batches."""
+    capture = CaptureWeights()
+    theirs = losses(train_trl(folder, tmp_path / "trl", capture=capture, optim="adamw_torch", learning_rate=5e-4))
+    config_file = write_run(folder, tmp_path, {"steps": EVERY, "mixup_alpha": ALPHA})
+    config = load_config(config_file)
+    order = order_of_run(training_arguments(config), 38)
+    model = load_policy(config)
+    rows = simple_rows(38)
+    tokenizer = make_tokenizer(bos=True)
+    previous = None
+    references = [transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)]
+    for step in range(EVERY, STEPS, EVERY):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(capture.weights[step][name])
+        model.save_pretrained(tmp_path / f"policy-{step}")
+        target = tmp_path / f"reference-{step}"
+        mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, step=step)
+        references.append(transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+        previous = target
+
+    def plain_margins(scored: Any, indices: Sequence[int]) -> list[float]:
+        margins = []
+        for i in indices:
+            sums = []
+            for side in ("chosen", "rejected"):
+                prompt = tokenizer(rows[i]["prompt"]).input_ids
+                ids = tokenizer(rows[i]["prompt"] + rows[i][side] + tokenizer.eos_token).input_ids
+                logps = torch.log_softmax(scored(torch.tensor([ids])).logits[0].double(), dim=-1)
+                sums.append(sum(logps[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))))
+            margins.append(sums[0] - sums[1])
+        return margins
+
+    for step in range(STEPS):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(capture.weights[step][name])
+            indices = order.steps[step].tolist()
+            policy, reference = (plain_margins(m, indices) for m in (model, references[step // EVERY]))
+        per_pair = [np.log1p(np.exp(-BETA * (p - r))) for p, r in zip(policy, reference, strict=True)]
+        # The mean of the micro-batches' means, as the library adds them up.
+        micro = [np.mean(per_pair[i : i + 4]) for i in range(0, len(per_pair), 4)]
+        assert np.mean(micro) == pytest.approx(theirs[step + 1], rel=1e-5), step
+
+
+def test_only_the_next_windows_pairs_are_scored(folder: Path, tmp_path: Path) -> None:
+    config_file = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA}, eval_strategy="no")
+    config = load_config(config_file)
+    refshard("precompute", "--config", config_file)
+    store = open_store(tmp_path / "shards" / "train")
+    order = order_of_run(training_arguments(config), 38)
+    wanted = set(order.pairs_of(0, 2).tolist())
+    assert len(wanted) == 24
+    assert store.index["totals"]["kept"] == 24
+    assert not (tmp_path / "shards" / "test").exists()
+    # One window by hand, as a scheduler would run it, then the next one's scoring.
+    refshard("train", "--config", config_file, "--one-window")
+    refshard("precompute", "--config", config_file)
+    moved = tmp_path / "policy" / "references" / "step-00000002"
+    assert open_store(moved / "shards" / "train").index["totals"]["kept"] == len(order.pairs_of(2, 4))
+    assert not (moved / "shards" / "test").exists()
+
+
+@pytest.mark.parametrize("epochs", [1.0, 2.5])
+def test_the_order_is_that_of_the_trainer(folder: Path, tmp_path: Path, epochs: float) -> None:
+    """Through epochs that end in the middle of an accumulation; a wrong order stops the run at an unscored pair."""
+    changes = {"max_steps": -1, "num_train_epochs": epochs, "eval_strategy": "epoch"}
+    config_file = write_run(folder, tmp_path, {"steps": 1, "mixup_alpha": 1.0}, **changes)
+    order = order_of_run(training_arguments(load_config(config_file)), 38)
+    assert order.steps_per_epoch == 4
+    assert [len(step) for step in order.steps[:4]] == [12, 12, 12, 2]
+    assert sorted(np.concatenate(order.steps[:4]).tolist()) == list(range(38))
+    refshard("train", "--config", config_file)
+    entries = history(tmp_path)
+    assert len(losses(entries)) == len(order.steps) == int(4 * epochs)
+    # L10, alpha 1: the first step of every window has its reference's own weights.
+    assert list(losses(entries).values()) == pytest.approx([np.log(2)] * len(order.steps), abs=1e-5)
+    assert losses(entries, "eval_loss").keys() == {4, 8, 10} & set(range(len(order.steps) + 1))
+
+
+def test_with_alpha_0_nothing_moves(folder: Path, tmp_path: Path) -> None:
+    """L10: the same losses as without windows."""
+    refshard("train", "--config", write_run(folder, tmp_path / "moving", {"steps": EVERY, "mixup_alpha": 0.0}))
+    plain = write_run(folder, tmp_path / "plain", None)
+    refshard("precompute", "--config", plain)
+    refshard("train", "--config", plain)
+    for key in ("loss", "eval_loss"):
+        assert largest_gap(losses(history(tmp_path / "moving"), key), losses(history(tmp_path / "plain"), key)) < 1e-6
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
+    folder: Path, tmp_path: Path, lora: bool
+) -> None:
+    sync = {"steps": EVERY, "mixup_alpha": ALPHA}
+    train = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
+    refshard("train", "--config", write_run(folder, tmp_path / "undisturbed", sync, lora=lora, **train))
+    config = write_run(folder, tmp_path / "killed", sync, lora=lora, **train)
+    chance = random.Random(int(lora))
+    kills = 0
+    for _ in range(40):
+        process = start("train", "--config", config)
+        # From before the first scoring to the middle of a window further on.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(2.5, 6.0))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if kills >= 4 or process.returncode == 0:
+            break
+    assert kills >= 1
+    refshard("train", "--config", config)
+    assert history(tmp_path / "killed") == history(tmp_path / "undisturbed")
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    killed, undisturbed = (tmp_path / name / "policy" / weights for name in ("killed", "undisturbed"))
+    assert killed.read_bytes() == undisturbed.read_bytes()
+    assert not (tmp_path / "killed" / "policy" / "references").exists()
+
+
+def test_a_signal_ends_a_run_between_steps_with_75_and_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    sync = {"steps": EVERY, "mixup_alpha": ALPHA}
+    config = write_run(folder, tmp_path, sync)
+    process = start("train", "--config", config)
+    while process.poll() is None and not (tmp_path / "policy" / "checkpoint-4").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert "Run the same command again" in errors
+    refshard("train", "--config", config)
+    assert len(losses(history(tmp_path))) == STEPS
+    assert "finished already" in refshard("train", "--config", config).stdout
+
+
+def test_a_reference_made_from_another_training_is_made_again(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint that differs from what the reference was mixed from: the reference follows it."""
+    config = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA}, eval_strategy="no")
+    refshard("precompute", "--config", config)
+    refshard("train", "--config", config, "--one-window")
+    refshard("precompute", "--config", config)
+    marker = tmp_path / "policy" / "references" / "step-00000002" / "refshard-reference.json"
+    stale = json.loads(marker.read_text())
+    stale["policy"] = {"model.safetensors": "0" * 64}
+    marker.write_text(json.dumps(stale))
+    refshard("precompute", "--config", config)
+    assert json.loads(marker.read_text())["policy"] != stale["policy"]
+
+
+def test_another_architecture_is_refused_before_it_is_mixed(folder: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", make_tokenizer(bos=True), intermediate_size=48)
+    config = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA})
+    arguments = ["--config", config, "-o", f"reference.model={other}"]
+    done = refshard("train", *arguments, check=2)
+    assert "reference.sync" in done.stderr and "shape" in done.stderr
+
+
+def start(*arguments: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "evaluates", "expected"),
+    [
+        (8, False, [(0, 0, 4, False), (1, 4, 8, True)]),
+        (8, True, [(0, 0, 4, False), (1, 4, 8, False), (2, 8, 8, True)]),
+        (9, False, [(0, 0, 4, False), (1, 4, 8, False), (2, 8, 9, True)]),
+        (3, True, [(0, 0, 3, True)]),
+    ],
+)
+def test_windows_cover_every_step_and_the_last_evaluation(
+    folder: Path, tmp_path: Path, total: int, evaluates: bool, expected: list[tuple[int, int, int, bool]]
+) -> None:
+    config_file = write_run(
+        folder, tmp_path, {"steps": 4}, max_steps=total, eval_strategy="steps" if evaluates else "no", eval_steps=3
+    )
+    config = load_config(config_file, [] if evaluates else ["data.eval={}"])
+    arguments = training_arguments(config)
+    order = order_of_run(arguments, 38)
+    windows = [make_window(config, arguments, order, number) for number in range(len(expected))]
+    assert [(w.number, w.first, w.last, w.is_last) for w in windows] == expected
+    evaluated = {step for w in windows for step in w.evaluations}
+    assert evaluated == ({*range(3, total, 3), total} if evaluates else set())
+    assert make_window(config, arguments, order, 99) == windows[-1]
