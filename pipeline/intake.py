@@ -3,8 +3,9 @@
 Both stages take their pairs from here, so what stage one scored and what stage two asks for can't drift apart.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from pipeline.tokens import TokenizedPair, pair_key, tokenize, truncate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["KeptPair", "Ledger", "kept_pairs"]
+__all__ = ["KeptPair", "Ledger", "kept_pairs", "kept_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,16 @@ class Ledger:
         self.kept += other["kept"]
         self.dropped.update(other["dropped"])
         self.noted.update(other["noted"])
+
+    def since(self, earlier: "Ledger") -> "Ledger":
+        """What has become of the rows that came after an earlier copy of these books."""
+        return Ledger(
+            rows=self.rows - earlier.rows,
+            kept=self.kept - earlier.kept,
+            dropped=self.dropped - earlier.dropped,
+            noted=self.noted - earlier.noted,
+            skipped=self.skipped[len(earlier.skipped) :],
+        )
 
     def summary(self) -> str:
         """One line for people: rows, kept, and every drop and remark with its count."""
@@ -112,3 +123,21 @@ def kept_pairs(
             if holds
         )
         yield KeptPair(row=row.number, place=row.place, key=pair_key(whole), pair=scored, truncated=scored is not whole)
+
+
+def kept_rows(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
+) -> Iterator[tuple[KeptPair, Mapping[str, Any]]]:
+    """Yield the kept pairs, each with the row that it came from, all its columns included. Raises as `kept_pairs`."""
+    latest: Mapping[str, Any] = {}
+
+    def remembering(row: Row) -> Row:
+        def load() -> Mapping[str, Any]:
+            nonlocal latest
+            latest = row.load()
+            return latest
+
+        return dataclasses.replace(row, load=load)
+
+    for pair in kept_pairs((remembering(row) for row in rows), tokenizer, data, ledger):
+        yield pair, latest

@@ -45,6 +45,8 @@ def main(debug: bool) -> None:
     refshard precompute --config run.yaml     reference log-probs into Parquet shards
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard inspect runs/shards              what the shards hold
+    refshard import FILE --config run.yaml    reference log-probs from a file
+    refshard export DIR --config run.yaml     the data with reference log-probs as columns
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
     75 saved but unfinished, run again; 78 other reference or tokenization than the shards'; 1 a bug.
@@ -105,6 +107,47 @@ def inspect(shards: Path, as_json: bool) -> None:
     from stages import inspect as stage
 
     stage.run(shards, as_json=as_json)
+
+
+@main.command("import", short_help="Bring reference log-probs from a file.")
+@click.argument("scores", type=click.Path(path_type=Path))
+@_CONFIG
+@_OVERRIDES
+@click.option("--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names.")
+@click.option("--chosen", default="ref_chosen_logps", show_default=True, help="Column of the chosen's log-probs.")
+@click.option("--rejected", default="ref_rejected_logps", show_default=True, help="Column of the rejected's.")
+@click.option("--overwrite", is_flag=True, help="Delete the store that is there and start over.")
+def import_(
+    scores: Path,
+    config_file: Path,
+    overrides: tuple[str, ...],
+    set_name: str,
+    chosen: str,
+    rejected: str,
+    overwrite: bool,
+) -> None:
+    """Write the log-probs in SCORES, a Parquet or JSON Lines file, as shards.
+
+    SCORES has the pairs' own columns, as `data` describes them, and two more: a number for each completion (the sum
+    over its tokens) or a list (one for each token). Whose log-probs they are, `reference` says: a model, or a name
+    of your own in reference.declared.
+    """
+    config = load_config(config_file, overrides)
+    from stages import import_scores as stage
+
+    stage.run(config, scores, set_name=set_name, chosen=chosen, rejected=rejected, overwrite=overwrite)
+
+
+@main.command(short_help="Write the data with reference log-probs as columns.")
+@click.argument("output", type=click.Path(path_type=Path))
+@_CONFIG
+@_OVERRIDES
+def export(output: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
+    """Write the data to OUTPUT, a datasets folder, with ref_chosen_logps and ref_rejected_logps, for other trainers."""
+    config = load_config(config_file, overrides)
+    from stages import export as stage
+
+    stage.run(config, output)
 
 
 @main.group(short_help="The embedded default: make it, sum it up.")

@@ -7,6 +7,7 @@ when: the same command goes on. A scheduler can run the two commands in turn its
 `refshard precompute --config F`, then `refshard train --config F --one-window`.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -62,6 +63,8 @@ def run(config: Config, words: Sequence[str], *, overwrite: bool = False) -> Non
 
 def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,)) -> int:
     """Run a command in a process of its own and hand signals on to it."""
+    if flag:
+        raise UnfinishedError("stopped by a signal; all that was done is saved. Run the same command again")
     # Forks of a server that has imported the libraries start at once and share nothing with each other.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
@@ -73,7 +76,8 @@ def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,))
     while process.is_alive():
         process.join(0.2)
         if flag and not told and process.pid is not None:
-            os.kill(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
             told = True
     status = process.exitcode or 0
     if status not in accept:

@@ -39,7 +39,7 @@ PIPELINE = [
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "windows", "inspect", "demo"]
+STAGES = ["cli", "precompute", "train", "windows", "inspect", "import_scores", "export", "demo"]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",

@@ -1,0 +1,97 @@
+"""A dataset with the reference's log-probs as columns, for trainers that read `ref_chosen_logps` from their data."""
+
+import dataclasses
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from pipeline.config import Config, training_settings
+from pipeline.errors import DataError, StorageError
+from pipeline.fingerprint import identity_of_run
+from pipeline.intake import Ledger, kept_rows
+from pipeline.join import check_identity, load_reference_table
+from pipeline.models import load_tokenizer
+from pipeline.shards import open_store
+from pipeline.sources import describe, open_source, read_rows
+
+__all__ = ["run"]
+
+
+def run(config: Config, output: Path) -> None:
+    """Write every set, with all its columns and `ref_chosen_logps` and `ref_rejected_logps`, as a datasets folder.
+
+    Rows that refshard drops are left out, so that what the other trainer sees is what was scored. The sums are those
+    of the run's `max_length` and `ld_alpha`.
+
+    Raises:
+        DataError: The output is there already, a pair was not scored, or rows do not fit one table.
+        IdentityError: The shards are of another reference or tokenization.
+        UnfinishedError: The stores are not complete.
+    """
+    import datasets
+
+    if output.exists():
+        raise DataError(f"{output}: there already; name a new folder")
+    on_missing = training_settings(config).get("on_missing", "stop") if config.train else "stop"
+    tokenizer = load_tokenizer(config)
+    names = ["train", *config.data.eval]
+    stores = {name: open_store(Path(config.precompute.output) / name) for name in names}
+    check_identity(list(stores.values()), identity_of_run(config, tokenizer))
+    work = output.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        work.mkdir(parents=True)
+        sets = {}
+        for name in names:
+            rows = _Rows(config, name, stores[name], tokenizer, str(on_missing))
+            sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
+            click.echo(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
+        datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
+        (work / "sets").rename(output)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, DataError):
+            raise cause from error
+        raise DataError(f"{config.data.path}: its rows do not fit one table: {' '.join(str(cause).split())}") from error
+    except OSError as error:
+        raise StorageError(f"{output}: can't be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    click.echo(f"In {output}; read it with datasets.load_from_disk")
+
+
+class _Rows:
+    """The rows of one set, as the datasets library asks for them."""
+
+    def __init__(self, config: Config, name: str, store: Any, tokenizer: Any, on_missing: str) -> None:
+        self._source = dataclasses.replace(open_source(config.data, config.data.eval.get(name)), all_columns=True)
+        self._config, self._store, self._tokenizer, self._on_missing = config, store, tokenizer, on_missing
+        self.ledger = Ledger()
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        config = self._config
+        table = load_reference_table([self._store], config.data.max_length, ld_alpha=config.loss.ld_alpha)
+        self.ledger = Ledger()
+        for pair, row in kept_rows(read_rows(self._source), self._tokenizer, config.data, self.ledger):
+            key = np.array(pair.key, dtype="S16")
+            at = int(np.searchsorted(table.keys, key))
+            if at == len(table.keys) or table.keys[at] != key:
+                if self._on_missing == "drop":
+                    continue
+                raise DataError(
+                    f"{pair.place} of {describe(self._source)} has no reference logps in {self._store.folder}. Score "
+                    "it with refshard precompute into a new precompute.output, or set train.on_missing: drop"
+                )
+            scores = {
+                "ref_chosen_logps": float(table.chosen_logps[at]),
+                "ref_rejected_logps": float(table.rejected_logps[at]),
+            }
+            yield {**row, **scores}
+
+    def __reduce__(self) -> Any:
+        # The library names its cache after a pickle of the generator; this one's cache is thrown away.
+        return uuid.uuid4, ()

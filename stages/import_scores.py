@@ -1,0 +1,161 @@
+"""Reference log-probs from outside: columns of a file become a store, under an identity that the settings declare.
+
+The file has the pairs themselves beside their scores, so every score is filed under its pair's key, and a score of
+another pair, or of a text that tokenizes otherwise now, can't be joined.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import Config
+from pipeline.digests import sha256_of_file
+from pipeline.errors import ConfigError, DataError
+from pipeline.fingerprint import identity_of_run
+from pipeline.intake import KeptPair, Ledger, kept_rows
+from pipeline.models import load_tokenizer
+from pipeline.shards import ScoredPair, SummedPair, create_store, delete_store, finish_store, is_finished, write_part
+from pipeline.sources import open_source, read_rows
+from pipeline.versions import library_versions
+
+__all__ = ["run"]
+
+
+def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: str, overwrite: bool = False) -> None:
+    """Read scores and write them as a store, ready for stage two.
+
+    A column of numbers holds sums over a completion's tokens; one of lists holds a log-prob for each token.
+
+    Args:
+        config: The run's settings. Its `reference` says whose scores these are: a model whose weights are digested,
+            or a name (`reference.declared`).
+        scores: Parquet or JSON Lines file with the pairs' columns, as `data` describes them, and the scores'.
+        set_name: `train`, or a set of `data.eval`.
+        chosen: Column of the chosen completions' scores.
+        rejected: Column of the rejected completions' scores.
+        overwrite: Delete the store that is there.
+
+    Raises:
+        ConfigError: No such set or file, or settings that imported scores can't serve.
+        DataError: A score is missing, of another kind than the first, not finite, above 0, or not one for each token.
+        IdentityError: The output folder holds another store.
+    """
+    if set_name != "train" and set_name not in config.data.eval:
+        raise ConfigError(
+            f"--set {set_name}: data.eval names no such set; there are train, {', '.join(config.data.eval)}"
+        )
+    if not scores.exists():
+        raise ConfigError(f"{scores}: no such file")
+    tokenizer = load_tokenizer(config)
+    source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
+    source = dataclasses.replace(source, all_columns=True)
+    ledger = Ledger()
+    rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
+    token_logps = isinstance(first[1].get(chosen), Sequence)
+    config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
+    folder = Path(config.precompute.output) / set_name
+    if overwrite:
+        delete_store(folder)
+    files = {file.name: sha256_of_file(file) for file in source.files}
+    plan = {
+        "rows_per_shard": config.precompute.rows_per_shard,
+        "on_identical": config.data.on_identical,
+        "columns": dict(config.data.columns),
+        "imported": {"files": files, "chosen": chosen, "rejected": rejected},
+    }
+    declared = {
+        "reference": config.reference.declared or config.reference.model or config.policy.model,
+        "reference_adapter": config.reference.adapter,
+        "tokenizer": config.policy.model,
+        "dataset": str(scores),
+        "imported": True,
+    }
+    fingerprint = create_store(folder, identity_of_run(config, tokenizer), plan, declared)
+    if is_finished(folder):
+        click.echo(f"{folder}: imported already; nothing to do.")
+        return
+    read = _with_tokens if token_logps else _with_sums
+    everything = itertools.chain([first], rows)
+    unit, written = 0, Ledger()
+    batch = list(itertools.islice(everything, config.precompute.rows_per_shard))
+    while batch:
+        books = copy.deepcopy(ledger)
+        # Looked at before the part is written: rows dropped after the last pair belong to the last part.
+        following = list(itertools.islice(everything, config.precompute.rows_per_shard))
+        books = books if following else ledger
+        write_part(
+            folder,
+            unit,
+            [read(pair, row, chosen, rejected) for pair, row in batch],  # type: ignore[arg-type]
+            fingerprint=fingerprint,
+            token_logps=token_logps,
+            ledger=books.since(written),
+            provenance={"imported": str(scores), "versions": library_versions()},
+        )
+        batch, written, unit = following, books, unit + 1
+    finish_store(folder, unit)
+    kind = "a log-prob for each token" if token_logps else "sums"
+    click.echo(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
+
+
+def _with_sums(pair: KeptPair, row: Mapping[str, Any], chosen: str, rejected: str) -> SummedPair:
+    if pair.truncated:
+        raise DataError(
+            f"{pair.place}: data.max_length cuts this pair, and a sum can't be cut with it. Import a log-prob for each "
+            "token, or raise data.max_length"
+        )
+    sums = {column: _number(row.get(column), column, pair.place) for column in (chosen, rejected)}
+    return SummedPair(
+        key=pair.key,
+        row=pair.row,
+        prompt_tokens=len(pair.pair.prompt_ids),
+        chosen_tokens=len(pair.pair.chosen_ids),
+        rejected_tokens=len(pair.pair.rejected_ids),
+        chosen_logps=sums[chosen],
+        rejected_logps=sums[rejected],
+    )
+
+
+def _with_tokens(pair: KeptPair, row: Mapping[str, Any], chosen: str, rejected: str) -> ScoredPair:
+    return ScoredPair(
+        key=pair.key,
+        row=pair.row,
+        prompt_tokens=len(pair.pair.prompt_ids),
+        chosen_token_logps=_numbers(row.get(chosen), len(pair.pair.chosen_ids), chosen, pair),
+        rejected_token_logps=_numbers(row.get(rejected), len(pair.pair.rejected_ids), rejected, pair),
+    )
+
+
+def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArray[np.float32]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise DataError(f"{pair.place}: column {column!r}: expected a list of log-probs, as in the first row")
+    # What max_length cuts off may have been scored all the same.
+    if len(values) < tokens or (len(values) > tokens and not pair.truncated):
+        raise DataError(
+            f"{pair.place}: column {column!r} has {len(values)} log-probs, the completion {tokens} tokens: scored with "
+            "another tokenizer, chat template or EOS rule"
+        )
+    return np.array([_number(value, column, pair.place) for value in values[:tokens]], dtype=np.float32)
+
+
+def _number(value: Any, column: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{place}: column {column!r}: expected a log-prob, found {_shown(value)}")
+    if not math.isfinite(value) or value > 0:
+        raise DataError(f"{place}: column {column!r}: {value} is no log-prob; those are finite and at most 0")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:40]
