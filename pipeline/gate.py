@@ -40,6 +40,8 @@ _ROUNDING = {
     "float32": (1e-4, 5e-3),
     "float16": (2e-2, 5e-1),
     "bfloat16": (1e-1, 3.0),
+    # LLM.int8() rounds activations, and which of them it leaves alone depends on the batch.
+    "int8": (1e-1, 3.0),
 }
 
 
@@ -73,6 +75,8 @@ class Gate:
     reference_dtype: str
     policy_dtype: str
     """Dtype that the policy's products run in: autocast's where it is on"""
+    in_8_bits: bool
+    """The reference's weights are in 8 bits"""
     kinship: Kinship
     """Where the two must agree"""
     start: int
@@ -84,7 +88,7 @@ class Gate:
     def allowed(self) -> tuple[float, float]:
         """Mean and largest difference that pass, nats a token."""
         noise: NoiseFloor = self.store.noise
-        mean, largest = _ROUNDING.get(self.reference_dtype, _ROUNDING["float32"])
+        mean, largest = _ROUNDING["int8" if self.in_8_bits else self.reference_dtype]
         return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
 
     def passes(self, gaps: Gaps) -> bool:

@@ -356,7 +356,9 @@ def _read_parquet(source: Source) -> Iterator[Row]:
         parquet = _parquet_file(file)
         names = parquet.schema_arrow.names
         # With a needed column missing, read all: the pair's own message then names the columns that are there.
-        columns = [name for name in names if name in wanted] if needed <= set(names) and not source.all_columns else None
+        columns = (
+            [name for name in names if name in wanted] if needed <= set(names) and not source.all_columns else None
+        )
         in_file = 0
         try:
             for batch in parquet.iter_batches(batch_size=256, columns=columns):

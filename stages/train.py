@@ -230,10 +230,13 @@ def _gate(
     policy_dtype = resolve_dtype(config.policy.dtype, read_json(model / "config.json"))
     if arguments.bf16 or arguments.fp16:
         policy_dtype = "bfloat16" if arguments.bf16 else "float16"
+    reference = store.manifest["identity"]["reference"]
     return Gate(
         store=store,
-        reference_dtype=str(store.manifest["identity"]["reference"].get("dtype", "float32")),
+        # Of a reference known by name alone nothing is known, and nothing compared.
+        reference_dtype=str(reference.get("dtype", "float32")),
         policy_dtype=policy_dtype,
+        in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         kinship=kin,
         start=0 if window is None else window.first,
         warn_only=on_mismatch == "warn",

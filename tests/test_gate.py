@@ -320,7 +320,15 @@ def test_an_explicit_reference_is_compared_with_nothing_unless_it_is_the_policy_
 def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
     store = Store(folder=Path("shards"), manifest={}, index={"noise": vars(noise)})
     nothing = Kinship(at_start=True, adapters_off=False, frozen_adapter=None)
-    return Gate(store=store, reference_dtype=dtype, policy_dtype=dtype, kinship=nothing, start=0, warn_only=False)
+    return Gate(
+        store=store,
+        reference_dtype=dtype,
+        policy_dtype=dtype,
+        in_8_bits=False,
+        kinship=nothing,
+        start=0,
+        warn_only=False,
+    )
 
 
 def gaps(*values: float) -> Gaps:

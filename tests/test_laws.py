@@ -294,10 +294,13 @@ def test_one_batch_of_eight_equals_eight_micro_batches_and_two_processes(make_ru
     whole = train("whole", 8, 1)
     assert abs(whole[-1]["loss"] - np.log(2)) > 1e-3
     for other in (train("micro", 1, 8), train("processes", 4, 1, processes=2)):
-        for a, b in zip(whole, other, strict=True):
+        for number, (a, b) in enumerate(zip(whole, other, strict=True)):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-            for name in ("rewards/margins", "logps/chosen", "entropy", "num_tokens"):
+            assert a.keys() == b.keys() >= {"kl/chosen", "ref/margins", "logps/chosen_shift", "lengths/truncated"}
+            # At the first step every margin is 0 but for rounding, and which side of 0 it is on is chance.
+            for name in a.keys() - {"grad_norm", *(["rewards/accuracies"] if number == 0 else [])}:
+                # Rewards are differences of logps a thousand times as large.
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
