@@ -1,9 +1,12 @@
 """The model card of a trained policy: what it was trained on, against which reference, with which settings."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from pipeline.config import LossConfig
 
 __all__ = ["model_card"]
 
@@ -56,7 +59,7 @@ def model_card(
         f"| reference | {_code(reference)} |",
         f"| fingerprint of the reference log-probs | `{fingerprint}` |",
         f"| data | {_code(dataset)}, {pairs:,} pairs |",
-        f"| loss | {_code(loss['type'])}, beta {loss['beta']:g} |",
+        f"| loss | {_code(_named_loss(loss))}, beta {loss['beta']:g} |",
     ]
     lines += [f"| {_plain(key)} | {_code(value)} |" for key, value in training.items()]
     if metrics:
@@ -64,6 +67,21 @@ def model_card(
         lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
     lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()), ""]
     return "\n".join(lines)
+
+
+def _named_loss(loss: Mapping[str, Any]) -> str:
+    """The losses with their weights, and every option that is not left as it is."""
+    names = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
+    weights = loss.get("weights") or [1] * len(names)
+    text = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
+    )
+    plain = {"type", "weights", "beta"}
+    options = [f"{key} {value}" for key, value in loss.items() if key not in plain and value != _LOSS_DEFAULTS.get(key)]
+    return ", ".join([text, *options])
+
+
+_LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
 
 
 def _plain(value: Any) -> str:

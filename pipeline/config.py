@@ -154,8 +154,8 @@ class ReferenceConfig:
         if self.disable_adapters and self.adapter is not None:
             raise ValueError("adapter: set together with disable_adapters: true; keep one of the two")
         if self.declared is not None:
-            for key in ("model", "revision", "adapter", "quantization", "sync"):
-                if getattr(self, key) is not None:
+            for key in ("model", "revision", "adapter", "disable_adapters", "dtype", "quantization", "sync"):
+                if getattr(self, key) not in (None, False, "auto"):
                     raise ValueError(f"{key}: set together with declared, a reference that is never loaded")
         if self.sync is not None and self.quantization is not None:
             raise ValueError("quantization: a reference that moves (sync) is kept in float32; leave one of the two out")

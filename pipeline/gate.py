@@ -8,7 +8,7 @@ reads far from it.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ import pyarrow.compute as pc
 import torch
 import transformers
 
+from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError
-from pipeline.fingerprint import Kinship
+from pipeline.fingerprint import Kinship, kinship
+from pipeline.models import find_model, reference_dtype, resolve_dtype
 from pipeline.packing import Batch
 from pipeline.scoring import score
 from pipeline.shards import NoiseFloor, Store, part_name
+from pipeline.storage import read_json
 
-__all__ = ["Gaps", "Gate", "GateCallback", "choose_sample"]
+__all__ = ["Gaps", "Gate", "GateCallback", "check_dtypes", "choose_sample", "policy_dtype"]
 
 _SAMPLE = 32
 """Pairs that are compared, unless there are more parts, each of which gives one up to the next number."""
@@ -107,26 +110,26 @@ class GateCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gate, trainer = self._gate, self.trainer
-        kinship = gate.kinship
+        kin = gate.kinship
         fresh = state.global_step == gate.start
-        if not (kinship.adapters_off or kinship.frozen_adapter or (kinship.at_start and fresh)):
+        if not (kin.adapters_off or kin.frozen_adapter or (kin.at_start and fresh)):
             return
         rows = choose_sample(trainer.train_dataset)
         if not rows:
             return
         measure = _Measure(trainer, rows)
-        if kinship.at_start and fresh:
+        if kin.at_start and fresh:
             gaps, which = measure(), "the policy before its first step"
-        elif kinship.adapters_off:
+        elif kin.adapters_off:
             gaps, which = measure(adapters=False), "the policy with its adapter switched off"
         elif _is_sharded(trainer):
             # Another adapter can't be put on a model that is spread over ranks.
             return
         else:
-            assert kinship.frozen_adapter is not None
+            assert kin.frozen_adapter is not None
             gaps, which = (
-                measure(adapter=kinship.frozen_adapter),
-                f"the policy with the adapter {kinship.frozen_adapter}",
+                measure(adapter=kin.frozen_adapter),
+                f"the policy with the adapter {kin.frozen_adapter}",
             )
         # A fresh adapter over wrong weights is found by either; the one with it off says which of the two it is.
         if gate.passes(gaps):
@@ -140,6 +143,31 @@ class GateCallback(transformers.TrainerCallback):
         if not gate.warn_only:
             raise error
         self._say(f"warning: {error}")
+
+
+def policy_dtype(config: Config, settings: Mapping[str, Any]) -> str:
+    """Name the dtype that the policy's products run in: autocast's where `train` switches it on."""
+    if settings.get("bf16") or settings.get("fp16"):
+        return "bfloat16" if settings.get("bf16") else "float16"
+    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
+    return resolve_dtype(config.policy.dtype, read_json(folder / "config.json"))
+
+
+def check_dtypes(config: Config, settings: Mapping[str, Any]) -> None:
+    """Refuse, before an hour of scoring, log-probs that the gate would refuse after it.
+
+    Raises:
+        ConfigError: The policy starts as its reference, but computes in fewer digits than the reference is scored in.
+    """
+    kin = kinship(config)
+    if settings.get("on_mismatch") == "warn" or not (kin.at_start or kin.adapters_off):
+        return
+    policy, reference = policy_dtype(config, settings), reference_dtype(config)
+    if _digits(policy) < _digits(reference):
+        raise ConfigError(
+            f"reference.dtype: the reference would be scored in {reference}, but the policy trains in {policy}, so "
+            f"their log-ratios would not start at 0. Set reference.dtype: {policy}"
+        )
 
 
 def choose_sample(dataset: Any) -> list[int]:

@@ -97,10 +97,11 @@ def load_reference_table(
         ConfigError: `ld_alpha` is asked for, and a store has no token logps.
         DataError: A part is damaged, or its sums are not those of its token logps.
     """
-    stored = bool(stores) and all(store.manifest["identity"]["tokenization"]["token_logps"] for store in stores)
-    if ld_alpha is not None and stores and not stored:
+    sums_only = [s for s in stores if not s.manifest["identity"]["tokenization"]["token_logps"]]
+    stored = bool(stores) and not sums_only
+    if ld_alpha is not None and sums_only:
         raise ConfigError(
-            f"loss.ld_alpha: {stores[0].folder} holds sums alone, and tokens are weighed one by one; "
+            f"loss.ld_alpha: {sums_only[0].folder} holds sums alone, and tokens are weighed one by one; "
             "score again with precompute.token_logps: true"
         )
     token_file = token_file if stored else None

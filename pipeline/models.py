@@ -32,6 +32,7 @@ __all__ = [
     "load_reference",
     "load_tokenizer",
     "pick_device",
+    "policy_settings",
     "reference_dtype",
     "reference_quantization",
     "reference_sources",
@@ -87,8 +88,11 @@ def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Pat
 
 
 def _not_found(name: str, key: str, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model the hub gives: {reason}")
+    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model the hub gives: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,8 @@ def pick_device() -> "torch.device":
 def load_reference(config: Config, device: "torch.device") -> Any:
     """Load the frozen reference for stage one: eval mode, no gradients, dropout off."""
     named, adapter = reference_sources(config)
-    model = _load(named, config.reference.dtype, device, reference_quantization(config))
+    section = "policy" if config.reference.quantization is None else "reference"
+    model = _load(named, config.reference.dtype, device, reference_quantization(config), section)
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
@@ -216,7 +221,7 @@ def load_policy(config: Config) -> Any:
     named = NamedModel(policy.model, policy.revision, "policy.model")
     # Quantized weights can't be moved after they are loaded.
     device = pick_device() if policy.quantization is not None else None
-    model = _load(named, policy.dtype, device, policy.quantization)
+    model = _load(named, policy.dtype, device, policy.quantization, "policy")
     if policy.adapter is not None:
         return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
     if policy.lora is not None:
@@ -229,7 +234,7 @@ def load_policy(config: Config) -> Any:
 def load_plain(config: Config) -> Any:
     """Load the reference in float32 on the CPU, its adapter merged into the weights."""
     named, adapter = reference_sources(config)
-    model = _load(named, "float32", None, None)
+    model = _load(named, "float32", None, None, "reference")
     return model if adapter is None else _with_adapter(model, adapter, trainable=False).merge_and_unload()
 
 
@@ -238,6 +243,17 @@ def reference_dtype(config: Config) -> Dtype:
     named, _ = reference_sources(config)
     settings = read_json(named.folder() / "config.json") if config.reference.dtype == "auto" else {}
     return cast(Dtype, resolve_dtype(config.reference.dtype, settings))
+
+
+def policy_settings(config: Config) -> Any:
+    """Read the policy's config.json as the library does, its text model's part; loads no weights."""
+    from transformers import AutoConfig
+
+    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
+    try:
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"policy.model: {folder}: its config.json can't be read: {_first_line(error)}") from error
 
 
 def reference_quantization(config: Config) -> Quantization | None:
@@ -263,7 +279,13 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _load(named: NamedModel, requested: Dtype, device: "torch.device | None", quantization: Quantization | None) -> Any:
+def _load(
+    named: NamedModel,
+    requested: Dtype,
+    device: "torch.device | None",
+    quantization: Quantization | None,
+    section: str,
+) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -276,16 +298,35 @@ def _load(named: NamedModel, requested: Dtype, device: "torch.device | None", qu
     if device is not None and device.type != "cpu":
         placement["device_map"] = {"": device}
     if quantization is not None:
-        placement["quantization_config"] = _bitsandbytes(quantization, dtype, key)
+        placement["quantization_config"] = _bitsandbytes(quantization, dtype, section)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **placement
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
         )
     except SafetensorError as error:
         raise DataError(f"{key}: {folder}: damaged weight file: {error}") from error
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}: {folder}: can't be loaded as a causal language model: {reason}") from error
+        raise ConfigError(
+            f"{key}: {folder}: can't be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # The library would go on with random numbers in their place.
+        first = min(report["missing_keys"])
+        raise ConfigError(
+            f"{key}: {folder}: holds no {first} (of {len(report['missing_keys'])} missing weights), which "
+            f"{type(model).__name__} needs; it was saved from another class of model, or not whole"
+        )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights in the first evaluation; from then on training
+        # gets no gradient through them, and DoRA's norms are those of other weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     disable_dropout(model)
     # An adapter records this as its base; a snapshot's folder in a cache would mean nothing elsewhere.
     model.name_or_path = named.name
@@ -298,11 +339,10 @@ def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"adapter {adapter}: does not fit the model: {reason}") from error
+        raise ConfigError(f"adapter {adapter}: does not fit the model: {_first_line(error)}") from error
 
 
-def _bitsandbytes(settings: Quantization, dtype: str, key: str) -> Any:
+def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
     import importlib.util
 
     import torch
@@ -310,7 +350,7 @@ def _bitsandbytes(settings: Quantization, dtype: str, key: str) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"{key.partition('.')[0]}.quantization: needs bitsandbytes, which is not installed here. "
+            f"{section}.quantization: needs bitsandbytes, which is not installed here. "
             "Run: pip install 'refshard[quantization]'"
         )
     if settings.bits == 8:

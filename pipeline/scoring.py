@@ -151,31 +151,56 @@ def weighted_sums(
 
 
 def check_scoring(model: Any, key: str) -> None:
-    """Compare the scorer with the model's own logits on one small batch.
+    """Compare the scorer with the model's own logits on one small batch, and the model with itself.
 
     Some families do more after the backbone than a projection. Those that head.py does not know would get wrong
-    numbers without a sign of it, so they are refused.
+    numbers without a sign of it, so they are refused. So are models that see the tokens that they are to predict.
 
     Raises:
-        ConfigError: The two differ by more than the dtype's rounding.
+        ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = [(7 * i + 3) % vocabulary for i in range(12)]
-    batch = make_batch([TokenizedPair(prompt_ids=ids[:4], chosen_ids=ids[4:9], rejected_ids=ids[5:12])], pad_id=0)
-    batch = batch.to(next(model.parameters()).device)
+    others = [(id + 1) % vocabulary for id in ids]
+    # Equal but for the last two tokens of either completion.
+    pair = TokenizedPair(prompt_ids=ids[:4], chosen_ids=ids[4:9], rejected_ids=ids[5:12])
+    changed = TokenizedPair(
+        prompt_ids=ids[:4], chosen_ids=ids[4:7] + others[7:9], rejected_ids=ids[5:10] + others[10:12]
+    )
+    device = next(model.parameters()).device
+    batch, later = (make_batch([p], pad_id=0).to(device) for p in (pair, changed))
     training = model.training
     model.eval()
-    with torch.no_grad():
-        ours = score(model, batch).tokens.logps.float()
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
-        plain = torch.log_softmax(logits[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
-        plain = plain.gather(1, batch.input_ids[:, 1:][batch.completion_mask[:, 1:]][:, None]).squeeze(1)
-    model.train(training)
-    gap = (ours - plain).abs().max().item()
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    try:
+        with torch.no_grad():
+            ours = score(model, batch).tokens.logps.float()
+            ours_later = score(model, later).tokens.logps.float()
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {name} can't be run as a causal language model ({' '.join(str(error).split())}); "
+            "this architecture is not supported"
+        ) from error
+    finally:
+        model.train(training)
+    plain = torch.log_softmax(logits.float()[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
+    plain = plain.gather(1, batch.input_ids[:, 1:][batch.completion_mask[:, 1:]][:, None]).squeeze(1)
     # One bf16 logit near 16 is rounded by up to 1/16; float32 agrees to five digits.
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+    gap = (ours - plain).abs().max().item()
     if not gap <= tolerance:
         raise ConfigError(
-            f"{key}: {type(model).__name__} makes its logits in a way that the scorer does not know "
+            f"{key}: {name} makes its logits in a way that the scorer does not know "
             f"(log-probs differ by {gap:.3g} from its own); this architecture is not supported"
+        )
+    same = [i for i in range(len(ours)) if i not in (3, 4, 10, 11)]
+    moved = (ours - ours_later)[same].abs().max().item()
+    # Which columns LLM.int8() keeps in float16 depends on all tokens of a batch, which is felt by tenths of a nat.
+    if moved > (0.25 if getattr(model.config, "quantization_config", None) else tolerance):
+        raise ConfigError(
+            f"{key}: {name} sees tokens that come later (changing them moves log-probs before them by {moved:.3g}), "
+            "so it gives no log-probs of a text; a causal language model is needed"
         )

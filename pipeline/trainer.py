@@ -97,7 +97,9 @@ class PairTrainer(transformers.Trainer):
     def __init__(self, *, loss: LossConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._loss = loss
-        self._aux_weight = router_aux_weight(kwargs["model"].config.get_text_config(), loss)
+        self._aux_weight = 0.0
+        if _has_router(kwargs["model"]):
+            self._aux_weight = router_aux_weight(kwargs["model"].config.get_text_config(), loss)
         # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._totals: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
@@ -180,6 +182,17 @@ def router_aux_weight(config: Any, loss: LossConfig) -> float:
         return 0.0
     own = getattr(config, "router_aux_loss_coef", 0.0)
     return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+
+
+def _has_router(model: Any) -> bool:
+    """Whether any layer has experts: a family of mixtures has members without (Jamba with one expert)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    recorders = (getattr(causal.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    if recorders is None:
+        return True  # Not said; the config is.
+    recorders = recorders if isinstance(recorders, list | tuple) else (recorders,)
+    routers: tuple[Any, ...] = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
+    return any(isinstance(module, routers) for module in causal.modules())
 
 
 def _pairs(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig) -> Pairs:

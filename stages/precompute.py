@@ -24,8 +24,9 @@ from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import identity_of_run
+from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.models import load_reference, load_tokenizer, pick_device, reference_sources
+from pipeline.models import load_reference, load_tokenizer, pick_device, policy_settings, reference_sources
 from pipeline.order import order_of_run
 from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
@@ -43,7 +44,7 @@ from pipeline.shards import (
 )
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
-from pipeline.trainer import training_arguments
+from pipeline.trainer import router_aux_weight, training_arguments
 from pipeline.versions import library_versions
 from pipeline.windows import next_window, prepare_reference, window_config
 
@@ -74,7 +75,9 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
         )
     if config.train:
         # A mistake in the other stage's section is better found before an hour of scoring than after it.
-        training_settings(config)
+        settings = training_settings(config)
+        check_dtypes(config, settings)
+        router_aux_weight(policy_settings(config), config.loss)
     sources = {"train": open_source(config.data)}
     sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
     tokenizer = load_tokenizer(config)
@@ -385,10 +388,11 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
 
 
 def _declared(config: Config, source: Source) -> dict[str, Any]:
+    _, adapter = reference_sources(config)
     return {
         "reference": config.reference.model or config.policy.model,
         "reference_revision": config.reference.revision if config.reference.model else config.policy.revision,
-        "reference_adapter": config.reference.adapter or (None if config.reference.model else config.policy.adapter),
+        "reference_adapter": None if adapter is None else config.reference.adapter or config.policy.adapter,
         "tokenizer": config.policy.model,
         "dataset": describe(source),
         "tokens_per_batch": config.precompute.tokens_per_batch,

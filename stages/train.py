@@ -20,17 +20,17 @@ from pipeline.checkpoints import RUN, CommitCallback, check_same_run, delete_run
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
-from pipeline.gate import Gate, GateCallback
+from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import check_identity, join, load_reference_table
-from pipeline.models import find_model, load_policy, load_tokenizer, resolve_dtype
+from pipeline.models import load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
 from pipeline.scoring import check_scoring, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import watch_signals
 from pipeline.sources import describe, open_source, read_rows
 from pipeline.storage import read_json, replace_file, write_json
-from pipeline.trainer import PairTrainer, make_collator, training_arguments
+from pipeline.trainer import PairTrainer, make_collator, router_aux_weight, training_arguments
 from pipeline.versions import library_versions
 from pipeline.windows import Window, WindowCallback, make_window, window_config
 
@@ -58,6 +58,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
     state = PartialState()
+    router_aux_weight(policy_settings(config), config.loss)
     tokenizer = load_tokenizer(config)
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
     identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
@@ -100,7 +101,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     commit = CommitCallback(identity, flag)
     callbacks: list[Any] = [commit]
     if "train" in stores:
-        gate = _gate(config, settings_of_window, arguments, stores["train"], settings.get("on_mismatch"), window)
+        gate = _gate(config, settings_of_window, settings, stores["train"], window)
         callbacks.append(GateCallback(gate, lambda text: _say(state, text)))
     if window is not None:
         callbacks.append(WindowCallback(window))
@@ -216,9 +217,8 @@ def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[s
 def _gate(
     config: Config,
     settings_of_window: Config,
-    arguments: transformers.TrainingArguments,
+    settings: Mapping[str, Any],
     store: Store,
-    on_mismatch: Any,
     window: Window | None,
 ) -> Gate:
     kin = kinship(settings_of_window)
@@ -226,20 +226,16 @@ def _gate(
         # A reference that has moved is the policy's equal only where it is a copy of it.
         copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
         kin = Kinship(at_start=copied, adapters_off=False, frozen_adapter=None)
-    model = find_model(config.policy.model, config.policy.revision, "policy.model")
-    policy_dtype = resolve_dtype(config.policy.dtype, read_json(model / "config.json"))
-    if arguments.bf16 or arguments.fp16:
-        policy_dtype = "bfloat16" if arguments.bf16 else "float16"
     reference = store.manifest["identity"]["reference"]
     return Gate(
         store=store,
         # Of a reference known by name alone nothing is known, and nothing compared.
         reference_dtype=str(reference.get("dtype", "float32")),
-        policy_dtype=policy_dtype,
+        policy_dtype=policy_dtype(config, settings),
         in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         kinship=kin,
         start=0 if window is None else window.first,
-        warn_only=on_mismatch == "warn",
+        warn_only=settings.get("on_mismatch") == "warn",
     )
 
 

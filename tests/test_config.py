@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, as_dict, load_config, training_settings
+from pipeline.config import Config, LossName, Quantization, as_dict, load_config, training_settings
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -35,16 +35,34 @@ OPTIONS = [
     "data.streaming",
     "loss",
     "loss.beta",
+    "loss.discopop_tau",
+    "loss.f_alpha_divergence_coef",
+    "loss.f_divergence_type",
+    "loss.label_smoothing",
+    "loss.ld_alpha",
+    "loss.router_aux_loss_coef",
     "loss.type",
+    "loss.use_weighting",
+    "loss.weights",
     "policy",
     "policy.adapter",
     "policy.dtype",
+    "policy.ia3",
+    "policy.ia3.feedforward_modules",
+    "policy.ia3.target_modules",
     "policy.lora",
     "policy.lora.alpha",
+    "policy.lora.dora",
     "policy.lora.dropout",
+    "policy.lora.modules_to_save",
     "policy.lora.r",
+    "policy.lora.rslora",
     "policy.lora.target_modules",
     "policy.model",
+    "policy.quantization",
+    "policy.quantization.bits",
+    "policy.quantization.double",
+    "policy.quantization.type",
     "policy.revision",
     "precompute",
     "precompute.on_nonfinite",
@@ -55,10 +73,18 @@ OPTIONS = [
     "precompute.tokens_per_batch",
     "reference",
     "reference.adapter",
+    "reference.declared",
     "reference.disable_adapters",
     "reference.dtype",
     "reference.model",
+    "reference.quantization",
+    "reference.quantization.bits",
+    "reference.quantization.double",
+    "reference.quantization.type",
     "reference.revision",
+    "reference.sync",
+    "reference.sync.mixup_alpha",
+    "reference.sync.steps",
     "train",
 ]
 
@@ -76,7 +102,15 @@ DEFAULTS = {
         "on_identical": "keep",
         "eval": {},
     },
-    "policy": {"model": "m", "revision": None, "adapter": None, "lora": None, "dtype": "float32"},
+    "policy": {
+        "model": "m",
+        "revision": None,
+        "adapter": None,
+        "lora": None,
+        "ia3": None,
+        "dtype": "float32",
+        "quantization": None,
+    },
     "precompute": {
         "output": "out",
         "reuse": [],
@@ -85,10 +119,64 @@ DEFAULTS = {
         "token_logps": True,
         "on_nonfinite": "stop",
     },
-    "reference": {"model": None, "revision": None, "adapter": None, "disable_adapters": False, "dtype": "auto"},
-    "loss": {"type": "sigmoid", "beta": 0.1},
+    "reference": {
+        "model": None,
+        "revision": None,
+        "adapter": None,
+        "disable_adapters": False,
+        "dtype": "auto",
+        "quantization": None,
+        "declared": None,
+        "sync": None,
+    },
+    "loss": {
+        "type": "sigmoid",
+        "weights": None,
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "use_weighting": False,
+        "discopop_tau": 0.05,
+        "router_aux_loss_coef": None,
+    },
     "train": {},
 }
+
+# Those of the settings that are left out by default, once they are there.
+INNER_DEFAULTS: dict[str, Any] = {
+    "policy.lora": {
+        "r": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "modules_to_save": [],
+        "rslora": False,
+        "dora": False,
+    },
+    "policy.ia3": {"target_modules": None, "feedforward_modules": None},
+    "reference.sync": {"steps": 512, "mixup_alpha": 0.6},
+    "data.eval.test": {"path": None, "name": None, "split": None},
+}
+
+LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 
 SMALLEST = "data: {path: pairs.jsonl}\npolicy: {model: m}\nprecompute: {output: out}\n"
 
@@ -133,6 +221,19 @@ def test_the_defaults_are_the_frozen_ones(load: Load) -> None:
     assert as_dict(load()) == DEFAULTS
 
 
+@pytest.mark.parametrize("key", INNER_DEFAULTS)
+def test_the_defaults_of_what_is_left_out_are_the_frozen_ones(load: Load, key: str) -> None:
+    """An empty mapping is there, and stands for its defaults; null is not there."""
+    found: Any = as_dict(load(SMALLEST, f"{key}={{}}"))
+    for name in key.split("."):
+        found = found[name]
+    assert found == INNER_DEFAULTS[key]
+
+
+def test_the_losses_are_the_frozen_ones() -> None:
+    assert list(typing.get_args(LossName)) == LOSSES
+
+
 def test_importing_the_settings_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, pipeline.config; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -141,8 +242,11 @@ def test_importing_the_settings_loads_neither_torch_nor_transformers() -> None:
 def test_saved_settings_load_as_the_same_settings(load: Load) -> None:
     config = load(
         "data: {path: p, columns: {prompt: q}, eval: {test: {split: 'test[:9]'}}}\n"
-        "policy: {model: m, lora: {target_modules: [q_proj, v_proj]}}\n"
+        "policy: {model: m, quantization: {bits: 4, double: on},\n"
+        "  lora: {target_modules: [q_proj, v_proj], modules_to_save: [norm], dora: on}}\n"
         "precompute: {output: out}\n"
+        "reference: {quantization: {bits: 8}}\n"
+        "loss: {type: [sigmoid, sft], weights: [1, 5e-1], ld_alpha: .5, use_weighting: on}\n"
         "train: {output_dir: o, save_strategy: no, learning_rate: 5e-7}\n"
     )
     again = load(yaml.safe_dump(as_dict(config)))
@@ -179,7 +283,14 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("loss.beta=high", "loss.beta: expected a number, found 'high'"),
         ("loss.beta=null", "loss.beta: expected a number, found nothing"),
         ("loss.beta=[0.1]", "loss.beta: expected a number, found a list"),
-        ("loss.type=dpo", "loss.type: expected one of sigmoid; found 'dpo'"),
+        ("loss.type=dpo", "loss.type: expected one of sigmoid, hinge, ipo, "),
+        ("loss.type=[sigmoid, dpo]", "loss.type[1]: expected one of sigmoid, hinge, ipo, "),
+        ("loss.type={sigmoid: 1}", "loss.type: "),
+        ("loss.type=", "loss.type: expected one of sigmoid, "),
+        ("loss.weights=1", "loss.weights: expected a list, found '1'"),
+        ("loss.weights=[heavy]", "loss.weights[0]: expected a number, found 'heavy'"),
+        ("loss.f_divergence_type=kl", "loss.f_divergence_type: expected one of reverse_kl, forward_kl, "),
+        ("loss.use_weighting=2", "loss.use_weighting: expected true or false, found '2'"),
         ("loss=0.1", "loss: expected settings (a mapping), found '0.1'"),
         ("data.max_length=2.5", "data.max_length: expected a whole number, found '2.5'"),
         ("data.max_length=inf", "data.max_length: expected a whole number, found 'inf'"),
@@ -201,7 +312,17 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("policy.dtype=fp32", "policy.dtype: expected one of auto, float32, bfloat16, float16; found 'fp32'"),
         ("policy.lora=yes", "policy.lora: expected settings (a mapping), found 'yes'"),
         ("policy.lora.r=many", "policy.lora.r: expected a whole number, found 'many'"),
-        ("policy.lora.target_modules=[{a: b}]", "policy.lora.target_modules: expected list[str] or text"),
+        ("policy.lora.target_modules=[{a: b}]", "policy.lora.target_modules[0]: expected text, found a mapping"),
+        ("policy.lora.modules_to_save=norm", "policy.lora.modules_to_save: expected a list, found 'norm'"),
+        ("policy.ia3=on", "policy.ia3: expected settings (a mapping), found 'on'"),
+        ("policy.quantization=4", "policy.quantization: expected settings (a mapping), found '4'"),
+        ("policy.quantization={bits: 5}", "policy.quantization.bits: expected one of 4, 8; found '5'"),
+        ("policy.quantization={bits: 4.0}", "policy.quantization.bits: expected one of 4, 8; found '4.0'"),
+        ("policy.quantization={type: nf4}", "policy.quantization.bits: missing; it has no default"),
+        ("reference.quantization={bits: 4, type: int4}", "reference.quantization.type: expected one of nf4, fp4"),
+        ("reference.sync=512", "reference.sync: expected settings (a mapping), found '512'"),
+        ("reference.sync.steps=2.5", "reference.sync.steps: expected a whole number, found '2.5'"),
+        ("reference.declared=[a]", "reference.declared: expected text, found a list"),
     ],
 )
 def test_a_wrong_type_is_refused_with_what_was_found(load: Load, override: str, message: str) -> None:
@@ -221,6 +342,42 @@ def test_a_wrong_type_is_refused_with_what_was_found(load: Load, override: str, 
         ("loss.beta=-0.1", "loss.beta: above 0"),
         ("loss.beta=nan", "loss.beta: above 0"),
         ("loss.beta=inf", "loss.beta: above 0 and finite"),
+        ("loss.type=[]", "loss.type: name at least one loss"),
+        ("loss.type=[hinge, hinge]", "loss.type: a loss is there twice"),
+        ("loss={weights: [1, 2]}", "loss.weights: 2 for 1 losses; one for each is needed"),
+        ("loss={type: [sigmoid, sft], weights: [1]}", "loss.weights: 1 for 2 losses; one for each is needed"),
+        ("loss={type: [sigmoid, sft], weights: []}", "loss.weights: 0 for 2 losses; one for each is needed"),
+        ("loss.weights=[nan]", "loss.weights: finite numbers"),
+        ("loss.label_smoothing=-0.1", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss.label_smoothing=0.6", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss.label_smoothing=nan", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss={type: hinge, label_smoothing: 0.1}", "loss.label_smoothing: none of the losses takes it"),
+        ("loss={type: robust, label_smoothing: 0.5}", "loss.label_smoothing: below 0.5 for robust"),
+        ("loss.type=exo_pair", "loss.label_smoothing: above 0 for exo_pair"),
+        ("loss={type: [sigmoid, aot], f_divergence_type: forward_kl}", "loss.f_divergence_type: aot is defined for"),
+        ("loss.f_alpha_divergence_coef=0.7", "loss.f_alpha_divergence_coef: set without f_divergence_type: alpha"),
+        ("loss={f_divergence_type: alpha_divergence, f_alpha_divergence_coef: nan}", "loss.f_alpha_divergence_coef: a"),
+        ("loss.ld_alpha=1.1", "loss.ld_alpha: from 0"),
+        ("loss.ld_alpha=-0.1", "loss.ld_alpha: from 0"),
+        ("loss.ld_alpha=nan", "loss.ld_alpha: from 0"),
+        ("loss={type: aot, use_weighting: on}", "loss.use_weighting: aot sorts pairs"),
+        ("loss={type: discopop, discopop_tau: 0}", "loss.discopop_tau: above 0 and finite"),
+        ("loss.discopop_tau=0.1", "loss.discopop_tau: set without discopop"),
+        ("loss.router_aux_loss_coef=-1", "loss.router_aux_loss_coef: 0 or above, and finite"),
+        ("loss.router_aux_loss_coef=inf", "loss.router_aux_loss_coef: 0 or above, and finite"),
+        ("policy.ia3.feedforward_modules=[w]", "policy.ia3.feedforward_modules: name target_modules too"),
+        (
+            "policy={model: m, quantization: {bits: 8, type: fp4}, lora: {}}",
+            "policy.quantization.type: type and double",
+        ),
+        (
+            "policy={model: m, quantization: {bits: 8, double: on}, lora: {}}",
+            "policy.quantization.type: type and double",
+        ),
+        ("policy.quantization.bits=4", "policy.quantization: quantized weights can't be trained themselves"),
+        ("reference.sync.steps=0", "reference.sync.steps: at least 1"),
+        ("reference.sync.mixup_alpha=1.5", "reference.sync.mixup_alpha: from 0 to 1"),
+        ("reference.sync.mixup_alpha=nan", "reference.sync.mixup_alpha: from 0 to 1"),
         ("policy.lora.r=0", "policy.lora.r: at least 1"),
         ("policy.lora.alpha=0", "policy.lora.alpha: above 0"),
         ("policy.lora.alpha=nan", "policy.lora.alpha: above 0"),
@@ -237,9 +394,72 @@ def test_an_impossible_value_is_refused(load: Load, override: str, message: str)
     assert str(caught.value).startswith(message)
 
 
-def test_a_fresh_adapter_on_top_of_another_is_refused(load: Load) -> None:
-    with pytest.raises(ConfigError, match=r"^policy.lora: a fresh adapter on top of `adapter`"):
-        load(SMALLEST, "policy.adapter=sft", "policy.lora.r=4")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy.adapter=sft", "policy.lora.r=4"], "policy.lora: set together with adapter; a run trains one"),
+        (["policy.adapter=sft", "policy.ia3={}"], "policy.ia3: set together with adapter; a run trains one"),
+        (["policy.lora={}", "policy.ia3={}"], "policy.ia3: set together with lora; a run trains one"),
+        (["policy.lora={}", "policy.ia3={}", "policy.adapter=sft"], "policy.lora: set together with adapter"),
+        (["reference.declared=gpt", "reference.model=m"], "reference.model: set together with declared"),
+        (["reference.declared=gpt", "reference.revision=v1"], "reference.revision: set together with declared"),
+        (["reference.declared=gpt", "reference.adapter=sft"], "reference.adapter: set together with declared"),
+        (["reference.declared=gpt", "reference.quantization.bits=4"], "reference.quantization: set together with decl"),
+        (["reference.declared=gpt", "reference.sync={}"], "reference.sync: set together with declared"),
+        (["reference.sync={}", "reference.quantization.bits=4"], "reference.quantization: a reference that moves"),
+        (
+            ["reference.sync={}", "policy.lora={}", "policy.quantization.bits=4"],
+            "policy.quantization: quantized weights can't be mixed with the reference",
+        ),
+        (["reference.sync={}", "train.load_best_model_at_end=true"], "train.load_best_model_at_end: can't be set with"),
+        (["reference.sync={}", "train.push_to_hub=on"], "train.push_to_hub: can't be set with reference.sync"),
+        (
+            ["reference.sync={}", "train.on_missing=drop"],
+            "train.on_missing: drop would change which pairs a window has",
+        ),
+        (["loss.ld_alpha=0.5", "precompute.token_logps=off"], "loss.ld_alpha: needs token logps in the shards"),
+        (["loss.ld_alpha=1", "precompute.token_logps=off"], "loss.ld_alpha: needs token logps in the shards"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(load: Load, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMALLEST, *overrides)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reference.sync={}", "policy.lora={}", "train.load_best_model_at_end=off", "train.on_missing=stop"],
+        ["reference.sync={}", "reference.model=other", "reference.adapter=sft"],
+        ["policy.quantization.bits=4", "policy.adapter=sft", "reference.model=other"],
+        ["policy.quantization={bits: 4, type: fp4, double: on}", "policy.ia3={}"],
+        ["reference.quantization.bits=8"],
+        ["reference.declared=somebody's model", "policy.lora={}", "policy.quantization.bits=8"],
+        ["policy.ia3={target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}"],
+        ["loss={type: [sigmoid, exo_pair, robust], label_smoothing: 0.1, weights: [1, 0, -1]}"],
+        ["loss={f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0.3, ld_alpha: 0}"],
+        ["loss={type: [discopop, apo_zero], discopop_tau: 0.1, router_aux_loss_coef: 0, use_weighting: on}"],
+        ["precompute.token_logps=off"],
+    ],
+)
+def test_settings_that_go_together_are_taken(load: Load, overrides: list[str]) -> None:
+    config = load(SMALLEST, *overrides)
+    assert load(yaml.safe_dump(as_dict(config))) == config
+
+
+def test_a_policy_has_an_adapter_if_it_continues_or_starts_one(load: Load) -> None:
+    assert not load().policy.has_adapter
+    for override in ("policy.adapter=sft", "policy.lora={}", "policy.ia3={}"):
+        assert load(SMALLEST, override).policy.has_adapter
+
+
+def test_one_loss_and_a_list_of_one_are_the_same(load: Load) -> None:
+    one, listed = load(SMALLEST, "loss.type=hinge").loss, load(SMALLEST, "loss.type=[hinge]").loss
+    assert one.types == listed.types == ["hinge"]
+    assert one.weights_of_types == listed.weights_of_types == [1.0]
+    assert load(SMALLEST, "loss={type: [hinge, sft], weights: [2, 5e-1]}").loss.weights_of_types == [2.0, 0.5]
 
 
 def test_a_reference_adapter_that_is_also_disabled_is_refused(load: Load) -> None:
@@ -334,6 +554,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("policy.lora.r=4", 4),
         ("policy.lora.target_modules=[q_proj, off]", ["q_proj", "off"]),
         ("policy.lora.target_modules=all-linear", "all-linear"),
+        ("policy.lora.modules_to_save=[norm, off]", ["norm", "off"]),
+        ("policy.lora.dora=on", True),
+        ("loss.type=[sigmoid]", ["sigmoid"]),
+        ("loss.type=ipo", "ipo"),
+        ("loss.weights=[5e-1]", [0.5]),
+        ("loss.weights=null", None),
+        ("loss.ld_alpha=0", 0.0),
+        ("loss.ld_alpha=", None),
+        ("loss.router_aux_loss_coef=1e-3", 0.001),
+        ("reference.quantization={bits: 8}", Quantization(bits=8)),
+        ("reference.quantization={bits: '4'}", Quantization(bits=4)),
+        ("reference.quantization=null", None),
+        ("reference.sync.steps=1e3", 1000),
+        ("reference.sync.mixup_alpha=1", 1.0),
+        ("reference.sync=null", None),
+        ("reference.declared=off", "off"),
+        ("reference.declared=", None),
     ],
 )
 def test_a_scalar_is_converted_by_its_declared_type(load: Load, override: str, value: object) -> None:
@@ -413,6 +650,8 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("bf16: 2", "train.bf16: expected true or false, found '2'"),
         ("seed: [1]", "train.seed: expected a whole number, found a list"),
         ("on_missing: ignore", "train.on_missing: expected one of stop, drop; found 'ignore'"),
+        ("on_mismatch: drop", "train.on_mismatch: expected one of stop, warn; found 'drop'"),
+        ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
     ],
 )
 def test_a_wrong_train_field_is_refused(train: Callable[[str], dict[str, Any]], text: str, message: str) -> None:

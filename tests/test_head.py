@@ -1,5 +1,6 @@
 """The chunked head: the numbers and gradients of a plain log-softmax, without a tensor of the logits' size."""
 
+import math
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ def plain_statistics(hidden: torch.Tensor, targets: torch.Tensor, head: Head) ->
         entropy=-(log_softmax.exp() * log_softmax).sum(dim=-1),
         mean_logit=logits.mean(dim=-1),
         is_top1=logits.argmax(dim=-1) == targets,
+        log_sum_squares=log_softmax.exp().square().sum(dim=-1).log(),
     )
 
 
@@ -79,6 +81,35 @@ def test_gradients_are_those_of_autograd(kind: str) -> None:
     plain = torch.autograd.grad(plain_statistics(hidden, targets, head).logps, inputs, upstream)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("count", [1, 16, COUNT])
+def test_summed_squares_are_those_of_all_probabilities_and_change_nothing_else(kind: str, count: int) -> None:
+    hidden, head, targets = make_case(kind, count)
+    ours, plain = token_statistics(hidden, targets, head, squares=True), plain_statistics(hidden, targets, head)
+    assert ours.log_sum_squares is not None and plain.log_sum_squares is not None
+    torch.testing.assert_close(ours.log_sum_squares, plain.log_sum_squares, rtol=1e-12, atol=1e-12)
+    # Between that of one sure token and that of a uniform choice.
+    assert (ours.log_sum_squares <= 0).all() and (ours.log_sum_squares > -math.log(VOCABULARY)).all()
+    without = token_statistics(hidden, targets, head)
+    assert without.log_sum_squares is None
+    for name in ("logps", "entropy", "mean_logit", "is_top1"):
+        assert torch.equal(getattr(ours, name), getattr(without, name))
+    gradients = (torch.autograd.grad(s.logps.sum(), [hidden, head.weight]) for s in (ours, without))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4], ids=["uniform", "usual", "one sure token"])
+def test_summed_squares_stay_finite_at_either_end(scale: float) -> None:
+    hidden, head, targets = make_case("plain", dtype=torch.float32)
+    sharp = Head(head.weight, None, scale)
+    found = token_statistics(hidden, targets, sharp, squares=True).log_sum_squares
+    expected = plain_statistics(hidden.double(), targets, Head(head.weight.double(), None, scale)).log_sum_squares
+    assert found is not None and expected is not None and found.dtype == torch.float32
+    # Float32 logits of 1e4 are known to about 1e-3.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2 if scale > 1 else 1e-5)
 
 
 def test_a_position_without_gradient_upstream_passes_none_down() -> None:
@@ -122,14 +153,14 @@ def test_bf16_rounds_the_operands_and_nothing_after_them(autocast: bool) -> None
 
 def test_only_logps_carry_a_gradient() -> None:
     hidden, head, targets = make_case("all three")
-    statistics = token_statistics(hidden, targets, head)
-    assert statistics.logps.requires_grad
-    assert not any(t.requires_grad for t in (statistics.entropy, statistics.mean_logit, statistics.is_top1))
+    statistics = token_statistics(hidden, targets, head, squares=True)
+    assert statistics.log_sum_squares is not None
+    assert {name for name, value in vars(statistics).items() if value.requires_grad} == {"logps"}
 
 
 def test_no_tokens_give_empty_statistics_and_zero_gradients() -> None:
     hidden, head, targets = make_case("all three", count=0)
-    statistics = token_statistics(hidden, targets, head)
+    statistics = token_statistics(hidden, targets, head, squares=True)
     assert all(t.shape == (0,) for t in vars(statistics).values())
     statistics.logps.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == (0, HIDDEN)
@@ -159,7 +190,7 @@ def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str) -> 
     count = 200
     hidden, head, targets = make_case(kind, count)
     with Allocations() as forward:
-        logps = token_statistics(hidden, targets, head).logps
+        logps = token_statistics(hidden, targets, head, squares=True).logps
     with Allocations() as backward:
         logps.sum().backward()
     for recorded in (forward, backward):

@@ -109,6 +109,7 @@ def test_good_row_is_kept_with_its_remarks(name: str) -> None:
     kept, ledger = take([content])
     assert len(kept) == ledger.kept == ledger.rows == 1
     assert ledger.noted == dict.fromkeys(remarks, 1)
+    assert kept[0].truncated is ("truncated" in remarks)
     assert not ledger.dropped
     assert not ledger.skipped
 

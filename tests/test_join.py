@@ -1,6 +1,7 @@
 """The join: each pair gets the log-probs stored under its key, or is counted as missing; never another pair's."""
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import join as module
-from pipeline.errors import DataError, IdentityError, StorageError
+from pipeline.errors import ConfigError, DataError, IdentityError, StorageError
 from pipeline.intake import KeptPair, Ledger
 from pipeline.join import JoinReport, ReferenceTable, check_identity, join, load_reference_table
 from pipeline.shards import ScoredPair, Store, create_store, finish_store, open_store, write_part
@@ -42,10 +44,10 @@ def scored(
     )
 
 
-def asked(key: bytes, row: int = 0, chosen: int = 2, rejected: int = 1) -> KeptPair:
+def asked(key: bytes, row: int = 0, chosen: int = 2, rejected: int = 1, *, truncated: bool = False) -> KeptPair:
     """A pair of the run, with as many completion tokens as said."""
     ids = TokenizedPair(prompt_ids=[1, 2, 3], chosen_ids=list(range(chosen)), rejected_ids=list(range(rejected)))
-    return KeptPair(row=row, place=f"pairs.jsonl line {row + 1}", key=key, pair=ids)
+    return KeptPair(row=row, place=f"pairs.jsonl line {row + 1}", key=key, pair=ids, truncated=truncated)
 
 
 def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapping[str, Any] = IDENTITY) -> Store:
@@ -64,8 +66,10 @@ def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapp
     return open_store(folder)
 
 
-def joined(pairs: Sequence[KeptPair], table: ReferenceTable, folder: Path) -> tuple[JoinReport, list[dict[str, Any]]]:
-    report = join(pairs, table, folder / "joined.arrow")
+def joined(
+    pairs: Sequence[KeptPair], table: ReferenceTable, folder: Path, *, keep_missing: bool = False
+) -> tuple[JoinReport, list[dict[str, Any]]]:
+    report = join(pairs, table, folder / "joined.arrow", keep_missing=keep_missing)
     with pa.memory_map(str(folder / "joined.arrow")) as source:
         return report, pa.ipc.open_stream(source).read_all().to_pylist()
 
@@ -127,10 +131,100 @@ def test_ids_and_row_numbers_are_carried_over(tmp_path: Path) -> None:
             "prompt_ids": [1, 2, 3],
             "chosen_ids": [0, 1],
             "rejected_ids": [0],
+            "truncated": False,
+            "part": 0,
             "ref_chosen_logps": -1.75,
             "ref_rejected_logps": -2.0,
         }
     ]
+
+
+def test_the_part_that_scored_a_pair_and_whether_it_was_cut_are_carried_over(tmp_path: Path) -> None:
+    """Parts are counted through the stores, in the order in which these are given."""
+    first = make_store(tmp_path / "a", [[scored(key(0))], [], [scored(key(1))]])
+    second = make_store(tmp_path / "b", [[scored(key(2)), scored(key(0))]])
+    pairs = [asked(key(n), truncated=n == 1) for n in (2, 1, 0)]
+    _, rows = joined(pairs, load_reference_table([first, second], 64), tmp_path)
+    # A pair that is in both stores is taken from the first.
+    assert [(row["part"], row["truncated"]) for row in rows] == [(3, False), (2, True), (0, False)]
+
+
+def test_token_logps_come_with_the_pairs_where_they_are_asked_for(tmp_path: Path) -> None:
+    values = {n: ([-1.0 * n, -0.5], [-2.0 - n]) for n in range(4)}
+    parts = [[scored(key(n), *values[n]) for n in numbers] for numbers in ((0, 1), (2, 3))]
+    store = make_store(tmp_path / "train", parts)
+    table = load_reference_table([store], 64, token_file=tmp_path / "new" / "tokens.arrow")
+    _, rows = joined([asked(key(n)) for n in (3, 0, 2, 2)], table, tmp_path)
+    assert [(row["ref_chosen_token_logps"], row["ref_rejected_token_logps"]) for row in rows] == [
+        values[n] for n in (3, 0, 2, 2)
+    ]
+    _, rows = joined([asked(key(0))], load_reference_table([store], 64), tmp_path)
+    assert not any("token" in name for name in rows[0])
+
+
+def test_token_logps_are_cut_as_the_sums_are(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0), (-1.0, -2.0, -4.0, -8.0), (-16.0,))]])
+    table = load_reference_table([store], 5, token_file=tmp_path / "tokens.arrow")
+    _, rows = joined([asked(key(0), chosen=2, rejected=1)], table, tmp_path)
+    assert (rows[0]["ref_chosen_token_logps"], rows[0]["ref_rejected_token_logps"]) == ([-1.0, -2.0], [-16.0])
+    assert (rows[0]["ref_chosen_logps"], rows[0]["ref_rejected_logps"]) == (-3.0, -16.0)
+
+
+def test_stores_without_token_logps_give_none_though_asked(tmp_path: Path) -> None:
+    """One such store among others is enough: a column is there for all rows, or for none."""
+    token_file = tmp_path / "tokens.arrow"
+    sums = make_store(tmp_path / "sums", [[scored(key(0))]], identity(token_logps=False))
+    tokens = make_store(tmp_path / "tokens", [[scored(key(1))]])
+    table = load_reference_table([tokens, sums], 64, token_file=token_file)
+    assert table.token_logps is None
+    assert not token_file.exists()
+    _, rows = joined([asked(key(0)), asked(key(1))], table, tmp_path)
+    assert [row["ref_chosen_logps"] for row in rows] == [-1.75, -1.75]
+    assert not any("token" in name for name in rows[0])
+
+
+def test_a_token_file_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="can't be written"):
+        load_reference_table([store], 64, token_file=tmp_path / "file" / "tokens.arrow")
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_missing_pairs_are_kept_with_nan_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tokens: bool
+) -> None:
+    """So that a pair's place in the joined set does not depend on which pairs are scored."""
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    store = make_store(tmp_path / "train", [[scored(key(n), (-1.0 * n, -0.5)) for n in range(3)]])
+    table = load_reference_table([store], 64, token_file=tmp_path / "tokens.arrow" if with_tokens else None)
+    order = [9, 2, 8, 7, 6, 5, 0, 4, 1]
+    pairs = [asked(key(n), row=i) for i, n in enumerate(order)]
+    report, rows = joined(pairs, table, tmp_path, keep_missing=True)
+    assert report == JoinReport(matched=3, missing=6, first_missing="pairs.jsonl line 1", surplus=0)
+    assert [(row["row"], row["pair_key"]) for row in rows] == [(pair.row, pair.key) for pair in pairs]
+    for n, row in zip(order, rows, strict=True):
+        assert row["chosen_ids"] == [0, 1]
+        if n < 3:
+            assert (row["ref_chosen_logps"], row["ref_rejected_logps"], row["part"]) == (-1.0 * n - 0.5, -2.0, 0)
+        else:
+            assert math.isnan(row["ref_chosen_logps"]) and math.isnan(row["ref_rejected_logps"])
+            assert row["part"] == -1
+        if with_tokens:
+            tokens = (row["ref_chosen_token_logps"], row["ref_rejected_token_logps"])
+            assert tokens == (([-1.0 * n, -0.5], [-2.0]) if n < 3 else (None, None))
+    assert ("ref_chosen_token_logps" in rows[0]) == with_tokens
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_all_pairs_are_kept_beside_an_empty_store(tmp_path: Path, with_tokens: bool) -> None:
+    store = make_store(tmp_path / "train", [[]])
+    table = load_reference_table([store], 64, token_file=tmp_path / "tokens.arrow" if with_tokens else None)
+    report, rows = joined([asked(bytes(16)), asked(key(1))], table, tmp_path, keep_missing=True)
+    assert (report.matched, report.missing) == (0, 2)
+    assert len(rows) == 2 and all(math.isnan(row["ref_chosen_logps"]) for row in rows)
+    if with_tokens:
+        assert [row["ref_chosen_token_logps"] for row in rows] == [None, None]
 
 
 def test_order_is_kept_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +321,95 @@ def test_the_same_max_length_needs_no_token_logps(tmp_path: Path) -> None:
     table = load_reference_table([store], 64)
     assert (table.chosen_logps[0], table.rejected_logps[0]) == (-1.75, -2.0)
     assert (table.chosen_tokens[0], table.rejected_tokens[0]) == (2, 1)
+
+
+# Weights on the tail (LD-DPO).
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 20), _logps, _logps), min_size=1, max_size=8),
+    max_length=st.integers(1, 64),
+    ld_alpha=st.floats(0, 1),
+    with_tokens=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_weighted_sums_are_those_of_a_loop_over_the_prefixes_tokens(
+    pairs: list[tuple[int, list[float], list[float]]], max_length: int, ld_alpha: float, with_tokens: bool
+) -> None:
+    rows = [scored(key(i), c, r, prompt_tokens=p) for i, (p, c, r) in enumerate(pairs)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder, "train"), [rows[:3], rows[3:]])
+        token_file = Path(folder, "tokens.arrow") if with_tokens else None
+        table = load_reference_table([store], max_length, ld_alpha=ld_alpha, token_file=token_file)
+        lists = None if table.token_logps is None else table.token_logps.to_pylist()
+    at = {bytes(k).ljust(16, b"\0"): i for i, k in enumerate(table.keys)}
+    for n, (prompt_tokens, *sides) in enumerate(pairs):
+        i, room = at[key(n)], max(max_length - prompt_tokens, 0)
+        kept = [side[:room] for side in sides]
+        # The common length is that of the completions as this run cuts them.
+        shared = min(map(len, kept))
+        for values, sums in zip(kept, (table.chosen_logps, table.rejected_logps), strict=True):
+            expected = sum(value * (1.0 if t < shared else ld_alpha) for t, value in enumerate(values))
+            assert sums[i] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        if lists is not None:
+            # The tokens themselves are not weighed: the policy's are compared with them one by one.
+            row = lists[table.rows[i]]
+            assert [row["chosen_token_logps"], row["rejected_token_logps"]] == kept
+
+
+def test_a_weight_of_1_gives_the_plain_sums(tmp_path: Path) -> None:
+    rows = [scored(key(i), [-0.1 * i - 0.3] * (i + 1), [-0.7] * 3) for i in range(9)]
+    store = make_store(tmp_path / "train", [rows])
+    plain, weighted = (load_reference_table([store], 64, ld_alpha=alpha) for alpha in (None, 1.0))
+    assert np.array_equal(plain.chosen_logps, weighted.chosen_logps)
+    assert np.array_equal(plain.rejected_logps, weighted.rejected_logps)
+
+
+def test_weights_need_token_logps_in_every_store(tmp_path: Path) -> None:
+    tokens = make_store(tmp_path / "tokens", [[scored(key(1))]])
+    sums = make_store(tmp_path / "sums", [[scored(key(0))]], identity(token_logps=False))
+    for stores in ([sums], [sums, tokens]):
+        with pytest.raises(ConfigError, match=r"loss\.ld_alpha: .*sums holds sums alone.*token_logps: true") as caught:
+            load_reference_table(stores, 64, ld_alpha=0.5)
+        assert caught.value.exit_status == 2
+
+
+def test_the_store_without_token_logps_is_the_one_that_is_named(tmp_path: Path) -> None:
+    tokens = make_store(tmp_path / "first", [[scored(key(1))]])
+    sums = make_store(tmp_path / "second", [[scored(key(0))]], identity(token_logps=False))
+    with pytest.raises(ConfigError, match="second holds sums alone"):
+        load_reference_table([tokens, sums], 64, ld_alpha=0.5)
+
+
+# Sums and token logps of one row must agree.
+
+
+def _make_store_with_edited_sum(folder: Path, change: float) -> Store:
+    """A store whose sums were changed by another program, which made all digests anew."""
+    make_store(folder, [[scored(key(0))], [scored(key(1), (-100.0, -200.0))]])
+    file = folder / "part-00001.parquet"
+    table = pq.read_table(file)
+    at = table.column_names.index("ref_chosen_logps")
+    edited = pa.array([-300.0 + change], pa.float32())
+    pq.write_table(table.set_column(at, table.schema.field(at), edited), file, store_schema=True)
+    (folder / "index.json").unlink()
+    assert finish_store(folder, 2) == []
+    return open_store(folder)
+
+
+@pytest.mark.parametrize("max_length", [64, 4])
+@pytest.mark.parametrize("change", [0.5, -0.01, 600.0])
+def test_sums_that_are_not_those_of_the_token_logps_are_refused(tmp_path: Path, change: float, max_length: int) -> None:
+    store = _make_store_with_edited_sum(tmp_path / "train", change)
+    with pytest.raises(DataError, match=r"train, part 1: its sums are not those of its token logps") as caught:
+        load_reference_table([store], max_length)
+    assert caught.value.exit_status == 65
+    assert "Delete the part and index.json" in str(caught.value)
+
+
+def test_a_sum_rounded_otherwise_is_taken(tmp_path: Path) -> None:
+    store = _make_store_with_edited_sum(tmp_path / "train", 2e-4)
+    assert len(load_reference_table([store], 64).keys) == 2
 
 
 # Several stores.

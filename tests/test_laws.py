@@ -360,3 +360,17 @@ def test_a_temporary_file_is_never_read(make_run: MakeRun, tmp_path: Path) -> No
     refshard("inspect", tmp_path / "shards")
     refshard("train", "--config", config)
     assert (store / ".tmp-0123").read_bytes() == b"half a part"
+
+
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(make_run: MakeRun, tmp_path: Path) -> None:
+    """The library would take one: it looks at the number of steps only after the next."""
+    config = make_run(train={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": "1e-2"})
+    refshard("precompute", "--config", config)
+    refshard("train", "--config", config)
+    output = tmp_path / "policy"
+    weights, before = (output / "model.safetensors").read_bytes(), history(output)
+    for name in ("run.json", "model.safetensors", "trainer_state.json"):
+        (output / name).unlink()
+    refshard("train", "--config", config)
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert history(output) == before

@@ -1,5 +1,6 @@
 """Models by folder or hub name, their adapters, and dropout."""
 
+import importlib.util
 import json
 import shutil
 import types
@@ -13,7 +14,16 @@ import torch
 import transformers
 from conftest import make_model, make_tokenizer
 
-from pipeline.config import Config, DataConfig, LoraSettings, PolicyConfig, PrecomputeConfig, ReferenceConfig
+from pipeline.config import (
+    Config,
+    DataConfig,
+    Ia3Settings,
+    LoraSettings,
+    PolicyConfig,
+    PrecomputeConfig,
+    Quantization,
+    ReferenceConfig,
+)
 from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import (
@@ -24,11 +34,12 @@ from pipeline.models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    reference_quantization,
     reference_sources,
     reference_weights,
 )
 from pipeline.packing import make_batch
-from pipeline.scoring import prepare, score
+from pipeline.scoring import check_scoring, prepare, score
 from pipeline.tokens import TokenizedPair
 
 BATCH = make_batch([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
@@ -160,6 +171,199 @@ def test_a_fresh_adapter_changes_nothing_yet(model_folder: Path) -> None:
     prepare(plain)
     prepare(fresh)
     torch.testing.assert_close(logps(plain), logps(fresh), atol=1e-6, rtol=0)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": LoraSettings(r=4)},
+    "rslora": {"lora": LoraSettings(r=4, rslora=True)},
+    "dora": {"lora": LoraSettings(r=4, dora=True)},
+    "lora beside modules trained whole": {"lora": LoraSettings(r=4, modules_to_save=["embed_tokens", "norm"])},
+    "lora on named layers": {"lora": LoraSettings(r=4, target_modules=["q_proj", "down_proj"])},
+    "ia3": {"ia3": Ia3Settings()},
+    "ia3 on named layers": {"ia3": Ia3Settings(target_modules=["k_proj", "down_proj"])},
+    "ia3 with feed-forward layers": {
+        "ia3": Ia3Settings(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    },
+}
+
+
+def all_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_fresh_adapter_of_any_kind_changes_nothing_until_it_is_trained(model_folder: Path, kind: str) -> None:
+    plain = load_policy(settings(PolicyConfig(model=str(model_folder)))).eval()
+    fresh = load_policy(settings(PolicyConfig(model=str(model_folder), **ADAPTERS[kind]))).eval()
+    base, adapted = all_logits(plain), all_logits(fresh)
+    # DoRA divides by a norm that it computes from the weights, and multiplies by the same.
+    torch.testing.assert_close(adapted, base, atol=1e-5, rtol=0)
+    trainable = {name: p for name, p in fresh.named_parameters() if p.requires_grad}
+    assert 0 < sum(p.numel() for p in trainable.values()) < sum(p.numel() for p in plain.parameters())
+    fresh.train()
+    logits = fresh(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits
+    gradients = torch.autograd.grad(logits.square().sum(), list(trainable.values()), allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
+    with torch.no_grad():
+        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
+            if gradient is not None:
+                parameter -= 0.1 * gradient.sign()
+    fresh.eval()
+    assert (all_logits(fresh) - base).abs().max() > 0.01
+    with fresh.disable_adapter():
+        torch.testing.assert_close(all_logits(fresh), base, atol=1e-5, rtol=0)
+
+
+def test_each_setting_of_an_adapter_reaches_it(model_folder: Path) -> None:
+    def made(**adapter: Any) -> Any:
+        return load_policy(settings(PolicyConfig(model=str(model_folder), **adapter))).peft_config["default"]
+
+    lora = made(lora=LoraSettings(r=4, alpha=6.0, dropout=0.25, rslora=True, dora=True, modules_to_save=["norm"]))
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora, lora.use_dora) == (4, 6.0, 0.25, True, True)
+    assert lora.modules_to_save == ["norm"]
+    ia3 = made(ia3=Ia3Settings(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    assert (set(ia3.target_modules), set(ia3.feedforward_modules)) == ({"k_proj", "down_proj"}, {"down_proj"})
+    assert not made(ia3=Ia3Settings(target_modules=["k_proj"])).feedforward_modules
+    # Left out, the library's choice for the architecture.
+    assert set(made(ia3=Ia3Settings()).target_modules) == {"k_proj", "v_proj", "down_proj"}
+
+
+def test_rslora_scales_by_the_root_of_the_rank(model_folder: Path) -> None:
+    for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
+        lora = LoraSettings(r=4, alpha=8.0, rslora=rslora)
+        policy = load_policy(settings(PolicyConfig(model=str(model_folder), lora=lora)))
+        scales = {m.scaling["default"] for m in policy.modules() if hasattr(m, "lora_A")}
+        assert scales == {scale}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "key"),
+    [
+        ({"lora": LoraSettings(target_modules=["no_such_layer"])}, "policy.lora"),
+        ({"ia3": Ia3Settings(target_modules=["no_such_layer"])}, "policy.ia3"),
+    ],
+    ids=["lora", "ia3"],
+)
+def test_an_adapter_on_layers_that_are_not_there_is_refused_by_its_key(
+    model_folder: Path, adapter: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: .*no_such_layer"):
+        load_policy(settings(PolicyConfig(model=str(model_folder), **adapter)))
+
+
+# Quantization.
+
+QUANTIZATIONS = {
+    "4 bits": Quantization(bits=4),
+    "4 bits, fp4": Quantization(bits=4, type="fp4"),
+    "4 bits, scales too": Quantization(bits=4, double=True),
+    "8 bits": Quantization(bits=8),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model whose every layer is some blocks of 64 weights wide, as bitsandbytes needs on a CPU."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    return make_model(tmp_path_factory.mktemp("wide"), tokenizer, **sizes)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_policy_and_reference_are_quantized_alike(wide_folder: Path, kind: str) -> None:
+    quantized = QUANTIZATIONS[kind]
+    config = settings(PolicyConfig(model=str(wide_folder), lora=LoraSettings(r=4), quantization=quantized))
+    policy, reference = load_policy(config).eval(), load_reference(config, torch.device("cpu"))
+    full = load_reference(settings(PolicyConfig(model=str(wide_folder))), torch.device("cpu"))
+    for model in (policy, reference, full):
+        prepare(model)
+    check_scoring(policy, "policy.model")
+    torch.testing.assert_close(logps(policy), logps(reference), atol=1e-5, rtol=0)
+    gap = (logps(reference) - logps(full)).abs().max()
+    # Rounded weights are felt, and a model is still what it was.
+    assert 1e-4 < gap < 5
+    kept = {name for name, p in reference.named_parameters() if p.is_floating_point()}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= kept
+    assert "model.layers.0.mlp.up_proj.weight" not in kept
+    assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
+
+
+ON_4_BITS: dict[str, dict[str, Any]] = {kind: ADAPTERS[kind] for kind in ("lora", "dora", "ia3")}
+
+
+@pytest.mark.parametrize("kind", ON_4_BITS)
+def test_a_fresh_adapter_on_4_bits_changes_nothing_and_learns_after_an_evaluation_as_before_it(
+    wide_folder: Path, kind: str
+) -> None:
+    """On some CPUs bitsandbytes packs the weights in evaluation, after which no gradient passes through them."""
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        policy = PolicyConfig(model=str(wide_folder), quantization=Quantization(bits=4, double=True), **ON_4_BITS[kind])
+        model = load_policy(settings(policy))
+        prepare(model)
+        return model
+
+    def gradients(model: Any) -> dict[str, torch.Tensor | None]:
+        model.train()
+        score(model, BATCH).tokens.logps.sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    at_once = gradients(made())
+    evaluated = made()
+    check_scoring(evaluated, "policy.model")
+    evaluated.eval()
+    on = logps(evaluated)
+    with evaluated.disable_adapter():
+        torch.testing.assert_close(logps(evaluated), on, atol=1e-4, rtol=0)
+    for name, after in gradients(evaluated).items():
+        before = at_once[name]
+        assert before is not None and after is not None, name
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_setting_of_a_quantization_reaches_the_library(wide_folder: Path) -> None:
+    def made(**changes: Any) -> Any:
+        reference = ReferenceConfig(dtype="bfloat16", quantization=Quantization(**changes))
+        config = settings(PolicyConfig(model=str(wide_folder)), reference)
+        return load_reference(config, torch.device("cpu")).config.quantization_config
+
+    four = made(bits=4, type="fp4", double=True)
+    assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == (True, "fp4", True)
+    assert four.bnb_4bit_compute_dtype == torch.bfloat16
+    eight = made(bits=8)
+    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
+
+
+def test_the_references_quantization_is_the_policys_only_where_its_model_is(model_folder: Path) -> None:
+    policy = PolicyConfig(model=str(model_folder), lora=LoraSettings(), quantization=Quantization(bits=4))
+    eight = Quantization(bits=8)
+    assert reference_quantization(settings(policy)) == Quantization(bits=4)
+    assert reference_quantization(settings(policy, ReferenceConfig(model="other"))) is None
+    assert reference_quantization(settings(policy, ReferenceConfig(quantization=eight))) == eight
+    assert reference_quantization(settings(policy, ReferenceConfig(model="other", quantization=eight))) == eight
+    assert reference_quantization(settings(PolicyConfig(model=str(model_folder)))) is None
+
+
+def test_quantization_without_bitsandbytes_names_what_to_install(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
+    )
+    policy = PolicyConfig(model=str(model_folder), lora=LoraSettings(), quantization=Quantization(bits=4))
+    message = r"quantization: needs bitsandbytes, .* pip install 'refshard\[quantization\]'"
+    with pytest.raises(ConfigError, match=rf"^policy\.{message}") as caught:
+        load_policy(settings(policy))
+    assert caught.value.exit_status == 2
+    reference = ReferenceConfig(model=str(model_folder), quantization=Quantization(bits=8))
+    with pytest.raises(ConfigError, match=rf"^reference\.{message}"):
+        load_reference(settings(PolicyConfig(model=str(model_folder)), reference), torch.device("cpu"))
+    own = ReferenceConfig(quantization=Quantization(bits=8))
+    with pytest.raises(ConfigError, match=rf"^reference\.{message}"):
+        load_reference(settings(PolicyConfig(model=str(model_folder)), own), torch.device("cpu"))
 
 
 def test_dropout_is_off_in_modules_and_in_attention_but_not_in_the_saved_config_or_the_adapter(tmp_path: Path) -> None:

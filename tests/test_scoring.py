@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.packing import Batch, make_batch
-from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps
+from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
 from pipeline.tokens import TokenizedPair
 
 VOCABULARY = 97
@@ -45,6 +45,20 @@ FAMILIES: dict[str, tuple[str, str, Mapping[str, Any]]] = {
         "Gemma2Config",
         {**GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0},
     ),
+    "gemma3, softcap": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", GROUPED),
     "granite, logits_scaling": ("GraniteForCausalLM", "GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
     "cohere, logit_scale": ("CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 0.25}),
     "gpt2": (
@@ -70,7 +84,13 @@ FAMILIES: dict[str, tuple[str, str, Mapping[str, Any]]] = {
         "MixtralConfig",
         {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
 }
+WITH_EXPERTS = ["mixtral", "qwen3-moe"]
 
 
 def make_model(family: str) -> Any:
@@ -154,7 +174,7 @@ def test_a_pairs_log_probs_do_not_depend_on_its_batch(llama: Any, order: list[in
             assert found == pytest.approx(alone[i], abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2, softcap", "mistral", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2, softcap", "gemma3, softcap", "mistral", *WITH_EXPERTS])
 def test_a_pairs_log_probs_do_not_depend_on_a_longer_neighbour(family: str) -> None:
     model = make_model(family)
     prepare(model)
@@ -187,6 +207,124 @@ def test_a_long_sum_is_rounded_once() -> None:
     chosen, rejected = sum_logps(logps, torch.tensor([1025, 1]))
     assert chosen.item() == -1.0 - 1024 * 2.0**-24
     assert rejected.item() == -0.5
+
+
+# What is asked for on top.
+
+
+def test_squares_come_only_where_they_are_asked_for(llama: Any) -> None:
+    batch = make_batch(_PAIRS, pad_id=0)
+    with torch.no_grad():
+        plain, with_squares = score(llama, batch), score(llama, batch, squares=True)
+        logits = llama(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
+    assert plain.tokens.log_sum_squares is None and plain.aux_loss is None and with_squares.aux_loss is None
+    assert torch.equal(plain.tokens.logps, with_squares.tokens.logps)
+    probabilities = torch.softmax(logits[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
+    found = with_squares.tokens.log_sum_squares
+    assert found is not None
+    torch.testing.assert_close(found.double(), probabilities.square().sum(dim=-1).log(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_the_balance_loss_is_the_models_own_forward_and_backward(family: str) -> None:
+    """Over chosen and rejected sequences of the batch, padding left out, as transformers counts it."""
+    model = make_model(family)
+    batch = make_batch(random_pairs(5), pad_id=0)
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    own = model(**arguments, output_router_logits=True).aux_loss
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head")}
+
+    def gradients(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+    expected = gradients(own)
+    assert any("gate" in name and g.abs().max() > 1e-6 for name, g in expected.items())
+    prepare(model)
+    scores = score(model, batch, aux_loss=True)
+    assert scores.aux_loss is not None and scores.aux_loss.shape == ()
+    torch.testing.assert_close(scores.aux_loss, own, rtol=0, atol=0)
+    found = gradients(scores.aux_loss)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_asking_for_the_balance_loss_changes_no_log_prob_and_no_gradient(family: str) -> None:
+    model = make_model(family)
+    prepare(model)
+    batch = make_batch(random_pairs(5), pad_id=0)
+    without, with_balance = score(model, batch), score(model, batch, squares=True, aux_loss=True)
+    assert without.aux_loss is None
+    assert with_balance.tokens.log_sum_squares is not None
+    torch.testing.assert_close(without.tokens.logps, with_balance.tokens.logps, rtol=0, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(scores.tokens.logps.sum(), model.model.embed_tokens.weight)[0]
+        for scores in (without, with_balance)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    # The hook that caught the hidden states is gone.
+    assert not model.base_model._forward_hooks
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_padding_is_not_in_the_balance_loss(family: str) -> None:
+    model = make_model(family)
+    prepare(model)
+    pair = TokenizedPair(prompt_ids=[5, 6, 7], chosen_ids=[8, 9], rejected_ids=[10])
+    batch = make_batch([pair], pad_id=0)
+    wide = Batch(*(torch.nn.functional.pad(t, (0, 20)) for t in vars(batch).values()))
+    with torch.no_grad():
+        one, other = (score(model, b, aux_loss=True).aux_loss for b in (batch, wide))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# Sums that weigh the tail (LD-DPO).
+
+_token_logps = st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=12)
+
+
+@given(
+    pairs=st.lists(st.tuples(_token_logps, _token_logps), min_size=1, max_size=5),
+    ld_alpha=st.floats(0, 1, width=32),
+)
+@settings(max_examples=60, deadline=None)
+def test_weighted_sums_are_those_of_a_loop_over_tokens(
+    pairs: list[tuple[list[float], list[float]]], ld_alpha: float
+) -> None:
+    rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    flat = torch.tensor([value for row in rows for value in row])
+    found = weighted_sums(flat, torch.tensor([len(row) for row in rows]), ld_alpha)
+    for side, sums in enumerate(found):
+        assert sums.dtype == torch.float32
+        for pair, total in zip(pairs, sums.tolist(), strict=True):
+            shared = min(map(len, pair))
+            expected = sum(value * (1.0 if t < shared else ld_alpha) for t, value in enumerate(pair[side]))
+            assert total == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_a_weight_of_1_gives_plain_sums_and_0_the_common_length(llama: Any) -> None:
+    with torch.no_grad():
+        scores = score(llama, make_batch(_PAIRS, pad_id=0))
+    logps, lengths = scores.tokens.logps, scores.lengths
+    for a, b in zip(weighted_sums(logps, lengths, 1.0), scores.sums(), strict=True):
+        assert torch.equal(a, b)
+    cut = [
+        TokenizedPair(prompt_ids=p.prompt_ids, chosen_ids=p.chosen_ids[:n], rejected_ids=p.rejected_ids[:n])
+        for p in _PAIRS
+        for n in [min(len(p.chosen_ids), len(p.rejected_ids))]
+    ]
+    for a, b in zip(weighted_sums(logps, lengths, 0.0), zip(*score_pairs(llama, cut), strict=True), strict=True):
+        assert a.tolist() == pytest.approx(b, abs=1e-4)
+
+
+def test_the_gradient_of_a_weighted_sum_is_the_weight() -> None:
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
+    chosen, rejected = weighted_sums(logps, torch.tensor([3, 2]), 0.25)
+    (chosen + rejected).sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [1, 1, 0.25, 1, 1]
 
 
 # What prepare leaves alone.

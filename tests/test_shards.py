@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from pipeline.errors import DataError, IdentityError, RefshardError, StorageError, UnfinishedError
 from pipeline.intake import Ledger
 from pipeline.shards import (
+    NoiseFloor,
     ScoredPair,
     Store,
+    SummedPair,
     create_store,
     delete_store,
     finish_store,
@@ -70,7 +72,21 @@ def scored(row: int, chosen: Sequence[float] = (-1.5, -0.25), rejected: Sequence
     )
 
 
-def put_part(folder: Path, unit: int, pairs: Sequence[ScoredPair], fingerprint: str, **changes: Any) -> bool:
+def summed(row: int, chosen: float = -1.75, rejected: float = -2.0, chosen_tokens: int = 2) -> SummedPair:
+    return SummedPair(
+        key=hashlib.blake2b(b"%d" % row, digest_size=16).digest(),
+        row=row,
+        prompt_tokens=4 + row,
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=1,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+    )
+
+
+def put_part(
+    folder: Path, unit: int, pairs: Sequence[ScoredPair] | Sequence[SummedPair], fingerprint: str, **changes: Any
+) -> bool:
     options: dict[str, Any] = {
         "token_logps": True,
         "ledger": Ledger(rows=len(pairs), kept=len(pairs)),
@@ -243,6 +259,81 @@ def test_the_index_adds_up_its_parts_and_lists_what_was_skipped(tmp_path: Path) 
         assert (part["bytes"], part["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     (line,) = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["place"] == "é.jsonl:3"
+
+
+# Rows of which only the sums are known.
+
+
+def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Path) -> None:
+    for name, pair in (("summed", summed), ("scored", scored)):
+        fingerprint = create_store(tmp_path / name, IDENTITY, PLAN, DECLARED)
+        put_part(tmp_path / name, 0, [pair(row) for row in range(3)], fingerprint, token_logps=False)
+        assert finish_store(tmp_path / name, 1) == []
+    assert contents(tmp_path / "summed") == contents(tmp_path / "scored")
+    (table,) = read_parts(open_store(tmp_path / "summed"))
+    assert table.column_names == list(COLUMNS)
+    assert table["ref_chosen_logps"].to_pylist() == [-1.75] * 3
+    assert table["chosen_tokens"].to_pylist() == [2] * 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e39])
+def test_a_sum_that_is_no_float32_number_is_never_written(tmp_path: Path, value: float) -> None:
+    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    for bad in (summed(7, chosen=value), summed(7, rejected=value), summed(7, chosen_tokens=0)):
+        with pytest.raises(DataError, match=r"row 7: a (chosen|rejected) log-prob is missing or not finite"):
+            put_part(tmp_path, 0, [summed(6), bad], fingerprint, token_logps=False)
+    assert set(contents(tmp_path)) == {"manifest.json"}
+
+
+# The noise floor.
+
+_floors = st.lists(st.floats(0, 10, allow_subnormal=False), max_size=6)
+
+
+@given(parts=st.lists(_floors, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_noise_floors_of_parts_add_up_to_that_of_all_tokens(parts: list[list[float]]) -> None:
+    def floor(gaps: list[float]) -> NoiseFloor:
+        return NoiseFloor(tokens=len(gaps), mean=sum(gaps) / len(gaps), largest=max(gaps)) if gaps else NoiseFloor()
+
+    total = sum(map(floor, parts), NoiseFloor())
+    expected = floor([gap for gaps in parts for gap in gaps])
+    assert (total.tokens, total.largest) == (expected.tokens, expected.largest)
+    assert total.mean == pytest.approx(expected.mean)
+
+
+def test_the_footer_has_a_parts_noise_and_the_index_that_of_all(tmp_path: Path) -> None:
+    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    floors = [NoiseFloor(tokens=3, mean=0.5, largest=1.0), None, NoiseFloor(tokens=1, mean=0.25, largest=0.25)]
+    for unit, noise in enumerate(floors):
+        put_part(tmp_path, unit, [scored(unit)], fingerprint, noise=noise)
+    footers = [pq.read_schema(tmp_path / part_name(unit)).metadata[b"refshard.noise"] for unit in range(3)]
+    nothing = {"tokens": 0, "mean": 0.0, "largest": 0.0}
+    assert [json.loads(footer) for footer in footers] == [
+        {"tokens": 3, "mean": 0.5, "largest": 1.0},
+        nothing,
+        {"tokens": 1, "mean": 0.25, "largest": 0.25},
+    ]
+    assert finish_store(tmp_path, 3) == []
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["noise"] == {"tokens": 4, "mean": pytest.approx(0.4375), "largest": 1.0}
+    assert vars(open_store(tmp_path).noise) == index["noise"]
+
+
+def test_a_store_of_which_nothing_was_scored_twice_has_a_floor_of_no_tokens(folder: Path) -> None:
+    assert open_store(folder).noise == NoiseFloor()
+
+
+@pytest.mark.parametrize("footer", [None, b"{", b"[]", b'{"tokens": 1}x', b'{"token": 1}'])
+def test_a_footer_without_its_noise_stops_the_index(tmp_path: Path, footer: bytes | None) -> None:
+    make_store(tmp_path, 1, finish=False)
+    table = pq.read_table(tmp_path / part_name(0))
+    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"refshard.noise"}
+    if footer is not None:
+        metadata[b"refshard.noise"] = footer
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / part_name(0), store_schema=True)
+    with pytest.raises(DataError, match=r"part-00000\.parquet: damaged, its footer"):
+        finish_store(tmp_path, 1)
 
 
 def test_only_the_columns_asked_for_are_read_part_by_part(folder: Path) -> None:
@@ -576,6 +667,9 @@ def test_a_store_of_another_schema_version_is_another_identity(folder: Path) -> 
         lambda index: index["totals"].pop("dropped"),
         lambda index: index["totals"].update(kept=8),
         lambda index: index.update(fingerprint="0" * 64),
+        lambda index: index.pop("noise"),
+        lambda index: index["noise"].pop("mean"),
+        lambda index: index["noise"].update(more=1),
     ],
     ids=[
         "leads out of the folder",
@@ -592,6 +686,9 @@ def test_a_store_of_another_schema_version_is_another_identity(folder: Path) -> 
         "no drops",
         "another total",
         "another fingerprint",
+        "no noise",
+        "half a noise",
+        "more than a noise",
     ],
 )
 def test_an_edited_index_is_refused(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
