@@ -158,10 +158,10 @@ def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
     if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(alpha - 1) < 1e-6):
         return ratios
     if divergence == "forward_kl":
-        return 1 - torch.exp(-ratios)
+        # e^80 is near the largest float32; beyond it the score would be infinite and its gradient NaN.
+        return 1 - torch.exp((-ratios).clamp(max=80.0))
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratios)
-    # e^80 is near the largest float32; beyond it the score would be infinite and its gradient NaN.
     return (torch.exp(((alpha - 1) * ratios).clamp(max=80.0)) - 1) / (alpha - 1)
 
 
@@ -216,7 +216,9 @@ def discopop(delta: Tensor, *, beta: float, tau: float) -> Tensor:
     """
     x = beta * delta
     modulation = torch.sigmoid(x / tau)
-    return -(1 - modulation) * F.logsigmoid(x) + modulation * torch.exp(-x)
+    # m exp(-x) in one exponential: a product of the two is 0 times infinity where x is far below 0.
+    exponential = torch.exp((F.logsigmoid(x / tau) - x).clamp(max=80.0))
+    return -(1 - modulation) * F.logsigmoid(x) + exponential
 
 
 def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:

@@ -1,17 +1,244 @@
-"""The DPO objective against numbers worked out by hand."""
+"""Every loss against its formula written out in `math`, its limits, and the combinations that are refused."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from pipeline.losses import PairLogps, PairLoss, dpo_loss
+from pipeline.config import LossConfig, LossName, load_config
+from pipeline.errors import ConfigError
+from pipeline.losses import (
+    Pairs,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    divergence_score,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    pair_losses,
+    robust,
+    sft,
+    sigmoid,
+    sppo_hard,
+    total_loss,
+    wpo_weights,
+)
+from pipeline.scoring import weighted_sums
+
+LOSSES: tuple[LossName, ...] = get_args(LossName)
+Rows = Sequence[Sequence[float]]
+
+# Per pair: policy chosen, policy rejected, reference chosen, reference rejected, tokens chosen, tokens rejected.
+ROWS: Rows = [
+    (-10.0, -12.0, -11.0, -11.0, 5, 7),
+    (-30.0, -10.0, -24.5, -12.0, 9, 4),
+    (-7.25, -40.5, -7.5, -33.0, 3, 12),
+    (-21.0, -22.0, -19.0, -25.5, 8, 8),
+]
 
 
-def loss_of(policy: tuple[float, float], ref: tuple[float, float], beta: float = 0.1) -> PairLoss:
-    """Loss of one pair in float64; logps are (chosen, rejected)."""
-    tensors = [torch.tensor([value], dtype=torch.float64) for value in (*policy, *ref)]
-    return dpo_loss(PairLogps(*tensors[:2]), PairLogps(*tensors[2:]), beta=beta)
+def make_pairs(rows: Rows = ROWS, dtype: torch.dtype = torch.float64, **changes: Any) -> Pairs:
+    columns = [torch.tensor(values, dtype=torch.float64) for values in zip(*rows, strict=True)]
+    policy = [column.to(dtype).requires_grad_() for column in columns[:2]]
+    ref = [column.to(dtype) for column in columns[2:4]]
+    tokens = [column.long() for column in columns[4:]]
+    values = {
+        "chosen_logps": policy[0],
+        "rejected_logps": policy[1],
+        "ref_chosen_logps": ref[0],
+        "ref_rejected_logps": ref[1],
+        "chosen_tokens": tokens[0],
+        "rejected_tokens": tokens[1],
+        "chosen_plain_logps": policy[0],
+        **changes,
+    }
+    return Pairs(**values)
+
+
+def settings_for(name: LossName, **changes: Any) -> LossConfig:
+    """The loss alone, with a smoothing where it needs one."""
+    if name in ("exo_pair", "robust"):
+        changes.setdefault("label_smoothing", 0.1)
+    return LossConfig(type=name, **changes)
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def score_of(u: float, divergence: str, alpha: float) -> float:
+    if divergence == "forward_kl":
+        return 1 - math.exp(-u)
+    if divergence == "js_divergence":
+        return math.log(2) + log_sigmoid(u)
+    if divergence == "alpha_divergence":
+        return (math.exp((alpha - 1) * u) - 1) / (alpha - 1)
+    return u
+
+
+def smoothed(x: float, e: float) -> float:
+    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+
+
+def written_out(name: str, rows: Rows, settings: LossConfig) -> list[float]:
+    """Losses of all pairs, from the formulas, one float at a time."""
+    b, e = settings.beta, settings.label_smoothing
+    u_c = [policy - ref for policy, _, ref, _, _, _ in rows]
+    u_r = [policy - ref for _, policy, _, ref, _, _ in rows]
+    if name == "sft":
+        return [-sum(row[0] for row in rows) / sum(row[4] for row in rows)] * len(rows)
+    if name == "aot":
+        margins = sorted(row[0] - row[1] for row in rows), sorted(row[2] - row[3] for row in rows)
+        return [smoothed(b * (policy - ref), e) for policy, ref in zip(*margins, strict=True)]
+    if name == "aot_unpaired":
+        return [smoothed(b * (c - r), e) for c, r in zip(sorted(u_c), sorted(u_r), strict=True)]
+    return [written_out_pair(name, *values, settings) for values in zip(u_c, u_r, rows, strict=True)]
+
+
+def written_out_pair(name: str, c: float, r: float, row: Sequence[float], settings: LossConfig) -> float:
+    """Loss of the pair with log-ratios c and r."""
+    b, e, tau = settings.beta, settings.label_smoothing, settings.discopop_tau
+    s_c, s_r = (score_of(u, settings.f_divergence_type, settings.f_alpha_divergence_coef) for u in (c, r))
+    per_token = s_c / row[4] - s_r / row[5]
+    x = b * (s_c - s_r)
+    q, m = logistic(x), logistic(x / tau)
+    match name:
+        case "sigmoid":
+            return smoothed(x, e)
+        case "sigmoid_norm":
+            return smoothed(b * per_token, e)
+        case "hinge":
+            return max(0.0, 1 - x)
+        case "ipo":
+            return (per_token - 1 / (2 * b)) ** 2
+        case "exo_pair":
+            return q * math.log(q / (1 - e)) + (1 - q) * math.log((1 - q) / e)
+        case "robust":
+            return (-(1 - e) * log_sigmoid(x) + e * log_sigmoid(-x)) / (1 - 2 * e)
+        case "discopop":
+            return -(1 - m) * log_sigmoid(x) + m * math.exp(-x)
+        case "nca_pair":
+            return -log_sigmoid(b * c) - log_sigmoid(-b * c) / 2 - log_sigmoid(-b * r) / 2
+        case "bco_pair":
+            return -log_sigmoid(b * c) - log_sigmoid(-b * r)
+        case "sppo_hard":
+            return (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2
+        case "apo_zero":
+            return 1 - logistic(b * c) + logistic(b * r)
+        case "apo_down":
+            return logistic(b * c) + 1 - logistic(b * (c - r))
+    raise AssertionError(f"no formula for {name}")
+
+
+# --- each loss and its formula ---
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_its_formula(name: LossName, beta: float) -> None:
+    settings = settings_for(name, beta=beta)
+    found = pair_losses(name, make_pairs(), settings)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(written_out(name, ROWS, settings), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [
+        (name, smoothing)
+        for name in ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+        for smoothing in (1e-3, 0.1, 0.4, 0.5)
+        if (name, smoothing) != ("robust", 0.5)  # refused: it would divide by 0
+    ],
+)
+def test_a_loss_with_smoothed_labels_is_its_formula(name: LossName, smoothing: float) -> None:
+    settings = settings_for(name, beta=0.2, label_smoothing=smoothing)
+    found = pair_losses(name, make_pairs(), settings)
+    assert found.tolist() == pytest.approx(written_out(name, ROWS, settings), rel=1e-11)
+
+
+DIVERGENCES: list[dict[str, Any]] = [
+    {"f_divergence_type": "forward_kl"},
+    {"f_divergence_type": "js_divergence"},
+    {"f_divergence_type": "alpha_divergence"},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": -0.5},
+]
+WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+# Ratios within a few nats, so that no score reaches e^10.
+NEAR_ROWS: Rows = [
+    (-10.0, -12.0, -11.0, -11.0, 5, 7),
+    (-30.0, -10.0, -29.25, -9.0, 9, 4),
+    (-7.25, -40.5, -7.5, -38.0, 3, 12),
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: "-".join(map(str, d.values())))
+@pytest.mark.parametrize("name", WITH_DIVERGENCE)
+def test_a_loss_under_another_divergence_is_its_formula(name: LossName, divergence: dict[str, Any]) -> None:
+    settings = settings_for(name, beta=0.3, **divergence)
+    found = pair_losses(name, make_pairs(NEAR_ROWS), settings)
+    assert found.tolist() == pytest.approx(written_out(name, NEAR_ROWS, settings), rel=1e-11)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.05, 1.0, 5.0])
+def test_discopop_is_its_formula_at_any_temperature(tau: float) -> None:
+    settings = LossConfig(type="discopop", discopop_tau=tau)
+    expected = written_out("discopop", ROWS, settings)
+    assert pair_losses("discopop", make_pairs(), settings).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def one(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64) for value in values]
+
+
+def test_each_function_by_itself_on_numbers_that_can_be_checked_in_the_head() -> None:
+    ln2 = math.log(2)
+    (zero,), (u_c, u_r) = one(0.0), one(4.0, -1.0)
+    assert sigmoid(zero, beta=0.1).item() == pytest.approx(ln2)
+    assert sigmoid(zero, beta=0.1, label_smoothing=0.3).item() == pytest.approx(ln2)
+    assert hinge(u_c, beta=0.1).item() == pytest.approx(0.6)
+    assert hinge(u_c, beta=1.0).item() == 0
+    assert ipo(u_c, beta=0.1).item() == pytest.approx(1.0)  # (4 - 5)^2
+    assert exo_pair(zero, beta=0.1, label_smoothing=0.5).item() == pytest.approx(0.0, abs=1e-15)
+    assert robust(zero, beta=0.1, label_smoothing=0.1).item() == pytest.approx(ln2)
+    assert discopop(zero, beta=0.1, tau=0.05).item() == pytest.approx(0.5 * ln2 + 0.5)
+    assert nca_pair(zero, zero, beta=0.1).item() == pytest.approx(2 * ln2)
+    assert bco_pair(zero, zero, beta=0.1).item() == pytest.approx(2 * ln2)
+    assert sppo_hard(u_c, u_r, beta=0.1).item() == pytest.approx(17.0)  # (4 - 5)^2 + (-1 + 5)^2
+    assert apo_zero(zero, zero, beta=0.1).item() == pytest.approx(1.0)
+    assert apo_down(zero, zero, beta=0.1).item() == pytest.approx(1.0)
+    assert aot(zero, zero, beta=0.1, label_smoothing=0.2).item() == pytest.approx(ln2)
+    assert aot_unpaired(zero, zero, beta=0.1, label_smoothing=0.2).item() == pytest.approx(ln2)
+    nats, tokens = torch.tensor([-6.0, -2.0]), torch.tensor([3, 1])
+    assert sft(nats, tokens).tolist() == [2.0, 2.0]  # 8 nats over 4 tokens, not the mean of 2 and 2 weighed anew
+
+
+def test_sft_is_a_mean_over_tokens_not_over_completions() -> None:
+    assert sft(torch.tensor([-12.0, -1.0]), torch.tensor([3, 10])).tolist() == [1.0, 1.0]
+
+
+def test_aot_moves_with_the_micro_batch_and_the_others_do_not() -> None:
+    def one_by_one(name: LossName) -> list[float]:
+        return [pair_losses(name, make_pairs([row]), settings_for(name)).item() for row in ROWS]
+
+    for name in LOSSES:
+        together = pair_losses(name, make_pairs(), settings_for(name)).tolist()
+        assert len(together) == len(ROWS)
+        shares = name in ("aot", "aot_unpaired", "sft")
+        assert (together == pytest.approx(one_by_one(name), rel=1e-12)) is not shares, name
 
 
 @pytest.mark.parametrize(
@@ -25,52 +252,289 @@ def loss_of(policy: tuple[float, float], ref: tuple[float, float], beta: float =
 def test_loss_and_rewards_are_those_worked_out_by_hand(
     policy: tuple[float, float], ref: tuple[float, float], loss: float, rewards: tuple[float, float]
 ) -> None:
-    found = loss_of(policy, ref)
-    assert found.losses.item() == pytest.approx(loss, rel=1e-14, abs=1e-40)
+    found = total_loss(make_pairs([(*policy, *ref, 1, 1)]), LossConfig(beta=0.1))
+    assert found.loss.item() == pytest.approx(loss, rel=1e-14, abs=1e-40)
     assert (found.chosen_rewards.item(), found.rejected_rewards.item()) == pytest.approx(rewards)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 def test_a_policy_equal_to_its_reference_loses_ln_2(beta: float) -> None:
-    logps = PairLogps(torch.tensor([-3.0, -700.0]), torch.tensor([-80.0, -0.5]))
-    found = dpo_loss(logps, logps, beta=beta)
-    assert found.losses.tolist() == pytest.approx([math.log(2)] * 2)
+    found = total_loss(
+        make_pairs([(-3.0, -80.0, -3.0, -80.0, 2, 9), (-700, -0.5, -700, -0.5, 99, 1)]), LossConfig(beta=beta)
+    )
+    assert found.loss.item() == pytest.approx(math.log(2))
     assert found.chosen_rewards.tolist() == found.rejected_rewards.tolist() == [0, 0]
 
 
-def test_the_gradient_raises_chosen_and_lowers_rejected_in_equal_measure() -> None:
-    policy = PairLogps(torch.tensor([-10.0], requires_grad=True), torch.tensor([-12.0], requires_grad=True))
-    found = dpo_loss(policy, PairLogps(torch.tensor([-11.0]), torch.tensor([-11.0])), beta=0.1)
-    found.losses.sum().backward()
-    assert policy.chosen.grad is not None and policy.rejected.grad is not None
-    # d loss / d chosen = -beta * sigmoid(-margin), eq. 7 differentiated; the margin is 0.2.
-    assert policy.chosen.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.2)))
-    assert policy.rejected.grad.item() == pytest.approx(0.1 / (1 + math.exp(0.2)))
+# --- divergences ---
 
 
-def test_rewards_carry_no_gradient() -> None:
-    policy = PairLogps(torch.tensor([-10.0], requires_grad=True), torch.tensor([-12.0], requires_grad=True))
-    found = dpo_loss(policy, policy, beta=0.1)
-    assert found.losses.requires_grad
-    assert not found.chosen_rewards.requires_grad and not found.rejected_rewards.requires_grad
+def test_scores_are_those_worked_out_by_hand() -> None:
+    ratios = torch.tensor([math.log(2)], dtype=torch.float64)  # the policy is twice as likely
+    assert divergence_score(ratios, "reverse_kl", 0.5).item() == pytest.approx(math.log(2))
+    assert divergence_score(ratios, "forward_kl", 0.5).item() == pytest.approx(0.5)
+    assert divergence_score(ratios, "js_divergence", 0.5).item() == pytest.approx(math.log(4 / 3))
+    assert divergence_score(ratios, "alpha_divergence", 0.5).item() == pytest.approx(2 - math.sqrt(2))
+    assert divergence_score(ratios, "alpha_divergence", 2.0).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("margin", [1e4, -1e4])
-def test_margins_of_ten_thousand_give_no_nan_forward_or_backward(margin: float) -> None:
-    policy = PairLogps(torch.tensor([margin], requires_grad=True), torch.tensor([0.0], requires_grad=True))
-    found = dpo_loss(policy, PairLogps(torch.tensor([0.0]), torch.tensor([0.0])), beta=1.0)
-    found.losses.sum().backward()
-    assert found.losses.item() == pytest.approx(max(-margin, 0.0))
-    assert policy.chosen.grad is not None
-    assert policy.chosen.grad.item() == (0.0 if margin > 0 else -1.0)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+def test_scores_are_0_with_slope_at_equality(divergence: str) -> None:
+    ratios = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    scores = divergence_score(ratios, divergence, 0.5)
+    scores.sum().backward()
+    assert scores.tolist() == pytest.approx([0, 0, 0], abs=1e-15)
+    # t f''(t) at t = 1: 1, and one half for the JS divergence, whose f'' is 1 / (t (1 + t)).
+    assert ratios.grad is not None
+    assert ratios.grad.tolist() == pytest.approx([0.5 if divergence == "js_divergence" else 1.0] * 3)
 
 
-def test_pairs_do_not_touch_each_other_and_nothing_is_averaged() -> None:
+def test_the_alpha_divergence_tends_to_the_reverse_kl() -> None:
+    ratios = torch.tensor([-5.0, 0.3, 4.0], dtype=torch.float64)
+    for alpha, tolerance in ((1 - 1e-3, 2e-2), (1 + 1e-5, 2e-4), (1 + 1e-7, 0.0), (1.0, 0.0)):
+        scores = divergence_score(ratios, "alpha_divergence", alpha)
+        assert (scores - ratios).abs().max().item() <= tolerance
+
+
+def test_the_alpha_divergence_stops_at_e_to_the_80() -> None:
+    ratios = torch.tensor([-1e4, -159.0], requires_grad=True)
+    scores = divergence_score(ratios, "alpha_divergence", 0.5)
+    scores.sum().backward()
+    assert torch.isfinite(scores).all()
+    assert ratios.grad is not None and ratios.grad[0] == 0 and ratios.grad[1] > 1e34
+
+
+# --- tokens that count less, pairs that count less ---
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_weighted_sums_are_those_of_a_loop(alpha: float) -> None:
+    lengths = [3, 5, 2, 4, 1, 5, 7, 2]  # four chosen, four rejected
     random = torch.Generator().manual_seed(0)
-    columns = [-50 * torch.rand(5, generator=random) for _ in range(4)]
-    together = dpo_loss(PairLogps(*columns[:2]), PairLogps(*columns[2:]), beta=0.3)
-    assert together.losses.shape == (5,)
-    for i in range(5):
-        one = [column[i : i + 1] for column in columns]
-        alone = dpo_loss(PairLogps(*one[:2]), PairLogps(*one[2:]), beta=0.3)
-        torch.testing.assert_close(alone.losses[0], together.losses[i])
+    logps = -8 * torch.rand(sum(lengths), generator=random)
+    expected, start = [], 0
+    for row, length in enumerate(lengths):
+        shared = min(length, lengths[(row + 4) % 8])
+        values = logps[start : start + length].tolist()
+        expected.append(math.fsum(values[:shared]) + alpha * math.fsum(values[shared:]))
+        start += length
+    chosen, rejected = weighted_sums(logps, torch.tensor(lengths), alpha)
+    assert chosen.tolist() + rejected.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gradient_of_weighted_sums_is_the_weight_of_each_token() -> None:
+    logps = torch.zeros(3 + 1 + 1 + 2, requires_grad=True)  # chosen of 3 and 1 tokens, rejected of 1 and 2
+    chosen, rejected = weighted_sums(logps, torch.tensor([3, 1, 1, 2]), 0.25)
+    (chosen.sum() - rejected.sum()).backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [1, 0.25, 0.25, 1, -1, -1, -0.25]
+
+
+def test_wpo_weights_are_those_of_a_loop_over_the_softmax() -> None:
+    lengths, vocabulary = [2, 3, 4, 1], 5  # two chosen, two rejected
+    random = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(sum(lengths), vocabulary, generator=random, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (sum(lengths),), generator=random)
+    expected, start = [], 0
+    for length in lengths:
+        total = 0.0
+        for row in range(start, start + length):
+            powers = [math.exp(x) for x in logits[row].tolist()]
+            probabilities = [power / sum(powers) for power in powers]
+            total += math.log(probabilities[targets[row]]) - math.log(sum(p * p for p in probabilities))
+        expected.append(math.exp(total / length))
+        start += length
+    logps = torch.log_softmax(logits, dim=-1).requires_grad_()
+    token_logps = logps.gather(1, targets[:, None]).squeeze(1)
+    found = wpo_weights(token_logps, torch.logsumexp(2 * logps, dim=-1), torch.tensor(lengths))
+    assert not found.requires_grad
+    assert found.tolist() == pytest.approx([expected[0] * expected[2], expected[1] * expected[3]], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("aot", "aot_unpaired")])
+def test_weights_of_pairs_multiply_each_pairs_loss(name: LossName) -> None:
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.25], dtype=torch.float64)
+    settings = settings_for(name, use_weighting=True)
+    found = total_loss(make_pairs(wpo_weights=weights), settings).loss.item()
+    losses = written_out(name, ROWS, settings)
+    assert found == pytest.approx(sum(w * x for w, x in zip(weights.tolist(), losses, strict=True)) / 4, rel=1e-12)
+
+
+# --- the sum ---
+
+
+def test_the_total_is_the_mean_over_pairs_of_each_loss() -> None:
+    for name in LOSSES:
+        settings = settings_for(name)
+        losses = written_out(name, ROWS, settings)
+        assert total_loss(make_pairs(), settings).loss.item() == pytest.approx(sum(losses) / 4, rel=1e-12), name
+
+
+def test_losses_add_up_with_their_weights() -> None:
+    names: list[LossName] = ["sigmoid", "hinge", "ipo", "sft", "apo_down"]
+    for weights in (None, [1.0, 0.5, -0.25, 0.0, 3.0]):
+        settings = LossConfig(type=names, weights=weights, beta=0.2)
+        expected = sum(
+            weight * sum(written_out(name, ROWS, settings)) / 4
+            for name, weight in zip(names, weights or [1.0] * 5, strict=True)
+        )
+        assert total_loss(make_pairs(), settings).loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_smoothing_reaches_only_the_losses_that_take_it() -> None:
+    settings = LossConfig(type=["hinge", "sigmoid"], label_smoothing=0.3)
+    smooth, plain = LossConfig(label_smoothing=0.3), LossConfig()
+    expected = written_out("hinge", ROWS, plain), written_out("sigmoid", ROWS, smooth)
+    assert total_loss(make_pairs(), settings).loss.item() == pytest.approx(sum(map(sum, expected)) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_are_beta_times_the_plain_ratio_and_carry_no_gradient(name: LossName) -> None:
+    changes: dict[str, Any] = {"f_divergence_type": "js_divergence"} if name in WITH_DIVERGENCE else {}
+    found = total_loss(make_pairs(), settings_for(name, beta=0.25, **changes))
+    assert found.loss.requires_grad and found.loss.shape == ()
+    assert not found.chosen_rewards.requires_grad and not found.rejected_rewards.requires_grad
+    assert found.chosen_rewards.tolist() == pytest.approx([0.25 * (row[0] - row[2]) for row in ROWS])
+    assert found.rejected_rewards.tolist() == pytest.approx([0.25 * (row[1] - row[3]) for row in ROWS])
+
+
+# --- gradients ---
+
+
+def gradients_agree(settings: LossConfig, rows: Rows) -> bool:
+    """Compare autograd with differences, in all three policy logps, each of them a leaf of its own."""
+    pairs = make_pairs(rows)
+
+    def loss(chosen: torch.Tensor, rejected: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        changes = {"chosen_logps": chosen, "rejected_logps": rejected, "chosen_plain_logps": plain}
+        return total_loss(make_pairs(rows, **changes), settings).loss
+
+    leaves = [pairs.chosen_logps, pairs.rejected_logps, pairs.chosen_logps]
+    return bool(torch.autograd.gradcheck(loss, [leaf.detach().clone().requires_grad_() for leaf in leaves]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_differences(name: LossName) -> None:
+    assert gradients_agree(settings_for(name, beta=0.3), ROWS)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: "-".join(map(str, d.values())))
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo"])
+def test_gradients_under_another_divergence_are_those_of_differences(
+    name: LossName, divergence: dict[str, Any]
+) -> None:
+    assert gradients_agree(settings_for(name, beta=0.3, **divergence), NEAR_ROWS)
+
+
+def test_the_gradient_raises_chosen_and_lowers_rejected_in_equal_measure() -> None:
+    pairs = make_pairs([(-10, -12, -11, -11, 1, 1)])
+    total_loss(pairs, LossConfig(beta=0.1)).loss.backward()
+    assert pairs.chosen_logps.grad is not None and pairs.rejected_logps.grad is not None
+    # d loss / d chosen = -beta * sigmoid(-margin), eq. 7 differentiated; the margin is 0.2.
+    assert pairs.chosen_logps.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.2)))
+    assert pairs.rejected_logps.grad.item() == pytest.approx(0.1 / (1 + math.exp(0.2)))
+
+
+# --- extremes, in the float32 of training ---
+
+FAR = (1e4, -1e4, 0.0)
+FAR_ROWS: Rows = [(c, r, 0.0, 0.0, 5, 7) for c in FAR for r in FAR]
+
+
+def far_losses(settings: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of all far pairs, and the gradients of both sides."""
+    pairs = make_pairs(FAR_ROWS, torch.float32)
+    losses = pair_losses(settings.types[0], pairs, settings)
+    losses.sum().backward()
+    sides = [side.grad for side in (pairs.chosen_logps, pairs.rejected_logps) if side.grad is not None]
+    return losses.detach(), torch.stack(sides)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_ratios_of_ten_thousand_give_finite_losses_and_gradients(name: LossName, beta: float) -> None:
+    losses, gradients = far_losses(settings_for(name, beta=beta))
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(gradients).all()
+
+
+def test_discopop_above_a_temperature_of_1_is_beyond_all_measure_far_down_and_never_nan() -> None:
+    # Far down m exp(-x) is exp(-x (1 - 1/tau)) and grows, to exp(900): infinite in float32, or a cap near its end.
+    losses, gradients = far_losses(LossConfig(type="discopop", discopop_tau=10.0))
+    assert (losses > 1e30).sum() == 3  # the three pairs with chosen below rejected
+    assert not losses.isnan().any()
+    assert not gradients.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [(n, d) for n in WITH_DIVERGENCE for d in ("forward_kl", "js_divergence", "alpha_divergence")],
+)
+def test_ratios_of_ten_thousand_give_no_nan_under_another_divergence(name: LossName, divergence: str) -> None:
+    # Not finite throughout: the square of a score near e^80, in ipo, is beyond float32.
+    losses, gradients = far_losses(settings_for(name, f_divergence_type=divergence))
+    assert not losses.isnan().any()
+    assert not gradients.isnan().any()
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["type=[]"], "loss.type: name at least one loss"),
+        (["type=[hinge, sft, hinge]"], "loss.type: a loss is there twice"),
+        (["type=[hinge, sft]", "weights=[1]"], "loss.weights: 1 for 2 losses"),
+        (["weights=[1, 2]"], "loss.weights: 2 for 1 losses"),
+        (["weights=[nan]"], "loss.weights: finite"),
+        (["type=[hinge, sft]", "weights=[1, inf]"], "loss.weights: finite"),
+        (["beta=0"], "loss.beta: above 0"),
+        (["beta=-0.1"], "loss.beta: above 0"),
+        (["beta=inf"], "loss.beta: above 0 and finite"),
+        (["beta=nan"], "loss.beta: above 0"),
+        (["label_smoothing=0.51"], "loss.label_smoothing: from 0 to 0.5"),
+        (["label_smoothing=-0.1"], "loss.label_smoothing: from 0 to 0.5"),
+        (["type=hinge", "label_smoothing=0.1"], "loss.label_smoothing: none of the losses takes it"),
+        (["type=[ipo, sft]", "label_smoothing=0.1"], "those that do: sigmoid, sigmoid_norm, exo_pair"),
+        (["type=robust", "label_smoothing=0.5"], "loss.label_smoothing: below 0.5 for robust"),
+        (["type=exo_pair"], "loss.label_smoothing: above 0 for exo_pair"),
+        (["type=[sigmoid, exo_pair]"], "loss.label_smoothing: above 0 for exo_pair"),
+        *(
+            ([f"type={name}", "f_divergence_type=forward_kl"], f"loss.f_divergence_type: {name} is defined")
+            for name in LOSSES
+            if name not in WITH_DIVERGENCE
+        ),
+        (["f_alpha_divergence_coef=0.3"], "loss.f_alpha_divergence_coef: set without"),
+        (
+            ["f_divergence_type=alpha_divergence", "f_alpha_divergence_coef=inf"],
+            "loss.f_alpha_divergence_coef: a finite number",
+        ),
+        (["ld_alpha=1.01"], "loss.ld_alpha: from 0"),
+        (["ld_alpha=-0.01"], "loss.ld_alpha: from 0"),
+        (["type=aot", "use_weighting=true"], "loss.use_weighting: aot sorts pairs"),
+        (["type=[sigmoid, aot_unpaired]", "use_weighting=true"], "loss.use_weighting: aot sorts pairs"),
+        (["type=discopop", "discopop_tau=0"], "loss.discopop_tau: above 0"),
+        (["type=discopop", "discopop_tau=inf"], "loss.discopop_tau: above 0 and finite"),
+        (["discopop_tau=0.1"], "loss.discopop_tau: set without discopop"),
+        (["router_aux_loss_coef=-1"], "loss.router_aux_loss_coef: 0 or above"),
+        (["router_aux_loss_coef=inf"], "loss.router_aux_loss_coef: 0 or above"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_an_impossible_combination_is_refused_and_its_key_named(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {path: pairs.jsonl}\npolicy: {model: model}\nprecompute: {output: shards}\n")
+    with pytest.raises(ConfigError) as refusal:
+        load_config(file, [f"loss.{override}" for override in overrides])
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_be_asked_for_by_name(tmp_path: Path, name: LossName) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {path: pairs.jsonl}\npolicy: {model: model}\nprecompute: {output: shards}\n")
+    smoothing = ["loss.label_smoothing=0.1"] if name == "exo_pair" else []
+    assert load_config(file, [f"loss.type={name}", *smoothing]).loss.types == [name]
