@@ -4,6 +4,7 @@ The library's own resume takes the highest number, accepts a missing optimizer a
 half-written folder. So a checkpoint without our marker is one that a kill cut short, and is set aside.
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -162,6 +163,11 @@ class CommitCallback(transformers.TrainerCallback):
             control.should_training_stop = True
             self.stopped_early = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The library comes here when it leaves an epoch in its middle, too.
+        if self.stopped_early:
+            control.should_evaluate = control.should_save = control.should_log = False
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         # Every rank saves its own random state; the marker may only follow the last of them.
@@ -213,4 +219,6 @@ def _set_aside(folder: Path) -> None:
     number = 0
     while (target := folder.with_name(f"broken-{folder.name}-{number}")).exists():
         number += 1
-    folder.rename(target)
+    # Another worker may be looking at the same folders.
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(target)

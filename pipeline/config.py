@@ -482,6 +482,7 @@ _FIXED_TRAIN_FIELDS = {
     "label_smoothing_factor": "can't be set: it belongs to cross-entropy, not to DPO",
     "use_liger_kernel": "can't be set: refshard scores through its own head",
     "auto_find_batch_size": "can't be set: it would change the batches between two runs of one configuration",
+    "include_num_input_tokens_seen": "can't be set: num_tokens counts them, and is always logged",
     "neftune_noise_alpha": "can't be set: noise on the policy's embeddings would be scored against a reference without",
 }
 

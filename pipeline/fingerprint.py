@@ -30,7 +30,15 @@ from pipeline.tokens import TOKENIZATION_VERSION
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SCHEMA_VERSION", "Kinship", "differences", "fingerprint_of", "identity_of_run", "kinship"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Kinship",
+    "differences",
+    "fingerprint_of",
+    "identity_of_reference",
+    "identity_of_run",
+    "kinship",
+]
 
 SCHEMA_VERSION = 1
 """Version of the shards' columns and of the manifest."""
@@ -63,7 +71,7 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
     """
     return {
         "schema": SCHEMA_VERSION,
-        "reference": _identity_of_reference(config),
+        "reference": identity_of_reference(config),
         "tokenization": {
             "version": TOKENIZATION_VERSION,
             "tokenizer": _digest_of_tokenizer(tokenizer),
@@ -75,7 +83,8 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
     }
 
 
-def _identity_of_reference(config: Config) -> dict[str, Any]:
+def identity_of_reference(config: Config) -> dict[str, Any]:
+    """Collect what makes the reference what it is: digests of weights, config and adapter, dtype, quantization."""
     if config.reference.declared is not None:
         return {"declared": config.reference.declared}
     model, adapter = reference_sources(config)
@@ -106,8 +115,8 @@ def kinship(config: Config) -> Kinship:
     """Tell by content where policy and reference must agree. Reads files, loads no weights."""
     if config.reference.declared is not None:
         return Kinship(False, False, None)
-    reference = _identity_of_reference(config)
-    own = _identity_of_reference(dataclasses.replace(config, reference=ReferenceConfig()))
+    reference = identity_of_reference(config)
+    own = identity_of_reference(dataclasses.replace(config, reference=ReferenceConfig()))
     same_base = all(reference[key] == own[key] for key in ("weights", "config", "quantization"))
     at_start = same_base and reference["adapter"] == own["adapter"]
     return Kinship(

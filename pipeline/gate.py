@@ -122,8 +122,9 @@ class GateCallback(transformers.TrainerCallback):
             gaps, which = measure(), "the policy before its first step"
         elif kin.adapters_off:
             gaps, which = measure(adapters=False), "the policy with its adapter switched off"
-        elif _is_sharded(trainer):
-            # Another adapter can't be put on a model that is spread over ranks.
+        elif _is_sharded(trainer) or _trains_biases(trainer.model):
+            # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
+            self._say("Parity gate: not run, since the adapter that training began with can't be put back for it")
             return
         else:
             assert kin.frozen_adapter is not None
@@ -269,6 +270,10 @@ def _devices(trainer: Any) -> list[Any]:
 
 def _is_sharded(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _trains_biases(model: Any) -> bool:
+    return any(getattr(settings, "bias", "none") != "none" for settings in model.peft_config.values())
 
 
 def _explain(gate: Gate, gaps: Gaps, which: str, measure: _Measure, fresh: bool) -> RefshardError:

@@ -291,11 +291,23 @@ def _joined_batch(
         pa.array(looked_up(table.rejected_logps, np.nan), pa.float32()),
     ]
     if table.token_logps is not None:
-        # A null index takes a null list.
-        rows = pa.array(looked_up(table.rows, -1), pa.int64(), mask=~hits)
-        taken = table.token_logps.take(rows)
-        columns += [column.combine_chunks() for column in taken.columns]
+        rows = looked_up(table.rows, -1)
+        columns += [_take(column, rows, hits) for column in table.token_logps.columns]
     return columns
+
+
+def _take(column: pa.ChunkedArray, rows: npt.NDArray[np.int64], hits: npt.NDArray[np.bool_]) -> pa.Array:
+    """Take rows of a column, null where there is no hit, without putting its chunks (one for each part) together."""
+    starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+    chunk_of = np.searchsorted(starts, rows, side="right") - 1
+    pieces, at, taken = [], np.zeros(len(rows), dtype=np.int64), 0
+    for chunk in np.unique(chunk_of[hits]):
+        wanted = np.flatnonzero(hits & (chunk_of == chunk))
+        pieces.append(column.chunk(int(chunk)).take(pa.array(rows[wanted] - starts[chunk])))
+        at[wanted] = taken + np.arange(len(wanted))
+        taken += len(wanted)
+    # A null index takes a null list.
+    return pa.concat_arrays(pieces or [pa.array([], _LOGPS)]).take(pa.array(at, mask=~hits))
 
 
 def _chunks(pairs: Iterable[KeptPair]) -> Iterator[list[KeptPair]]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ReferenceConfig
-from pipeline.digests import read_sha256
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models import ADAPTER_WEIGHTS, load_plain
-from pipeline.storage import read_json, write_json
+from pipeline.storage import read_json, sync_files, write_json
 
 __all__ = ["MARKER", "mix"]
 
@@ -26,17 +25,17 @@ MARKER = "refshard-reference.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path, step: int) -> None:
+def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path, made_from: Mapping[str, Any]) -> None:
     """Write the reference that a policy's checkpoint moves its predecessor to, in float32.
 
     `target` appears whole or not at all; where another worker was first, its folder is kept.
 
     Args:
         config: The run's settings, with `reference.sync`.
-        checkpoint: The policy at `step`, a folder of full weights or of an adapter.
+        checkpoint: The policy, a folder of full weights or of an adapter.
         previous: The reference before, as this function wrote it; None for the run's first one.
         target: Folder to write.
-        step: The policy's optimizer step.
+        made_from: What the result is a function of, recorded beside it.
 
     Raises:
         ConfigError: Policy and reference do not have the same weights by name and shape.
@@ -57,8 +56,8 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
             _save_plain(dataclasses.replace(config, policy=worn, reference=ReferenceConfig()), policy)
         mixed = work / "mixed"
         _mix_files(policy, previous, mixed, config.reference.sync.mixup_alpha)
-        digests = {file.name: read_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
-        write_json(mixed / MARKER, {"step": step, "policy": digests})
+        write_json(mixed / MARKER, made_from)
+        sync_files(mixed)
         try:
             mixed.rename(target)
         except OSError:

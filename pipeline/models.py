@@ -335,9 +335,12 @@ def _load(
 
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+    except SafetensorError as error:
+        raise DataError(f"{adapter}: damaged weight file: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"adapter {adapter}: does not fit the model: {_first_line(error)}") from error
 

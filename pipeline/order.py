@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from pipeline.errors import ConfigError
+
 __all__ = ["Order", "order_of_run"]
 
 
@@ -45,10 +47,16 @@ def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> O
     accumulation = arguments.gradient_accumulation_steps
     steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    if not len(loader):
+        raise ConfigError(
+            f"train: no step can be made of {num_pairs} pairs; a batch is larger than the set (dataloader_drop_last)"
+        )
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(math.ceil(total / steps_per_epoch)):
         loader.set_epoch(epoch)
         batches = [batch["index"].cpu().numpy() for batch in loader]
         # The last step of an epoch takes the micro-batches that are left.
         steps += [np.concatenate(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation)]
+    if not steps[:total]:
+        raise ConfigError("train.num_train_epochs: no steps to train; with reference.sync there must be some")
     return Order(steps[:total], steps_per_epoch)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import DataError, StorageError
 
-__all__ = ["put_if_absent", "read_json", "replace_file", "write_json"]
+__all__ = ["put_if_absent", "read_json", "replace_file", "sync_files", "write_json"]
 
 
 def put_if_absent(file: Path, content: bytes) -> bool:
@@ -62,6 +62,17 @@ def replace_file(file: Path, content: bytes) -> None:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that readers see whole or not at all."""
     replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def sync_files(folder: Path) -> None:
+    """Have the files of a folder on the disk before its name says that they are."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _sync_folder(folder)
 
 
 def read_json(file: Path) -> dict[str, Any]:

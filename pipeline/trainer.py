@@ -78,7 +78,17 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         )
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
+    if getattr(made, "train_sampling_strategy", None) == "group_by_length":
+        raise ConfigError("train.train_sampling_strategy: group_by_length is not supported; leave it out or use random")
+    if made.save_strategy == "best" and not made.metric_for_best_model:
+        raise ConfigError("train.save_strategy: best of what? Set train.metric_for_best_model, like eval_loss")
+    if made.save_total_limit == 1:
+        raise ConfigError(
+            "train.save_total_limit: at least 2, since the checkpoint before is what is left if the newest is cut short"
+        )
     if config.reference.sync is not None:
+        if made.save_strategy == "best":
+            raise ConfigError("train.save_strategy: best can't be told across windows (reference.sync)")
         if made.world_size > 1:
             raise ConfigError(
                 f"reference.sync: {made.world_size} processes; windows are planned for one process. Start it alone"

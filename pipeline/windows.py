@@ -4,30 +4,41 @@ The reference moves after steps K, 2K, ... Window w trains steps wK + 1 to (w + 
 after step wK; an evaluation at step wK sees the moved reference already. Where a run stands is read from its
 checkpoints, so that every process finds out by itself.
 
-    precompute.output/window-00002/train    log-probs of the pairs of window 2 alone
-    train.output_dir/references/step-1024   the reference of window 2, float32, where K is 512
+    precompute.output/train                        log-probs of the pairs of window 0 alone
+    train.output_dir/references/step-00001024/     the reference of window 2, float32, where K is 512
+    train.output_dir/references/.../shards/train   log-probs of the pairs of window 2 alone
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from pipeline.checkpoints import newest_step
 from pipeline.config import Config, ReferenceConfig
 from pipeline.digests import sha256_of_file
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
+from pipeline.fingerprint import identity_of_reference
 from pipeline.mixing import MARKER, mix
-from pipeline.models import reference_dtype
+from pipeline.models import ADAPTER_CONFIG, find_adapter, policy_settings, reference_dtype
 from pipeline.order import Order
 from pipeline.storage import read_json
 
-__all__ = ["Window", "WindowCallback", "make_window", "next_window", "prepare_reference", "window_config"]
+__all__ = [
+    "Window",
+    "WindowCallback",
+    "check_mixable",
+    "make_window",
+    "prepare_reference",
+    "window_at",
+    "window_config",
+]
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,12 @@ class Window:
     is_last: bool
 
 
-def next_window(config: Config, arguments: transformers.TrainingArguments, order: Order) -> Window:
-    """Give the window that the run's newest checkpoint stands in."""
+def window_at(
+    config: Config, arguments: transformers.TrainingArguments, order: Order, checkpoint: Path | None
+) -> Window:
+    """Give the window that a run's checkpoint stands in; the first one where there is none."""
     assert config.reference.sync is not None
-    step = newest_step(Path(str(arguments.output_dir)))
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     return make_window(config, arguments, order, step // config.reference.sync.steps)
 
 
@@ -114,21 +127,65 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
         return
     target = _reference_folder(output, window.first)
     checkpoint = output / f"checkpoint-{window.first}"
-    if target.exists():
-        policy = read_json(target / MARKER).get("policy")
-        if not checkpoint.exists() or policy == _weights(checkpoint):
-            return
-        shutil.rmtree(target)
     before = window.first - config.reference.sync.steps
     previous = _reference_folder(output, before) if before > 0 else None
+    made_from = {
+        "step": window.first,
+        "sync": dataclasses.asdict(config.reference.sync),
+        "policy": _weights(checkpoint),
+        # Of a reference that is gone, having served, the first one's identity stands for all that followed.
+        "first": identity_of_reference(config),
+    }
+    if target.exists():
+        found = read_json(target / MARKER)
+        if not checkpoint.exists():
+            made_from["policy"] = found.get("policy")
+        if found == made_from:
+            return
+        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     for needed in (checkpoint, previous):
         if needed is not None and not needed.exists():
             raise DataError(
                 f"{needed}: gone, and the reference of step {window.first} is made from it. Restore it, or start over "
                 "with refshard train --overwrite"
             )
-    mix(config, checkpoint=checkpoint, previous=previous, target=target, step=window.first)
+    mix(config, checkpoint=checkpoint, previous=previous, target=target, made_from=made_from)
     _delete_older(output, config.reference.sync.steps)
+
+
+def check_mixable(config: Config) -> None:
+    """Refuse an adapter whose weights can't be told as one model's.
+
+    Where input embeddings and head are one tensor, an adapter on the embeddings parts them, and no checkpoint of the
+    architecture holds both.
+
+    Raises:
+        ConfigError: Such an adapter, with `reference.sync`.
+    """
+    policy = config.policy
+    if not policy.has_adapter or not getattr(policy_settings(config), "tie_word_embeddings", False):
+        return
+    named: list[str] = []
+    if policy.lora is not None:
+        named = [*policy.lora.modules_to_save, *_as_list(policy.lora.target_modules)]
+    elif policy.ia3 is not None:
+        named = policy.ia3.target_modules or []
+    elif policy.adapter is not None:
+        settings = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
+        named = [*_as_list(settings.get("modules_to_save")), *_as_list(settings.get("target_modules"))]
+    embeddings = [name for name in named if re.search(r"emb|wte|word", name)]
+    if embeddings:
+        raise ConfigError(
+            f"reference.sync: the adapter changes {embeddings[0]}, which the model shares with its head, so that "
+            "policy and reference can't be mixed; leave it out of the adapter"
+        )
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -138,7 +195,7 @@ def _weights(folder: Path) -> dict[str, str]:
 def _delete_older(output: Path, size: int) -> None:
     """Delete the references that no checkpoint can go on from."""
     steps = [int(found[1]) for p in output.glob("checkpoint-*") if (found := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    oldest = min(steps) // size * size
+    oldest = min(steps, default=0) // size * size
     for folder in (output / "references").glob("step-*"):
         if int(folder.name.removeprefix("step-")) < oldest:
             shutil.rmtree(folder, ignore_errors=True)

@@ -92,7 +92,7 @@ def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_wi
         from stages import windows
 
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
-        windows.run(config, words, overwrite=overwrite)
+        windows.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv)
         return
     from stages import train as stage
 

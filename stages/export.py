@@ -1,5 +1,6 @@
 """A dataset with the reference's log-probs as columns, for trainers that read `ref_chosen_logps` from their data."""
 
+import contextlib
 import dataclasses
 import shutil
 import uuid
@@ -11,13 +12,13 @@ import click
 import numpy as np
 
 from pipeline.config import Config, training_settings
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import BadRow, DataError, RefshardError, StorageError
 from pipeline.fingerprint import identity_of_run
 from pipeline.intake import Ledger, kept_rows
 from pipeline.join import check_identity, load_reference_table
 from pipeline.models import load_tokenizer
 from pipeline.shards import open_store
-from pipeline.sources import describe, open_source, read_rows
+from pipeline.sources import Source, describe, open_source, read_rows
 
 __all__ = ["run"]
 
@@ -37,6 +38,8 @@ def run(config: Config, output: Path) -> None:
 
     if output.exists():
         raise DataError(f"{output}: there already; name a new folder")
+    if any((parent / "manifest.json").exists() for parent in output.absolute().parents):
+        raise DataError(f"{output}: inside a store of shards; name a folder of its own")
     on_missing = training_settings(config).get("on_missing", "stop") if config.train else "stop"
     tokenizer = load_tokenizer(config)
     names = ["train", *config.data.eval]
@@ -54,7 +57,7 @@ def run(config: Config, output: Path) -> None:
         (work / "sets").rename(output)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__
-        if isinstance(cause, DataError):
+        if isinstance(cause, RefshardError):
             raise cause from error
         raise DataError(f"{config.data.path}: its rows do not fit one table: {' '.join(str(cause).split())}") from error
     except OSError as error:
@@ -76,6 +79,7 @@ class _Rows:
         config = self._config
         table = load_reference_table([self._store], config.data.max_length, ld_alpha=config.loss.ld_alpha)
         self.ledger = Ledger()
+        names = _column_names(self._source)
         for pair, row in kept_rows(read_rows(self._source), self._tokenizer, config.data, self.ledger):
             key = np.array(pair.key, dtype="S16")
             at = int(np.searchsorted(table.keys, key))
@@ -90,8 +94,17 @@ class _Rows:
                 "ref_chosen_logps": float(table.chosen_logps[at]),
                 "ref_rejected_logps": float(table.rejected_logps[at]),
             }
-            yield {**row, **scores}
+            yield {**dict.fromkeys(names), **row, **scores}
 
     def __reduce__(self) -> Any:
         # The library names its cache after a pickle of the generator; this one's cache is thrown away.
         return uuid.uuid4, ()
+
+
+def _column_names(source: Source) -> list[str]:
+    """All columns that any row has: lines of JSON need not have the same."""
+    names: dict[str, None] = {}
+    for row in read_rows(source) if source.format == "jsonl" else ():
+        with contextlib.suppress(BadRow):
+            names |= dict.fromkeys(row.load())
+    return list(names)

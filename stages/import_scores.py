@@ -6,8 +6,8 @@ another pair, or of a text that tokenizes otherwise now, can't be joined.
 
 import copy
 import dataclasses
+import hashlib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,19 +50,24 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     """
     if set_name != "train" and set_name not in config.data.eval:
         raise ConfigError(
-            f"--set {set_name}: data.eval names no such set; there are train, {', '.join(config.data.eval)}"
+            f"--set {set_name}: data.eval names no such set; there are {', '.join(['train', *config.data.eval])}"
         )
     if not scores.exists():
         raise ConfigError(f"{scores}: no such file")
     tokenizer = load_tokenizer(config)
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
+    if source.format not in ("jsonl", "parquet"):
+        raise ConfigError(f"{scores}: scores are read from a Parquet or a JSON Lines file")
     ledger = Ledger()
     rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
-    first = next(rows, None)
-    if first is None:
+    batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
+    if not batch:
         raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
-    token_logps = isinstance(first[1].get(chosen), Sequence)
+    read = _Reader(chosen, rejected, token_logps=_holds_lists(batch[0], chosen, rejected))
+    token_logps = read.token_logps
+    # Read before a store is made: a file that can't be imported leaves nothing behind.
+    pairs = [read(pair, row) for pair, row in batch]
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
     folder = Path(config.precompute.output) / set_name
     if overwrite:
@@ -85,56 +90,73 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     if is_finished(folder):
         click.echo(f"{folder}: imported already; nothing to do.")
         return
-    read = _with_tokens if token_logps else _with_sums
-    everything = itertools.chain([first], rows)
     unit, written = 0, Ledger()
-    batch = list(itertools.islice(everything, config.precompute.rows_per_shard))
-    while batch:
+    while pairs:
         books = copy.deepcopy(ledger)
         # Looked at before the part is written: rows dropped after the last pair belong to the last part.
-        following = list(itertools.islice(everything, config.precompute.rows_per_shard))
+        following = [read(pair, row) for pair, row in itertools.islice(rows, config.precompute.rows_per_shard)]
         books = books if following else ledger
         write_part(
             folder,
             unit,
-            [read(pair, row, chosen, rejected) for pair, row in batch],  # type: ignore[arg-type]
+            pairs,  # type: ignore[arg-type]
             fingerprint=fingerprint,
             token_logps=token_logps,
             ledger=books.since(written),
             provenance={"imported": str(scores), "versions": library_versions()},
         )
-        batch, written, unit = following, books, unit + 1
+        pairs, written, unit = following, books, unit + 1
     finish_store(folder, unit)
     kind = "a log-prob for each token" if token_logps else "sums"
     click.echo(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
 
 
-def _with_sums(pair: KeptPair, row: Mapping[str, Any], chosen: str, rejected: str) -> SummedPair:
-    if pair.truncated:
-        raise DataError(
-            f"{pair.place}: data.max_length cuts this pair, and a sum can't be cut with it. Import a log-prob for each "
-            "token, or raise data.max_length"
+def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> bool:
+    """Whether the first row has a log-prob for each token, and not one for each completion."""
+    pair, row = first
+    for column in (chosen, rejected):
+        if column not in row:
+            raise DataError(
+                f"{pair.place}: no column {column!r}; there are {', '.join(map(repr, row))}. Name the scores' columns "
+                "with --chosen and --rejected"
+            )
+    return isinstance(row[chosen], Sequence) and not isinstance(row[chosen], str)
+
+
+class _Reader:
+    """Turns rows into scored pairs, and remembers what each pair was given."""
+
+    def __init__(self, chosen: str, rejected: str, *, token_logps: bool) -> None:
+        self._columns = (chosen, rejected)
+        self.token_logps = token_logps
+        self._seen: dict[bytes, bytes] = {}
+
+    def __call__(self, pair: KeptPair, row: Mapping[str, Any]) -> ScoredPair | SummedPair:
+        if not self.token_logps and pair.truncated:
+            raise DataError(
+                f"{pair.place}: data.max_length cuts this pair, and a sum can't be cut with it. Import a log-prob for "
+                "each token, or raise data.max_length"
+            )
+        completions = (pair.pair.chosen_ids, pair.pair.rejected_ids)
+        values = [
+            _numbers(row.get(column), len(ids), column, pair)
+            if self.token_logps
+            else np.array([_number(row.get(column), column, pair.place)], dtype=np.float32)
+            for column, ids in zip(self._columns, completions, strict=True)
+        ]
+        digest = hashlib.blake2b(values[0].tobytes() + values[1].tobytes(), digest_size=16).digest()
+        if self._seen.setdefault(pair.key, digest) != digest:
+            raise DataError(f"{pair.place}: this pair was there before, with other scores; which of them hold?")
+        common: dict[str, Any] = {"key": pair.key, "row": pair.row, "prompt_tokens": len(pair.pair.prompt_ids)}
+        if self.token_logps:
+            return ScoredPair(**common, chosen_token_logps=values[0], rejected_token_logps=values[1])
+        return SummedPair(
+            **common,
+            chosen_tokens=len(completions[0]),
+            rejected_tokens=len(completions[1]),
+            chosen_logps=float(values[0][0]),
+            rejected_logps=float(values[1][0]),
         )
-    sums = {column: _number(row.get(column), column, pair.place) for column in (chosen, rejected)}
-    return SummedPair(
-        key=pair.key,
-        row=pair.row,
-        prompt_tokens=len(pair.pair.prompt_ids),
-        chosen_tokens=len(pair.pair.chosen_ids),
-        rejected_tokens=len(pair.pair.rejected_ids),
-        chosen_logps=sums[chosen],
-        rejected_logps=sums[rejected],
-    )
-
-
-def _with_tokens(pair: KeptPair, row: Mapping[str, Any], chosen: str, rejected: str) -> ScoredPair:
-    return ScoredPair(
-        key=pair.key,
-        row=pair.row,
-        prompt_tokens=len(pair.pair.prompt_ids),
-        chosen_token_logps=_numbers(row.get(chosen), len(pair.pair.chosen_ids), chosen, pair),
-        rejected_token_logps=_numbers(row.get(rejected), len(pair.pair.rejected_ids), rejected, pair),
-    )
 
 
 def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArray[np.float32]:
@@ -152,7 +174,8 @@ def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArr
 def _number(value: Any, column: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{place}: column {column!r}: expected a log-prob, found {_shown(value)}")
-    if not math.isfinite(value) or value > 0:
+    # Not past the largest float32 either, which is what shards hold.
+    if not -3e38 < value <= 0:
         raise DataError(f"{place}: column {column!r}: {value} is no log-prob; those are finite and at most 0")
     return float(value)
 

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
 from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_file
 from pipeline.errors import ConfigError, DataError, UnfinishedError
-from pipeline.fingerprint import identity_of_run
+from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.models import load_reference, load_tokenizer, pick_device, policy_settings, reference_sources
@@ -46,7 +47,7 @@ from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
 from pipeline.trainer import router_aux_weight, training_arguments
 from pipeline.versions import library_versions
-from pipeline.windows import next_window, prepare_reference, window_config
+from pipeline.windows import check_mixable, prepare_reference, window_at, window_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,10 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     tokenizer = load_tokenizer(config)
     rows = None
     if config.reference.sync is not None:
+        output = training_arguments(config).output_dir
+        if is_recorded(Path(str(output))):
+            click.echo(f"{output}: this run is finished already; nothing to score.")
+            return
         config, sources, rows = _next_window(config, sources, tokenizer)
     identity = identity_of_run(config, tokenizer)
     reference = _Reference(config, tokenizer)
@@ -117,7 +122,12 @@ def _next_window(
     output = Path(str(arguments.output_dir))
     kept = [pair.row for pair in kept_pairs(read_rows(sources["train"]), tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
-    window = next_window(config, arguments, order)
+    check_mixable(config)
+    fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
+    identity = run_identity(config, training_settings(config), {"reference": fingerprint}, arguments.world_size)
+    # Also refuses what another run's training would move the reference to.
+    checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
+    window = window_at(config, arguments, order, checkpoint)
     prepare_reference(config, window, output)
     rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
     steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
@@ -369,7 +379,10 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     if source.format == "disk":
         files = tuple(sorted(Path(source.path).rglob("*.arrow")))
     local = bool(files)
-    of_window = {} if wanted is None else {"window": hashlib.sha256(repr(sorted(wanted)).encode()).hexdigest()}
+    of_window = {}
+    if wanted is not None:
+        digest = hashlib.sha256(repr(sorted(wanted)).encode()).hexdigest()
+        of_window = {"window": f"{len(wanted)} pairs in the order of training ({digest[:12]})"}
     return {
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,

@@ -32,7 +32,7 @@ from pipeline.sources import describe, open_source, read_rows
 from pipeline.storage import read_json, replace_file, write_json
 from pipeline.trainer import PairTrainer, make_collator, router_aux_weight, training_arguments
 from pipeline.versions import library_versions
-from pipeline.windows import Window, WindowCallback, make_window, window_config
+from pipeline.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
 __all__ = ["run"]
 
@@ -59,6 +59,8 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     output = Path(str(arguments.output_dir))
     state = PartialState()
     router_aux_weight(policy_settings(config), config.loss)
+    if config.reference.sync:
+        check_mixable(config)
     tokenizer = load_tokenizer(config)
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
     identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
@@ -167,11 +169,9 @@ def _window(
     config: Config, arguments: transformers.TrainingArguments, tokenizer: Any, checkpoint: Path | None
 ) -> Window:
     """The window that the checkpoint stands in."""
-    assert config.reference.sync is not None
     pairs = kept_pairs(read_rows(open_source(config.data)), tokenizer, config.data, Ledger())
     order = order_of_run(arguments, sum(1 for _ in pairs))
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    return make_window(config, arguments, order, step // config.reference.sync.steps)
+    return window_at(config, arguments, order, checkpoint)
 
 
 def _sets_of(config: Config, window: Window) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ import click
 from pipeline.checkpoints import delete_run, is_recorded, newest_step
 from pipeline.config import Config, training_settings
 from pipeline.errors import UnfinishedError
+from pipeline.shards import delete_store
 from pipeline.signals import StopFlag, watch_signals
 
 __all__ = ["run"]
@@ -31,28 +33,35 @@ __all__ = ["run"]
 _UNFINISHED = UnfinishedError.exit_status
 
 
-def run(config: Config, words: Sequence[str], *, overwrite: bool = False) -> None:
+def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug: bool = False) -> None:
     """Alternate until the run is finished.
 
     Args:
         config: The run's settings, with `reference.sync`.
         words: The options that the two commands are called with: `--config FILE -o KEY=VALUE ...`.
-        overwrite: Delete the checkpoints, the moved references and the record of an earlier run first.
+        overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
+        debug: Have the commands show tracebacks.
 
     Raises:
         click.exceptions.Exit: A command failed, which has said why; with its exit status.
     """
     flag = watch_signals()
+    program = ["--debug"] if debug else []
     output = Path(training_settings(config)["output_dir"])
     if overwrite:
         delete_run(output)
+        for name in ("train", *config.data.eval):
+            delete_store(Path(config.precompute.output) / name)
+    for leftover in (output / "references").glob(".tmp-*"):
+        # Of a process that was killed while it moved the reference: this one alone moves it now.
+        shutil.rmtree(leftover, ignore_errors=True)
     if is_recorded(output):
         # Says that the run is finished, or that the folder is another run's.
-        _command(["train", *words, "--one-window"], flag)
+        _command([*program, "train", *words, "--one-window"], flag)
     while not is_recorded(output):
+        _command([*program, "precompute", *words], flag)
         step = newest_step(output)
-        _command(["precompute", *words], flag)
-        status = _command(["train", *words, "--one-window"], flag, accept=(0, _UNFINISHED))
+        status = _command([*program, "train", *words, "--one-window"], flag, accept=(0, _UNFINISHED))
         # A damaged checkpoint is set aside by stage two, and the one before may stand in an earlier window.
         went_back = newest_step(output) < step
         if status == _UNFINISHED and (flag or not went_back):

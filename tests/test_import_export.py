@@ -124,8 +124,21 @@ def test_a_held_out_set_is_imported_by_its_name(scored: tuple[Path, list[dict[st
         ({"chosen_tokens_logps": [-1.0]}, TOKENS, 65, ["scores.jsonl:3", "has 1 log-probs", "chat template or EOS"]),
         ({"chosen_tokens_logps": -1.0}, TOKENS, 65, ["scores.jsonl:3", "expected a list"]),
         ({"chosen": ""}, [], 65, ["scores.jsonl:3"]),
+        ({"ref_chosen_logps": -1e300}, [], 65, ["scores.jsonl:3", "ref_chosen_logps"]),
+        (simple_rows(1)[0], [], 65, ["there before"]),
+        ({}, ["--chosen", "nowhere"], 65, ["scores.jsonl:1", "no column 'nowhere'", "'ref_chosen_logps'"]),
     ],
-    ids=["none", "text", "positive", "too few", "a number among lists", "a bad pair"],
+    ids=[
+        "none",
+        "text",
+        "positive",
+        "too few",
+        "a number among lists",
+        "a bad pair",
+        "beyond float32",
+        "a pair twice with other scores",
+        "no such column",
+    ],
 )
 def test_a_bad_score_is_refused_by_file_and_line(
     scored: tuple[Path, list[dict[str, Any]]],
@@ -141,7 +154,8 @@ def test_a_bad_score_is_refused_by_file_and_line(
     for word in words:
         assert word in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "shards" / "train" / "index.json").exists()
+    # The first part was not read to its end, so nothing is in the way of a mended file.
+    assert not (tmp_path / "shards").exists()
 
 
 def test_a_sum_over_more_than_max_length_leaves_is_refused_but_tokens_are_cut(
@@ -226,6 +240,24 @@ def test_every_column_of_a_parquet_file_is_exported(make_run: MakeRun, tmp_path:
     refshard("export", tmp_path / "exported", "--config", config)
     exported = datasets.load_from_disk(str(tmp_path / "exported"))["train"]
     assert [{key: row[key] for key in rows[0]} for row in exported] == rows
+
+
+def test_a_column_that_only_some_lines_have_is_exported_with_nothing_in_the_others(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    rows = [{**row, **({"extra": f"e{i}"} if i % 2 else {})} for i, row in enumerate(simple_rows(6))]
+    config = make_run(rows=rows)
+    refshard("precompute", "--config", config)
+    refshard("export", tmp_path / "exported", "--config", config)
+    exported = datasets.load_from_disk(str(tmp_path / "exported"))["train"]
+    assert exported["extra"][:] == [None, "e1", None, "e3", None, "e5"]
+
+
+def test_scores_are_not_read_from_csv(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "scores.csv").write_text("prompt,chosen,rejected,ref_chosen_logps,ref_rejected_logps\na,b,c,-1,-2\n")
+    assert (
+        "Parquet or a JSON Lines" in refshard("import", tmp_path / "scores.csv", "--config", make_run(), check=2).stderr
+    )
 
 
 def test_export_refuses_what_was_not_scored_and_never_replaces(make_run: MakeRun, tmp_path: Path) -> None:

@@ -1,13 +1,7 @@
 """TR-DPO in windows: a reference that moves gives what an online TR-DPO gives, and no kill changes it (L10)."""
 
-import contextlib
 import copy
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,7 +245,7 @@ def test_under_adamw_the_losses_on_captured_weights_are_trls(folder: Path, tmp_p
                 p.copy_(capture.weights[step][name])
         model.save_pretrained(tmp_path / f"policy-{step}")
         target = tmp_path / f"reference-{step}"
-        mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, step=step)
+        mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, made_from={})
         references.append(transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
         previous = target
 
@@ -324,81 +318,12 @@ def test_with_alpha_0_nothing_moves(folder: Path, tmp_path: Path) -> None:
         assert largest_gap(losses(history(tmp_path / "moving"), key), losses(history(tmp_path / "plain"), key)) < 1e-6
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
-    folder: Path, tmp_path: Path, lora: bool
-) -> None:
-    sync = {"steps": EVERY, "mixup_alpha": ALPHA}
-    train = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
-    refshard("train", "--config", write_run(folder, tmp_path / "undisturbed", sync, lora=lora, **train))
-    config = write_run(folder, tmp_path / "killed", sync, lora=lora, **train)
-    chance = random.Random(int(lora))
-    kills = 0
-    for _ in range(40):
-        process = start("train", "--config", config)
-        # From before the first scoring to the middle of a window further on.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(2.5, 6.0))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        if kills >= 4 or process.returncode == 0:
-            break
-    assert kills >= 1
-    refshard("train", "--config", config)
-    assert history(tmp_path / "killed") == history(tmp_path / "undisturbed")
-    weights = "adapter_model.safetensors" if lora else "model.safetensors"
-    killed, undisturbed = (tmp_path / name / "policy" / weights for name in ("killed", "undisturbed"))
-    assert killed.read_bytes() == undisturbed.read_bytes()
-    assert not (tmp_path / "killed" / "policy" / "references").exists()
-
-
-def test_a_signal_ends_a_run_between_steps_with_75_and_it_goes_on(folder: Path, tmp_path: Path) -> None:
-    sync = {"steps": EVERY, "mixup_alpha": ALPHA}
-    config = write_run(folder, tmp_path, sync)
-    process = start("train", "--config", config)
-    while process.poll() is None and not (tmp_path / "policy" / "checkpoint-4").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75, errors
-    assert "Run the same command again" in errors
-    refshard("train", "--config", config)
-    assert len(losses(history(tmp_path))) == STEPS
-    assert "finished already" in refshard("train", "--config", config).stdout
-
-
-def test_a_reference_made_from_another_training_is_made_again(folder: Path, tmp_path: Path) -> None:
-    """A checkpoint that differs from what the reference was mixed from: the reference follows it."""
-    config = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA}, eval_strategy="no")
-    refshard("precompute", "--config", config)
-    refshard("train", "--config", config, "--one-window")
-    refshard("precompute", "--config", config)
-    marker = tmp_path / "policy" / "references" / "step-00000002" / "refshard-reference.json"
-    stale = json.loads(marker.read_text())
-    stale["policy"] = {"model.safetensors": "0" * 64}
-    marker.write_text(json.dumps(stale))
-    refshard("precompute", "--config", config)
-    assert json.loads(marker.read_text())["policy"] != stale["policy"]
-
-
 def test_another_architecture_is_refused_before_it_is_mixed(folder: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", make_tokenizer(bos=True), intermediate_size=48)
     config = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA})
     arguments = ["--config", config, "-o", f"reference.model={other}"]
     done = refshard("train", *arguments, check=2)
     assert "reference.sync" in done.stderr and "shape" in done.stderr
-
-
-def start(*arguments: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(
@@ -424,3 +349,31 @@ def test_windows_cover_every_step_and_the_last_evaluation(
     evaluated = {step for w in windows for step in w.evaluations}
     assert evaluated == ({*range(3, total, 3), total} if evaluates else set())
     assert make_window(config, arguments, order, 99) == windows[-1]
+
+
+def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path) -> None:
+    tied = make_model(tmp_path / "tied", make_tokenizer(bos=True), tie_word_embeddings=True)
+    config = write_run(folder, tmp_path, {"steps": EVERY})
+    model = ["-o", f"policy.model={tied}", "-o", "policy.lora.target_modules=[q_proj]"]
+    refused = refshard("train", "--config", config, *model, "-o", "policy.lora.modules_to_save=[embed_tokens]", check=2)
+    assert "shares with its head" in refused.stderr
+    refshard("precompute", "--config", config, *model)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.num_train_epochs=0", "no steps to train"),
+        ("train.dataloader_drop_last=true", "no step can be made of 38 pairs"),
+        ("train.train_sampling_strategy=group_by_length", "not supported"),
+        ("train.save_strategy=best", "metric_for_best_model"),
+        ("train.save_total_limit=1", "at least 2"),
+        ("train.include_num_input_tokens_seen=all", "can't be set"),
+    ],
+)
+def test_settings_that_no_window_can_be_made_of_are_refused(
+    folder: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    changes: dict[str, Any] = {"max_steps": -1, "per_device_train_batch_size": 64}
+    config = write_run(folder, tmp_path, {"steps": EVERY}, **changes)
+    assert words in refshard("precompute", "--config", config, "-o", override, check=2).stderr
