@@ -200,9 +200,14 @@ def _has_router(model: Any) -> bool:
     recorders = (getattr(causal.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     if recorders is None:
         return True  # Not said; the config is.
-    recorders = recorders if isinstance(recorders, list | tuple) else (recorders,)
-    routers: tuple[Any, ...] = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
-    return any(isinstance(module, routers) for module in causal.modules())
+    # A class of modules, or a record of one with the name that they go by in a layer.
+    wanted: list[tuple[Any, str]] = [
+        (getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or "")
+        for recorder in (recorders if isinstance(recorders, list | tuple) else (recorders,))
+    ]
+    return any(
+        isinstance(module, kind) and part in name for name, module in causal.named_modules() for kind, part in wanted
+    )
 
 
 def _pairs(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig) -> Pairs:
