@@ -1,5 +1,6 @@
 """The parity gate: planted faults are each caught before step one, with the cause named; healthy runs pass."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ import transformers
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 
 import pipeline.models
+import stages.precompute
 import stages.train
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import Kinship
 from pipeline.gate import Gaps, Gate, choose_sample
+from pipeline.scoring import score
 from pipeline.shards import NoiseFloor, Store, open_store, read_parts
 
 pytestmark = pytest.mark.slow
@@ -157,9 +160,9 @@ def test_an_eos_that_was_scored_otherwise_is_seen_at_the_completions_end(make_ru
     config = make_run()
     refshard("precompute", "--config", config)
     scores = token_columns(tmp_path / "shards" / "train")
-    for score in scores:
-        score["c"][-1] -= 2.0
-        score["r"][-1] -= 2.0
+    for row in scores:
+        row["c"][-1] -= 2.0
+        row["r"][-1] -= 2.0
     import_scores(config, tmp_path, simple_rows(24), scores)
     message = refused(config, 78)
     assert "first or last token" in message and "EOS rule" in message
@@ -312,6 +315,36 @@ def test_an_explicit_reference_is_compared_with_nothing_unless_it_is_the_policy_
         )
         refshard("precompute", "--config", config)
         assert (PASSED in refshard("train", "--config", config).stdout) == compared
+
+
+# The noise floor.
+
+
+def test_stage_one_measures_how_far_a_pairs_company_moves_it(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scorer whose numbers depend on the batch's size shows by how much; one whose do not shows rounding."""
+    config = make_run(precompute={"rows_per_shard": 24, "tokens_per_batch": 100_000})
+    refshard("precompute", "--config", config)
+    plain = open_store(tmp_path / "shards" / "train").noise
+    assert 0 < plain.tokens < 100
+    assert plain.mean <= plain.largest < 1e-4
+
+    def leaning(model: Any, batch: Any) -> Any:
+        scores = score(model, batch)
+        moved = dataclasses.replace(scores.tokens, logps=scores.tokens.logps - 0.01 * batch.num_pairs)
+        return dataclasses.replace(scores, tokens=moved)
+
+    monkeypatch.setattr(stages.precompute, "score", leaning)
+    output = tmp_path / "leaning"
+    stages.precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
+    store = open_store(output / "train")
+    assert store.noise.tokens == plain.tokens
+    # All 24 pairs in one batch, then one of them alone.
+    assert store.noise.mean == pytest.approx(0.23, abs=1e-3)
+    assert store.noise.largest == pytest.approx(0.23, abs=1e-3)
+    shown = refshard("inspect", output).stdout
+    assert f"0.23 nats a token, 0.23 at most ({plain.tokens} tokens scored twice)" in shown
 
 
 # The parts.
