@@ -610,7 +610,7 @@ def test_train_fields_are_converted_by_the_librarys_types(train: Callable[[str],
         "learning_rate: 5e-7, max_steps: 1_000, save_strategy: no, eval_strategy: 'no', bf16: off, "
         "gradient_checkpointing: yes, optim: adamw_torch, report_to: [tensorboard, wandb], save_total_limit: null, "
         "lr_scheduler_kwargs: {num_cycles: 2, power: 1e-1, name: off}, run_name: on, eval_steps: 0.25, "
-        "include_num_input_tokens_seen: on"
+        "average_tokens_across_devices: on"
     )
     expected = {
         "learning_rate": 5e-7,
@@ -624,7 +624,7 @@ def test_train_fields_are_converted_by_the_librarys_types(train: Callable[[str],
         "save_total_limit": None,
         "run_name": "on",
         "eval_steps": 0.25,
-        "include_num_input_tokens_seen": True,
+        "average_tokens_across_devices": True,
     }
     assert {key: settings[key] for key in expected} == expected
     assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2, "power": 0.1, "name": False}
