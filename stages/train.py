@@ -340,9 +340,13 @@ def _write_card(
         adapter = f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
     elif policy.adapter:
         adapter = f"adapter {policy.adapter}"
-    reference = declared["reference"]
-    if declared.get("reference_adapter") and not config.reference.disable_adapters:
+    reference = config.reference.declared or config.reference.model or policy.model
+    if declared.get("reference_adapter"):
         reference += f" with adapter {declared['reference_adapter']}"
+    if config.reference.sync is not None:
+        # What the last window had is a folder that is gone by now.
+        sync = config.reference.sync
+        reference += f", moved toward the policy every {sync.steps} steps (alpha {sync.mixup_alpha:g})"
     shown = (
         "learning_rate",
         "per_device_train_batch_size",

@@ -200,6 +200,12 @@ def test_windows_give_what_trl_gives_with_its_reference_in_memory(folder: Path, 
             assert value == pytest.approx(losses(theirs, key)[step], rel=1e-4, abs=2e-4), key
 
 
+def test_the_card_says_that_the_reference_moved(windowed: Path, folder: Path) -> None:
+    card = (windowed / "policy" / "README.md").read_text()
+    assert f"`{folder / 'model'}, moved toward the policy every {EVERY} steps (alpha {ALPHA})`" in card
+    assert "references/step" not in card
+
+
 @pytest.mark.parametrize("control", [{"every": EVERY + 1}, {"behind": 1}], ids=["a step late", "a window stale"])
 def test_a_reference_that_is_late_would_be_seen(
     folder: Path, windowed: Path, tmp_path: Path, control: dict[str, int]
