@@ -77,29 +77,18 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
         _save_settings(output, config)
     checkpoint = _from_main_process(checkpoint)
-    window = None
+    window, settings_of_window = None, config
     if config.reference.sync:
         window = _window(config, arguments, tokenizer, checkpoint)
         settings_of_window = window_config(config, window, output)
         stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
-    else:
-        settings_of_window = config
     if state.is_main_process:
         _join_all(config, stores, tokenizer, output, str(settings.get("on_missing", "stop")), window)
     state.wait_for_everyone()
     sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in ("train", *config.data.eval)}
 
-    # The fresh adapter's factors are the first random numbers of the run, as in TRL.
-    transformers.set_seed(arguments.seed)
     finished = checkpoint is not None and _is_trained(checkpoint)
-    policy = load_policy(_at_checkpoint(config, checkpoint) if checkpoint is not None and finished else config)
-    prepare(policy)
-    check_scoring(policy, "policy.model")
-    if config.policy.has_adapter:
-        if arguments.gradient_checkpointing:
-            policy.enable_input_require_grads()
-        trained, total = policy.get_nb_trainable_parameters()
-        _say(state, f"Training {trained:,} of {total:,} parameters")
+    policy = _load_policy(_at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state)
     commit = CommitCallback(identity, flag)
     callbacks: list[Any] = [commit]
     if "train" in stores:
@@ -136,6 +125,21 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
     _finish(config, trainer, output, stores, identity, settings, len(sets["train"]), state)
+
+
+def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> Any:
+    """Load the policy, ready to be scored and trained."""
+    # The fresh adapter's factors are the first random numbers of the run, as in TRL.
+    transformers.set_seed(arguments.seed)
+    policy = load_policy(config)
+    prepare(policy)
+    check_scoring(policy, "policy.model")
+    if config.policy.has_adapter:
+        if arguments.gradient_checkpointing:
+            policy.enable_input_require_grads()
+        trained, total = policy.get_nb_trainable_parameters()
+        _say(state, f"Training {trained:,} of {total:,} parameters")
+    return policy
 
 
 def _finish(
