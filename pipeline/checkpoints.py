@@ -23,6 +23,7 @@ __all__ = [
     "RUN",
     "CommitCallback",
     "check_same_run",
+    "checkpoint_folders",
     "commit_checkpoint",
     "delete_run",
     "find_checkpoint",
@@ -53,9 +54,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
         DataError: Checkpoints were committed, but every one of them is damaged.
     """
     damaged = []
-    # Only the library's own names: checkpoint-500-backup is somebody's copy, to be left alone.
-    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch("[0-9]+", _number(p))]
-    for folder in sorted(found, key=lambda p: int(_number(p)), reverse=True):
+    for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         if not (folder / MARKER).exists():
             _set_aside(folder)
             warn(f"{folder}: cut short while it was saved; set aside")
@@ -93,10 +92,17 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
         )
 
 
+def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
+    """Give the run's checkpoints by step, whatever their state."""
+    # Only the library's own names: checkpoint-500-backup is somebody's copy, to be left alone.
+    found = {p: re.fullmatch("checkpoint-([0-9]+)", p.name) for p in run_folder.glob("checkpoint-*") if p.is_dir()}
+    return {int(name[1]): p for p, name in found.items() if name}
+
+
 def newest_step(run_folder: Path) -> int:
     """Step of the newest committed checkpoint, 0 if there is none. Only looks; its files are not checked."""
-    found = [int(_number(p)) for p in run_folder.glob("checkpoint-*") if re.fullmatch("[0-9]+", _number(p))]
-    return max((step for step in found if (run_folder / f"checkpoint-{step}" / MARKER).exists()), default=0)
+    committed = (step for step, folder in checkpoint_folders(run_folder).items() if (folder / MARKER).exists())
+    return max(committed, default=0)
 
 
 def is_recorded(run_folder: Path) -> bool:
@@ -188,10 +194,6 @@ class CommitCallback(transformers.TrainerCallback):
 
         flags = torch.tensor([int(bool(self._flag))], device=accelerator.device)
         return bool(accelerator.reduce(flags, reduction="sum").item())
-
-
-def _number(folder: Path) -> str:
-    return folder.name.removeprefix("checkpoint-")
 
 
 def _problem(folder: Path) -> str | None:

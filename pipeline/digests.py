@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import StorageError
 
-__all__ = ["read_sha256", "sha256_of_file"]
+__all__ = ["read_sha256", "sha256_of_file", "sha256_of_files"]
 
 
 def read_sha256(file: Path) -> str:
@@ -33,6 +34,11 @@ def sha256_of_file(file: Path) -> str:
     digest = read_sha256(file)
     _write_cache(cache_file, {**_read_cache(cache_file), entry: digest})
     return digest
+
+
+def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each of some files of different names, by name; cached as `sha256_of_file` is."""
+    return {file.name: sha256_of_file(file) for file in files}
 
 
 def _read_cache(file: Path) -> dict[str, str]:

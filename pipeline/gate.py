@@ -118,21 +118,18 @@ class GateCallback(transformers.TrainerCallback):
         if not rows:
             return
         measure = _Measure(trainer, rows)
+        worn: dict[str, Any] = {}
         if kin.at_start and fresh:
-            gaps, which = measure(), "the policy before its first step"
+            which = "the policy before its first step"
         elif kin.adapters_off:
-            gaps, which = measure(adapters=False), "the policy with its adapter switched off"
+            worn, which = {"adapters": False}, "the policy with its adapter switched off"
         elif _is_sharded(trainer) or _trains_biases(trainer.model):
             # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
             self._say("Parity gate: not run, since the adapter that training began with can't be put back for it")
             return
         else:
-            assert kin.frozen_adapter is not None
-            gaps, which = (
-                measure(adapter=kin.frozen_adapter),
-                f"the policy with the adapter {kin.frozen_adapter}",
-            )
-        # A fresh adapter over wrong weights is found by either; the one with it off says which of the two it is.
+            worn, which = {"adapter": kin.frozen_adapter}, f"the policy with the adapter {kin.frozen_adapter}"
+        gaps = measure(**worn)
         if gate.passes(gaps):
             self._say(
                 f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
@@ -140,7 +137,7 @@ class GateCallback(transformers.TrainerCallback):
                 f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
             )
             return
-        error = _explain(gate, gaps, which, measure, fresh)
+        error = _explain(gate, gaps, which, measure, worn, fresh)
         if not gate.warn_only:
             raise error
         self._say(f"warning: {error}")
@@ -276,7 +273,9 @@ def _trains_biases(model: Any) -> bool:
     return any(getattr(settings, "bias", "none") != "none" for settings in model.peft_config.values())
 
 
-def _explain(gate: Gate, gaps: Gaps, which: str, measure: _Measure, fresh: bool) -> RefshardError:
+def _explain(
+    gate: Gate, gaps: Gaps, which: str, measure: _Measure, worn: Mapping[str, Any], fresh: bool
+) -> RefshardError:
     """Find the likely cause of gaps that do not pass, and say it."""
     found = (
         f"{which} is not the reference that {gate.store.folder} holds: token logps are {gaps.mean:.3g} nats apart on "
@@ -294,7 +293,7 @@ def _explain(gate: Gate, gaps: Gaps, which: str, measure: _Measure, fresh: bool)
             f"{found}. With the adapter switched off it is, so the adapter, declared fresh, is not a zero change: "
             "start from one whose change is zero, or name it in policy.adapter, which puts it on the reference too"
         )
-    if gate.passes(measure(training=False, adapters=which != "the policy with its adapter switched off")):
+    if gate.passes(measure(training=False, **worn)):
         return ConfigError(
             f"{found}. In evaluation mode it is, so dropout, or another noise of training, is on in the policy; the "
             "reference was scored without. Set the rates in its config.json to 0"

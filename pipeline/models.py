@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, Quantization
-from pipeline.digests import sha256_of_file
+from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import read_json
 
@@ -24,6 +24,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "NamedModel",
+    "declared_reference",
     "disable_dropout",
     "find_adapter",
     "find_model",
@@ -128,6 +129,19 @@ def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
     return model, None
 
 
+def declared_reference(config: Config) -> dict[str, str | None]:
+    """Name the reference and the tokenizer as the settings do: what a manifest records for people."""
+    reference, policy = config.reference, config.policy
+    own = reference.declared is None and reference.model is None
+    adapter = None if reference.declared is not None else reference_sources(config)[1]
+    return {
+        "reference": reference.declared or reference.model or policy.model,
+        "reference_revision": policy.revision if own else reference.revision,
+        "reference_adapter": None if adapter is None else reference.adapter or policy.adapter,
+        "tokenizer": policy.model,
+    }
+
+
 def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     """Give a model's config.json and the SHA-256 of each of its weight files, by name.
 
@@ -138,7 +152,7 @@ def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]
         return _weights_on_hub(model)
     folder = model.folder()
     files = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
-    return read_json(folder / "config.json"), {file.name: sha256_of_file(file) for file in files}
+    return read_json(folder / "config.json"), sha256_of_files(files)
 
 
 def _is_cached(model: NamedModel) -> bool:

@@ -21,8 +21,9 @@ from typing import Any
 
 import transformers
 
+from pipeline.checkpoints import checkpoint_folders
 from pipeline.config import Config, ReferenceConfig
-from pipeline.digests import sha256_of_file
+from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.fingerprint import identity_of_reference
 from pipeline.mixing import MARKER, mix
@@ -132,7 +133,7 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
     made_from = {
         "step": window.first,
         "sync": dataclasses.asdict(config.reference.sync),
-        "policy": _weights(checkpoint),
+        "policy": sha256_of_files(checkpoint.glob("*.safetensors")),
         # Of a reference that is gone, having served, the first one's identity stands for all that followed.
         "first": identity_of_reference(config),
     }
@@ -188,14 +189,9 @@ def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
-
-
 def _delete_older(output: Path, size: int) -> None:
     """Delete the references that no checkpoint can go on from."""
-    steps = [int(found[1]) for p in output.glob("checkpoint-*") if (found := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    oldest = min(steps, default=0) // size * size
+    oldest = min(checkpoint_folders(output), default=0) // size * size
     for folder in (output / "references").glob("step-*"):
         if int(folder.name.removeprefix("step-")) < oldest:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Config
-from pipeline.digests import sha256_of_file
+from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_rows
-from pipeline.models import load_tokenizer
+from pipeline.models import declared_reference, load_tokenizer
 from pipeline.shards import ScoredPair, SummedPair, create_store, delete_store, finish_store, is_finished, write_part
 from pipeline.sources import open_source, read_rows
 from pipeline.versions import library_versions
@@ -72,20 +72,13 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     folder = Path(config.precompute.output) / set_name
     if overwrite:
         delete_store(folder)
-    files = {file.name: sha256_of_file(file) for file in source.files}
     plan = {
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
         "columns": dict(config.data.columns),
-        "imported": {"files": files, "chosen": chosen, "rejected": rejected},
+        "imported": {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected},
     }
-    declared = {
-        "reference": config.reference.declared or config.reference.model or config.policy.model,
-        "reference_adapter": config.reference.adapter,
-        "tokenizer": config.policy.model,
-        "dataset": str(scores),
-        "imported": True,
-    }
+    declared = {**declared_reference(config), "dataset": str(scores), "imported": True}
     fingerprint = create_store(folder, identity_of_run(config, tokenizer), plan, declared)
     if is_finished(folder):
         click.echo(f"{folder}: imported already; nothing to do.")

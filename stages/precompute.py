@@ -19,15 +19,23 @@ import click
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
 from pipeline.config import Config, training_settings
-from pipeline.digests import sha256_of_file
+from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.models import load_reference, load_tokenizer, pick_device, policy_settings, reference_sources
+from pipeline.models import (
+    declared_reference,
+    load_reference,
+    load_tokenizer,
+    pick_device,
+    policy_settings,
+    reference_sources,
+)
 from pipeline.order import order_of_run
 from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
@@ -84,11 +92,11 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     tokenizer = load_tokenizer(config)
     rows = None
     if config.reference.sync is not None:
-        output = training_arguments(config).output_dir
-        if is_recorded(Path(str(output))):
-            click.echo(f"{output}: this run is finished already; nothing to score.")
+        arguments = training_arguments(config)
+        if is_recorded(Path(str(arguments.output_dir))):
+            click.echo(f"{arguments.output_dir}: this run is finished already; nothing to score.")
             return
-        config, sources, rows = _next_window(config, sources, tokenizer)
+        config, sources, rows = _next_window(config, arguments, sources, tokenizer)
     identity = identity_of_run(config, tokenizer)
     reference = _Reference(config, tokenizer)
     reusable = open_reusable(config.precompute.reuse, identity)
@@ -111,14 +119,16 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
 
 
 def _next_window(
-    config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
+    config: Config,
+    arguments: TrainingArguments,
+    sources: Mapping[str, Source],
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[Config, dict[str, Source], frozenset[int]]:
     """Find out where a TR-DPO run stands and move its reference there.
 
     Returns:
         The settings of the window that comes next, the sets that it needs scored, and the training rows that it has.
     """
-    arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
     kept = [pair.row for pair in kept_pairs(read_rows(sources["train"]), tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
@@ -392,21 +402,15 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is known by content, so that a moved file is the same and an edited one is not.
         "dataset": (
-            {file.name: sha256_of_file(file) for file in files}
-            if local
-            else {"path": source.path, "name": source.name, "revision": source.revision}
+            sha256_of_files(files) if local else {"path": source.path, "name": source.name, "revision": source.revision}
         ),
         "split": source.split,
     }
 
 
 def _declared(config: Config, source: Source) -> dict[str, Any]:
-    _, adapter = reference_sources(config)
     return {
-        "reference": config.reference.model or config.policy.model,
-        "reference_revision": config.reference.revision if config.reference.model else config.policy.revision,
-        "reference_adapter": None if adapter is None else config.reference.adapter or config.policy.adapter,
-        "tokenizer": config.policy.model,
+        **declared_reference(config),
         "dataset": describe(source),
         "tokens_per_batch": config.precompute.tokens_per_batch,
     }

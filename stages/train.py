@@ -16,7 +16,15 @@ import yaml
 from accelerate import PartialState
 
 from pipeline.card import model_card
-from pipeline.checkpoints import RUN, CommitCallback, check_same_run, delete_run, find_checkpoint, run_identity
+from pipeline.checkpoints import (
+    RUN,
+    CommitCallback,
+    check_same_run,
+    delete_run,
+    find_checkpoint,
+    is_recorded,
+    run_identity,
+)
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
@@ -244,10 +252,9 @@ def _gate(
 
 
 def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
-    file = output / RUN
-    if not file.exists():
+    if not is_recorded(output):
         return False
-    check_same_run(output, read_json(file).get("identity", {}), identity)
+    check_same_run(output, read_json(output / RUN).get("identity", {}), identity)
     return True
 
 
