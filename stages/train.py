@@ -335,6 +335,10 @@ def _from_main_process(checkpoint: Path | None) -> Path | None:
     return agreed
 
 
+def _is_timing(metric: str) -> bool:
+    return any(word in metric for word in ("runtime", "per_second", "preparation_time"))
+
+
 def _write_card(
     config: Config,
     output: Path,
@@ -349,6 +353,8 @@ def _write_card(
     adapter = None
     if policy.lora:
         adapter = f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
+    elif policy.ia3:
+        adapter = f"IA3, on {policy.ia3.target_modules or 'the layers usual for its architecture'}"
     elif policy.adapter:
         adapter = f"adapter {policy.adapter}"
     reference = config.reference.declared or config.reference.model or policy.model
@@ -376,7 +382,7 @@ def _write_card(
         loss=as_dict(config)["loss"],
         adapter=adapter,
         training={key: settings[key] for key in shown if key in settings},
-        metrics={key: value for key, value in metrics.items() if "runtime" not in key and "per_second" not in key},
+        metrics={key: value for key, value in metrics.items() if not _is_timing(key)},
         versions=library_versions(),
         hub_model=None if Path(policy.model).exists() else policy.model,
         hub_dataset=config.data.path if open_source(config.data).format == "hub" else None,

@@ -70,6 +70,10 @@ def test_every_kind_of_adapter_starts_as_the_reference_and_gives_it_back_when_of
     assert found[0] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(found[-1] - np.log(2)) > 1e-3
 
+    card = (tmp_path / "policy" / "README.md").read_text()
+    assert "| trained weights | all |" not in card
+    assert f"`{'IA3' if kind == 'ia3' else 'LoRA'}, " in card
+
     continued = ["policy.lora=null", "policy.ia3=null", f"policy.adapter={tmp_path / 'policy'}"]
     policy = load_policy(load_config(config, continued)).eval()
     prepare(policy)

@@ -204,6 +204,7 @@ def test_the_card_says_that_the_reference_moved(windowed: Path, folder: Path) ->
     card = (windowed / "policy" / "README.md").read_text()
     assert f"`{folder / 'model'}, moved toward the policy every {EVERY} steps (alpha {ALPHA})`" in card
     assert "references/step" not in card
+    assert "eval_loss" in card and "_time" not in card
 
 
 @pytest.mark.parametrize("control", [{"every": EVERY + 1}, {"behind": 1}], ids=["a step late", "a window stale"])
