@@ -171,8 +171,8 @@ class PrecomputeConfig:
     """Stores of the same reference and tokenization to copy from, by key: `[runs/a/shards/train, ...]`."""
     rows_per_shard: int = 1024
     """Dataset rows of one unit, one Parquet file: what is lost at most when a worker is killed."""
-    tokens_per_batch: int = 8192
-    """Tokens of one forward pass, padding included."""
+    tokens_per_batch: int | None = None
+    """Most tokens of one forward pass. Left out: as many as the device's free memory takes."""
     token_logps: bool = True
     """Store a log-prob for each token too: it lets a run with a smaller `max_length` use the same shards."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
@@ -181,7 +181,7 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
             raise ValueError("rows_per_shard: at least 1")
-        if self.tokens_per_batch < 1:
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError("tokens_per_batch: at least 1")
 
 

@@ -23,8 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.fingerprint import Kinship, kinship
 from pipeline.models import find_model, reference_dtype, resolve_dtype
-from pipeline.packing import Batch
-from pipeline.scoring import score
+from pipeline.scoring import ROUNDING, score
 from pipeline.shards import NoiseFloor, Store, part_name
 from pipeline.storage import read_json
 
@@ -35,17 +34,6 @@ _SAMPLE = 32
 _MOST_PARTS = 128
 _FLOORS = 4.0
 """How many times the noise floor is allowed: training batches differ more from stage one's than its own did."""
-
-# Mean and largest difference, in nats a token, that rounding alone may make between two ways of computing in a
-# dtype: pure bf16 weights against float32 weights under autocast, for one. Measured floors are added on top.
-_ROUNDING = {
-    "float64": (1e-4, 5e-3),
-    "float32": (1e-4, 5e-3),
-    "float16": (2e-2, 5e-1),
-    "bfloat16": (1e-1, 3.0),
-    # LLM.int8() rounds activations, and which of them it leaves alone depends on the batch.
-    "int8": (1e-1, 3.0),
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class Gate:
     def allowed(self) -> tuple[float, float]:
         """Mean and largest difference that pass, nats a token."""
         noise: NoiseFloor = self.store.noise
-        mean, largest = _ROUNDING["int8" if self.in_8_bits else self.reference_dtype]
+        mean, largest = ROUNDING["int8" if self.in_8_bits else self.reference_dtype]
         return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
 
     def passes(self, gaps: Gaps) -> bool:
@@ -223,7 +211,7 @@ class _Measure:
 
     def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
         inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))
-        scores = score(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]))
+        scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
         tokens = scores.tokens.logps.double().cpu().numpy()
         lengths = scores.lengths.cpu().numpy()
         for i, ours in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
@@ -305,7 +293,7 @@ def _explain(
             f"{found}. Every token is off by the same {-shift:+.3g}, which no model does: the stored values were "
             "shifted. Score again into another precompute.output"
         )
-    if _digits(gate.policy_dtype) < _digits(gate.reference_dtype) and gaps.mean <= _ROUNDING[gate.policy_dtype][0]:
+    if _digits(gate.policy_dtype) < _digits(gate.reference_dtype) and gaps.mean <= ROUNDING[gate.policy_dtype][0]:
         return IdentityError(
             f"{found}. The gap grows with length and is that of a dtype: the reference was scored in "
             f"{gate.reference_dtype}, the policy computes in {gate.policy_dtype}. Set reference.dtype: "

@@ -5,15 +5,18 @@ exist for one chunk of positions at a time: forward keeps one number per positio
 again and turns it into the gradient at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["Head", "TokenStatistics", "head_of", "token_statistics"]
+__all__ = ["Head", "TokenStatistics", "head_of", "token_logps", "token_statistics"]
 
-# Float32 logits of one chunk. Small enough to stay near the caches, large enough for an efficient product.
-_CHUNK_BYTES = 16 * 2**20
+# Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
+_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES_ON_GPU = 256 * 2**20
+_SMALLEST_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,15 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What training logs about each of N scored tokens; only `logps` carries a gradient."""
+    """What is known of each of N scored tokens; only `logps` carries a gradient, and stage one asks for it alone."""
 
     logps: torch.Tensor
     """[N] float32, natural log"""
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None = None
     """[N] float32, nats"""
-    mean_logit: torch.Tensor
+    mean_logit: torch.Tensor | None = None
     """[N] float32, over the vocabulary"""
-    is_top1: torch.Tensor
+    is_top1: torch.Tensor | None = None
     """[N] bool, the token is the model's first choice"""
     log_sum_squares: torch.Tensor | None = None
     """[N] float32, log of the summed squares of all probabilities; None where it was not asked for"""
@@ -67,6 +70,29 @@ def head_of(model: Any) -> Head:
     )
 
 
+def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    """Score each position's target token and nothing else, without a gradient: what stage one needs.
+
+    The same products and sums as `token_statistics`, so the same numbers.
+
+    Args:
+        hidden: Final hidden states of the predicting positions, [N, hidden].
+        targets: The token each of them predicts, [N] int64.
+        head: Output projection.
+
+    Returns:
+        [N] float32 (float64 for a float64 model), natural log.
+    """
+    with torch.no_grad():
+        chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
+        logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
+        for part, logits in chunks:
+            top = logits.amax(dim=-1, keepdim=True)
+            target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
+            logps[part] = target.sub_(logits.sub_(top).exp_().sum(dim=-1).log_())
+    return logps
+
+
 def token_statistics(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, squares: bool = False
 ) -> TokenStatistics:
@@ -87,28 +113,50 @@ def token_statistics(
     return TokenStatistics(logps, entropy, mean_logit, is_top1, log_sum_squares if squares else None)
 
 
-def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+class _Chunks:
+    """Logits of a few positions at a time, in two buffers that every chunk uses again.
 
+    Memory that is new to a process costs more than the passes over it: each page of it is a fault.
+    """
 
-def _chunk_positions(vocabulary: int) -> int:
-    return max(16, _CHUNK_BYTES // (4 * vocabulary))
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        device = hidden.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        """Of the products' operands"""
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Of the logits and all that is made of them"""
+        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
+        self._bias, self._scale, self._softcap = bias, scale, softcap
+        bytes_of_chunk = _CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES_ON_GPU
+        self._size = min(len(hidden), max(_SMALLEST_CHUNK, bytes_of_chunk // (4 * len(weight))))
 
-
-def _chunk_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
-) -> torch.Tensor:
-    """Logits of one chunk, [positions, vocabulary], in float32 or wider; operands in the product's dtype."""
-    logits = hidden @ weight.t()
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
-    return logits
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Give each chunk's positions and its logits, [positions, vocabulary], which the next chunk overwrites."""
+        device = self.hidden.device
+        products = torch.empty((self._size, len(self.weight)), dtype=self.dtype, device=device)
+        widened = products if self.wide == self.dtype else torch.empty_like(products, dtype=self.wide)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, len(self.hidden), max(self._size, 1)):
+                part = slice(start, min(start + self._size, len(self.hidden)))
+                count = part.stop - start
+                torch.mm(self.hidden[part], self.weight.t(), out=products[:count])
+                logits = widened[:count]
+                if widened is not products:
+                    logits.copy_(products[:count])
+                if self._bias is not None:
+                    logits += self._bias
+                if self._scale != 1.0:
+                    logits *= self._scale
+                if self._softcap is not None:
+                    logits.div_(self._softcap).tanh_().mul_(self._softcap)
+                yield part, logits
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -123,33 +171,33 @@ class _TokenStatistics(torch.autograd.Function):
         softcap: float | None,
         squares: bool,
     ) -> tuple[torch.Tensor, ...]:
-        dtype = _product_dtype(hidden)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        h, w = hidden.to(dtype), weight.to(dtype)
-        count = hidden.shape[0]
+        chunks = _Chunks(hidden, weight, bias, scale, softcap)
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
-            torch.full((count,), float("nan"), dtype=wide, device=hidden.device) for _ in range(5)
+            torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )
-        is_top1 = torch.zeros(count, dtype=torch.bool, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, count, _chunk_positions(weight.shape[0])):
-                part = slice(start, start + _chunk_positions(weight.shape[0]))
-                logits = _chunk_logits(h[part], w, bias, scale, softcap)  # [positions, vocabulary]
-                target = targets[part, None]
-                log_sum = torch.logsumexp(logits, dim=-1)
-                log_sums[part] = log_sum
-                logps[part] = logits.gather(1, target).squeeze(1) - log_sum
-                mean_logit[part] = logits.mean(dim=-1)
-                is_top1[part] = logits.argmax(dim=-1) == target.squeeze(1)
-                # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
-                probabilities = torch.exp(logits - log_sum[:, None])
-                if squares:
-                    # The sum is at least one over the vocabulary, so its logarithm needs no care.
-                    log_sum_squares[part] = 2 * torch.linalg.vector_norm(probabilities, dim=-1).log()
-                entropy[part] = log_sum - (probabilities.mul_(logits)).sum(dim=-1)
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        powers: torch.Tensor | None = None
+        for part, logits in chunks:
+            mean_logit[part] = logits.mean(dim=-1)
+            top, first = logits.max(dim=-1, keepdim=True)
+            is_top1[part] = first.squeeze(1) == targets[part]
+            target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
+            logits.sub_(top)
+            powers = torch.empty_like(logits) if powers is None else powers
+            power = torch.exp(logits, out=powers[: len(logits)])
+            total = power.sum(dim=-1)
+            log_total = total.log()
+            log_sums[part] = log_total + top.squeeze(1)
+            logps[part] = target.sub_(log_total)
+            if squares:
+                # The sum is at least one over the vocabulary, so its logarithm needs no care.
+                log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
+            # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
+            entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
+        ctx.scale, ctx.softcap = scale, softcap
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
         return logps, entropy, mean_logit, is_top1, log_sum_squares
 
     @staticmethod
@@ -157,33 +205,39 @@ class _TokenStatistics(torch.autograd.Function):
         grad_logps = gradients[0]
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        wide = log_sums.dtype
-        grad_hidden = torch.empty_like(h) if need_hidden else None
+        enabled, dtype = ctx.autocast
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
+            chunks = _Chunks(hidden, weight, bias, ctx.scale, ctx.softcap)
+        wide = chunks.wide
+        grad_hidden = torch.empty_like(chunks.hidden) if need_hidden else None
         # The weight's gradient sums over all positions; float32 keeps what bf16 sums would lose.
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if need_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], _chunk_positions(weight.shape[0])):
-                part = slice(start, start + _chunk_positions(weight.shape[0]))
-                logits = _chunk_logits(h[part], w, bias, ctx.scale, ctx.softcap)
-                slope = 1.0 - (logits / ctx.softcap) ** 2 if ctx.softcap is not None else None
-                # d logp / d logit = [logit is the target's] - probability
-                gradient = torch.exp(logits - log_sums[part, None]).neg_()
-                rows = torch.arange(gradient.shape[0], device=gradient.device)
-                gradient[rows, targets[part]] += 1.0
-                gradient *= grad_logps[part, None]
-                if slope is not None:
-                    gradient *= slope
-                if ctx.scale != 1.0:
-                    gradient *= ctx.scale
-                narrow = gradient.to(ctx.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = narrow @ w
-                if grad_weight is not None:
-                    grad_weight += narrow.t() @ h[part]
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(dim=0)
+        narrow: torch.Tensor | None = None
+        product: torch.Tensor | None = None
+        for part, logits in chunks:
+            slope = 1.0 - (logits / ctx.softcap) ** 2 if ctx.softcap is not None else None
+            # d logp / d logit = [logit is the target's] - probability
+            gradient = logits.sub_(log_sums[part, None]).exp_().neg_()
+            gradient.scatter_add_(1, targets[part, None], torch.ones_like(log_sums[part, None]))
+            gradient *= grad_logps[part, None] * ctx.scale
+            if slope is not None:
+                gradient *= slope
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
+            if wide == chunks.dtype:
+                operand = gradient
+            else:
+                narrow = torch.empty_like(gradient, dtype=chunks.dtype) if narrow is None else narrow
+                operand = narrow[: len(gradient)].copy_(gradient)
+            if grad_hidden is not None:
+                torch.mm(operand, chunks.weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                if wide == chunks.dtype:
+                    grad_weight.addmm_(operand.t(), chunks.hidden[part])
+                else:
+                    product = torch.empty_like(weight, dtype=chunks.dtype) if product is None else product
+                    grad_weight += torch.mm(operand.t(), chunks.hidden[part], out=product)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -7,27 +7,53 @@ beside it, so wrappers that act on forward (DDP, FSDP, autocast, PEFT) act on sc
 
 import inspect
 import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from pipeline.attention import NOT_A_MASK, switch_attention
 from pipeline.errors import ConfigError
-from pipeline.head import TokenStatistics, head_of, token_statistics
-from pipeline.packing import Batch, make_batch
+from pipeline.head import TokenStatistics, head_of, token_logps, token_statistics
+from pipeline.packing import Batch, pack_pairs, pad_pairs, plan_batches
 from pipeline.tokens import TokenizedPair
 
-__all__ = ["Scores", "check_scoring", "prepare", "score", "sum_logps", "weighted_sums"]
+__all__ = [
+    "ROUNDING",
+    "Scores",
+    "check_scoring",
+    "not_packed",
+    "prepare",
+    "score",
+    "score_pairs",
+    "sum_logps",
+    "weighted_sums",
+]
+
+
+ROUNDING = {
+    "float64": (1e-4, 5e-3),
+    "float32": (1e-4, 5e-3),
+    "float16": (2e-2, 5e-1),
+    "bfloat16": (1e-1, 3.0),
+    # LLM.int8() rounds activations, and which of them it leaves alone depends on the batch.
+    "int8": (1e-1, 3.0),
+}
+"""Mean and largest difference, nats a token, that rounding alone may make between two ways of computing in a dtype:
+pure bf16 weights against float32 weights under autocast, for one."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scored tokens of a batch of P pairs, strung together row by row: all chosen, then all rejected."""
+    """Scored tokens of a batch of P pairs, strung together: all chosen completions, then all rejected ones."""
 
     tokens: TokenStatistics
     """Of N tokens, the batch's completion tokens"""
     lengths: torch.Tensor
-    """[2P] int64, completion tokens of each row; their sum is N"""
+    """[2P] int64, tokens of each completion; their sum is N"""
     aux_loss: torch.Tensor | None = None
     """Scalar, a mixture of experts' balance loss over all real tokens; None where it was not asked for"""
 
@@ -37,9 +63,9 @@ class Scores:
 
 
 def prepare(model: Any) -> None:
-    """Let the model's forward answer `completion_mask=...` with token statistics instead of logits.
+    """Let the model's forward answer `predictors=..., targets=...` with token statistics instead of logits.
 
-    Without that argument forward is as it was, so generation and saving do not notice.
+    Without those arguments forward is as it was, so generation and saving do not notice.
 
     Raises:
         ConfigError: An adapter sits on the head, where the scorer would pass it by.
@@ -55,23 +81,24 @@ def prepare(model: Any) -> None:
     def forward(
         self: Any,
         *args: Any,
-        completion_mask: torch.Tensor | None = None,
+        predictors: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        statistics: bool = True,
         squares: bool = False,
         aux_loss: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if completion_mask is None:
+        if predictors is None or targets is None:
             return original(*args, **kwargs)
         if aux_loss:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
             hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
-        # The position before a token predicts it: shift the mask by one, so N positions remain of rows * length.
-        predicts = completion_mask[:, 1:]
-        targets = kwargs["input_ids"][:, 1:][predicts]  # [N]
-        # hidden: [rows, length, hidden] -> [N, hidden]
-        statistics = token_statistics(hidden[:, :-1][predicts], targets, head_of(self), squares=squares)
-        return {**vars(statistics), "aux_loss": balance}
+        # [rows, length, hidden] -> [M, hidden]
+        hidden = hidden.flatten(0, 1).index_select(0, predictors)
+        if not statistics:
+            return {"logps": token_logps(hidden, targets, head_of(self)), "aux_loss": balance}
+        return {**vars(token_statistics(hidden, targets, head_of(self), squares=squares)), "aux_loss": balance}
 
     # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
@@ -96,27 +123,68 @@ def _hidden_and_balance(
     return caught[0], outputs.aux_loss
 
 
-def score(model: Any, batch: Batch, *, squares: bool = False, aux_loss: bool = False) -> Scores:
+def score(
+    model: Any, batch: Batch, *, statistics: bool = True, squares: bool = False, aux_loss: bool = False
+) -> Scores:
     """Score every completion token of the batch.
 
-    The model must have been through `prepare`. Gradients flow to its parameters unless the caller switched them
-    off. No tensor of [tokens, vocabulary] is made, forward or backward.
+    The model must have been through `prepare`, and `check_scoring` says whether it can read packed batches.
+    Gradients flow to its parameters unless the caller switched them off. No tensor of [tokens, vocabulary] is made,
+    forward or backward.
 
     Args:
         model: A prepared causal language model, wrapped or not.
         batch: P pairs.
+        statistics: Also give what training logs about each token, and let gradients flow.
         squares: Also give the tokens' `log_sum_squares`.
-        aux_loss: Also give a mixture of experts' balance loss.
+        aux_loss: Also give a mixture of experts' balance loss, which padded batches alone have.
     """
     wanted = {name: True for name, on in (("squares", squares), ("aux_loss", aux_loss)) if on}
+    if batch.layout is None:
+        reading: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    else:
+        assert not aux_loss, "the balance loss counts tokens as they stand in padded rows"
+        mask = NOT_A_MASK.to(batch.input_ids.device)
+        reading = {"attention_mask": mask, "position_ids": batch.position_ids, "layout": batch.layout}
     outputs = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        completion_mask=batch.completion_mask,
+        predictors=batch.predictors,
+        targets=batch.targets,
+        statistics=statistics,
+        **reading,
         **wanted,
     )
     balance = outputs.pop("aux_loss")
-    return Scores(TokenStatistics(**outputs), batch.completion_mask.sum(dim=1), balance)
+    if batch.shared is not None:
+        # [M] -> [N]
+        outputs = {name: None if v is None else v.index_select(0, batch.shared) for name, v in outputs.items()}
+    return Scores(TokenStatistics(**outputs), batch.lengths, balance)
+
+
+def score_pairs(
+    model: Any, pairs: Sequence[TokenizedPair], *, tokens_per_batch: int, pad_id: int, packed: bool
+) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    """Score pairs without gradients, in batches of similar lengths, the longest first.
+
+    Args:
+        model: A prepared causal language model.
+        pairs: In any order; their order and lengths alone decide what is scored with what.
+        tokens_per_batch: Most tokens of one forward pass.
+        pad_id: What padding is filled with, where there is any.
+        packed: Pack the batches, if the model can read that.
+
+    Yields:
+        A pair's index, and the token logps of its chosen and of its rejected completion.
+    """
+    device = next(model.parameters()).device
+    for indices in plan_batches(pairs, tokens_per_batch, packed=packed):
+        together = [pairs[i] for i in indices]
+        batch = pack_pairs(together) if packed else pad_pairs(together, pad_id)
+        with torch.inference_mode():
+            scores = score(model, batch.to(device), statistics=False)
+        flat = scores.tokens.logps.float().cpu().numpy()
+        completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
+        yield from zip(indices, completions[: len(indices)], completions[len(indices) :], strict=True)
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,33 +218,44 @@ def weighted_sums(
     return sum_logps(token_logps * weights, lengths)
 
 
-def check_scoring(model: Any, key: str) -> None:
-    """Compare the scorer with the model's own logits on one small batch, and the model with itself.
+def check_scoring(model: Any, key: str) -> bool:
+    """Compare the scorer with the model's own logits, and the model with itself, on small batches.
 
     Some families do more after the backbone than a projection. Those that head.py does not know would get wrong
     numbers without a sign of it, so they are refused. So are models that see the tokens that they are to predict.
+    A family whose layers do not keep the sequences of a packed row apart is found, too.
+
+    Returns:
+        Whether the model reads packed batches; where it does not, it is to be scored in padded ones.
 
     Raises:
         ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [(7 * i + 3) % vocabulary for i in range(12)]
-    others = [(id + 1) % vocabulary for id in ids]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            _check_padded(model, key)
+            return _reads_packed(model)
+    finally:
+        model.train(training)
+
+
+def _check_padded(model: Any, key: str) -> None:
+    ids = _some_ids(model, 12)
+    others = _some_ids(model, 12, start=1)
     # Equal but for the last two tokens of either completion.
     pair = TokenizedPair(prompt_ids=ids[:4], chosen_ids=ids[4:9], rejected_ids=ids[5:12])
     changed = TokenizedPair(
         prompt_ids=ids[:4], chosen_ids=ids[4:7] + others[7:9], rejected_ids=ids[5:10] + others[10:12]
     )
     device = next(model.parameters()).device
-    batch, later = (make_batch([p], pad_id=0).to(device) for p in (pair, changed))
-    training = model.training
-    model.eval()
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    batch, later = (pad_pairs([p], pad_id=0).to(device) for p in (pair, changed))
+    name = _name_of(model)
     try:
-        with torch.no_grad():
-            ours = score(model, batch).tokens.logps.float()
-            ours_later = score(model, later).tokens.logps.float()
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        ours = score(model, batch, statistics=False).tokens.logps.float()
+        ours_later = score(model, later, statistics=False).tokens.logps.float()
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -184,10 +263,7 @@ def check_scoring(model: Any, key: str) -> None:
             f"{key}: {name} can't be run as a causal language model ({' '.join(str(error).split())}); "
             "this architecture is not supported"
         ) from error
-    finally:
-        model.train(training)
-    plain = torch.log_softmax(logits.float()[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
-    plain = plain.gather(1, batch.input_ids[:, 1:][batch.completion_mask[:, 1:]][:, None]).squeeze(1)
+    plain = torch.log_softmax(logits.float(), dim=-1).flatten(0, 1)[batch.predictors, batch.targets]
     # One bf16 logit near 16 is rounded by up to 1/16; float32 agrees to five digits.
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
     gap = (ours - plain).abs().max().item()
@@ -204,3 +280,83 @@ def check_scoring(model: Any, key: str) -> None:
             f"{key}: {name} sees tokens that come later (changing them moves log-probs before them by {moved:.3g}), "
             "so it gives no log-probs of a text; a causal language model is needed"
         )
+
+
+def _reads_packed(model: Any) -> bool:
+    """Whether a packed row gives what padded rows give, and keeps each sequence from the tokens of all others.
+
+    The first is judged by the dtype's rounding, in which small faults could hide; the second exactly, but for how far
+    one sequence moves another in padded batches, where that is no fault (experts' shapes, LLM.int8()'s columns).
+    """
+    settings = model.config.get_text_config()
+    before = settings._attn_implementation
+    # Attention that looks at its own chunk of the text alone says so nowhere but in its mask.
+    if getattr(settings, "attention_chunk_size", None) or not switch_attention(model):
+        return False
+    pairs = _check_pairs(model, start=0)
+    # The first pair is as it was; all others have other tokens.
+    company = [pairs[0], *_check_pairs(model, start=5)[1:]]
+    device = next(model.parameters()).device
+
+    def logps_of(batch: Batch) -> torch.Tensor:
+        return score(model, batch.to(device), statistics=False).tokens.logps.float().cpu()
+
+    chosen, rejected = len(pairs[0].chosen_ids), len(pairs[0].rejected_ids)
+    start = sum(len(pair.chosen_ids) for pair in pairs)
+    first = [*range(chosen), *range(start, start + rejected)]
+    packed = pack_pairs(pairs)
+    try:
+        padded, padded_company = logps_of(pad_pairs(pairs, 0)), logps_of(pad_pairs(company, 0))
+        found, found_company = logps_of(packed), logps_of(pack_pairs(company))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        # NotImplementedError is a RuntimeError: attention refused a keyword that it does not know.
+        reads = False
+    else:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        mean, largest = ROUNDING["int8" if getattr(model.config, "quantization_config", None) else dtype]
+        gap = (found - padded).abs()
+        reads = bool(gap.mean() <= mean and gap.max() <= largest)
+        moved = (padded - padded_company)[first].abs().max()
+        reads &= bool((found - found_company)[first].abs().max() <= 1e-6 + 4 * moved)
+        assert packed.layout is not None
+        # A window that attention was not told of is in its mask alone.
+        reads &= "window" in packed.layout.memo or not _has_window(settings)
+    if not reads:
+        model.set_attn_implementation(before)
+    return reads
+
+
+def not_packed(model: Any) -> str:
+    """What to tell people of a model that `check_scoring` found not to read packed batches."""
+    return (
+        f"{_name_of(model)} does not keep the sequences of a packed row apart (its layers are not all attention, or "
+        "attention of a kind unknown here); it is scored in padded batches, with the same numbers, but slower"
+    )
+
+
+def _has_window(settings: Any) -> bool:
+    if getattr(settings, "layer_types", None):
+        return "sliding_attention" in settings.layer_types
+    return getattr(settings, "sliding_window", None) is not None
+
+
+def _check_pairs(model: Any, start: int) -> list[TokenizedPair]:
+    """Pairs of which one shares a prompt with another, and both its completions."""
+    ids = _some_ids(model, 60, start)
+    return [
+        TokenizedPair(prompt_ids=ids[:9], chosen_ids=ids[9:14], rejected_ids=ids[14:26]),
+        TokenizedPair(prompt_ids=ids[26:30], chosen_ids=ids[30:41], rejected_ids=ids[41:42]),
+        TokenizedPair(prompt_ids=ids[42:50], chosen_ids=ids[50:54], rejected_ids=ids[54:60]),
+        TokenizedPair(prompt_ids=ids[26:30], chosen_ids=ids[30:41], rejected_ids=ids[11:17]),
+    ]
+
+
+def _some_ids(model: Any, count: int, start: int = 0) -> list[int]:
+    vocabulary = model.config.get_text_config().vocab_size
+    return [(7 * i + 3 + start) % vocabulary for i in range(count)]
+
+
+def _name_of(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__

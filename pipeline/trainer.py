@@ -6,7 +6,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,17 +14,17 @@ import transformers
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
 from pipeline.errors import ConfigError, DataError
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
-from pipeline.packing import Batch, make_batch
+from pipeline.packing import Batch, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.tokens import TokenizedPair, truncate
 
-__all__ = ["PairTrainer", "make_collator", "router_aux_weight", "training_arguments"]
+__all__ = ["PairTrainer", "balance_weight", "make_collator", "router_aux_weight", "training_arguments"]
 
 
-def make_collator(pad_id: int, max_length: int | None) -> Any:
-    """Make the function that turns rows of the joined set into the tensors of one micro-batch."""
+def make_collator(pad_id: int, max_length: int | None, *, packed: bool) -> Any:
+    """Make the function that turns rows of the joined set into one micro-batch, packed or padded."""
 
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = []
         for row in rows:
             whole = TokenizedPair(
@@ -34,15 +34,12 @@ def make_collator(pad_id: int, max_length: int | None) -> Any:
             if pair is None:
                 raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
             pairs.append(pair)
-        batch = make_batch(pairs, pad_id)
-        # The first entry tells the library how many pairs there are; the sequences are twice as many.
-        columns = {
+        # The first entry tells the library how many pairs there are.
+        columns: dict[str, Any] = {
             "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
             "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "completion_mask": batch.completion_mask,
+            "batch": pack_pairs(pairs) if packed else pad_pairs(pairs, pad_id),
         }
         if "ref_chosen_token_logps" in rows[0]:
             # A pair that was not scored has none; the loader may fetch it ahead, but the loss refuses it.
@@ -107,9 +104,7 @@ class PairTrainer(transformers.Trainer):
     def __init__(self, *, loss: LossConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._loss = loss
-        self._aux_weight = 0.0
-        if _has_router(kwargs["model"]):
-            self._aux_weight = router_aux_weight(kwargs["model"].config.get_text_config(), loss)
+        self._balance_weight = balance_weight(kwargs["model"], loss)
         # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._totals: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
@@ -128,13 +123,13 @@ class PairTrainer(transformers.Trainer):
         """
         if not torch.isfinite(inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).all():
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
-        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-        scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._aux_weight != 0)
+        batch = cast(Batch, inputs["batch"]).to(self.args.device)
+        scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
         pairs = _pairs(scores, inputs, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
         if scores.aux_loss is not None:
-            loss = loss + self._aux_weight * scores.aux_loss
+            loss = loss + self._balance_weight * scores.aux_loss
         self._add_metrics(_per_pair_columns(batch, scores, inputs, pairs, objective))
         return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
 
@@ -145,6 +140,10 @@ class PairTrainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The library counts by the ids that went in.
+        return int(super().floating_point_ops({"input_ids": inputs["batch"].input_ids}))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -192,6 +191,11 @@ def router_aux_weight(config: Any, loss: LossConfig) -> float:
         return 0.0
     own = getattr(config, "router_aux_loss_coef", 0.0)
     return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+
+
+def balance_weight(model: Any, loss: LossConfig) -> float:
+    """Give the weight of the balance loss for a loaded model; 0 where no layer of it has experts."""
+    return router_aux_weight(model.config.get_text_config(), loss) if _has_router(model) else 0.0
 
 
 def _has_router(model: Any) -> bool:
@@ -254,15 +258,13 @@ def _per_pair_columns(
     }
     if scores.aux_loss is not None:
         columns["aux_loss"] = scores.aux_loss.expand(batch.num_pairs)
-    columns["tokens"] = torch.add(*batch.attention_mask.sum(dim=1).chunk(2))
-    per_token = {
-        "entropy": scores.tokens.entropy,
-        "top1": scores.tokens.is_top1,
-        "logit": scores.tokens.mean_logit,
-    }
+    columns["tokens"] = batch.num_tokens
+    tokens = scores.tokens
+    assert tokens.entropy is not None and tokens.is_top1 is not None and tokens.mean_logit is not None
+    per_token = {"entropy": tokens.entropy, "top1": tokens.is_top1, "logit": tokens.mean_logit}
     if "ref_token_logps" in inputs:
         # The k3 estimator (joschu.net/blog/kl-approx.html): never negative, 0 where the two agree.
-        gap = inputs["ref_token_logps"] - scores.tokens.logps.detach()
+        gap = inputs["ref_token_logps"] - tokens.logps.detach()
         per_token["kl"] = torch.expm1(gap) - gap
     rows = torch.repeat_interleave(scores.lengths)
     for name, values in per_token.items():

@@ -36,9 +36,8 @@ from pipeline.errors import UnfinishedError
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
-from pipeline.packing import make_batch
+from pipeline.scoring import check_scoring, score_pairs
 from pipeline.scoring import prepare as prepare_scoring
-from pipeline.scoring import score
 from pipeline.shards import open_store
 from pipeline.sources import open_source, read_rows
 from pipeline.storage import replace_file
@@ -180,19 +179,23 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     )
     table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
     place = {key: i for i, key in enumerate(table.keys.tolist())}
-    policy = LlamaForCausalLM.from_pretrained(run_folder)
-    prepare_scoring(policy)
+    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder), [pair.pair for pair in pairs])
     margins = []
-    with torch.inference_mode():
-        for start in range(0, len(pairs), 50):
-            part = pairs[start : start + 50]
-            scores = score(policy, make_batch([pair.pair for pair in part], tokenizer.pad_token_id))
-            for pair, chosen, rejected in zip(part, *(sums.tolist() for sums in scores.sums()), strict=True):
-                # numpy's fixed-width strings end before trailing zero bytes, in the table as in the look-up.
-                i = place[pair.key.rstrip(b"\0")]
-                ref = float(table.chosen_logps[i]) - float(table.rejected_logps[i])
-                margins.append(config.loss.beta * (chosen - rejected - ref))
+    for pair, (chosen, rejected) in zip(pairs, sums, strict=True):
+        # numpy's fixed-width strings end before trailing zero bytes, in the table as in the look-up.
+        i = place[pair.key.rstrip(b"\0")]
+        ref = float(table.chosen_logps[i]) - float(table.rejected_logps[i])
+        margins.append(config.loss.beta * (chosen - rejected - ref))
     return margins
+
+
+def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
+    """Logps of each pair's chosen and rejected completion."""
+    prepare_scoring(model)
+    packed = check_scoring(model, "policy.model")
+    scored = score_pairs(model, pairs, tokens_per_batch=4096, pad_id=0, packed=packed)
+    sums = {i: (math.fsum(chosen.tolist()), math.fsum(rejected.tolist())) for i, chosen, rejected in scored}
+    return [sums[i] for i in range(len(pairs))]
 
 
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
@@ -203,17 +206,11 @@ def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: lis
     del policy
     reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model)
     before = draw_replies(reference, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    prepare_scoring(reference)
-    ref_logps: list[float] = []
-    with torch.inference_mode():
-        for start in range(0, len(after), 50):
-            # A reply is both sides of its pair; the chosen half of the sums is what counts.
-            twins = [
-                TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids)
-                for reply in after[start : start + 50]
-            ]
-            ref_logps += score(reference, make_batch(twins, tokenizer.pad_token_id)).sums()[0].tolist()
-    return Samples(before, after, ref_logps)
+    # A reply is both sides of its pair, and computed once.
+    twins = [
+        TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in after
+    ]
+    return Samples(before, after, [logps for logps, _ in _sums(reference, twins)])
 
 
 def _figures(

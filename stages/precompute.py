@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import TrainingArguments
 
@@ -28,6 +27,7 @@ from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger, kept_pairs
+from pipeline.memory import free_memory, is_out_of_memory, tokens_that_fit
 from pipeline.models import (
     declared_reference,
     load_reference,
@@ -37,9 +37,8 @@ from pipeline.models import (
     reference_sources,
 )
 from pipeline.order import order_of_run
-from pipeline.packing import make_batch, plan_batches
 from pipeline.reuse import Reusable, copy_scored, open_reusable
-from pipeline.scoring import check_scoring, prepare, score
+from pipeline.scoring import check_scoring, not_packed, prepare, score_pairs
 from pipeline.shards import (
     NoiseFloor,
     ScoredPair,
@@ -157,6 +156,8 @@ class _Reference:
         self._config = config
         self._pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         self._model: Any = None
+        self._packed = False
+        self._tokens_per_batch = 0
 
     def score_unit(self, pairs: list[KeptPair], flag: StopFlag) -> tuple[list[ScoredPair], NoiseFloor]:
         """Score the pairs of one unit, and a few of them a second time in other company.
@@ -179,19 +180,49 @@ class _Reference:
     def _score(self, pairs: list[KeptPair], flag: StopFlag) -> list[ScoredPair]:
         """Score pairs in batches of similar length; give them in the order that they came in."""
         scored: list[ScoredPair | None] = [None] * len(pairs)
-        for indices in plan_batches([p.pair for p in pairs], self._config.precompute.tokens_per_batch):
-            if flag:
-                raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
-            token_logps = self._score_batch([pairs[i] for i in indices])
-            for position, i in enumerate(indices):
+        batches = score_pairs(
+            self._model,
+            [p.pair for p in pairs],
+            tokens_per_batch=self._tokens_per_batch,
+            pad_id=self._pad_id,
+            packed=self._packed,
+        )
+        try:
+            for i, chosen, rejected in batches:
                 scored[i] = ScoredPair(
                     key=pairs[i].key,
                     row=pairs[i].row,
                     prompt_tokens=len(pairs[i].pair.prompt_ids),
-                    chosen_token_logps=token_logps[position],
-                    rejected_token_logps=token_logps[position + len(indices)],
+                    chosen_token_logps=chosen,
+                    rejected_token_logps=rejected,
                 )
-        return [pair for pair in scored if pair is not None]
+                if flag:
+                    raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve(pairs, error)
+        else:
+            return [pair for pair in scored if pair is not None]
+        # Outside of the handler, whose error holds on to the batch that did not fit.
+        return self._score(pairs, flag)
+
+    def _halve(self, pairs: list[KeptPair], error: Exception) -> None:
+        """Go on with half the tokens in a batch. The longest pairs come first, so little is scored again."""
+        widest = max(_num_tokens(pair) for pair in pairs)
+        if self._tokens_per_batch <= widest:
+            raise ConfigError(
+                f"precompute.tokens_per_batch: not even the longest pair alone, {widest} tokens, fits the device's "
+                "memory. Finished units are saved. Use a larger device, a smaller reference.dtype or a smaller "
+                "data.max_length"
+            ) from error
+        self._tokens_per_batch //= 2
+        click.echo(
+            f"Out of memory: going on with {self._tokens_per_batch} tokens in a batch "
+            f"(precompute.tokens_per_batch: {self._tokens_per_batch} spares the try)",
+            err=True,
+        )
+        free_memory()
 
     def _load(self) -> None:
         device = pick_device()
@@ -199,21 +230,10 @@ class _Reference:
         click.echo(f"Loading the reference {named.name} on {device} ...")
         self._model = load_reference(self._config, device)
         prepare(self._model)
-        check_scoring(self._model, named.key)
-
-    def _score_batch(self, pairs: list[KeptPair]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-        """Token logps of each chosen completion, then of each rejected one."""
-        batch = make_batch([p.pair for p in pairs], self._pad_id).to(next(self._model.parameters()).device)
-        try:
-            with torch.inference_mode():
-                scores = score(self._model, batch)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"precompute.tokens_per_batch: {self._config.precompute.tokens_per_batch} tokens do not fit the "
-                f"device's memory (batch of {tuple(batch.input_ids.shape)}); set it to half. Finished units are saved"
-            ) from error
-        flat = scores.tokens.logps.float().cpu().numpy()
-        return np.split(flat, np.cumsum(scores.lengths.cpu().numpy())[:-1])
+        self._packed = check_scoring(self._model, named.key)
+        if not self._packed:
+            click.echo(f"warning: {not_packed(self._model)}", err=True)
+        self._tokens_per_batch = self._config.precompute.tokens_per_batch or tokens_that_fit(self._model, self._packed)
 
     def _check_vocabulary(self, pairs: list[KeptPair]) -> None:
         # An id past the embedding is a crash without a name on a GPU.
@@ -322,7 +342,7 @@ def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, 
 
 
 def _num_tokens(pair: KeptPair) -> int:
-    """Tokens that the model reads for a pair: the prompt goes in with either completion."""
+    """Tokens of a pair's two sequences, the prompt counted in each."""
     return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)
 
 

@@ -33,12 +33,12 @@ from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import check_identity, join, load_reference_table
 from pipeline.models import load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
-from pipeline.scoring import check_scoring, prepare
+from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import watch_signals
 from pipeline.sources import describe, open_source, read_rows
 from pipeline.storage import read_json, replace_file, write_json
-from pipeline.trainer import PairTrainer, make_collator, router_aux_weight, training_arguments
+from pipeline.trainer import PairTrainer, balance_weight, make_collator, router_aux_weight, training_arguments
 from pipeline.versions import library_versions
 from pipeline.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
@@ -61,11 +61,19 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         IdentityError: Shards or checkpoints belong to another reference, tokenization or run.
         DataError: Pairs have no reference log-probs, or files are damaged.
     """
+    state = PartialState()
+    try:
+        _train(config, state, overwrite)
+    finally:
+        # Threads of a process group that is still there when the interpreter ends abort a run that is done.
+        state.destroy_process_group()
+
+
+def _train(config: Config, state: PartialState, overwrite: bool) -> None:
     flag = watch_signals()
     settings = training_settings(config)
     arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
-    state = PartialState()
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)
@@ -96,7 +104,9 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
-    policy = _load_policy(_at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state)
+    policy, packed = _load_policy(
+        _at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state
+    )
     commit = CommitCallback(identity, flag)
     callbacks: list[Any] = [commit]
     if "train" in stores:
@@ -109,7 +119,9 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         loss=config.loss,
         model=policy,
         args=arguments,
-        data_collator=make_collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0, config.data.max_length),
+        data_collator=make_collator(
+            tokenizer.pad_token_id or tokenizer.eos_token_id or 0, config.data.max_length, packed=packed
+        ),
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
         processing_class=tokenizer,
@@ -135,19 +147,23 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     _finish(config, trainer, output, stores, identity, settings, len(sets["train"]), state)
 
 
-def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> Any:
-    """Load the policy, ready to be scored and trained."""
+def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> tuple[Any, bool]:
+    """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
     policy = load_policy(config)
     prepare(policy)
-    check_scoring(policy, "policy.model")
+    packed = check_scoring(policy, "policy.model")
+    if not packed:
+        _say(state, f"warning: {not_packed(policy)}")
+    # A balance loss counts every token as often as it stands in padded rows.
+    packed = packed and not balance_weight(policy, config.loss)
     if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
-    return policy
+    return policy, packed
 
 
 def _finish(

@@ -44,10 +44,10 @@ from pipeline.config import Config, LossName, load_config
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import join, load_reference_table
 from pipeline.models import load_policy
-from pipeline.scoring import prepare
+from pipeline.scoring import check_scoring, prepare
 from pipeline.shards import open_store
 from pipeline.sources import open_source, read_rows
-from pipeline.trainer import PairTrainer, make_collator
+from pipeline.trainer import PairTrainer, balance_weight, make_collator
 
 README = Path(__file__).parents[1] / "README.md"
 OPENING, CLOSING = "<!-- parity table -->", "<!-- end of parity table -->"
@@ -196,13 +196,14 @@ class Bench:
         transformers.set_seed(SEED)
         policy = load_policy(config)
         prepare(policy)
+        packed = check_scoring(policy, "policy.model") and not balance_weight(policy, config.loss)
         trainer = PairTrainer(
             loss=config.loss,
             model=policy,
             args=transformers.TrainingArguments(
                 remove_unused_columns=False, label_names=[], **self._arguments(optimizer)
             ),
-            data_collator=make_collator(self.tokenizer.pad_token_id, MAX_LENGTH),
+            data_collator=make_collator(self.tokenizer.pad_token_id, MAX_LENGTH, packed=packed),
             train_dataset=self._joined(config, case.model),
         )
         return _history(trainer)

@@ -115,7 +115,7 @@ DEFAULTS = {
         "output": "out",
         "reuse": [],
         "rows_per_shard": 1024,
-        "tokens_per_batch": 8192,
+        "tokens_per_batch": None,
         "token_logps": True,
         "on_nonfinite": "stop",
     },

@@ -16,8 +16,10 @@ import transformers
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 
 import pipeline.models
+import pipeline.scoring
 import stages.precompute
 import stages.train
+from pipeline.attention import switch_attention
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import Kinship
@@ -330,12 +332,14 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
     assert 0 < plain.tokens < 100
     assert plain.mean <= plain.largest < 1e-4
 
-    def leaning(model: Any, batch: Any) -> Any:
-        scores = score(model, batch)
+    def leaning(model: Any, batch: Any, **options: Any) -> Any:
+        scores = score(model, batch, **options)
         moved = dataclasses.replace(scores.tokens, logps=scores.tokens.logps - 0.01 * batch.num_pairs)
         return dataclasses.replace(scores, tokens=moved)
 
-    monkeypatch.setattr(stages.precompute, "score", leaning)
+    monkeypatch.setattr(pipeline.scoring, "score", leaning)
+    # The whole check would see that something is wrong.
+    monkeypatch.setattr(stages.precompute, "check_scoring", lambda model, key: switch_attention(model))
     output = tmp_path / "leaning"
     stages.precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
     store = open_store(output / "train")

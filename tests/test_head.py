@@ -11,7 +11,7 @@ from pipeline import head as module
 from pipeline.head import Head, TokenStatistics, token_statistics
 
 HIDDEN, VOCABULARY = 8, 37
-# The smallest chunk has 16 positions: this makes three chunks, the last of them ragged.
+# In chunks of 16 positions: this makes three of them, the last one ragged.
 COUNT = 16 + 16 + 5
 
 HEADS = {
@@ -26,6 +26,7 @@ HEADS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "_SMALLEST_CHUNK", 16)
 
 
 def make_case(kind: str, count: int = COUNT, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Head, Any]:
@@ -167,6 +168,9 @@ def test_no_tokens_give_empty_statistics_and_zero_gradients() -> None:
     assert head.weight.grad is not None and torch.count_nonzero(head.weight.grad) == 0
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
+
+
 class Allocations(TorchDispatchMode):
     """Records the shape of every tensor that an operation gives, and of those that are matrix products."""
 
@@ -180,7 +184,7 @@ class Allocations(TorchDispatchMode):
         for output in result if isinstance(result, tuple | list) else (result,):
             if isinstance(output, torch.Tensor):
                 self.shapes.append(output.shape)
-                if func is torch.ops.aten.mm.default:
+                if func in PRODUCTS:
                     self.products.append(output.shape)
         return result
 

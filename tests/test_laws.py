@@ -18,7 +18,7 @@ from conftest import make_model, make_tokenizer, refshard, simple_rows, write_js
 from pipeline.config import load_config
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.models import load_policy, load_tokenizer
-from pipeline.packing import make_batch
+from pipeline.packing import pad_pairs
 from pipeline.scoring import prepare, score
 from pipeline.shards import open_store, read_parts
 from pipeline.sources import open_source, read_rows
@@ -85,7 +85,7 @@ def test_adapters_switched_off_give_the_reference_log_prob_for_log_prob(make_run
     policy = load_policy(config).eval()
     prepare(policy)
     pairs = list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
-    batch = make_batch([p.pair for p in pairs], pad_id=0)
+    batch = pad_pairs([p.pair for p in pairs], pad_id=0)
     expected = np.array(
         [stored[p.key][f"ref_{side}_logps"] for side in ("chosen", "rejected") for p in pairs], dtype=np.float32
     )

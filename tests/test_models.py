@@ -38,11 +38,11 @@ from pipeline.models import (
     reference_sources,
     reference_weights,
 )
-from pipeline.packing import make_batch
+from pipeline.packing import pad_pairs
 from pipeline.scoring import check_scoring, prepare, score
 from pipeline.tokens import TokenizedPair
 
-BATCH = make_batch([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
+BATCH = pad_pairs([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
 
 
 def settings(policy: PolicyConfig, reference: ReferenceConfig | None = None) -> Config:

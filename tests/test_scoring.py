@@ -1,5 +1,6 @@
 """The scorer: the model's own log-probs, pair by pair, whoever the neighbours are and whatever the family."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.packing import Batch, make_batch
+from pipeline.packing import Batch, pad_pairs
 from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
 from pipeline.tokens import TokenizedPair
 
@@ -112,7 +113,7 @@ def random_pairs(count: int, seed: int = 0) -> list[TokenizedPair]:
 
 def score_pairs(model: Any, pairs: list[TokenizedPair]) -> list[tuple[float, float]]:
     with torch.no_grad():
-        chosen, rejected = score(model, make_batch(pairs, pad_id=0)).sums()
+        chosen, rejected = score(model, pad_pairs(pairs, pad_id=0)).sums()
     return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
 
@@ -121,7 +122,8 @@ def plain_token_logps(model: Any, batch: Batch) -> torch.Tensor:
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     logps = logps.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    return logps[batch.completion_mask[:, 1:]]
+    ends = batch.attention_mask.sum(dim=1).tolist()
+    return torch.cat([row[end - 1 - n : end - 1] for row, end, n in zip(logps, ends, batch.lengths, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def llama() -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_scorer_gives_the_families_own_log_probs(family: str) -> None:
     model = make_model(family)
-    batch = make_batch(random_pairs(5), pad_id=0)
+    batch = pad_pairs(random_pairs(5), pad_id=0)
     with torch.no_grad():
         plain = plain_token_logps(model, batch)
         prepare(model)
@@ -142,13 +144,12 @@ def test_the_scorer_gives_the_families_own_log_probs(family: str) -> None:
         found = score(model, batch)
     assert plain.std() > 0.01
     torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
-    assert found.lengths.tolist() == batch.completion_mask.sum(dim=1).tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, softcap", "cohere, logit_scale"])
 def test_gradients_are_those_of_the_models_own_logits(family: str) -> None:
     model = make_model(family)
-    batch = make_batch(random_pairs(4), pad_id=0)
+    batch = pad_pairs(random_pairs(4), pad_id=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = torch.autograd.grad(plain_token_logps(model, batch).sum(), parameters)
     prepare(model)
@@ -187,13 +188,13 @@ def test_a_pairs_log_probs_do_not_depend_on_a_longer_neighbour(family: str) -> N
 
 def test_the_value_of_the_padding_token_is_never_seen(llama: Any) -> None:
     with torch.no_grad():
-        one, other = (score(llama, make_batch(_PAIRS, pad_id)).tokens.logps for pad_id in (0, 55))
+        one, other = (score(llama, pad_pairs(_PAIRS, pad_id)).tokens.logps for pad_id in (0, 55))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_sums_add_the_tokens_of_each_completion(llama: Any) -> None:
     with torch.no_grad():
-        scores = score(llama, make_batch(_PAIRS, pad_id=0))
+        scores = score(llama, pad_pairs(_PAIRS, pad_id=0))
     rows = [part.double().sum().item() for part in scores.tokens.logps.split(scores.lengths.tolist())]
     chosen, rejected = scores.sums()
     assert chosen.dtype == rejected.dtype == torch.float32
@@ -213,13 +214,13 @@ def test_a_long_sum_is_rounded_once() -> None:
 
 
 def test_squares_come_only_where_they_are_asked_for(llama: Any) -> None:
-    batch = make_batch(_PAIRS, pad_id=0)
+    batch = pad_pairs(_PAIRS, pad_id=0)
     with torch.no_grad():
         plain, with_squares = score(llama, batch), score(llama, batch, squares=True)
         logits = llama(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
     assert plain.tokens.log_sum_squares is None and plain.aux_loss is None and with_squares.aux_loss is None
     assert torch.equal(plain.tokens.logps, with_squares.tokens.logps)
-    probabilities = torch.softmax(logits[:, :-1], dim=-1)[batch.completion_mask[:, 1:]]
+    probabilities = torch.softmax(logits, dim=-1).flatten(0, 1)[batch.predictors]
     found = with_squares.tokens.log_sum_squares
     assert found is not None
     torch.testing.assert_close(found.double(), probabilities.square().sum(dim=-1).log(), rtol=0, atol=1e-4)
@@ -229,7 +230,7 @@ def test_squares_come_only_where_they_are_asked_for(llama: Any) -> None:
 def test_the_balance_loss_is_the_models_own_forward_and_backward(family: str) -> None:
     """Over chosen and rejected sequences of the batch, padding left out, as transformers counts it."""
     model = make_model(family)
-    batch = make_batch(random_pairs(5), pad_id=0)
+    batch = pad_pairs(random_pairs(5), pad_id=0)
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     own = model(**arguments, output_router_logits=True).aux_loss
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head")}
@@ -254,7 +255,7 @@ def test_the_balance_loss_is_the_models_own_forward_and_backward(family: str) ->
 def test_asking_for_the_balance_loss_changes_no_log_prob_and_no_gradient(family: str) -> None:
     model = make_model(family)
     prepare(model)
-    batch = make_batch(random_pairs(5), pad_id=0)
+    batch = pad_pairs(random_pairs(5), pad_id=0)
     without, with_balance = score(model, batch), score(model, batch, squares=True, aux_loss=True)
     assert without.aux_loss is None
     assert with_balance.tokens.log_sum_squares is not None
@@ -273,8 +274,11 @@ def test_padding_is_not_in_the_balance_loss(family: str) -> None:
     model = make_model(family)
     prepare(model)
     pair = TokenizedPair(prompt_ids=[5, 6, 7], chosen_ids=[8, 9], rejected_ids=[10])
-    batch = make_batch([pair], pad_id=0)
-    wide = Batch(*(torch.nn.functional.pad(t, (0, 20)) for t in vars(batch).values()))
+    batch = pad_pairs([pair], pad_id=0)
+    ids, mask = (torch.nn.functional.pad(t, (0, 20)) for t in (batch.input_ids, batch.attention_mask))
+    # The second row begins 20 tokens later.
+    places = batch.predictors + torch.tensor([0, 0, 20])
+    wide = dataclasses.replace(batch, input_ids=ids, attention_mask=mask, predictors=places)
     with torch.no_grad():
         one, other = (score(model, b, aux_loss=True).aux_loss for b in (batch, wide))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -306,7 +310,7 @@ def test_weighted_sums_are_those_of_a_loop_over_tokens(
 
 def test_a_weight_of_1_gives_plain_sums_and_0_the_common_length(llama: Any) -> None:
     with torch.no_grad():
-        scores = score(llama, make_batch(_PAIRS, pad_id=0))
+        scores = score(llama, pad_pairs(_PAIRS, pad_id=0))
     logps, lengths = scores.tokens.logps, scores.lengths
     for a, b in zip(weighted_sums(logps, lengths, 1.0), scores.sums(), strict=True):
         assert torch.equal(a, b)
@@ -333,7 +337,7 @@ def test_the_gradient_of_a_weighted_sum_is_the_weight() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_prepare_leaves_forward_and_generate_as_they_were(family: str) -> None:
     model = make_model(family)
-    batch = make_batch(random_pairs(3), pad_id=0)
+    batch = pad_pairs(random_pairs(3), pad_id=0)
     # Padded on the left: generation must go on handing the mask and the positions that follow from it to forward.
     prompts = {
         "input_ids": torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]]),
@@ -423,7 +427,7 @@ def test_an_adapted_model_is_scored_with_its_adapter() -> None:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    batch = make_batch(_PAIRS, pad_id=0)
+    batch = pad_pairs(_PAIRS, pad_id=0)
     with torch.no_grad():
         plain = plain_token_logps(adapted, batch)
         prepare(adapted)

@@ -16,7 +16,7 @@ from conftest import make_model, refshard, simple_rows
 from pipeline.config import load_config
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.models import load_policy, load_reference, load_tokenizer
-from pipeline.packing import make_batch
+from pipeline.packing import pad_pairs
 from pipeline.scoring import prepare, score
 from pipeline.shards import open_store, read_parts
 from pipeline.sources import open_source, read_rows
@@ -55,7 +55,7 @@ def sums_of(model: Any, config_file: Path) -> np.ndarray[Any, Any]:
     config = load_config(config_file)
     pairs = list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
     with torch.no_grad():
-        return torch.cat(score(model, make_batch([p.pair for p in pairs], pad_id=0)).sums()).numpy()
+        return torch.cat(score(model, pad_pairs([p.pair for p in pairs], pad_id=0)).sums()).numpy()
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -21,7 +21,7 @@ from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import join, load_reference_table
 from pipeline.models import load_policy
 from pipeline.pairs import to_pair
-from pipeline.scoring import prepare
+from pipeline.scoring import check_scoring, prepare
 from pipeline.shards import open_store, read_parts
 from pipeline.sources import open_source, read_rows
 from pipeline.trainer import PairTrainer, make_collator
@@ -181,13 +181,15 @@ def _losses_on_weights(
     join(pairs, table, tmp_path / "joined.arrow")
     policy = load_policy(config)
     prepare(policy)
+    packed = check_scoring(policy, "policy.model")
+    assert packed
     trainer = PairTrainer(
         loss=LossConfig(beta=BETA),
         model=policy,
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path / "captured"), remove_unused_columns=False, **_shared_arguments()
         ),
-        data_collator=make_collator(setting["tokenizer"].pad_token_id, MAX_LENGTH),
+        data_collator=make_collator(setting["tokenizer"].pad_token_id, MAX_LENGTH, packed=packed),
         train_dataset=datasets.Dataset.from_file(str(tmp_path / "joined.arrow")),
     )
     transformers.set_seed(SEED)
