@@ -2,7 +2,8 @@
 
 The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they
 exist for one chunk of positions at a time: forward keeps one number per position, backward computes each chunk
-again and turns it into the gradient at once.
+again and turns it into the gradient at once. Where the head itself is frozen, as under adapters, the gradient of the
+hidden states is linear in that of the logps, so forward makes it along the way and no chunk is computed again.
 """
 
 from collections.abc import Iterator
@@ -107,8 +108,10 @@ def token_statistics(
         head: Output projection.
         squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
     """
+    frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and frozen
     logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, squares
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, squares, ahead
     )
     return TokenStatistics(logps, entropy, mean_logit, is_top1, log_sum_squares if squares else None)
 
@@ -170,12 +173,15 @@ class _TokenStatistics(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         squares: bool,
+        ahead: bool,
     ) -> tuple[torch.Tensor, ...]:
         chunks = _Chunks(hidden, weight, bias, scale, softcap)
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
             torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        # d logp / d hidden of each position.
+        slopes = torch.empty_like(chunks.hidden) if ahead else None
         powers: torch.Tensor | None = None
         for part, logits in chunks:
             mean_logit[part] = logits.mean(dim=-1)
@@ -194,7 +200,14 @@ class _TokenStatistics(torch.autograd.Function):
                 log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
             # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
             entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
+            if slopes is not None:
+                gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], scale, softcap)
+                torch.mm(gradient.to(chunks.dtype), chunks.weight, out=slopes[part])
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
+        ctx.ahead, ctx.hidden_dtype = ahead, hidden.dtype
         ctx.scale, ctx.softcap = scale, softcap
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
@@ -203,6 +216,9 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_logps = gradients[0]
+        if ctx.ahead:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 7
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         enabled, dtype = ctx.autocast
@@ -216,13 +232,8 @@ class _TokenStatistics(torch.autograd.Function):
         narrow: torch.Tensor | None = None
         product: torch.Tensor | None = None
         for part, logits in chunks:
-            slope = 1.0 - (logits / ctx.softcap) ** 2 if ctx.softcap is not None else None
-            # d logp / d logit = [logit is the target's] - probability
-            gradient = logits.sub_(log_sums[part, None]).exp_().neg_()
-            gradient.scatter_add_(1, targets[part, None], torch.ones_like(log_sums[part, None]))
-            gradient *= grad_logps[part, None] * ctx.scale
-            if slope is not None:
-                gradient *= slope
+            gradient = _to_gradient(logits, log_sums[part], targets[part], ctx.scale, ctx.softcap)
+            gradient *= grad_logps[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
             if wide == chunks.dtype:
@@ -242,8 +253,20 @@ class _TokenStatistics(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
+
+
+def _to_gradient(
+    logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Turn the logits of some positions into d logp / d (W h + b), in place: [positions, vocabulary]."""
+    slope = 1.0 - (logits / softcap) ** 2 if softcap is not None else None
+    # d logp / d logit = [logit is the target's] - probability
+    gradient = logits.sub_(log_sums[:, None]).exp_().neg_()
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sums[:, None]))
+    if scale != 1.0:
+        gradient *= scale
+    if slope is not None:
+        gradient *= slope
+    return gradient

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import head as module
-from pipeline.head import Head, TokenStatistics, token_statistics
+from pipeline.head import Head, TokenStatistics, token_logps, token_statistics
 
 HIDDEN, VOCABULARY = 8, 37
 # In chunks of 16 positions: this makes three of them, the last one ragged.
@@ -210,15 +210,73 @@ def test_the_recording_would_see_full_logits() -> None:
     assert max(shape.numel() for shape in recorded.shapes) >= COUNT * VOCABULARY
 
 
-@pytest.mark.parametrize("frozen", ["weight", "hidden"])
-def test_the_gradient_of_what_is_frozen_is_not_computed(frozen: str) -> None:
+def test_the_gradient_of_frozen_hidden_states_is_not_computed() -> None:
     hidden, head, targets = make_case("plain")
-    (head.weight if frozen == "weight" else hidden).requires_grad_(False)
+    hidden.requires_grad_(False)
     logps = token_statistics(hidden, targets, head).logps
     with Allocations() as recorded:
         logps.sum().backward()
-    of_weight, of_hidden = torch.Size([VOCABULARY, HIDDEN]), torch.Size([16, HIDDEN])
-    assert (of_weight in recorded.products) == (frozen == "hidden")
-    assert (of_hidden in recorded.products) == (frozen == "weight")
-    assert (head.weight.grad is None) == (frozen == "weight")
-    assert (hidden.grad is None) == (frozen == "hidden")
+    assert torch.Size([VOCABULARY, HIDDEN]) in recorded.products
+    assert torch.Size([16, HIDDEN]) not in recorded.products
+    assert head.weight.grad is not None
+
+
+# A frozen head, as under adapters.
+
+
+def freeze(head: Head) -> None:
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_under_a_frozen_head_the_gradients_are_the_same_and_backward_makes_no_product(kind: str) -> None:
+    hidden, head, targets = make_case(kind)
+    upstream = torch.randn(COUNT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = torch.autograd.grad(plain_statistics(hidden, targets, head).logps, hidden, upstream)[0]
+    freeze(head)
+    statistics = token_statistics(hidden, targets, head, squares=True)
+    with Allocations() as recorded:
+        ours = torch.autograd.grad(statistics.logps, hidden, upstream)[0]
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+    assert recorded.products == []
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_frozen_head_changes_no_statistic(kind: str) -> None:
+    hidden, head, targets = make_case(kind)
+    trained = token_statistics(hidden, targets, head, squares=True)
+    freeze(head)
+    frozen = token_statistics(hidden, targets, head, squares=True)
+    for name, value in vars(trained).items():
+        assert torch.equal(getattr(frozen, name), value), name
+
+
+def test_without_gradients_a_frozen_head_makes_no_product_ahead() -> None:
+    hidden, head, targets = make_case("plain")
+    freeze(head)
+    with torch.no_grad(), Allocations() as recorded:
+        token_statistics(hidden, targets, head)
+    assert torch.Size([16, HIDDEN]) not in recorded.products
+    assert torch.Size([16, VOCABULARY]) in recorded.products
+
+
+# Log-probs alone.
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_log_probs_alone_are_those_of_all_statistics(kind: str, dtype: torch.dtype) -> None:
+    hidden, head, targets = make_case(kind, dtype=dtype)
+    alone, with_all = token_logps(hidden, targets, head), token_statistics(hidden, targets, head).logps
+    assert torch.equal(alone, with_all)
+    assert not alone.requires_grad and alone.dtype == with_all.dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(alone, plain_statistics(hidden, targets, head).logps, rtol=1e-12, atol=1e-12)
+
+
+def test_log_probs_alone_of_no_tokens_are_none() -> None:
+    hidden, head, targets = make_case("plain", count=0)
+    assert token_logps(hidden, targets, head).shape == (0,)
