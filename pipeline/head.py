@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pipeline.fused import liger_logps, liger_pays
+
 __all__ = ["Head", "TokenStatistics", "head_of", "token_logps", "token_statistics"]
 
 # Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
@@ -74,7 +76,8 @@ def head_of(model: Any) -> Head:
 def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     """Score each position's target token and nothing else, without a gradient: what stage one needs.
 
-    The same products and sums as `token_statistics`, so the same numbers.
+    The same products and sums as `token_statistics`, so the same numbers; but on a GPU where Liger's fused kernel
+    agrees and measures faster, it is that one's.
 
     Args:
         hidden: Final hidden states of the predicting positions, [N, hidden].
@@ -85,12 +88,26 @@ def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torc
         [N] float32 (float64 for a float64 model), natural log.
     """
     with torch.no_grad():
-        chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
-        logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
-        for part, logits in chunks:
-            top = logits.amax(dim=-1, keepdim=True)
-            target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
-            logps[part] = target.sub_(logits.sub_(top).exp_().sum(dim=-1).log_())
+
+        def plain() -> torch.Tensor:
+            return _chunked_logps(hidden, targets, head)
+
+        def fused() -> torch.Tensor:
+            return liger_logps(hidden, head.weight, head.bias, targets, head.softcap)
+
+        # Liger knows no scale.
+        if head.scale == 1.0 and len(targets) and liger_pays(hidden, head.weight, plain, fused):
+            return fused()
+        return plain()
+
+
+def _chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
+    logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
+    for part, logits in chunks:
+        top = logits.amax(dim=-1, keepdim=True)
+        target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
+        logps[part] = target.sub_(logits.sub_(top).exp_().sum(dim=-1).log_())
     return logps
 
 

@@ -25,6 +25,7 @@ PIPELINE = [
     "fingerprint",
     "packing",
     "attention",
+    "fused",
     "head",
     "scoring",
     "memory",
