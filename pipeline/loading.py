@@ -1,10 +1,10 @@
-"""Units of a source, read and tokenized in worker processes, in order, while their taker does something else.
+"""Units of a source, read and tokenized in loader processes, in order, while their taker does something else.
 
-    worker 0:  unit 0, unit 2, ...  \\
+    loader 0:  unit 0, unit 2, ...  \\
                                       bounded queue -> the taker, one unit at a time
-    worker 1:  unit 1, unit 3, ...  /
+    loader 1:  unit 1, unit 3, ...  /
 
-Every worker reads the whole source, but decodes and tokenizes the rows of its own units alone; finding a row costs
+Every loader reads the whole source, but decodes and tokenizes the rows of its own units alone; finding a row costs
 little beside tokenizing it. Where there is little to do, no process is started and the taker does it all.
 """
 
@@ -35,7 +35,7 @@ from pipeline.sources import Row, Source, count_rows, read_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Unit", "UnitLoader", "load_pairs", "num_loaders"]
+__all__ = ["Unit", "UnitQueue", "count_loaders", "load_pairs"]
 
 # A process and its queue cost about a tenth of a second, in which a few hundred rows are tokenized.
 _FEW_ROWS = 512
@@ -43,7 +43,7 @@ _FEW_ROWS = 512
 # Rows of a unit where nothing asks for another size: enough to make the way between processes cheap.
 _ROWS_PER_UNIT = 256
 
-# Workers where nothing but tokenization goes on; the one process that takes their pairs keeps up with about so many.
+# Loaders where nothing but tokenization goes on; the one process that takes their pairs keeps up with about so many.
 _MOST_LOADERS = 8
 
 
@@ -57,13 +57,13 @@ class Unit:
     ledger: Ledger
 
 
-def num_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: int) -> int:
-    """How many worker processes are worth it; 0 where reading in line is as quick.
+def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: int) -> int:
+    """How many loader processes are worth it; 0 where reading in line is as quick.
 
     Args:
         source: What is read.
         rows: Rows that there are to be tokenized, where that is known.
-        rows_per_unit: What one worker tokenizes at a time.
+        rows_per_unit: What one loader tokenizes at a time.
         most: Upper limit.
     """
     if rows is None and source.stop is not None:
@@ -73,8 +73,9 @@ def num_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: i
     if multiprocessing.current_process().daemon:
         # Such a process may have no children.
         return 0
-    if (source.format == "hub" and source.streaming) or (source.format == "jsonl" and rows is None):
-        # Each worker would fetch the whole stream again, or hold a whole JSON array.
+    holds_an_array = any(".json" in file.suffixes for file in source.files)
+    if (source.format == "hub" and source.streaming) or holds_an_array:
+        # Each loader would fetch the whole stream again, or hold all that may be a JSON array.
         most = 1
     if rows is not None:
         most = min(most, -(-rows // rows_per_unit))
@@ -83,16 +84,16 @@ def num_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: i
     return max(1, min(most, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
-class UnitLoader:
+class UnitQueue:
     """Gives the units of a source in order, each tokenized as a whole.
 
-        with UnitLoader(...) as units:
+        with UnitQueue(...) as units:
             for unit in units:
                 ...
         units.num_units
 
-    No worker is more than two units ahead of the taker. An error in a worker is raised where its unit would have come,
-    as if there were no workers, with the worker's traceback as a note.
+    No loader is more than two units ahead of the taker. An error in a loader is raised where its unit would have come,
+    as if there were no loaders, with the loader's traceback as a note.
 
     Args:
         source: Where the rows are.
@@ -102,7 +103,7 @@ class UnitLoader:
         wanted: Numbers of the rows that count; the others are passed over, and units cut from those that remain.
         share: (I, N): give the units whose number leaves I when divided by N.
         is_done: Tells by its number that a unit is not needed any more; asked when its turn to be read comes.
-        num_workers: Processes that read and tokenize; 0: none but this one.
+        num_loaders: Processes that read and tokenize; 0: none but this one.
     """
 
     num_units: int
@@ -118,11 +119,11 @@ class UnitLoader:
         wanted: frozenset[int] | None = None,
         share: tuple[int, int] = (0, 1),
         is_done: Callable[[int], bool] | None = None,
-        num_workers: int = 0,
+        num_loaders: int = 0,
     ) -> None:
-        # A fork starts in milliseconds, and workers touch neither model nor device. Elsewhere it is not safe or absent.
+        # A fork starts in milliseconds, and loaders touch neither model nor device. Elsewhere it is not safe or absent.
         self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._num_workers = num_workers
+        self._num_loaders = num_loaders
         self._stream = _UnitStream(
             source,
             tokenizer,
@@ -132,15 +133,15 @@ class UnitLoader:
             share=share,
             is_done=is_done,
             # Without a lock of its own: it is read in a signal handler.
-            closing=self._context.RawValue("b", 0) if num_workers else None,
+            closing=self._context.RawValue("b", 0) if num_loaders else None,
         )
         self._items: Any = None
 
-    def __enter__(self) -> "UnitLoader":
+    def __enter__(self) -> "UnitQueue":
         return self
 
     def __iter__(self) -> Iterator[Unit]:
-        self._items = self._start() if self._num_workers else self._stream.read(0, 1)
+        self._items = self._start() if self._num_loaders else self._stream.read(0, 1)
         while (item := self._next()) is not None:
             match item:
                 case _Failure():
@@ -154,7 +155,7 @@ class UnitLoader:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
-        # Raised by the library at whatever this process is doing when a worker dies.
+        # Raised by the library at whatever this process is doing when a loader dies.
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             raise UnfinishedError(
                 f"a process that reads and tokenizes was ended from outside ({error}), maybe for lack of memory; "
@@ -162,27 +163,27 @@ class UnitLoader:
             ) from error
 
     def close(self) -> None:
-        """Have the workers leave, at the end of the row that they are at."""
+        """Have the loaders leave, at the end of the row that they are at."""
         if self._stream.closing is not None:
             atexit.unregister(self.close)
             self._stream.closing.value = 1
-        # With its last reference goes the iterator, which waits for its workers.
+        # With its last reference goes the iterator, which waits for its loaders.
         self._items = None
 
     def _start(self) -> Any:
-        # Workers left to the end of the process would be told to end, and would not know that it is meant.
+        # Loaders left to the end of the process would be told to end, and would not know that it is meant.
         atexit.register(self.close)
-        # Read when the tokenizer comes to life in a fork. It tokenizes a text at a time, which needs no threads.
+        # Tokenizers warn in a fork of threads that they can't have there. A text at a time needs none.
         with _default_environment("TOKENIZERS_PARALLELISM", "false"):
             return iter(
                 DataLoader(
                     self._stream,
                     batch_size=None,
-                    num_workers=self._num_workers,
-                    # Of one worker two units, for one may take longer than the next.
-                    prefetch_factor=2 if self._num_workers == 1 else 1,
+                    num_workers=self._num_loaders,
+                    # Of one loader two units, for one may take longer than the next.
+                    prefetch_factor=2 if self._num_loaders == 1 else 1,
                     collate_fn=_as_it_is,
-                    worker_init_fn=functools.partial(_start_worker, self._stream.closing),
+                    worker_init_fn=functools.partial(_start_loader, self._stream.closing),
                     multiprocessing_context=self._context,
                     # Otherwise the run's own random numbers would move on by one.
                     generator=torch.Generator(),
@@ -196,12 +197,12 @@ class UnitLoader:
 def load_pairs(
     source: Source, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
 ) -> Iterator[KeptPair]:
-    """Yield the kept pairs of a whole source as `kept_pairs` does, tokenized in worker processes.
+    """Yield the kept pairs of a whole source as `kept_pairs` does, tokenized in loader processes.
 
     The books are kept a unit at a time, so they are right once the last pair was given.
     """
-    num_workers = num_loaders(source, count_rows(source), _ROWS_PER_UNIT, most=_MOST_LOADERS)
-    with UnitLoader(source, tokenizer, data, rows_per_unit=_ROWS_PER_UNIT, num_workers=num_workers) as units:
+    num_loaders = count_loaders(source, count_rows(source), _ROWS_PER_UNIT, most=_MOST_LOADERS)
+    with UnitQueue(source, tokenizer, data, rows_per_unit=_ROWS_PER_UNIT, num_loaders=num_loaders) as units:
         for unit in units:
             ledger.add(unit.ledger.as_dict())
             ledger.skipped += unit.ledger.skipped
@@ -230,7 +231,7 @@ class _Closing(Exception):
 
 
 class _UnitStream(IterableDataset[Any]):
-    """What a worker runs: reads all rows, gives the units that are its own, then the number of all units."""
+    """What a loader runs: reads all rows, gives the units that are its own, then the number of all units."""
 
     def __init__(
         self,
@@ -258,12 +259,12 @@ class _UnitStream(IterableDataset[Any]):
         except Exception as error:
             yield _Failure(_portable(error))
 
-    def read(self, worker: int, num_workers: int) -> Iterator[Any]:
-        """Give what is due at every `num_workers`-th turn; whose turn it is depends on the unit's number alone."""
+    def read(self, loader: int, num_loaders: int) -> Iterator[Any]:
+        """Give what is due at every `num_loaders`-th turn; whose turn it is depends on the unit's number alone."""
         index, count = self._share
         unit = -1
         for unit, rows in self._units():
-            if unit % count != index or unit // count % num_workers != worker:
+            if unit % count != index or unit // count % num_loaders != loader:
                 continue
             if self._is_done is not None and self._is_done(unit):
                 yield _Skipped()
@@ -290,15 +291,15 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(closing: Any, worker: int) -> None:
-    """Make a worker live exactly as long as it is needed, whoever is signalled."""
-    # A signal to the whole group means the main process, which stops in order and then has its workers leave.
+def _start_loader(closing: Any, loader: int) -> None:
+    """Make a loader live exactly as long as it is needed, whoever is signalled."""
+    # A signal to the whole group means the main process, which stops in order and then has its loaders leave.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def leave_if_meant(number: int, frame: object) -> None:
-        # The library's last resort against a worker that does not come to the end of its row.
+        # The library's last resort against a loader that does not come to the end of its row.
         if closing.value:
             os._exit(0)
 

@@ -1,7 +1,7 @@
 """Stage one: stream the pairs through the frozen reference, write their log-probs to shards.
 
     rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> one Parquet part per unit
-    '---------- loading processes ------------------'   '---- this process ---'   '----- a thread -----'
+    '------------- loading processes ---------------'   '---- this process ---'   '----- a thread -----'
 
 Workers share nothing but the folder: worker I of N takes the units whose number leaves I when divided by N, skips
 those that are there, and whoever finds all of them there writes the index. So any number of workers can start a
@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger
-from pipeline.loading import Unit, UnitLoader, load_pairs, num_loaders
+from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
 from pipeline.models import (
     declared_reference,
     load_reference,
@@ -251,7 +251,7 @@ def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
     return NoiseFloor(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max()))
 
 
-# Loading processes of a worker: the reference is what takes time, and a few keep up with it.
+# Loading processes of one worker: the reference is what takes time, and a few keep up with it.
 _MOST_LOADERS = 4
 
 
@@ -275,7 +275,7 @@ def _score_split(
     total = count_rows(source) if wanted is None else len(wanted)
     to_do = _rows_to_do(total, config, folder, worker)
     rows_per_unit = config.precompute.rows_per_shard
-    loader = UnitLoader(
+    queue = UnitQueue(
         source,
         tokenizer,
         config.data,
@@ -283,10 +283,10 @@ def _score_split(
         wanted=wanted,
         share=worker,
         is_done=functools.partial(part_exists, folder),
-        num_workers=num_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
+        num_loaders=count_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
     )
     progress = _Progress(name, to_do)
-    with loader as units, _Writer(folder, config, fingerprint) as writer:
+    with queue as units, _Writer(folder, config, fingerprint) as writer:
         for unit in units:
             if part_exists(folder, unit.number):
                 # Another copy of this worker was first, since the unit was read.
@@ -297,7 +297,7 @@ def _score_split(
             writer.put(unit, scored, noise)
             progress.advance(unit.ledger.rows, sum(_num_tokens(p) for p in unit.pairs))
     progress.close()
-    return len(finish_store(folder, loader.num_units))
+    return len(finish_store(folder, queue.num_units))
 
 
 def _score_unit(

@@ -24,18 +24,18 @@ import stages.precompute
 from pipeline.config import DataConfig, load_config
 from pipeline.errors import BadRow, DataError, StorageError, UnfinishedError
 from pipeline.intake import Ledger, kept_pairs
-from pipeline.loading import Unit, UnitLoader, load_pairs, num_loaders
+from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
 from pipeline.signals import StopFlag
 from pipeline.sources import Row, Source, open_source, read_rows
 
 MakeRun = Callable[..., Path]
 
-# More workers than there are CPUs is what some tests are about.
+# More loaders than there are CPUs is what some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 TOKENIZER = make_tokenizer(bos=True)
 
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="workers see what a test has replaced in forks only")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="loaders see what a test has replaced in forks only")
 
 
 @pytest.fixture
@@ -43,20 +43,20 @@ def source(tmp_path: Path) -> Source:
     return open_source(DataConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", simple_rows(43)))))
 
 
-def load(source: Source, num_workers: int, **changes: Any) -> tuple[list[Unit], int]:
+def load(source: Source, num_loaders: int, **changes: Any) -> tuple[list[Unit], int]:
     data = DataConfig(path=source.path, max_length=64, on_bad_row="skip")
-    with UnitLoader(source, TOKENIZER, data, **{"rows_per_unit": 4, **changes}, num_workers=num_workers) as units:
+    with UnitQueue(source, TOKENIZER, data, **{"rows_per_unit": 4, **changes}, num_loaders=num_loaders) as units:
         return list(units), units.num_units
 
 
-def workers() -> list[Any]:
+def loaders() -> list[Any]:
     return [child for child in multiprocessing.active_children() if child.daemon]
 
 
 # --- The same units, whoever loads them ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("num_loaders", [1, 2, 5])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,10 +73,10 @@ def workers() -> list[Any]:
     ids=["all", "a share", "wanted rows", "a share of wanted rows", "none", "some done", "some of a share done",
          "a row a unit", "one unit"],
 )  # fmt: skip
-def test_workers_give_the_units_of_one_process_in_order(
-    source: Source, num_workers: int, changes: dict[str, Any]
+def test_loaders_give_the_units_of_one_process_in_order(
+    source: Source, num_loaders: int, changes: dict[str, Any]
 ) -> None:
-    assert load(source, num_workers, **changes) == load(source, 0, **changes)
+    assert load(source, num_loaders, **changes) == load(source, 0, **changes)
 
 
 def test_units_are_those_of_the_share_and_the_number_is_that_of_all(source: Source) -> None:
@@ -88,14 +88,14 @@ def test_units_are_those_of_the_share_and_the_number_is_that_of_all(source: Sour
 
 
 def test_whose_unit_it_is_does_not_depend_on_what_is_done_by_then(source: Source, tmp_path: Path) -> None:
-    """While workers read, the taker finishes units: a worker that looks later sees other units done."""
+    """While loaders read, the taker finishes units: a loader that looks later sees other units done."""
     given = []
 
     def is_done(unit: int) -> bool:
         return (tmp_path / f"{unit}").exists()
 
     data = DataConfig(path=source.path)
-    with UnitLoader(source, TOKENIZER, data, rows_per_unit=2, is_done=is_done, num_workers=3) as units:
+    with UnitQueue(source, TOKENIZER, data, rows_per_unit=2, is_done=is_done, num_loaders=3) as units:
         for unit in units:
             given.append(unit.number)
             (tmp_path / f"{unit.number}").touch()
@@ -108,10 +108,10 @@ def test_the_rows_of_units_done_or_of_other_shares_are_never_decoded(tmp_path: P
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], "no", "JSON", *lines[4:6], "at", "all"]))
     source = open_source(DataConfig(path=str(file)))
-    for num_workers in (0, 2):
-        units, _ = load(source, num_workers, rows_per_unit=2, share=(0, 2))
+    for num_loaders in (0, 2):
+        units, _ = load(source, num_loaders, rows_per_unit=2, share=(0, 2))
         assert [unit.ledger.dropped for unit in units] == [{}, {}]
-        units, _ = load(source, num_workers, rows_per_unit=2, is_done={1, 3}.__contains__)
+        units, _ = load(source, num_loaders, rows_per_unit=2, is_done={1, 3}.__contains__)
         assert [unit.ledger.dropped for unit in units] == [{}, {}]
 
 
@@ -124,20 +124,20 @@ def test_pairs_and_books_of_a_whole_source_are_those_of_the_intake(
     expected = Ledger()
     pairs = list(kept_pairs(read_rows(source), TOKENIZER, data, expected))
     monkeypatch.setattr(module, "_ROWS_PER_UNIT", 8)
-    for num_workers in (0, 2):
-        monkeypatch.setattr(module, "num_loaders", lambda *_, n=num_workers, **__: n)
+    for num_loaders in (0, 2):
+        monkeypatch.setattr(module, "count_loaders", lambda *_, n=num_loaders, **__: n)
         ledger = Ledger()
         assert list(load_pairs(source, TOKENIZER, data, ledger)) == pairs
         assert ledger == expected
         assert len(ledger.skipped) == 2
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_loaders", [0, 1])
 @needs_fork
 def test_a_stream_of_several_shards_is_read_whole_and_numbered_as_it_comes(
-    num_workers: int, monkeypatch: pytest.MonkeyPatch
+    num_loaders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a loading worker the library's streams give the worker's share of their shards alone; one has them all."""
+    """In a loader the library's streams give that loader's share of their shards alone; one has them all."""
 
     def shard(starts: list[int]) -> Iterator[dict[str, str]]:
         for start in starts:
@@ -147,8 +147,8 @@ def test_a_stream_of_several_shards_is_read_whole_and_numbered_as_it_comes(
     assert stream.num_shards == 3
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     source = open_source(DataConfig(path="org/pairs", streaming=True))
-    assert num_loaders(source, None, 1024, most=4) == 1
-    units, _ = load(source, num_workers)
+    assert count_loaders(source, None, 1024, most=4) == 1
+    units, _ = load(source, num_loaders)
     pairs = [pair for unit in units for pair in unit.pairs]
     assert [pair.row for pair in pairs] == list(range(21))
     prompts = [row["prompt"] for start in (0, 100, 200) for row in simple_rows(7, start=start)]
@@ -162,13 +162,17 @@ def test_the_run_s_random_numbers_are_not_touched(source: Source) -> None:
     assert random.getstate() == before[1]
 
 
-def test_the_environment_is_left_as_it_was(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_has_used_threads_is_quiet_in_loaders_and_has_them_still(
+    source: Source, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    TOKENIZER(["one", "two", "three"] * 100)
     load(source, 1)
     assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert "forked" not in capfd.readouterr().err
 
 
-def test_what_a_worker_starts_with_can_be_sent_to_a_process_that_is_no_fork(
+def test_what_a_loader_starts_with_can_be_sent_to_a_process_that_is_no_fork(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.sys, "platform", "elsewhere")
@@ -194,7 +198,7 @@ def test_what_a_worker_starts_with_can_be_sent_to_a_process_that_is_no_fork(
         (64, None, None, 1024, 4),
     ],
 )
-def test_workers_are_as_many_as_there_is_room_and_work_for(
+def test_loaders_are_as_many_as_there_is_room_and_work_for(
     cpus: int,
     local_processes: str | None,
     rows: int | None,
@@ -209,47 +213,48 @@ def test_workers_are_as_many_as_there_is_room_and_work_for(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_processes)
     (tmp_path / "pairs.csv").touch()
     source = open_source(DataConfig(path=str(tmp_path / "pairs.csv")))
-    assert num_loaders(source, rows, rows_per_unit, most=4) == expected
+    assert count_loaders(source, rows, rows_per_unit, most=4) == expected
 
 
 def test_a_range_of_rows_bounds_what_can_not_be_counted() -> None:
-    assert num_loaders(open_source(DataConfig(path="org/pairs", split="train[100:300]")), None, 8, most=4) == 0
+    assert count_loaders(open_source(DataConfig(path="org/pairs", split="train[100:300]")), None, 8, most=4) == 0
 
 
-def test_a_json_array_is_held_by_one_worker_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_array_is_held_by_one_loader_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     (tmp_path / "pairs.json").write_text(json.dumps(simple_rows(3)))
-    assert num_loaders(open_source(DataConfig(path=str(tmp_path / "pairs.json"))), None, 8, most=4) == 1
+    source = open_source(DataConfig(path=str(tmp_path / "pairs.json")))
+    assert count_loaders(source, None, 8, most=4) == count_loaders(source, 10_000, 8, most=4) == 1
 
 
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_an_error_comes_where_its_unit_would_have_and_with_its_own_type(tmp_path: Path, num_workers: int) -> None:
+@pytest.mark.parametrize("num_loaders", [0, 1, 3])
+def test_an_error_comes_where_its_unit_would_have_and_with_its_own_type(tmp_path: Path, num_loaders: int) -> None:
     # Two bad rows: which of the two is named must not depend on who is quicker.
     rows = [*simple_rows(18), {"chosen": "no"}, *simple_rows(2), {"prompt": 3}, *simple_rows(20)]
     data = DataConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
     given: list[int] = []
     with (
         pytest.raises(BadRow, match=r"pairs\.jsonl:19: .*Set data\.on_bad_row: skip") as caught,
-        UnitLoader(open_source(data), TOKENIZER, data, rows_per_unit=4, num_workers=num_workers) as units,
+        UnitQueue(open_source(data), TOKENIZER, data, rows_per_unit=4, num_loaders=num_loaders) as units,
     ):
         for unit in units:
             given.append(unit.number)
     assert given == [0, 1, 2, 3]
     assert caught.value.reason == "missing_column"
-    assert not workers()
-    if num_workers:
+    assert not loaders()
+    if num_loaders:
         assert "in to_pair" in "".join(caught.value.__notes__)
 
 
-@pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_file_that_breaks_off_is_an_error_of_its_own_kind(tmp_path: Path, num_workers: int) -> None:
+@pytest.mark.parametrize("num_loaders", [0, 3])
+def test_a_file_that_breaks_off_is_an_error_of_its_own_kind(tmp_path: Path, num_loaders: int) -> None:
     file = tmp_path / "pairs.csv"
     file.write_text("prompt,chosen,rejected\n" + "a, b, c\n" * 30 + '"a, b')
     with pytest.raises(DataError, match=r"pairs\.csv:32: not CSV"):
-        load(open_source(DataConfig(path=str(file))), num_workers)
+        load(open_source(DataConfig(path=str(file))), num_loaders)
 
 
 class _Odd(Exception):
@@ -261,7 +266,7 @@ class _Odd(Exception):
     "error", [KeyError("surprise"), _Odd(1, 2), MemoryError(), UnicodeDecodeError("a", b"", 0, 1, "b")]
 )
 @needs_fork
-def test_a_bug_in_a_worker_is_raised_with_its_traceback(
+def test_a_bug_in_a_loader_is_raised_with_its_traceback(
     source: Source, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Iterator[Any]:
@@ -282,7 +287,7 @@ def test_a_bad_row_is_itself_after_a_journey() -> None:
     assert (type(error), error.reason, str(error)) == (BadRow, "not_json", "here: bad")
 
 
-# --- Workers live as long as they are needed ----------------------------------------------------------------------
+# --- Loaders live as long as they are needed ----------------------------------------------------------------------
 
 
 def slow_rows(seconds: float) -> Callable[[Any], Iterator[Row]]:
@@ -295,7 +300,7 @@ def slow_rows(seconds: float) -> Callable[[Any], Iterator[Row]]:
 
 
 @needs_fork
-def test_a_taker_that_stops_early_leaves_no_worker_and_waits_for_no_unit(
+def test_a_taker_that_stops_early_leaves_no_loader_and_waits_for_no_unit(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "read_rows", slow_rows(0.2))
@@ -303,13 +308,13 @@ def test_a_taker_that_stops_early_leaves_no_worker_and_waits_for_no_unit(
     start = time.monotonic()
     with (
         pytest.raises(KeyError),
-        UnitLoader(source, TOKENIZER, data, rows_per_unit=10, num_workers=2) as units,
+        UnitQueue(source, TOKENIZER, data, rows_per_unit=10, num_loaders=2) as units,
     ):
         for unit in units:
             assert unit.number == 0
-            assert len(workers()) == 2
+            assert len(loaders()) == 2
             raise KeyError
-    assert not workers()
+    assert not loaders()
     # The first unit takes two seconds, the second as long again.
     assert time.monotonic() - start < 3.5
 
@@ -321,37 +326,49 @@ def test_signals_to_the_whole_group_are_the_main_process_s_alone(
     monkeypatch.setattr(module, "read_rows", slow_rows(0.02))
     expected = load(source, 0)
     data = DataConfig(path=source.path, max_length=64, on_bad_row="skip")
-    with UnitLoader(source, TOKENIZER, data, rows_per_unit=4, num_workers=2) as units:
+    with UnitQueue(source, TOKENIZER, data, rows_per_unit=4, num_loaders=2) as units:
         given = []
         for unit in units:
             given.append(unit)
-            for worker in workers():
+            for loader in loaders():
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                    os.kill(worker.pid, number)
+                    os.kill(loader.pid, number)
     assert given == expected[0]
 
 
 @needs_fork
-def test_a_worker_killed_from_outside_is_an_unfinished_run_and_not_a_bug(
+def test_a_loader_killed_from_outside_is_an_unfinished_run_and_not_a_bug(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "read_rows", slow_rows(0.02))
     data = DataConfig(path=source.path)
     with (
         pytest.raises(UnfinishedError, match="ended from outside"),
-        UnitLoader(source, TOKENIZER, data, rows_per_unit=4, num_workers=2) as units,
+        UnitQueue(source, TOKENIZER, data, rows_per_unit=4, num_loaders=2) as units,
     ):
         for _ in units:
-            for worker in workers():
-                worker.kill()
+            for loader in loaders():
+                loader.kill()
             time.sleep(5)
-    assert not workers()
+    assert not loaders()
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_with_a_queue_still_open_ends_at_once(source: Source) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\nfrom test_loading import *\n"
+        f"data = DataConfig(path={source.path!r})\n"
+        "queue = UnitQueue(open_source(data), TOKENIZER, data, rows_per_unit=2, num_loaders=2)\n"
+        "units = iter(queue); print(next(units).number)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
 
 
 def _start(config: Path) -> subprocess.Popen[str]:
-    # Parts slow enough to be caught among them, and a pipe's worth of tokens behind.
+    # Slow enough to be caught in the middle.
     code = (
         "import sys, time, stages.precompute as s; from stages.cli import run; f = s._Reference.score_unit\n"
+        "s.count_loaders = lambda *a, **k: 3\n"
         "def slow(*a): time.sleep(0.3); return f(*a)\n"
         f"s._Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
     )
@@ -369,25 +386,28 @@ def _wait_for_a_part(process: subprocess.Popen[str], folder: Path) -> list[psuti
     while process.poll() is None and not list(folder.glob("part-*")):
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert children
+    assert len(children) == 3
     return children
 
 
 @pytest.mark.slow
-def test_a_killed_stage_one_leaves_no_worker_behind(make_run: MakeRun, tmp_path: Path) -> None:
-    rows = [{**row, "prompt": row["prompt"] * 20} for row in simple_rows(4000)]
-    config = make_run(rows=rows, precompute={"rows_per_shard": 200}, data={"max_length": 24})
+def test_a_killed_stage_one_leaves_no_loader_behind(make_run: MakeRun, tmp_path: Path) -> None:
+    # Units that no pipe holds: a loader's queue waits for a reader, and would do so forever.
+    config = make_run(rows=simple_rows(6000), precompute={"rows_per_shard": 1000}, data={"max_length": 256})
     process = _start(config)
     started = _wait_for_a_part(process, tmp_path / "shards" / "train")
     process.kill()
-    process.communicate()
+    process.wait()
     _, alive = psutil.wait_procs(started, timeout=3)
+    for loader in alive:
+        loader.kill()
+    process.communicate()
     assert not alive
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
-def test_a_signal_ends_stage_one_and_its_workers_with_75(make_run: MakeRun, tmp_path: Path, whole_group: bool) -> None:
+def test_a_signal_ends_stage_one_and_its_loaders_with_75(make_run: MakeRun, tmp_path: Path, whole_group: bool) -> None:
     config = make_run(rows=simple_rows(4000), precompute={"rows_per_shard": 100})
     process = _start(config)
     started = _wait_for_a_part(process, tmp_path / "shards" / "train")
@@ -409,14 +429,14 @@ def test_a_signal_ends_stage_one_and_its_workers_with_75(make_run: MakeRun, tmp_
 # --- Stage one ----------------------------------------------------------------------------------------------------
 
 
-def _precompute(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_workers: int) -> dict[str, bytes]:
-    monkeypatch.setattr(stages.precompute, "num_loaders", lambda *_, **__: num_workers)
-    monkeypatch.setattr(module, "num_loaders", lambda *_, **__: num_workers)
+def _precompute(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> dict[str, bytes]:
+    monkeypatch.setattr(stages.precompute, "count_loaders", lambda *_, **__: num_loaders)
+    monkeypatch.setattr(module, "count_loaders", lambda *_, **__: num_loaders)
     stages.precompute.run(load_config(config, [f"precompute.output={output}"]))
     return {file.relative_to(output).as_posix(): file.read_bytes() for file in output.rglob("*") if file.is_file()}
 
 
-def test_stage_one_writes_the_same_bytes_with_any_number_of_workers(
+def test_stage_one_writes_the_same_bytes_with_any_number_of_loaders(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(tmp_path / "eval.jsonl", simple_rows(9, start=70))
@@ -424,8 +444,8 @@ def test_stage_one_writes_the_same_bytes_with_any_number_of_workers(
     config = make_run(rows=rows, data={"on_bad_row": "skip", "eval": {"held_out": {"path": f"{tmp_path}/eval.jsonl"}}})
     expected = _precompute(config, monkeypatch, tmp_path / "0", 0)
     assert len(expected) == 2 + 6 + 1 + 2 + 2
-    for num_workers in (1, 3):
-        assert _precompute(config, monkeypatch, tmp_path / f"{num_workers}", num_workers) == expected
+    for num_loaders in (1, 3):
+        assert _precompute(config, monkeypatch, tmp_path / f"{num_loaders}", num_loaders) == expected
     # What is there is not made again, and what is missing is.
     for number in (1, 4):
         (tmp_path / "3" / "train" / f"part-{number:05d}.parquet").unlink()
@@ -438,10 +458,10 @@ def test_stage_one_stops_at_the_same_bad_row_with_the_same_parts(
 ) -> None:
     config = make_run(rows=[*simple_rows(20), {"chosen": "no"}, *simple_rows(20, start=20), {"prompt": 3}])
     ends = []
-    for num_workers in (0, 1, 3):
+    for num_loaders in (0, 1, 3):
         with pytest.raises(BadRow) as caught:
-            _precompute(config, monkeypatch, tmp_path / f"{num_workers}", num_workers)
-        parts = sorted(file.name for file in (tmp_path / f"{num_workers}").rglob("*.parquet"))
+            _precompute(config, monkeypatch, tmp_path / f"{num_loaders}", num_loaders)
+        parts = sorted(file.name for file in (tmp_path / f"{num_loaders}").rglob("*.parquet"))
         ends.append((str(caught.value), caught.value.exit_status, parts))
     assert ends[0][1:] == (65, ["part-00000.parquet", "part-00001.parquet"])
     assert ends == [ends[0]] * 3
@@ -462,7 +482,7 @@ def test_a_disk_that_fails_stops_the_run_with_the_disk_s_own_error(
         _precompute(config, monkeypatch, tmp_path / "shards", 1)
     # Those before it, and at most those that were pending with it.
     assert 1 <= len(list((tmp_path / "shards").rglob("*.parquet"))) <= 4
-    assert not workers()
+    assert not loaders()
 
 
 def test_a_last_part_that_can_not_be_written_is_not_forgotten(
@@ -523,9 +543,9 @@ def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit
     monkeypatch.setattr(stages.precompute, "write_part", slow_write)
 
 
-def _seconds(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_workers: int) -> float:
+def _seconds(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> float:
     start = time.monotonic()
-    _precompute(config, monkeypatch, output, num_workers)
+    _precompute(config, monkeypatch, output, num_loaders)
     return time.monotonic() - start
 
 
@@ -544,9 +564,9 @@ def test_reading_scoring_and_writing_take_the_time_of_the_slowest_and_not_of_all
 
 
 @needs_fork
-@pytest.mark.parametrize(("num_workers", "ahead"), [(1, 2), (3, 3)])
+@pytest.mark.parametrize(("num_loaders", "ahead"), [(1, 2), (3, 3)])
 def test_readers_wait_for_a_scorer_that_is_stuck(
-    source: Source, num_workers: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+    source: Source, num_loaders: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Any = multiprocessing.get_context("fork").Value("i", 0)
 
@@ -557,7 +577,7 @@ def test_readers_wait_for_a_scorer_that_is_stuck(
 
     monkeypatch.setattr(module, "kept_pairs", counting)
     data = DataConfig(path=source.path)
-    with UnitLoader(source, TOKENIZER, data, rows_per_unit=2, num_workers=num_workers) as units:
+    with UnitQueue(source, TOKENIZER, data, rows_per_unit=2, num_loaders=num_loaders) as units:
         for unit in units:
             if unit.number in (0, 4):
                 deadline = time.monotonic() + 10
