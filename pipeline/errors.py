@@ -3,6 +3,8 @@
 A message has three facts in one line: what was found, where, and what to do.
 """
 
+from typing import Any
+
 __all__ = [
     "BadRow",
     "ConfigError",
@@ -38,6 +40,10 @@ class BadRow(DataError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it stands an exception is made again from its message alone.
+        return type(self), (self.reason, str(self)), self.__dict__
 
 
 class StorageError(RefshardError):

@@ -1,17 +1,20 @@
 """Stage one: stream the pairs through the frozen reference, write their log-probs to shards.
 
     rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> one Parquet part per unit
+    '------------- loading processes ---------------'   '---- this process ---'   '----- a thread -----'
 
 Workers share nothing but the folder: worker I of N takes the units whose number leaves I when divided by N, skips
 those that are there, and whoever finds all of them there writes the index. So any number of workers can start a
 run, and any other number can finish it.
 """
 
+import functools
 import hashlib
-import itertools
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,8 @@ from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.gate import check_dtypes
-from pipeline.intake import KeptPair, Ledger, kept_pairs
+from pipeline.intake import KeptPair, Ledger
+from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
 from pipeline.memory import free_memory, is_out_of_memory, tokens_that_fit
 from pipeline.models import (
     declared_reference,
@@ -51,7 +55,7 @@ from pipeline.shards import (
     write_part,
 )
 from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
+from pipeline.sources import Source, count_rows, describe, open_source
 from pipeline.trainer import router_aux_weight, training_arguments
 from pipeline.versions import library_versions
 from pipeline.windows import check_mixable, prepare_reference, window_at, window_config
@@ -129,7 +133,7 @@ def _next_window(
         The settings of the window that comes next, the sets that it needs scored, and the training rows that it has.
     """
     output = Path(str(arguments.output_dir))
-    kept = [pair.row for pair in kept_pairs(read_rows(sources["train"]), tokenizer, config.data, Ledger())]
+    kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
     check_mixable(config)
     fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
@@ -267,6 +271,10 @@ def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
     return NoiseFloor(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max()))
 
 
+# Loading processes of one worker: the reference is what takes time, and a few keep up with it.
+_MOST_LOADERS = 4
+
+
 def _score_split(
     config: Config,
     name: str,
@@ -280,48 +288,88 @@ def _score_split(
     tokenizer: "PreTrainedTokenizerBase",
     flag: StopFlag,
 ) -> int:
-    """Score this worker's missing units of one split; gives the number of units that others still owe."""
-    index, count = worker
+    """Score this worker's missing units of one split; gives the number of units that others still owe.
+
+    While a unit is scored, the next ones are read and tokenized and the last ones are written.
+    """
     total = count_rows(source) if wanted is None else len(wanted)
-    units = _units(source, wanted, config.precompute.rows_per_shard)
-    num_units = 0
-    progress = _Progress(name, _rows_to_do(total, config, folder, worker))
-    for unit, rows in units:
-        num_units = unit + 1
-        if unit % count != index or part_exists(folder, unit):
-            continue
-        if flag:
-            raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
-        ledger = Ledger()
-        pairs = list(kept_pairs(rows, tokenizer, config.data, ledger))
-        copied = copy_scored(reusable, pairs)
-        new = [pair for i, pair in enumerate(pairs) if i not in copied]
-        fresh, noise = reference.score_unit(new, flag) if new else ([], NoiseFloor())
-        unread = iter(fresh)
-        scored = [copied[i] if i in copied else next(unread) for i in range(len(pairs))]
-        scored = _finite(scored, pairs, config.precompute.on_nonfinite, ledger)
-        if copied:
-            ledger.noted["copied from other shards"] += len(copied)
-        write_part(
+    to_do = _rows_to_do(total, config, folder, worker)
+    rows_per_unit = config.precompute.rows_per_shard
+    queue = UnitQueue(
+        source,
+        tokenizer,
+        config.data,
+        rows_per_unit=rows_per_unit,
+        wanted=wanted,
+        share=worker,
+        is_done=functools.partial(part_exists, folder),
+        num_loaders=count_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
+    )
+    progress = _Progress(name, to_do)
+    with queue as units, _Writer(folder, config, fingerprint) as writer:
+        for unit in units:
+            if part_exists(folder, unit.number):
+                # Another copy of this worker was first, since the unit was read.
+                continue
+            if flag:
+                raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+            scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
+            writer.put(unit, scored, noise)
+            progress.advance(unit.ledger.rows, sum(_num_tokens(p) for p in unit.pairs))
+    progress.close()
+    return len(finish_store(folder, queue.num_units))
+
+
+def _score_unit(
+    unit: Unit, reference: _Reference, reusable: Reusable, on_nonfinite: str, flag: StopFlag
+) -> tuple[list[ScoredPair], NoiseFloor]:
+    """Copy what other stores have scored, score the rest; the unit's ledger learns of both."""
+    copied = copy_scored(reusable, unit.pairs)
+    new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
+    fresh, noise = reference.score_unit(new, flag) if new else ([], NoiseFloor())
+    unread = iter(fresh)
+    scored = [copied[i] if i in copied else next(unread) for i in range(len(unit.pairs))]
+    scored = _finite(scored, unit.pairs, on_nonfinite, unit.ledger)
+    if copied:
+        unit.ledger.noted["copied from other shards"] += len(copied)
+    return scored, noise
+
+
+class _Writer:
+    """Writes parts in a thread, in order, so that nobody waits for the disk.
+
+    A part that could not be written raises its error at a later `put`, or at the end. What was put is written before
+    the end, however it comes.
+    """
+
+    # More would be lost with a full disk, and the scoring hardly ever waits for one.
+    _MOST_PENDING = 2
+
+    def __init__(self, folder: Path, config: Config, fingerprint: str) -> None:
+        self._write = functools.partial(
+            write_part,
             folder,
-            unit,
-            scored,
             fingerprint=fingerprint,
             token_logps=config.precompute.token_logps,
-            ledger=ledger,
             provenance=_provenance(config),
-            noise=noise,
         )
-        progress.advance(ledger.rows, sum(_num_tokens(p) for p in pairs))
-    progress.close()
-    return len(finish_store(folder, num_units))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: deque[Future[bool]] = deque()
 
+    def __enter__(self) -> "_Writer":
+        return self
 
-def _units(source: Source, wanted: frozenset[int] | None, rows_per_shard: int) -> Iterator[tuple[int, Iterator[Row]]]:
-    """Cut the source, or its wanted rows, into units, numbered from 0; unread rows are never decoded."""
-    rows = (row for row in read_rows(source) if wanted is None or row.number in wanted)
-    for unit, group in itertools.groupby(enumerate(rows), key=lambda item: item[0] // rows_per_shard):
-        yield unit, (row for _, row in group)
+    def put(self, unit: Unit, scored: list[ScoredPair], noise: NoiseFloor) -> None:
+        """Have a part written; waits while too many are pending."""
+        while self._pending and (len(self._pending) >= self._MOST_PENDING or self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, unit.number, scored, ledger=unit.ledger, noise=noise))
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
+        # An error here belongs to an earlier unit than one that is on its way, and goes first as it would have then.
+        while self._pending:
+            self._pending.popleft().result()
 
 
 def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, ledger: Ledger) -> list[ScoredPair]:

@@ -29,14 +29,15 @@ from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.gate import Gate, GateCallback, policy_dtype
-from pipeline.intake import Ledger, kept_pairs
+from pipeline.intake import Ledger
 from pipeline.join import check_identity, join, load_reference_table
+from pipeline.loading import load_pairs
 from pipeline.models import load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
 from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import watch_signals
-from pipeline.sources import describe, open_source, read_rows
+from pipeline.sources import describe, open_source
 from pipeline.storage import read_json, replace_file, write_json
 from pipeline.trainer import PairTrainer, balance_weight, make_collator, router_aux_weight, training_arguments
 from pipeline.versions import library_versions
@@ -197,7 +198,7 @@ def _window(
     config: Config, arguments: transformers.TrainingArguments, tokenizer: Any, checkpoint: Path | None
 ) -> Window:
     """The window that the checkpoint stands in."""
-    pairs = kept_pairs(read_rows(open_source(config.data)), tokenizer, config.data, Ledger())
+    pairs = load_pairs(open_source(config.data), tokenizer, config.data, Ledger())
     order = order_of_run(arguments, sum(1 for _ in pairs))
     return window_at(config, arguments, order, checkpoint)
 
@@ -298,7 +299,7 @@ def _join_all(
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
-        pairs = kept_pairs(read_rows(source), tokenizer, config.data, ledger)
+        pairs = load_pairs(source, tokenizer, config.data, ledger)
         token_file = output / JOINED / f"{name}-token-logps.arrow"
         table = load_reference_table(
             [stores[name]] if name in stores else [],

@@ -21,6 +21,7 @@ PIPELINE = [
     "pairs",
     "tokens",
     "intake",
+    "loading",
     "models",
     "fingerprint",
     "packing",
