@@ -173,7 +173,7 @@ class UnitQueue:
     def _start(self) -> Any:
         # Loaders left to the end of the process would be told to end, and would not know that it is meant.
         atexit.register(self.close)
-        # Tokenizers warn in a fork of threads that they can't have there. A text at a time needs none.
+        # A text at a time needs no threads, and some versions of the tokenizers warn in a fork of those they had.
         with _default_environment("TOKENIZERS_PARALLELISM", "false"):
             return iter(
                 DataLoader(
