@@ -179,7 +179,10 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
         kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
     )
     table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
-    place = {key: i for i, key in enumerate(table.keys.tolist())}
+    at, found = table.look_up([pair.key for pair in pairs])
+    if (at < 0).any():
+        raise AssertionError("held-out pairs that were scored by this run are not in its shards")
+    ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
     policy = LlamaForCausalLM.from_pretrained(run_folder)
     prepare_scoring(policy)
     margins = []
@@ -187,10 +190,9 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
         for start in range(0, len(pairs), 50):
             part = pairs[start : start + 50]
             scores = score(policy, make_batch([pair.pair for pair in part], tokenizer.pad_token_id))
-            for pair, chosen, rejected in zip(part, *(sums.tolist() for sums in scores.sums()), strict=True):
-                # numpy's fixed-width strings end before trailing zero bytes, in the table as in the look-up.
-                i = place[pair.key.rstrip(b"\0")]
-                ref = float(table.chosen_logps[i]) - float(table.rejected_logps[i])
+            for ref, chosen, rejected in zip(
+                ref_margins[start : start + 50], *(sums.tolist() for sums in scores.sums()), strict=True
+            ):
                 margins.append(config.loss.beta * (chosen - rejected - ref))
     return margins
 
