@@ -35,6 +35,9 @@ __all__ = [
 
 _CHUNK = 1024
 
+_BATCH_BYTES = 16 * 2**20
+"""Of an Arrow batch: who opens the joined set holds 6 KiB for each, so chunks are put together"""
+
 INDEX_ROW = np.dtype(
     [
         ("key", "S16"),
@@ -406,6 +409,7 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     matched, missing, first_missing = 0, 0, None
     used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # a bit for each row
     columns = _joined_schema(with_tokens=table.with_tokens)
+    held: list[pa.RecordBatch] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
@@ -427,8 +431,11 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
                 np.bitwise_or.at(used, at[hits] >> 3, np.left_shift(1, at[hits] & 7).astype(np.uint8))
                 written = np.arange(len(chunk)) if keep_missing else np.flatnonzero(hits)
                 if len(written):
-                    batch = _joined_batch([chunk[i] for i in written], found[written], columns)
-                    writer.write_batch(batch)
+                    held.append(_joined_batch([chunk[i] for i in written], found[written], columns))
+                if sum(batch.nbytes for batch in held) >= _BATCH_BYTES:
+                    writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
+                    held = []
+            writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
     except OSError as error:
         raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
     return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))

@@ -330,6 +330,19 @@ def test_order_is_kept_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert report == JoinReport(matched=7, missing=5, first_missing="pairs.jsonl line 3", surplus=5)
 
 
+@pytest.mark.parametrize("batch_bytes", [1, 2000, 2**25])
+def test_order_is_kept_across_arrows_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(module, "_BATCH_BYTES", batch_bytes)
+    store = make_store(tmp_path / "train", [[scored(key(i)) for i in range(50)]])
+    pairs = [asked(key(n), row=n) for n in range(60)]
+    _, rows = joined(pairs, load_reference_table([store], 64), tmp_path)
+    assert [row["row"] for row in rows] == list(range(50))
+    with pa.memory_map(str(tmp_path / "joined.arrow")) as source:
+        batches = len(list(pa.ipc.open_stream(source)))
+    assert batches in {1: [13], 2000: range(2, 13), 2**25: [1]}[batch_bytes]
+
+
 def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     report = JoinReport(matched=1234, missing=5, first_missing="x", surplus=0)
     assert report.summary() == "1,234 matched, 5 missing, 0 surplus in the shards"

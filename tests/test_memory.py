@@ -135,6 +135,8 @@ def test_stage_one_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) 
 
 
 _JOIN = """
+# Both sizes fill several of these.
+module._BATCH_BYTES = 2**20
 store = open_store(Path({store!r}))
 table = load_reference_table([store], None, folder=Path({work!r}), token_file=Path({work!r}, "tokens"))
 ids = TokenizedPair(prompt_ids=[1], chosen_ids=[1] * {tokens}, rejected_ids=[1] * {tokens})
@@ -170,7 +172,8 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
         assert finish_store(folder, count // rows_per_part) == []
         work = tmp_path / f"work-{count}"
         peaks[count] = _measure(
-            "from pipeline.join import TokenLogps, join, load_reference_table; from pipeline.intake import KeptPair; "
+            "from pipeline import join as module; from pipeline.join import TokenLogps, join, load_reference_table; "
+            "from pipeline.intake import KeptPair; "
             "from pipeline.shards import open_store; from pipeline.tokens import TokenizedPair",
             _JOIN.format(store=str(folder), work=str(work), tokens=tokens, count=count),
         )
