@@ -214,11 +214,12 @@ class _Measure:
         scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
         tokens = scores.tokens.logps.double().cpu().numpy()
         lengths = scores.lengths.cpu().numpy()
-        for i, ours in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
+        ends = np.cumsum(lengths)[:-1]
+        stored = np.split(inputs["ref_token_logps"].double().cpu().numpy(), ends) if "ref_token_logps" in inputs else []
+        for i, ours in enumerate(np.split(tokens, ends)):
             row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
-            stored = row.get(f"ref_{side}_token_logps")
             # Under ld_alpha the stored sums are weighed; but it needs token logps, so sums alone are plain.
-            gap = ours - np.array(stored) if stored else np.array([(ours.sum() - row[f"ref_{side}_logps"]) / len(ours)])
+            gap = ours - stored[i] if stored else np.array([(ours.sum() - row[f"ref_{side}_logps"]) / len(ours)])
             gaps.values.append(gap)
             gaps.parts.append(row["part"])
 

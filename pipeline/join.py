@@ -1,13 +1,17 @@
 """Tokenized pairs x shards -> dataset with reference columns, joined by the pair's key.
 
-The joined set is written to disk once, as an Arrow file that is then memory-mapped: its size costs no memory, and
-the order is that of the source, so shuffling stays the trainer's.
+Nothing is held in memory for each pair or token. The stores' keys and sums become an index on disk, sorted out of
+core and then memory-mapped; their token logps go to one flat file that is read batch by batch; the joined set is an
+Arrow file. Its order is that of the source, so shuffling stays the trainer's.
 """
 
+import mmap
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,31 +22,145 @@ from pipeline.fingerprint import differences
 from pipeline.intake import KeptPair
 from pipeline.shards import Store, pair_keys, read_parts
 
-__all__ = ["JoinReport", "ReferenceTable", "check_identity", "join", "load_reference_table"]
+__all__ = [
+    "INDEX_ROW",
+    "JoinReport",
+    "ReferenceTable",
+    "TokenLogps",
+    "build_reference_table",
+    "check_identity",
+    "join",
+    "load_reference_table",
+]
 
 _CHUNK = 1024
 
+_BATCH_BYTES = 16 * 2**20
+"""Of an Arrow batch: who opens the joined set holds 6 KiB for each, so chunks are put together"""
 
-@dataclass(frozen=True, kw_only=True)
+INDEX_ROW = np.dtype(
+    [
+        ("key", "S16"),
+        ("token_start", "<i8"),
+        ("chosen_logps", "<f4"),
+        ("rejected_logps", "<f4"),
+        ("chosen_tokens", "<i4"),
+        ("rejected_tokens", "<i4"),
+        ("part", "<i4"),
+    ]
+)
+"""What the index has of a pair, in 44 bytes: its key; where its token logps start in their file, counted in values (-1:
+nowhere); sums in nats and token counts, both cut to this run's max_length; the number of its part, counted through the
+stores"""
+
+_ABSENT = np.array((b"", -1, np.nan, np.nan, 0, 0, -1), INDEX_ROW)
+
+_SORTED_ROWS = 2**18
+"""Rows that are sorted at once, in memory: 11 MiB, of which there are about four copies"""
+
+_BLOCK = 128
+"""Rows, 5.5 KiB of them, for which one key stays in memory: an eighth of a byte a pair"""
+
+
 class ReferenceTable:
-    """Keys and sums of one or more stores, sorted by key. Equal keys are equal pairs, and kept once."""
+    """What the stores have of each pair, sorted by key and memory-mapped. Equal keys are equal pairs, and kept once."""
 
-    keys: npt.NDArray[np.bytes_]
-    """[R] 16 bytes each, ascending"""
-    chosen_logps: npt.NDArray[np.float32]
-    """[R] nats, cut to this run's max_length"""
-    rejected_logps: npt.NDArray[np.float32]
-    """[R] nats"""
-    chosen_tokens: npt.NDArray[np.int32]
-    """[R]"""
-    rejected_tokens: npt.NDArray[np.int32]
-    """[R]"""
-    parts: npt.NDArray[np.int32]
-    """[R] number of the part, counted through the stores"""
-    rows: npt.NDArray[np.int64]
-    """[R] row of `token_logps`"""
-    token_logps: pa.Table | None = None
-    """`chosen_token_logps` and `rejected_token_logps`, memory-mapped, cut as the sums are; None if not asked for"""
+    def __init__(self, file: IO[bytes], rows: int, fence: npt.NDArray[np.bytes_], *, with_tokens: bool) -> None:
+        """Map the index.
+
+        Args:
+            file: Of `INDEX_ROW`, ascending by key; it may be closed and deleted afterwards.
+            rows: How many.
+            fence: The keys of rows 0, `_BLOCK`, 2 `_BLOCK`, ...
+            with_tokens: The rows say where their token logps are.
+        """
+        self._fence = fence
+        # An empty file can't be mapped.
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if rows else None
+        self.rows: npt.NDArray[np.void] = np.empty(0, INDEX_ROW) if self._map is None else _view(self._map)
+        """[R] `INDEX_ROW`, read-only"""
+        self.with_tokens = with_tokens
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """[R] 16 bytes each, ascending"""
+        return self.rows["key"]
+
+    def look_up(self, keys: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void]]:
+        """Find pairs by key.
+
+        Args:
+            keys: K of them, in any order.
+
+        Returns:
+            Their rows in the table, [K], -1 where a key is not there; and copies of these rows, [K] `INDEX_ROW`, with
+            NaN for the sums and -1 for part and start where a key is not there.
+        """
+        wanted = np.array(keys, dtype="S16")
+        at = np.full(len(wanted), -1, dtype=np.int64)
+        found = np.full(len(wanted), _ABSENT)
+        if not len(self):
+            return at, found
+        # Ascending, so that neighbours in the file are read together.
+        order = np.argsort(wanted)
+        for start in range(0, len(order), _BLOCK):
+            some = order[start : start + _BLOCK]
+            near = self._last_not_above(wanted[some])
+            hits = self.keys[near] == wanted[some]
+            at[some[hits]] = near[hits]
+            found[some[hits]] = self.rows[near[hits]]
+            self._let_go()
+        return at, found
+
+    def _last_not_above(self, keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
+        """For each key, the last row whose key is not above it, or the first row if all are."""
+        near = np.maximum(np.searchsorted(self._fence, keys, side="right") - 1, 0) * _BLOCK
+        step = _BLOCK // 2
+        while step:
+            further = np.minimum(near + step, len(self) - 1)
+            near = np.where(self.keys[further] <= keys, further, near)
+            step //= 2
+        return near
+
+    def _let_go(self) -> None:
+        """Unmap the pages that were read. They stay in the system's cache, but no longer count as this process's."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class TokenLogps:
+    """Token logps of all stored pairs, read from their file pair by pair.
+
+    Read and not mapped: an epoch touches every page, and a map's pages count as the process's memory. It pickles as
+    its path, so that workers of a DataLoader open the file themselves.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._opened: IO[bytes] | None = None
+
+    def __reduce__(self) -> tuple[type["TokenLogps"], tuple[Path]]:
+        return TokenLogps, (self._file,)
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.float32]:
+        """Read `count` values from the `start`-th on: a pair's chosen ones and then its rejected ones. Nats, read-only.
+
+        Raises:
+            StorageError: The file can't be read, or ends before.
+        """
+        try:
+            if self._opened is None:
+                self._opened = self._file.open("rb", buffering=0)
+            # With its own position: forked workers share the file's.
+            content = os.pread(self._opened.fileno(), 4 * count, 4 * start)
+        except OSError as error:
+            raise StorageError(f"{self._file}: can't be read ({error.strerror or error})") from error
+        if len(content) != 4 * count:
+            raise StorageError(f"{self._file}: cut short. It is made anew when refshard train is run again")
+        return np.frombuffer(content, dtype="<f4")
 
 
 @dataclass(frozen=True)
@@ -80,22 +198,27 @@ def load_reference_table(
     max_length: int | None,
     *,
     ld_alpha: float | None = None,
+    folder: Path | None = None,
     token_file: Path | None = None,
 ) -> ReferenceTable:
     """Read keys and sums from the stores; where they were cut later than `max_length`, sum the shorter prefix.
 
     A causal model's log-probs do not depend on what comes after, so the prefix of stored token logps is what a
-    scoring at the smaller length would have given.
+    scoring at the smaller length would have given. One part is in memory at a time.
 
     Args:
         stores: Finished stores of one identity.
         max_length: Of this run, at most that of the stores.
         ld_alpha: Weight in the sums of tokens past the shorter completion's length (LD-DPO, arXiv 2409.06411).
-        token_file: Where token logps go to be memory-mapped; they are left out if None, or where none are stored.
+        folder: Where the index is kept, in files without a name that are gone with the table, however the process
+            ends. The system's folder for temporary files if None: name another for stores of millions of pairs.
+        token_file: Where token logps are appended, cut to `max_length` and not weighed, for `TokenLogps` to read; the
+            tables of several sets may share it. They are left out if None, or where a store has none.
 
     Raises:
         ConfigError: `ld_alpha` is asked for, and a store has no token logps.
         DataError: A part is damaged, or its sums are not those of its token logps.
+        StorageError: The index or the token logps can't be written.
     """
     sums_only = [s for s in stores if not s.manifest["identity"]["tokenization"]["token_logps"]]
     stored = bool(stores) and not sums_only
@@ -105,49 +228,125 @@ def load_reference_table(
             "score again with precompute.token_logps: true"
         )
     token_file = token_file if stored else None
-    pieces: list[dict[str, npt.NDArray[Any]]] = []
-    with _TokenFile(token_file) as sink:
-        for store in stores:
-            for part in read_parts(store):
-                piece, lists = _piece(store, part, len(pieces), max_length, ld_alpha)
-                pieces.append(piece)
-                sink.write(lists)
-    columns = {
-        name: np.concatenate([np.empty(0, dtype), *(piece[name] for piece in pieces)]) for name, dtype in _PIECE.items()
-    }
-    columns["rows"] = np.arange(len(columns["keys"]))
-    columns["keys"], first = np.unique(columns["keys"], return_index=True)
-    return ReferenceTable(
-        keys=columns.pop("keys"),
-        **{name: values[first] for name, values in columns.items()},
-        token_logps=None if token_file is None else pa.ipc.open_stream(pa.memory_map(str(token_file))).read_all(),
-    )
+    pieces = _pieces(stores, max_length, ld_alpha, token_file)
+    rows = sum(part["rows"] for store in stores for part in store.parts)
+    return build_reference_table(pieces, rows, folder=folder, with_tokens=token_file is not None)
 
 
-_PIECE = {
-    "keys": "S16",
-    "parts": "int32",
-    "chosen_logps": "float32",
-    "rejected_logps": "float32",
-    "chosen_tokens": "int32",
-    "rejected_tokens": "int32",
-}
+def build_reference_table(
+    pieces: Iterable[npt.NDArray[np.void]], rows: int, *, folder: Path | None = None, with_tokens: bool = False
+) -> ReferenceTable:
+    """Sort rows by key on disk. Of rows with equal keys the first stays.
+
+    Keys are digests, so their first bits spread the rows evenly over as many buckets as make one small enough to be
+    sorted in memory; what the buckets give one after the other is in order.
+
+    Args:
+        pieces: Rows in any order, `INDEX_ROW`; each piece is in memory while it is taken.
+        rows: About how many there are in all.
+        folder: As for `load_reference_table`, made if needed.
+        with_tokens: The rows say where their token logps are.
+
+    Raises:
+        StorageError: The disk is full or failing.
+    """
+    bits = min(max(rows - 1, 0) // _SORTED_ROWS, 2**16 - 1).bit_length()
+    kept, fence = 0, [np.empty(0, "S16")]
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for bucket in _buckets(pieces, bits, folder):
+                keys = np.ascontiguousarray(bucket["key"])
+                order = np.argsort(keys, kind="stable")
+                keys = keys[order]
+                first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+                keys = keys[first]
+                _write_rows(file, bucket, order[first])
+                fence.append(keys[-kept % _BLOCK :: _BLOCK].copy())  # a view would hold all of them
+                kept += len(keys)
+            file.flush()
+            return ReferenceTable(file, kept, np.concatenate(fence), with_tokens=with_tokens)
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise StorageError(f"{where}: the stores' index can't be written ({error.strerror or error})") from error
+
+
+def _buckets(pieces: Iterable[npt.NDArray[np.void]], bits: int, folder: Path | None) -> Iterator[npt.NDArray[np.void]]:
+    """Yield the rows by their keys' first bits, ascending; those of one bucket in the order in which they came."""
+    if not bits:
+        yield np.concatenate([np.empty(0, INDEX_ROW), *pieces])
+        return
+    with tempfile.TemporaryFile(dir=folder) as spill:
+        # One file of many runs, each in the buckets' order, and where in it each bucket of each run begins.
+        edges, written = [], 0
+        for run in _runs(pieces):
+            numbers = np.ascontiguousarray(run["key"]).view(">u2")[::8].astype(np.uint16) >> (16 - bits)
+            _write_rows(spill, run, np.argsort(numbers, kind="stable"))
+            ends = np.cumsum(np.bincount(numbers, minlength=2**bits))
+            edges.append(written + np.concatenate([[0], ends]))
+            written += len(run)
+        spill.flush()
+        for number in range(2**bits):
+            yield np.concatenate([_read_rows(spill, *run[number : number + 2].tolist()) for run in edges])
+
+
+def _runs(pieces: Iterable[npt.NDArray[np.void]]) -> Iterator[npt.NDArray[np.void]]:
+    """Put pieces together until there are enough rows to be worth a visit to every bucket."""
+    held: list[npt.NDArray[np.void]] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) >= _SORTED_ROWS:
+            yield np.concatenate(held)
+            held = []
+    yield np.concatenate([np.empty(0, INDEX_ROW), *held])
+
+
+def _write_rows(file: IO[bytes], rows: npt.NDArray[np.void], order: npt.NDArray[np.int64]) -> None:
+    # As bytes without fields: numpy moves those whole, an order faster.
+    file.write(rows.view(f"V{INDEX_ROW.itemsize}")[order].tobytes())
+
+
+def _read_rows(file: IO[bytes], start: int, end: int) -> npt.NDArray[np.void]:
+    size = INDEX_ROW.itemsize
+    return np.frombuffer(os.pread(file.fileno(), (end - start) * size, start * size), INDEX_ROW)
+
+
+def _view(mapped: mmap.mmap) -> npt.NDArray[np.void]:
+    return np.frombuffer(mapped, INDEX_ROW)
+
+
+def _pieces(
+    stores: Sequence[Store], max_length: int | None, ld_alpha: float | None, token_file: Path | None
+) -> Iterator[npt.NDArray[np.void]]:
+    """Each part's share of the index; its token logps go to their file on the way."""
+    number = 0
+    start = token_file.stat().st_size // 4 if token_file is not None and token_file.exists() else 0
+    for store in stores:
+        for part in read_parts(store):
+            piece, lists = _piece(store, part, number, max_length, ld_alpha)
+            piece["token_start"] = -1
+            if token_file is not None:
+                values, starts = _side_by_side(*lists)
+                piece["token_start"] = start + starts
+                start += len(values)
+                _append(token_file, values)
+            yield piece
+            number += 1
 
 
 def _piece(
     store: Store, part: pa.Table, number: int, max_length: int | None, ld_alpha: float | None
-) -> tuple[dict[str, npt.NDArray[Any]], list[pa.Array]]:
-    """One part's share of the table, and its token logps, chosen and rejected, where they are stored."""
+) -> tuple[npt.NDArray[np.void], list[pa.ListArray]]:
+    """One part's share of the index, and its token logps, chosen and rejected, where they are stored."""
     room = part["prompt_tokens"].to_numpy()
     room = np.maximum(max_length - room, 0) if max_length is not None else np.full_like(room, np.iinfo(np.int32).max)
     tokens = {
         side: np.minimum(part[f"{side}_tokens"].to_numpy(), room).astype(np.int32) for side in ("chosen", "rejected")
     }
     shared = np.minimum(tokens["chosen"], tokens["rejected"])
-    piece: dict[str, npt.NDArray[Any]] = {
-        "keys": pair_keys(part),
-        "parts": np.full(part.num_rows, number, dtype=np.int32),
-    }
+    piece = np.empty(part.num_rows, INDEX_ROW)
+    piece["key"], piece["part"] = pair_keys(part), number
     lists = []
     for side, counts in tokens.items():
         sums = part[f"ref_{side}_logps"].to_numpy()
@@ -167,91 +366,82 @@ def _piece(
     return piece, lists
 
 
-class _TokenFile:
-    """Token logps of all parts in one file that needs no decoding, so that it can be memory-mapped."""
+def _side_by_side(
+    chosen: pa.ListArray, rejected: pa.ListArray
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Put each row's rejected values after its chosen ones; give all values, and where each row's start, [R]."""
+    counts = [side.value_lengths().to_numpy().astype(np.int64) for side in (chosen, rejected)]
+    ends = np.cumsum(counts[0] + counts[1])
+    starts = ends - counts[0] - counts[1]
+    is_chosen = np.repeat(np.tile([True, False], len(ends)), np.stack(counts, axis=1).ravel())
+    values = np.empty(len(is_chosen), "<f4")
+    values[is_chosen], values[~is_chosen] = chosen.flatten().to_numpy(), rejected.flatten().to_numpy()
+    return values, starts
 
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._sink: Any = None
-        self._writer: Any = None
 
-    def __enter__(self) -> "_TokenFile":
-        if self._file is not None:
-            try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                self._sink = pa.OSFile(str(self._file), "wb")
-            except OSError as error:
-                raise StorageError(f"{self._file}: can't be written ({error.strerror or error})") from error
-            self._writer = pa.ipc.new_stream(self._sink, _TOKEN_LOGPS)
-        return self
-
-    def write(self, lists: list[pa.Array]) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=_TOKEN_LOGPS))
-        except OSError as error:
-            raise StorageError(f"{self._file}: can't be written ({error.strerror or error})") from error
-
-    def __exit__(self, *exception: object) -> None:
-        for resource in (self._writer, self._sink):
-            if resource is not None:
-                resource.close()
+def _append(file: Path, values: npt.NDArray[np.float32]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as sink:
+            sink.write(values.tobytes())
+    except OSError as error:
+        raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
 
 
 def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_missing: bool = False) -> JoinReport:
     """Look up every pair by key and write those that match to an Arrow file, in order.
 
     Columns: `pair_key`, `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `truncated`, `part`, `ref_chosen_logps`,
-    `ref_rejected_logps`, and where the table has them `ref_chosen_token_logps`, `ref_rejected_token_logps`. Pairs
-    without a match are counted, not written; what that means is the caller's to say.
+    `ref_rejected_logps`, and where the table has it `token_start`, for `TokenLogps`. Pairs without a match are counted,
+    not written; what that means is the caller's to say.
 
     Args:
         pairs: In the source's order.
         table: What the stores hold.
         file: Where the joined set goes.
-        keep_missing: Write pairs without a match too, with NaN for the reference's logps, so that a pair's place in
-            the set does not depend on which pairs are scored.
+        keep_missing: Write pairs without a match too, with NaN for the reference's logps and -1 for part and start, so
+            that a pair's place in the set does not depend on which pairs are scored.
 
     Raises:
         DataError: A pair matches by key but not by its token counts: the shard was cut elsewhere.
         StorageError: The file can't be written.
     """
     matched, missing, first_missing = 0, 0, None
-    used = np.zeros(len(table.keys), dtype=bool)
-    columns = _joined_schema(with_tokens=table.token_logps is not None)
+    used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # a bit for each row
+    columns = _joined_schema(with_tokens=table.with_tokens)
+    held: list[pa.RecordBatch] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
             for chunk in _chunks(pairs):
-                keys = np.array([p.key for p in chunk], dtype="S16")
-                at = np.minimum(np.searchsorted(table.keys, keys), max(len(table.keys) - 1, 0))
-                hits = table.keys[at] == keys if len(table.keys) else np.zeros(len(keys), dtype=bool)
-                for pair, i, hit in zip(chunk, at, hits, strict=True):
+                at, found = table.look_up([p.key for p in chunk])
+                hits = at >= 0
+                for pair, hit, tokens in zip(
+                    chunk, hits, found[["chosen_tokens", "rejected_tokens"]].tolist(), strict=True
+                ):
                     if not hit:
                         missing += 1
                         first_missing = first_missing or pair.place
-                    elif (len(pair.pair.chosen_ids), len(pair.pair.rejected_ids)) != (
-                        table.chosen_tokens[i],
-                        table.rejected_tokens[i],
-                    ):
+                    elif (len(pair.pair.chosen_ids), len(pair.pair.rejected_ids)) != tokens:
                         raise DataError(
-                            f"{pair.place}: the shards scored {table.chosen_tokens[i]} and {table.rejected_tokens[i]} "
-                            f"tokens of it, this run has {len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
+                            f"{pair.place}: the shards scored {tokens[0]} and {tokens[1]} tokens of it, this run has "
+                            f"{len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
                         )
                 matched += int(hits.sum())
-                used[at[hits]] = True
+                np.bitwise_or.at(used, at[hits] >> 3, np.left_shift(1, at[hits] & 7).astype(np.uint8))
                 written = np.arange(len(chunk)) if keep_missing else np.flatnonzero(hits)
                 if len(written):
-                    batch = _joined_batch([chunk[i] for i in written], at[written], hits[written], table)
-                    writer.write_batch(pa.RecordBatch.from_arrays(batch, schema=columns))
+                    held.append(_joined_batch([chunk[i] for i in written], found[written], columns))
+                if sum(batch.nbytes for batch in held) >= _BATCH_BYTES:
+                    writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
+                    held = []
+            writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
     except OSError as error:
         raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
-    return JoinReport(matched, missing, first_missing, int(len(used) - used.sum()))
+    return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))
 
 
-_IDS, _LOGPS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_TOKEN_LOGPS = pa.schema([("chosen_token_logps", _LOGPS), ("rejected_token_logps", _LOGPS)])
+_IDS = pa.list_(pa.int32())
 
 
 def _joined_schema(*, with_tokens: bool) -> pa.Schema:
@@ -267,47 +457,24 @@ def _joined_schema(*, with_tokens: bool) -> pa.Schema:
         ("ref_rejected_logps", pa.float32()),
     ]
     if with_tokens:
-        fields += [("ref_chosen_token_logps", _LOGPS), ("ref_rejected_token_logps", _LOGPS)]
+        fields.append(("token_start", pa.int64()))
     return pa.schema(fields)
 
 
-def _joined_batch(
-    pairs: Sequence[KeptPair], at: npt.NDArray[np.int64], hits: npt.NDArray[np.bool_], table: ReferenceTable
-) -> list[pa.Array]:
-    def looked_up(values: npt.NDArray[Any], missing: float) -> npt.NDArray[Any]:
-        found = np.full(len(at), missing, dtype=values.dtype)
-        found[hits] = values[at[hits]]
-        return found
-
-    columns = [
-        pa.array([p.key for p in pairs], pa.binary(16)),
-        pa.array([p.row for p in pairs], pa.int64()),
-        pa.array([p.pair.prompt_ids for p in pairs], _IDS),
-        pa.array([p.pair.chosen_ids for p in pairs], _IDS),
-        pa.array([p.pair.rejected_ids for p in pairs], _IDS),
-        pa.array([p.truncated for p in pairs], pa.bool_()),
-        pa.array(looked_up(table.parts, -1), pa.int32()),
-        pa.array(looked_up(table.chosen_logps, np.nan), pa.float32()),
-        pa.array(looked_up(table.rejected_logps, np.nan), pa.float32()),
-    ]
-    if table.token_logps is not None:
-        rows = looked_up(table.rows, -1)
-        columns += [_take(column, rows, hits) for column in table.token_logps.columns]
-    return columns
-
-
-def _take(column: pa.ChunkedArray, rows: npt.NDArray[np.int64], hits: npt.NDArray[np.bool_]) -> pa.Array:
-    """Take rows of a column, null where there is no hit, without putting its chunks (one for each part) together."""
-    starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-    chunk_of = np.searchsorted(starts, rows, side="right") - 1
-    pieces, at, taken = [], np.zeros(len(rows), dtype=np.int64), 0
-    for chunk in np.unique(chunk_of[hits]):
-        wanted = np.flatnonzero(hits & (chunk_of == chunk))
-        pieces.append(column.chunk(int(chunk)).take(pa.array(rows[wanted] - starts[chunk])))
-        at[wanted] = taken + np.arange(len(wanted))
-        taken += len(wanted)
-    # A null index takes a null list.
-    return pa.concat_arrays(pieces or [pa.array([], _LOGPS)]).take(pa.array(at, mask=~hits))
+def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:
+    columns = {
+        "pair_key": [p.key for p in pairs],
+        "row": [p.row for p in pairs],
+        "prompt_ids": [p.pair.prompt_ids for p in pairs],
+        "chosen_ids": [p.pair.chosen_ids for p in pairs],
+        "rejected_ids": [p.pair.rejected_ids for p in pairs],
+        "truncated": [p.truncated for p in pairs],
+        "part": found["part"],
+        "ref_chosen_logps": found["chosen_logps"],
+        "ref_rejected_logps": found["rejected_logps"],
+        "token_start": found["token_start"],
+    }
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
 def _chunks(pairs: Iterable[KeptPair]) -> Iterator[list[KeptPair]]:
@@ -350,6 +517,5 @@ def _sums_of(
     cut = pa.ListArray.from_arrays(
         pa.array(np.concatenate([[0], np.cumsum(np.minimum(counts, lengths))]), pa.int32()),
         pa.array(values[kept], pa.float32()),
-        type=_LOGPS,
     )
     return whole, cut, weighted

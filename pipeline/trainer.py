@@ -3,16 +3,17 @@
 The reference is two numbers per pair in the batch; nothing here knows how to load a second model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
 from pipeline.errors import ConfigError, DataError
+from pipeline.join import TokenLogps
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.packing import Batch, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, score, weighted_sums
@@ -21,8 +22,15 @@ from pipeline.tokens import TokenizedPair, truncate
 __all__ = ["PairTrainer", "balance_weight", "make_collator", "router_aux_weight", "training_arguments"]
 
 
-def make_collator(pad_id: int, max_length: int | None, *, packed: bool) -> Any:
-    """Make the function that turns rows of the joined set into one micro-batch, packed or padded."""
+def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
+    """Make the function that turns rows of the joined set into one micro-batch.
+
+    Args:
+        pad_id: What padding is filled with, where there is any.
+        max_length: As the pairs were joined.
+        token_logps: The file that the rows' `token_start` counts in; without it there are no `ref_token_logps`.
+        packed: Pack the pairs into one row, if the model can read that; otherwise pad them.
+    """
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = []
@@ -41,18 +49,27 @@ def make_collator(pad_id: int, max_length: int | None, *, packed: bool) -> Any:
             "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
             "batch": pack_pairs(pairs) if packed else pad_pairs(pairs, pad_id),
         }
-        if "ref_chosen_token_logps" in rows[0]:
-            # A pair that was not scored has none; the loader may fetch it ahead, but the loss refuses it.
-            lists = [
-                row[f"ref_{side}_token_logps"] or [math.nan] * len(getattr(pair, f"{side}_ids"))
-                for side in ("chosen", "rejected")
-                for row, pair in zip(rows, pairs, strict=True)
-            ]
+        if token_logps is not None and "token_start" in rows[0]:
             # [N], in the order in which the scorer gives the policy's
-            columns["ref_token_logps"] = torch.tensor([x for values in lists for x in values], dtype=torch.float32)
+            columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
         return columns
 
     return collate
+
+
+def _ref_token_logps(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[TokenizedPair], token_logps: TokenLogps
+) -> torch.Tensor:
+    """Read the reference's token logps: all chosen completions', then all rejected ones', [N] float32."""
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for row, pair in zip(rows, pairs, strict=True):
+        chosen, both = len(pair.chosen_ids), len(pair.chosen_ids) + len(pair.rejected_ids)
+        # A pair that was not scored has none; the loader may fetch it ahead, but the loss refuses it.
+        unscored = row["token_start"] < 0
+        values = np.full(both, np.nan, np.float32) if unscored else token_logps.read(row["token_start"], both)
+        sides[0].append(values[:chosen])
+        sides[1].append(values[chosen:])
+    return torch.from_numpy(np.concatenate([*sides[0], *sides[1]]))
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:

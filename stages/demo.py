@@ -178,15 +178,14 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
         kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
     )
     table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
-    place = {key: i for i, key in enumerate(table.keys.tolist())}
+    at, found = table.look_up([pair.key for pair in pairs])
+    if (at < 0).any():
+        raise AssertionError("held-out pairs that were scored by this run are not in its shards")
+    ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
     sums = _sums(LlamaForCausalLM.from_pretrained(run_folder), [pair.pair for pair in pairs])
-    margins = []
-    for pair, (chosen, rejected) in zip(pairs, sums, strict=True):
-        # numpy's fixed-width strings end before trailing zero bytes, in the table as in the look-up.
-        i = place[pair.key.rstrip(b"\0")]
-        ref = float(table.chosen_logps[i]) - float(table.rejected_logps[i])
-        margins.append(config.loss.beta * (chosen - rejected - ref))
-    return margins
+    return [
+        config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
+    ]
 
 
 def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:

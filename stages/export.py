@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from pipeline.config import Config, training_settings
 from pipeline.errors import BadRow, DataError, RefshardError, StorageError
@@ -50,7 +49,7 @@ def run(config: Config, output: Path) -> None:
         work.mkdir(parents=True)
         sets = {}
         for name in names:
-            rows = _Rows(config, name, stores[name], tokenizer, str(on_missing))
+            rows = _Rows(config, name, stores[name], tokenizer, str(on_missing), work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
             click.echo(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
@@ -70,20 +69,22 @@ def run(config: Config, output: Path) -> None:
 class _Rows:
     """The rows of one set, as the datasets library asks for them."""
 
-    def __init__(self, config: Config, name: str, store: Any, tokenizer: Any, on_missing: str) -> None:
+    def __init__(self, config: Config, name: str, store: Any, tokenizer: Any, on_missing: str, work: Path) -> None:
         self._source = dataclasses.replace(open_source(config.data, config.data.eval.get(name)), all_columns=True)
-        self._config, self._store, self._tokenizer, self._on_missing = config, store, tokenizer, on_missing
+        self._config, self._store, self._tokenizer = config, store, tokenizer
+        self._on_missing, self._work = on_missing, work
         self.ledger = Ledger()
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         config = self._config
-        table = load_reference_table([self._store], config.data.max_length, ld_alpha=config.loss.ld_alpha)
+        table = load_reference_table(
+            [self._store], config.data.max_length, ld_alpha=config.loss.ld_alpha, folder=self._work
+        )
         self.ledger = Ledger()
         names = _column_names(self._source)
         for pair, row in kept_rows(read_rows(self._source), self._tokenizer, config.data, self.ledger):
-            key = np.array(pair.key, dtype="S16")
-            at = int(np.searchsorted(table.keys, key))
-            if at == len(table.keys) or table.keys[at] != key:
+            (at,), (found,) = table.look_up([pair.key])
+            if at < 0:
                 if self._on_missing == "drop":
                     continue
                 raise DataError(
@@ -91,8 +92,8 @@ class _Rows:
                     "it with refshard precompute into a new precompute.output, or set train.on_missing: drop"
                 )
             scores = {
-                "ref_chosen_logps": float(table.chosen_logps[at]),
-                "ref_rejected_logps": float(table.rejected_logps[at]),
+                "ref_chosen_logps": float(found["chosen_logps"]),
+                "ref_rejected_logps": float(found["rejected_logps"]),
             }
             yield {**dict.fromkeys(names), **row, **scores}
 

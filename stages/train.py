@@ -30,7 +30,7 @@ from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import Ledger
-from pipeline.join import check_identity, join, load_reference_table
+from pipeline.join import TokenLogps, check_identity, join, load_reference_table
 from pipeline.loading import load_pairs
 from pipeline.models import load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
@@ -121,7 +121,10 @@ def _train(config: Config, state: PartialState, overwrite: bool) -> None:
         model=policy,
         args=arguments,
         data_collator=make_collator(
-            tokenizer.pad_token_id or tokenizer.eos_token_id or 0, config.data.max_length, packed=packed
+            tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            config.data.max_length,
+            TokenLogps(_token_file(output)),
+            packed=packed,
         ),
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
@@ -288,6 +291,11 @@ def _joined_file(output: Path, name: str) -> Path:
     return output / JOINED / f"{name}.arrow"
 
 
+def _token_file(output: Path) -> Path:
+    """Reference token logps of all sets, while the run lasts."""
+    return output / JOINED / "token-logps.f32"
+
+
 def _join_all(
     config: Config,
     stores: Mapping[str, Store],
@@ -296,19 +304,21 @@ def _join_all(
     on_missing: str,
     window: Window | None,
 ) -> None:
+    token_file = _token_file(output)
+    # What an earlier start has left; every set appends to it.
+    token_file.unlink(missing_ok=True)
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
         pairs = load_pairs(source, tokenizer, config.data, ledger)
-        token_file = output / JOINED / f"{name}-token-logps.arrow"
         table = load_reference_table(
             [stores[name]] if name in stores else [],
             config.data.max_length,
             ld_alpha=config.loss.ld_alpha,
+            folder=output / JOINED,
             token_file=token_file,
         )
         report = join(pairs, table, _joined_file(output, name), keep_missing=window is not None)
-        token_file.unlink(missing_ok=True)
         if window is not None:
             # Only a window's pairs are scored; one that is missing stops its step.
             click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window.number}")

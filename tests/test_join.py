@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,16 @@ from hypothesis import strategies as st
 from pipeline import join as module
 from pipeline.errors import ConfigError, DataError, IdentityError, StorageError
 from pipeline.intake import KeptPair, Ledger
-from pipeline.join import JoinReport, ReferenceTable, check_identity, join, load_reference_table
+from pipeline.join import (
+    INDEX_ROW,
+    JoinReport,
+    ReferenceTable,
+    TokenLogps,
+    build_reference_table,
+    check_identity,
+    join,
+    load_reference_table,
+)
 from pipeline.shards import ScoredPair, Store, create_store, finish_store, open_store, write_part
 from pipeline.tokens import TokenizedPair
 
@@ -72,6 +82,13 @@ def joined(
     report = join(pairs, table, folder / "joined.arrow", keep_missing=keep_missing)
     with pa.memory_map(str(folder / "joined.arrow")) as source:
         return report, pa.ipc.open_stream(source).read_all().to_pylist()
+
+
+def token_logps_of(file: Path, row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """A joined row's token logps, chosen and rejected, as the collator reads them."""
+    counts = [len(row["chosen_ids"]), len(row["rejected_ids"])]
+    values = TokenLogps(file).read(row["token_start"], sum(counts)).tolist()
+    return values[: counts[0]], values[counts[0] :]
 
 
 def key(number: int) -> bytes:
@@ -153,30 +170,88 @@ def test_token_logps_come_with_the_pairs_where_they_are_asked_for(tmp_path: Path
     values = {n: ([-1.0 * n, -0.5], [-2.0 - n]) for n in range(4)}
     parts = [[scored(key(n), *values[n]) for n in numbers] for numbers in ((0, 1), (2, 3))]
     store = make_store(tmp_path / "train", parts)
-    table = load_reference_table([store], 64, token_file=tmp_path / "new" / "tokens.arrow")
+    token_file = tmp_path / "new" / "tokens"
+    table = load_reference_table([store], 64, token_file=token_file)
     _, rows = joined([asked(key(n)) for n in (3, 0, 2, 2)], table, tmp_path)
-    assert [(row["ref_chosen_token_logps"], row["ref_rejected_token_logps"]) for row in rows] == [
-        values[n] for n in (3, 0, 2, 2)
-    ]
+    assert [token_logps_of(token_file, row) for row in rows] == [values[n] for n in (3, 0, 2, 2)]
     _, rows = joined([asked(key(0))], load_reference_table([store], 64), tmp_path)
     assert not any("token" in name for name in rows[0])
 
 
+def test_several_sets_share_one_file_of_token_logps(tmp_path: Path) -> None:
+    """One collator serves training and held-out sets."""
+    token_file = tmp_path / "tokens"
+    for n, name in enumerate(("train", "test")):
+        store = make_store(tmp_path / name, [[scored(key(0), (-1.0, -2.0 - n), (-4.0 - n,))]])
+        table = load_reference_table([store], 64, token_file=token_file)
+        _, rows = joined([asked(key(0))], table, tmp_path)
+        assert token_logps_of(token_file, rows[0]) == ([-1.0, -2.0 - n], [-4.0 - n])
+
+
+def test_a_reader_that_was_sent_to_a_worker_reads_the_same(tmp_path: Path) -> None:
+    np.arange(6, dtype="<f4").tofile(tmp_path / "tokens")
+    reader = TokenLogps(tmp_path / "tokens")
+    assert reader.read(2, 3).tolist() == [2, 3, 4]
+    sent = pickle.dumps(reader)
+    assert len(sent) < 500
+    assert pickle.loads(sent).read(4, 2).tolist() == [4, 5]
+
+
+def test_a_file_of_token_logps_that_ends_early_is_a_storage_error(tmp_path: Path) -> None:
+    """Values that are not there must not read as fewer tokens."""
+    np.arange(6, dtype="<f4").tofile(tmp_path / "tokens")
+    with pytest.raises(StorageError, match="cut short"):
+        TokenLogps(tmp_path / "tokens").read(4, 3)
+    with pytest.raises(StorageError, match="can't be read"):
+        TokenLogps(tmp_path / "none").read(0, 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path: Path, num_workers: int) -> None:
+    import torch
+
+    from pipeline.trainer import make_collator
+
+    values: dict[int, tuple[list[float], list[float]]] = {0: ([-1.0, -2.0], [-3.0]), 1: ([-4.0], [-5.0, -6.0])}
+    store = make_store(tmp_path / "train", [[scored(key(n), *values[n]) for n in values]])
+    table = load_reference_table([store], 64, token_file=tmp_path / "tokens")
+    pairs = [asked(key(1), chosen=1, rejected=2), asked(key(7), chosen=2, rejected=1), asked(key(0))]
+    _, rows = joined(pairs, table, tmp_path, keep_missing=True)
+    reader = TokenLogps(tmp_path / "tokens")
+    # Open before the workers start, who then share the file.
+    reader.read(0, 1)
+    loader = torch.utils.data.DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=3,
+        collate_fn=make_collator(0, 64, reader, packed=True),
+        num_workers=num_workers,
+    )
+    (batch,) = loader
+    nan = math.nan
+    # Of the pair that was not scored nothing reads as a number.
+    expected = np.array([-4, nan, nan, -1, -2, -5, -6, nan, -3], np.float32)
+    assert np.array_equal(batch["ref_token_logps"].numpy(), expected, equal_nan=True)
+    assert "ref_token_logps" not in make_collator(0, 64, packed=True)(rows)
+    for row in rows:
+        del row["token_start"]
+    assert "ref_token_logps" not in make_collator(0, 64, reader, packed=True)(rows)
+
+
 def test_token_logps_are_cut_as_the_sums_are(tmp_path: Path) -> None:
     store = make_store(tmp_path / "train", [[scored(key(0), (-1.0, -2.0, -4.0, -8.0), (-16.0,))]])
-    table = load_reference_table([store], 5, token_file=tmp_path / "tokens.arrow")
+    table = load_reference_table([store], 5, token_file=tmp_path / "tokens")
     _, rows = joined([asked(key(0), chosen=2, rejected=1)], table, tmp_path)
-    assert (rows[0]["ref_chosen_token_logps"], rows[0]["ref_rejected_token_logps"]) == ([-1.0, -2.0], [-16.0])
+    assert token_logps_of(tmp_path / "tokens", rows[0]) == ([-1.0, -2.0], [-16.0])
     assert (rows[0]["ref_chosen_logps"], rows[0]["ref_rejected_logps"]) == (-3.0, -16.0)
 
 
 def test_stores_without_token_logps_give_none_though_asked(tmp_path: Path) -> None:
     """One such store among others is enough: a column is there for all rows, or for none."""
-    token_file = tmp_path / "tokens.arrow"
+    token_file = tmp_path / "token-logps"
     sums = make_store(tmp_path / "sums", [[scored(key(0))]], identity(token_logps=False))
     tokens = make_store(tmp_path / "tokens", [[scored(key(1))]])
     table = load_reference_table([tokens, sums], 64, token_file=token_file)
-    assert table.token_logps is None
+    assert not table.with_tokens
     assert not token_file.exists()
     _, rows = joined([asked(key(0)), asked(key(1))], table, tmp_path)
     assert [row["ref_chosen_logps"] for row in rows] == [-1.75, -1.75]
@@ -187,7 +262,22 @@ def test_a_token_file_that_cannot_be_written_is_a_storage_error(tmp_path: Path) 
     store = make_store(tmp_path / "train", [[scored(key(0))]])
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="can't be written"):
-        load_reference_table([store], 64, token_file=tmp_path / "file" / "tokens.arrow")
+        load_reference_table([store], 64, token_file=tmp_path / "file" / "tokens")
+
+
+def test_an_index_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "train", [[scored(key(0))]])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file/index: the stores' index can't be written"):
+        load_reference_table([store], 64, folder=tmp_path / "file" / "index")
+
+
+def test_the_index_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SORTED_ROWS", 2)
+    store = make_store(tmp_path / "train", [[scored(key(n)) for n in range(9)]])
+    table = load_reference_table([store], 64, folder=tmp_path / "index")
+    assert list((tmp_path / "index").iterdir()) == []
+    assert len(table.keys) == 9
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
@@ -197,7 +287,7 @@ def test_missing_pairs_are_kept_with_nan_where_asked(
     """So that a pair's place in the joined set does not depend on which pairs are scored."""
     monkeypatch.setattr(module, "_CHUNK", 3)
     store = make_store(tmp_path / "train", [[scored(key(n), (-1.0 * n, -0.5)) for n in range(3)]])
-    table = load_reference_table([store], 64, token_file=tmp_path / "tokens.arrow" if with_tokens else None)
+    table = load_reference_table([store], 64, token_file=tmp_path / "tokens" if with_tokens else None)
     order = [9, 2, 8, 7, 6, 5, 0, 4, 1]
     pairs = [asked(key(n), row=i) for i, n in enumerate(order)]
     report, rows = joined(pairs, table, tmp_path, keep_missing=True)
@@ -211,20 +301,22 @@ def test_missing_pairs_are_kept_with_nan_where_asked(
             assert math.isnan(row["ref_chosen_logps"]) and math.isnan(row["ref_rejected_logps"])
             assert row["part"] == -1
         if with_tokens:
-            tokens = (row["ref_chosen_token_logps"], row["ref_rejected_token_logps"])
-            assert tokens == (([-1.0 * n, -0.5], [-2.0]) if n < 3 else (None, None))
-    assert ("ref_chosen_token_logps" in rows[0]) == with_tokens
+            if n < 3:
+                assert token_logps_of(tmp_path / "tokens", row) == ([-1.0 * n, -0.5], [-2.0])
+            else:
+                assert row["token_start"] == -1
+    assert ("token_start" in rows[0]) == with_tokens
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
 def test_all_pairs_are_kept_beside_an_empty_store(tmp_path: Path, with_tokens: bool) -> None:
     store = make_store(tmp_path / "train", [[]])
-    table = load_reference_table([store], 64, token_file=tmp_path / "tokens.arrow" if with_tokens else None)
+    table = load_reference_table([store], 64, token_file=tmp_path / "tokens" if with_tokens else None)
     report, rows = joined([asked(bytes(16)), asked(key(1))], table, tmp_path, keep_missing=True)
     assert (report.matched, report.missing) == (0, 2)
     assert len(rows) == 2 and all(math.isnan(row["ref_chosen_logps"]) for row in rows)
     if with_tokens:
-        assert [row["ref_chosen_token_logps"] for row in rows] == [None, None]
+        assert [row["token_start"] for row in rows] == [-1, -1]
 
 
 def test_order_is_kept_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +328,19 @@ def test_order_is_kept_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert [row["ref_chosen_logps"] for row in rows] == [-10, -3, 0, -7, -7, -1, -2]
     assert report == JoinReport(matched=7, missing=5, first_missing="pairs.jsonl line 3", surplus=5)
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2000, 2**25])
+def test_order_is_kept_across_arrows_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(module, "_BATCH_BYTES", batch_bytes)
+    store = make_store(tmp_path / "train", [[scored(key(i)) for i in range(50)]])
+    pairs = [asked(key(n), row=n) for n in range(60)]
+    _, rows = joined(pairs, load_reference_table([store], 64), tmp_path)
+    assert [row["row"] for row in rows] == list(range(50))
+    with pa.memory_map(str(tmp_path / "joined.arrow")) as source:
+        batches = len(list(pa.ipc.open_stream(source)))
+    assert batches in {1: [13], 2000: range(2, 13), 2**25: [1]}[batch_bytes]
 
 
 def test_the_report_says_what_was_found(tmp_path: Path) -> None:
@@ -301,10 +406,10 @@ def test_a_smaller_max_length_takes_the_sums_of_the_stored_prefixes(
     at = {bytes(k).ljust(16, b"\0"): i for i, k in enumerate(table.keys)}
     for n, (prompt_tokens, chosen, rejected) in enumerate(pairs):
         i, room = at[key(n)], max(max_length - prompt_tokens, 0)
-        assert table.chosen_tokens[i] == len(chosen[:room])
-        assert table.rejected_tokens[i] == len(rejected[:room])
-        assert table.chosen_logps[i] == np.float32(np.sum(chosen[:room], dtype=np.float64))
-        assert table.rejected_logps[i] == np.float32(np.sum(rejected[:room], dtype=np.float64))
+        assert table.rows["chosen_tokens"][i] == len(chosen[:room])
+        assert table.rows["rejected_tokens"][i] == len(rejected[:room])
+        assert table.rows["chosen_logps"][i] == np.float32(np.sum(chosen[:room], dtype=np.float64))
+        assert table.rows["rejected_logps"][i] == np.float32(np.sum(rejected[:room], dtype=np.float64))
 
 
 def test_counts_are_checked_at_the_smaller_length_too(tmp_path: Path) -> None:
@@ -319,8 +424,8 @@ def test_counts_are_checked_at_the_smaller_length_too(tmp_path: Path) -> None:
 def test_the_same_max_length_needs_no_token_logps(tmp_path: Path) -> None:
     store = make_store(tmp_path / "train", [[scored(key(0))]], identity(token_logps=False))
     table = load_reference_table([store], 64)
-    assert (table.chosen_logps[0], table.rejected_logps[0]) == (-1.75, -2.0)
-    assert (table.chosen_tokens[0], table.rejected_tokens[0]) == (2, 1)
+    assert (table.rows["chosen_logps"][0], table.rows["rejected_logps"][0]) == (-1.75, -2.0)
+    assert (table.rows["chosen_tokens"][0], table.rows["rejected_tokens"][0]) == (2, 1)
 
 
 # Weights on the tail (LD-DPO).
@@ -339,30 +444,30 @@ def test_the_weighted_sums_are_those_of_a_loop_over_the_prefixes_tokens(
     rows = [scored(key(i), c, r, prompt_tokens=p) for i, (p, c, r) in enumerate(pairs)]
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder, "train"), [rows[:3], rows[3:]])
-        token_file = Path(folder, "tokens.arrow") if with_tokens else None
+        token_file = Path(folder, "tokens") if with_tokens else None
         table = load_reference_table([store], max_length, ld_alpha=ld_alpha, token_file=token_file)
-        lists = None if table.token_logps is None else table.token_logps.to_pylist()
+        flat = np.fromfile(token_file, "<f4").tolist() if token_file else None
     at = {bytes(k).ljust(16, b"\0"): i for i, k in enumerate(table.keys)}
     for n, (prompt_tokens, *sides) in enumerate(pairs):
         i, room = at[key(n)], max(max_length - prompt_tokens, 0)
         kept = [side[:room] for side in sides]
         # The common length is that of the completions as this run cuts them.
         shared = min(map(len, kept))
-        for values, sums in zip(kept, (table.chosen_logps, table.rejected_logps), strict=True):
+        for values, sums in zip(kept, (table.rows["chosen_logps"], table.rows["rejected_logps"]), strict=True):
             expected = sum(value * (1.0 if t < shared else ld_alpha) for t, value in enumerate(values))
             assert sums[i] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        if lists is not None:
+        if flat is not None:
             # The tokens themselves are not weighed: the policy's are compared with them one by one.
-            row = lists[table.rows[i]]
-            assert [row["chosen_token_logps"], row["rejected_token_logps"]] == kept
+            start = table.rows["token_start"][i]
+            assert flat[start : start + sum(map(len, kept))] == [*kept[0], *kept[1]]
 
 
 def test_a_weight_of_1_gives_the_plain_sums(tmp_path: Path) -> None:
     rows = [scored(key(i), [-0.1 * i - 0.3] * (i + 1), [-0.7] * 3) for i in range(9)]
     store = make_store(tmp_path / "train", [rows])
     plain, weighted = (load_reference_table([store], 64, ld_alpha=alpha) for alpha in (None, 1.0))
-    assert np.array_equal(plain.chosen_logps, weighted.chosen_logps)
-    assert np.array_equal(plain.rejected_logps, weighted.rejected_logps)
+    assert np.array_equal(plain.rows["chosen_logps"], weighted.rows["chosen_logps"])
+    assert np.array_equal(plain.rows["rejected_logps"], weighted.rows["rejected_logps"])
 
 
 def test_weights_need_token_logps_in_every_store(tmp_path: Path) -> None:
@@ -434,6 +539,74 @@ def test_a_store_cut_later_joins_with_one_cut_at_this_runs_length(tmp_path: Path
     check_identity([longer, equal], identity(max_length=5))
     _, rows = joined([asked(key(0)), asked(key(1))], load_reference_table([longer, equal], 5), tmp_path)
     assert [row["ref_chosen_logps"] for row in rows] == [-3.0, -24.0]
+
+
+# The index.
+
+
+@given(
+    pieces=st.lists(st.lists(_keys, max_size=12), max_size=8),
+    asked_for=st.lists(_keys, max_size=12),
+    sorted_rows=st.sampled_from([1, 3, 2**18]),
+    block=st.sampled_from([1, 4, 128]),
+    declared=st.sampled_from([0, 1, 40, 300]),
+)
+@settings(max_examples=150, deadline=None)
+def test_an_index_of_any_number_of_buckets_is_a_dict(
+    pieces: list[list[bytes]], asked_for: list[bytes], sorted_rows: int, block: int, declared: int
+) -> None:
+    """The first of equal keys is what is kept, and an absent key gives nothing, below, between and above the others."""
+    oracle: dict[bytes, int] = {}
+    arrays = []
+    for number, keys in enumerate(pieces):
+        piece = np.zeros(len(keys), INDEX_ROW)
+        piece["key"], piece["part"], piece["token_start"] = keys, number, np.arange(len(keys)) + 100 * number
+        arrays.append(piece)
+        for k, start in zip(keys, piece["token_start"].tolist(), strict=True):
+            oracle.setdefault(k, start)
+    wanted = [*asked_for, bytes(16), b"\xff" * 16, *oracle]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SORTED_ROWS", sorted_rows)
+        patch.setattr(module, "_BLOCK", block)
+        table = build_reference_table(iter(arrays), declared)
+        at, found = table.look_up(wanted)
+    assert [k.ljust(16, b"\0") for k in table.keys.tolist()] == sorted(oracle)
+    assert table.rows["token_start"].tolist() == [oracle[k] for k in sorted(oracle)]
+    for k, i, row in zip(wanted, at.tolist(), found, strict=True):
+        if k in oracle:
+            assert sorted(oracle)[i] == k
+            assert (row["token_start"], row["part"]) == (oracle[k], oracle[k] // 100)
+        else:
+            assert (i, row["token_start"], row["part"]) == (-1, -1, -1)
+            assert math.isnan(row["chosen_logps"]) and math.isnan(row["rejected_logps"])
+
+
+def test_stores_in_many_buckets_join_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [scored(key(n % 70), (-1.0 * (n % 70), -0.5), (-2.0 - n % 70,)) for n in range(100)]
+    stores = [
+        make_store(tmp_path / "a", [rows[:30], [], rows[30:60]]),
+        make_store(tmp_path / "b", [rows[60:]]),
+        make_store(tmp_path / "empty", [[]]),
+    ]
+    pairs = [asked(key(n), row=n) for n in range(90)]
+    found = []
+    for sorted_rows in (2**18, 7):
+        monkeypatch.setattr(module, "_SORTED_ROWS", sorted_rows)
+        token_file = tmp_path / f"tokens-{sorted_rows}"
+        table = load_reference_table(stores, 64, token_file=token_file)
+        report, joined_rows = joined(pairs, table, tmp_path)
+        assert report == JoinReport(matched=70, missing=20, first_missing="pairs.jsonl line 71", surplus=0)
+        found.append((joined_rows, [token_logps_of(token_file, row) for row in joined_rows]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stores", [0, 1])
+def test_an_empty_table_finds_nothing(tmp_path: Path, stores: int) -> None:
+    table = load_reference_table([make_store(tmp_path / "train", [[], []])] * stores, 64)
+    assert len(table) == 0
+    at, found = table.look_up([key(0), bytes(16)])
+    assert at.tolist() == [-1, -1]
+    assert np.isnan(found["chosen_logps"]).all()
 
 
 # Identity.

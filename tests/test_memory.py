@@ -1,4 +1,4 @@
-"""Peak memory of whole processes: stage two holds one model, stage one does not grow with the dataset."""
+"""Peak memory of whole processes: stage two holds one model, stage one and the join do not grow with the dataset."""
 
 import json
 import os
@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
+
+from pipeline.intake import Ledger
+from pipeline.shards import ScoredPair, create_store, finish_store, write_part
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +132,77 @@ def test_stage_one_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) 
     print({count: f"{peak / MIB:.1f} MiB" for count, peak in peaks.items()})
     # 3,600 more pairs held in memory as tokens and token logps alone would be over 10 MiB.
     assert peaks[4000] - peaks[400] < 8 * MIB
+
+
+_JOIN = """
+# Both sizes fill several of these.
+module._BATCH_BYTES = 2**20
+store = open_store(Path({store!r}))
+table = load_reference_table([store], None, folder=Path({work!r}), token_file=Path({work!r}, "tokens"))
+ids = TokenizedPair(prompt_ids=[1], chosen_ids=[1] * {tokens}, rejected_ids=[1] * {tokens})
+pairs = (KeptPair(row=i, place="", key=i.to_bytes(16, "big"), pair=ids) for i in range({count}))
+assert join(pairs, table, Path({work!r}, "joined.arrow")).matched == {count}
+reader = TokenLogps(Path({work!r}, "tokens"))
+assert all(reader.read(2 * {tokens} * i, 2 * {tokens})[0] == i for i in range({count}))
+"""
+
+
+def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Path) -> None:
+    """Written, joined and read one by one, as the collator does."""
+    tokens, rows_per_part, peaks = 1000, 128, {}
+    noise = np.random.default_rng(0).standard_normal((2, rows_per_part, tokens), np.float32)
+    for count in (1024, 10240):
+        folder = tmp_path / f"store-{count}"
+        fingerprint = create_store(folder, {"tokenization": {"token_logps": True}}, {}, {})
+        for unit in range(count // rows_per_part):
+            numbers = range(unit * rows_per_part, (unit + 1) * rows_per_part)
+            noise[0, :, 0] = numbers
+            pairs = [
+                ScoredPair(
+                    key=n.to_bytes(16, "big"),
+                    row=n,
+                    prompt_tokens=1,
+                    chosen_token_logps=noise[0, n % rows_per_part],
+                    rejected_token_logps=noise[1, n % rows_per_part],
+                )
+                for n in numbers
+            ]
+            ledger = Ledger(rows=len(pairs), kept=len(pairs))
+            write_part(folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+        assert finish_store(folder, count // rows_per_part) == []
+        work = tmp_path / f"work-{count}"
+        peaks[count] = _measure(
+            "from pipeline import join as module; from pipeline.join import TokenLogps, join, load_reference_table; "
+            "from pipeline.intake import KeptPair; "
+            "from pipeline.shards import open_store; from pipeline.tokens import TokenizedPair",
+            _JOIN.format(store=str(folder), work=str(work), tokens=tokens, count=count),
+        )
+    print({count: f"{peak / MIB:.1f} MiB" for count, peak in peaks.items()})
+    # The token logps of 9,216 more pairs are 70 MiB, and their ids as many.
+    assert peaks[10240] - peaks[1024] < 16 * MIB
+
+
+_INDEX = """
+join._SORTED_ROWS = 2**14
+def pieces():
+    for seed in range({pieces}):
+        rows = np.zeros(10000, join.INDEX_ROW)
+        rows["key"] = np.frombuffer(np.random.default_rng(seed).bytes(160000), "S16")
+        rows["part"] = seed
+        yield rows
+table = join.build_reference_table(pieces(), 10000 * {pieces}, folder=Path({work!r}))
+assert len(table) == 10000 * {pieces}
+for rows in pieces():
+    for start in range(0, 10000, 1000):
+        found = table.look_up(rows["key"][start : start + 1000].tolist())[1]
+        assert (found["part"] == rows["part"][0]).all()
+"""
+
+
+def test_an_index_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -> None:
+    """Neither to build, nor to look all its keys up."""
+    imports = "import numpy as np; from pipeline import join; np.random.default_rng(0)"
+    peaks = {n: _measure(imports, _INDEX.format(pieces=n, work=str(tmp_path))) for n in (20, 200)}
+    print({10000 * n: f"{peak / MIB:.1f} MiB" for n, peak in peaks.items()})
+    # 1.8 million rows more are 76 MiB.
+    assert peaks[200] - peaks[20] < 24 * MIB
