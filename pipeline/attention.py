@@ -67,6 +67,8 @@ def _eager_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, *
     return _packed(module, *tensors, layout=layout, **kwargs)
 
 
+# Not traced by torch.compile: what is computed follows from the layout, so every batch would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed(
     module: Any,
     query: torch.Tensor,

@@ -95,15 +95,24 @@ def prepare(model: Any) -> None:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
             hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
-        # [rows, length, hidden] -> [M, hidden]
-        hidden = hidden.flatten(0, 1).index_select(0, predictors)
-        if not statistics:
-            return {"logps": token_logps(hidden, targets, head_of(self)), "aux_loss": balance}
-        return {**vars(token_statistics(hidden, targets, head_of(self), squares=squares)), "aux_loss": balance}
+        return {**_read_off(self, hidden, predictors, targets, statistics, squares), "aux_loss": balance}
 
     # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
+
+
+# Not traced by torch.compile, which would take the head's chunks apart for every length anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _read_off(
+    causal: Any, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, statistics: bool, squares: bool
+) -> dict[str, torch.Tensor | None]:
+    """Score the targets from final hidden states, [rows, length, hidden]."""
+    # [rows, length, hidden] -> [M, hidden]
+    hidden = hidden.flatten(0, 1).index_select(0, predictors)
+    if not statistics:
+        return {"logps": token_logps(hidden, targets, head_of(causal))}
+    return vars(token_statistics(hidden, targets, head_of(causal), squares=squares))
 
 
 def _hidden_and_balance(
@@ -322,7 +331,8 @@ def _reads_packed(model: Any) -> bool:
         kept = slice(-len(pairs[-1].rejected_ids), None)
         moved = (padded - padded_company)[kept].abs().max()
         # Experts get other numbers of tokens in other company, which a few tokens may feel in one of the two alone.
-        floor = mean / 10 if any("expert" in name for name, _ in model.named_modules()) else 1e-6
+        experts = any("expert" in name for name, _ in model.named_modules())
+        floor = mean / 10 * min(1.0, found.std().item()) if experts else 1e-6
         reads &= bool((found - found_company)[kept].abs().max() <= floor + 4 * moved)
         # Positions that are not read would be right for the row's first sequence alone.
         reads &= not torch.equal(found, misplaced)

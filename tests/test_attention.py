@@ -80,9 +80,7 @@ def make_tensors(
     """Query, key and value, drawn anew but always the same."""
     generator = torch.Generator().manual_seed(total)
     shapes = ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]))
-    return tuple(
-        (2 * torch.randn(1, h, total, d, generator=generator)).to(dtype).requires_grad_() for h, d in shapes
-    )
+    return tuple((2 * torch.randn(1, h, total, d, generator=generator)).to(dtype).requires_grad_() for h, d in shapes)
 
 
 def length(groups: Groups) -> int:

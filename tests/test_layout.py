@@ -33,6 +33,7 @@ PIPELINE = [
     "join",
     "gate",
     "losses",
+    "offload",
     "trainer",
     "checkpoints",
     "order",
