@@ -57,21 +57,24 @@ def switch_attention(model: Any) -> bool:
 def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
     if layout is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
-    return _packed(module, *tensors[:3], layout=layout, **kwargs)
+    return _packed(module, *tensors, layout=layout, **kwargs)
 
 
 def _eager_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
     if layout is None:
         # Each family has an eager function of its own, beside its attention.
         return sys.modules[type(module).__module__].eager_attention_forward(module, *tensors, **kwargs)
-    return _packed(module, *tensors[:3], layout=layout, **kwargs)
+    return _packed(module, *tensors, layout=layout, **kwargs)
 
 
+# Not traced by torch.compile: what is computed follows from the layout, so every batch would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     *,
     layout: Layout,
     scaling: float | None = None,
@@ -91,6 +94,9 @@ def _packed(
     asked = {name for name, given in kwargs.items() if given is not None and given is not False} - _HARMLESS
     if asked:
         raise NotImplementedError(f"packed attention knows nothing of {', '.join(sorted(asked))}")
+    if attention_mask is None or attention_mask.shape != NOT_A_MASK.shape:
+        # A layer put something into it, or made one of its own: a bias by distance, a choice of the best keys.
+        raise NotImplementedError("packed attention knows nothing of a mask that a layer made itself")
     if sliding_window is not None:
         layout.memo["window"] = sliding_window
     if query.device.type == "cuda":
@@ -153,7 +159,7 @@ def _attend(
 
 def _causal_mask(layout: Layout, rows: int, columns: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
     """Make what is added to scores where the last query sees the last key: [rows, columns], 0 or minus infinity."""
-    name = (rows, columns, window, like.dtype)
+    name = (rows, columns, window, like.dtype, like.device)
     if name not in layout.memo:
         distance = torch.arange(columns - rows, columns, device=like.device)[:, None]
         distance = distance - torch.arange(columns, device=like.device)
@@ -193,7 +199,8 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    name = ("blocks", window)
+    # A model may be spread over several devices.
+    name = ("blocks", window, query.device)
     if name not in layout.memo:
         layout.memo[name] = _block_mask(layout, window, query.device)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["flex_attention"]

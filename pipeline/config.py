@@ -467,8 +467,13 @@ def training_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-# What pairs without reference logps do, and what a policy does that is not the reference that it should start as.
-OWN_TRAIN_FIELDS = {"on_missing": Literal["stop", "drop"], "on_mismatch": Literal["stop", "warn"]}
+# What pairs without reference logps do, what a policy does that is not the reference that it should start as, and
+# whether what backward needs of forward waits for it in the CPU's memory.
+OWN_TRAIN_FIELDS: dict[str, Any] = {
+    "on_missing": Literal["stop", "drop"],
+    "on_mismatch": Literal["stop", "warn"],
+    "activation_offload": bool,
+}
 
 _FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",

@@ -4,6 +4,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_setti
 from pipeline.errors import ConfigError, DataError
 from pipeline.join import TokenLogps
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
+from pipeline.offload import ActivationOffload
 from pipeline.packing import Batch, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.tokens import TokenizedPair, truncate
@@ -118,9 +120,10 @@ class PairTrainer(transformers.Trainer):
 
     model: torch.nn.Module
 
-    def __init__(self, *, loss: LossConfig, **kwargs: Any) -> None:
+    def __init__(self, *, loss: LossConfig, activation_offload: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._loss = loss
+        self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
         self._balance_weight = balance_weight(kwargs["model"], loss)
         # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -141,7 +144,8 @@ class PairTrainer(transformers.Trainer):
         if not torch.isfinite(inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).all():
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
         batch = cast(Batch, inputs["batch"]).to(self.args.device)
-        scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
+        with self._offload if self._offload and torch.is_grad_enabled() else nullcontext():
+            scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
         pairs = _pairs(scores, inputs, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss

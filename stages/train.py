@@ -118,6 +118,7 @@ def _train(config: Config, state: PartialState, overwrite: bool) -> None:
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
     trainer = PairTrainer(
         loss=config.loss,
+        activation_offload=bool(settings.get("activation_offload", False)),
         model=policy,
         args=arguments,
         data_collator=make_collator(

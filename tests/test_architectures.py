@@ -220,6 +220,32 @@ def test_both_stages_serve_the_family(make_run: MakeRun, tmp_path: Path, name: s
     assert any((value - before[key]).abs().max() > 1e-3 for key, value in trained.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "warnings"), [("mamba", 1), ("llama", 0)])
+def test_a_family_that_reads_no_packed_rows_is_warned_of_once_in_each_stage(
+    make_run: MakeRun, tmp_path: Path, name: str, warnings: int
+) -> None:
+    config = make_run(rows=simple_rows(12), policy={"model": str(save(FAMILIES[name].make(), tmp_path / "model"))})
+    for stage in ("precompute", "train"):
+        done = refshard(stage, "--config", config)
+        text = done.stdout + done.stderr
+        assert text.count("padded batches") == warnings, text
+        assert text.count("warning: ") == warnings, text
+    assert json.loads((tmp_path / "policy" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_offloaded_activations_leave_the_policy_as_it_is_through_the_command(make_run: MakeRun, tmp_path: Path) -> None:
+    saved = []
+    for offload in (False, True):
+        output = tmp_path / f"policy-{offload}"
+        train = {"output_dir": str(output), **({"activation_offload": True} if offload else {})}
+        config = make_run(rows=simple_rows(12), train=train)
+        if not offload:
+            refshard("precompute", "--config", config)
+        refshard("train", "--config", config)
+        saved.append(transformers.AutoModelForCausalLM.from_pretrained(output).state_dict())
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+
+
 # What can't be served is refused by the first command, with the reason, and nothing is scored.
 
 ENCODER = {**SMALL, "is_decoder": False}

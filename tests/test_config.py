@@ -651,6 +651,7 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("seed: [1]", "train.seed: expected a whole number, found a list"),
         ("on_missing: ignore", "train.on_missing: expected one of stop, drop; found 'ignore'"),
         ("on_mismatch: drop", "train.on_mismatch: expected one of stop, warn; found 'drop'"),
+        ("activation_offload: some", "train.activation_offload: "),
         ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
     ],
 )

@@ -35,6 +35,7 @@ PIPELINE = [
     "join",
     "gate",
     "losses",
+    "offload",
     "trainer",
     "checkpoints",
     "order",

@@ -1,18 +1,28 @@
-"""Peak memory of whole processes: stage two holds one model, stage one and the join do not grow with the dataset."""
+"""Memory: stage two holds one model, stage one and the join do not grow with the data, and go on where it ran out."""
 
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
 
-from pipeline.intake import Ledger
+from pipeline import memory, scoring
+from pipeline.errors import ConfigError
+from pipeline.intake import KeptPair, Ledger
+from pipeline.packing import Batch
+from pipeline.scoring import check_scoring, prepare, score
 from pipeline.shards import ScoredPair, create_store, finish_store, write_part
+from pipeline.signals import StopFlag
+from pipeline.tokens import TokenizedPair
+from stages import precompute
 
 pytestmark = pytest.mark.slow
 
@@ -206,3 +216,172 @@ def test_an_index_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -
     print({10000 * n: f"{peak / MIB:.1f} MiB" for n, peak in peaks.items()})
     # 1.8 million rows more are 76 MiB.
     assert peaks[200] - peaks[20] < 24 * MIB
+
+
+# Out of memory in stage one: on with less at a time, and with the same numbers.
+
+
+def score_unit(model: Any, pairs: list[KeptPair], budget: int, *, packed: bool) -> tuple[list[Any], int]:
+    """What stage one makes of a unit, and the budget that it ended with."""
+    reference = object.__new__(precompute._Reference)
+    reference._model, reference._pad_id, reference._packed = model, 0, packed
+    reference._tokens_per_batch = budget
+    scored, _ = reference.score_unit(pairs, StopFlag())
+    return scored, reference._tokens_per_batch
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    prepare(model)
+    assert check_scoring(model, "reference.model")
+    return model
+
+
+def unit(count: int = 40) -> list[KeptPair]:
+    pairs = []
+    for i in range(count):
+        prompt, chosen, rejected = ([3 + (7 * i + j) % 90 for j in range(1 + (i * k) % 9)] for k in (2, 5, 7))
+        pair = TokenizedPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+        pairs.append(KeptPair(row=i, place=f"row {i}", key=bytes([i]), pair=pair))
+    return pairs
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseException) -> list[int]:
+    """Have the scorer run out of memory above so many tokens; gives the sizes that were tried."""
+    tried: list[int] = []
+
+    def limited(model: Any, batch: Batch, **keywords: Any) -> Any:
+        tried.append(batch.input_ids.numel())
+        if tried[-1] > tokens:
+            raise error
+        return score(model, batch, **keywords)
+
+    monkeypatch.setattr(scoring, "score", limited)
+    return tried
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_unit_that_ran_out_of_memory_is_finished_with_half_the_budget(
+    scorer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, packed: bool
+) -> None:
+    pairs = unit()
+    undisturbed, budget = score_unit(scorer, pairs, 400, packed=packed)
+    assert budget == 400 and not capsys.readouterr().err
+    tried = refuse_above(monkeypatch, 130, error)
+    scored, budget = score_unit(scorer, pairs, 400, packed=packed)
+    assert budget == 100
+    assert 130 < max(tried) <= 400
+    printed = capsys.readouterr().err
+    assert printed.count("Out of memory") == 2 and "going on with 100 tokens" in printed
+    assert [pair.key for pair in scored] == [pair.key for pair in pairs]
+    for a, b in zip(scored, undisturbed, strict=True):
+        assert (a.row, a.prompt_tokens) == (b.row, b.prompt_tokens)
+        np.testing.assert_allclose(a.chosen_token_logps, b.chosen_token_logps, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.rejected_token_logps, b.rejected_token_logps, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_alone_is_a_settings_error_with_the_ways_on(
+    scorer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = refuse_above(monkeypatch, 3, OUT_OF_MEMORY[0])
+    with pytest.raises(ConfigError, match=r"not even the longest pair alone, \d+ tokens.*data\.max_length"):
+        score_unit(scorer, unit(), 400, packed=True)
+    assert len(tried) < 10
+
+
+def test_another_error_is_not_taken_for_it(scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = refuse_above(monkeypatch, 130, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        score_unit(scorer, unit(), 400, packed=True)
+    assert len(tried) == 1
+
+
+_REAL = """
+import json, resource, sys
+import torch, transformers
+sys.path.insert(0, "tests")
+from test_memory import score_unit
+from pipeline.intake import KeptPair
+from pipeline.scoring import prepare, check_scoring
+from pipeline.tokens import TokenizedPair
+torch.manual_seed(0)
+torch.set_num_threads(1)
+# A wide layer: 2,000 tokens take 2,000 * 16,384 * 4 bytes, 125 MiB, of each of its three tensors.
+config = transformers.LlamaConfig(vocab_size=97, hidden_size=16, intermediate_size=16384, num_hidden_layers=1,
+    num_attention_heads=2, initializer_range=0.3)
+model = transformers.LlamaForCausalLM(config).eval()
+prepare(model)
+check_scoring(model, "reference.model")
+ids = lambda i, n: [3 + (i * 31 + j * 7) % 90 for j in range(n)]
+pairs = [KeptPair(row=i, place="", key=bytes([i]), pair=TokenizedPair(prompt_ids=ids(i, 40 + i),
+    chosen_ids=ids(i + 1, 80), rejected_ids=ids(i + 2, 60))) for i in range(60)]
+undisturbed, _ = score_unit(model, pairs, 500, packed=True)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
+scored, budget = score_unit(model, pairs, 8000, packed=True)
+gap = max(abs(x - y) for a, b in zip(scored, undisturbed) for x, y in
+    zip([*a.chosen_token_logps, *a.rejected_token_logps], [*b.chosen_token_logps, *b.rejected_token_logps]))
+print("RESULT", json.dumps([budget, float(gap), len(scored)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's size is read from /proc")
+def test_a_cpu_that_really_ran_out_of_memory_goes_on_with_less() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _REAL], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    budget, gap, count = json.loads(done.stdout.split("RESULT")[1])
+    assert "Out of memory: going on with" in done.stderr
+    assert budget < 8000 and count == 60
+    assert gap < 1e-4
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("free_gib", "kib_per_token", "expected"),
+    [(40, 512, 32768), (40, 1024, 16384), (2, 512, 2048), (0.01, 512, 2048), (500, 16, 65536), (40, 0, 65536)],
+)
+def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, kib_per_token: int, expected: int, packed: bool
+) -> None:
+    """A pretended GPU, whose peak is the weights' and so much a token of what the batch really holds."""
+    tokens = 0
+
+    def probe(model: Any, batch: Batch, **keywords: Any) -> None:
+        nonlocal tokens
+        tokens = batch.input_ids.numel()
+
+    weight = types.SimpleNamespace(device=torch.device("cuda"))
+    model = types.SimpleNamespace(parameters=lambda: iter([weight]))
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    monkeypatch.setattr(memory, "score", probe)
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30 + tokens * kib_per_token * 1024)
+    found = memory.tokens_that_fit(model, packed)
+    assert found == expected
+    assert found & (found - 1) == 0
+
+
+def test_on_a_cpu_the_tokens_that_fit_are_a_constant(scorer: Any) -> None:
+    assert memory.tokens_that_fit(scorer, True) == memory.tokens_that_fit(scorer, False) == 4096

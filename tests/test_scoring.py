@@ -12,8 +12,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import attention
 from pipeline.errors import ConfigError
-from pipeline.packing import Batch, pad_pairs
+from pipeline.packing import Batch, Layout, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
 from pipeline.tokens import TokenizedPair
 
@@ -437,3 +438,200 @@ def test_an_adapted_model_is_scored_with_its_adapter() -> None:
             off = score(adapted, batch)
     torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
     assert (off.tokens.logps - plain).abs().max() > 0.01
+
+
+# Packed rows.
+
+# Longer than the windows of the families, and than the batch that a model is checked with; a prompt and a completion
+# that two pairs share, and completions of one token.
+_LONG = [
+    TokenizedPair(prompt_ids=_ids_[:20], chosen_ids=_ids_[20:60], rejected_ids=_ids_[60:61])
+    for _ids_ in [torch.randint(3, VOCABULARY, (61,), generator=torch.Generator().manual_seed(5)).tolist()]
+]
+_LONG += [
+    TokenizedPair(prompt_ids=_LONG[0].prompt_ids, chosen_ids=[5, 6, 7, 8, 9, 10, 11], rejected_ids=_LONG[0].chosen_ids),
+    *random_pairs(3, seed=2),
+]
+READ_PADDED = ["mpt, an unused logit_scale"]
+SPECIAL = [
+    "llama, tied",
+    "mistral",
+    "gemma2, softcap",
+    "gemma3, softcap",
+    "cohere, logit_scale",
+    "gpt2",
+    "qwen3-moe",
+]
+
+
+def alone_token_logps(model: Any, pairs: list[TokenizedPair]) -> torch.Tensor:
+    """Of each sequence by itself, without padding: log-softmax over the model's own logits, in the batch's order."""
+    found = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for pair in pairs:
+            ids = torch.tensor([[*pair.prompt_ids, *getattr(pair, side)]])
+            logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+            found.append(logps.gather(1, ids[0, 1:, None]).squeeze(1)[len(pair.prompt_ids) - 1 :])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_row_gives_the_families_own_log_probs(family: str) -> None:
+    model = make_model(family)
+    with torch.no_grad():
+        plain = alone_token_logps(model, _LONG)
+        prepare(model)
+        assert check_scoring(model, "policy.model") == (family not in READ_PADDED)
+        batch = pad_pairs(_LONG, 0) if family in READ_PADDED else pack_pairs(_LONG)
+        found, lean = score(model, batch), score(model, batch, statistics=False)
+        # What it does without a layout is what it did before.
+        again = alone_token_logps(model, _LONG)
+    torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(lean.tokens.logps, found.tokens.logps, rtol=0, atol=1e-5)
+    assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_gradients_of_a_packed_row_are_those_of_the_models_own_logits(family: str) -> None:
+    model = make_model(family)
+    parameters = dict(model.named_parameters())
+    # Completions weigh differently, so that a gradient that goes to the wrong one shows.
+    lengths = pad_pairs(_LONG, 0).lengths
+    weights = torch.linspace(-1, 2, len(lengths)).repeat_interleave(lengths)
+    plain = torch.autograd.grad((weights * alone_token_logps(model, _LONG)).sum(), list(parameters.values()))
+    prepare(model)
+    assert check_scoring(model, "policy.model")
+    logps = score(model, pack_pairs(_LONG)).tokens.logps
+    found = torch.autograd.grad((weights * logps).sum(), list(parameters.values()))
+    for name, a, b in zip(parameters, found, plain, strict=True):
+        assert b.abs().max() > 0, name
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+HIDDEN_IN_THE_MASK: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+    "a window": ("PhimoeForCausalLM", "PhimoeConfig", {"num_local_experts": 2, "sliding_window": 40}),
+    "a window of some layers": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "use_sliding_window": True,
+            "sliding_window": 40,
+            "max_window_layers": 1,
+        },
+    ),
+    "attention sinks": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2},
+    ),
+    "distances": ("FalconForCausalLM", "FalconConfig", {"alibi": True}),
+    "distances, of every head": ("BloomForCausalLM", "BloomConfig", {"n_head": 4, "n_layer": 2}),
+    "local layers": ("GPTNeoForCausalLM", "GPTNeoConfig", {"attention_types": [[["global", "local"], 1]]}),
+    "a state space": ("MambaForCausalLM", "MambaConfig", {"state_size": 8}),
+    "a gated delta rule": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            "head_dim": 8,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "the best keys by an index": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_topk": 100,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN_IN_THE_MASK)
+def test_what_a_packed_row_cannot_serve_is_padded(kind: str) -> None:
+    """Windows and indices are longer than the batch that the model is checked with, as they are in earnest."""
+    model_class, config_class, changes = HIDDEN_IN_THE_MASK[kind]
+    if not hasattr(transformers, model_class):
+        pytest.skip(f"this transformers has no {model_class}")
+    torch.manual_seed(0)
+    # What a family of its own words has no use for would not be accepted by some.
+    general = {**GROUPED} if "n_head" not in changes and "attention_types" not in changes else {}
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_heads": 4, "num_layers": 2, "initializer_range": 0.3}
+    config = getattr(transformers, config_class)(**{**(general or small), **changes})
+    model = getattr(transformers, model_class)(config).eval()
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        plain = alone_token_logps(model, _LONG)
+        prepare(model)
+        assert not check_scoring(model, "policy.model")
+        assert model.config._attn_implementation == before
+        found = score(model, pad_pairs(_LONG, 0)).tokens.logps
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
+
+
+# What the check of a packed row must find, whatever the dtype and however little a layer does.
+
+
+def leak_over_the_row(
+    module: Any, query: Any, key: Any, value: Any, *rest: Any, layout: Layout, **keywords: Any
+) -> Any:
+    """Causal over the whole row: groups see those before them."""
+    whole = Layout(((sum(p + sum(c) for p, c in layout.groups) - 1, (1,)),))
+    return _REAL(module, query, key, value, *rest, layout=whole, **keywords)
+
+
+def leak_within_groups(module: Any, query: Any, key: Any, value: Any, *rest: Any, layout: Layout, **kw: Any) -> Any:
+    """Groups apart, but a completion sees those before it."""
+    merged = Layout(tuple((prompt, (sum(completions),)) for prompt, completions in layout.groups))
+    return _REAL(module, query, key, value, *rest, layout=merged, **kw)
+
+
+_REAL = attention._packed
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
+def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, scale: float) -> None:
+    def make() -> Any:
+        model = make_model(family)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale if parameter.dim() > 1 else 1.0)
+        prepare(model.to(dtype))
+        return model
+
+    assert check_scoring(make(), "policy.model")
+    for leak in (leak_over_the_row, leak_within_groups):
+        monkeypatch.setattr(attention, "_packed", leak)
+        assert not check_scoring(make(), "policy.model")
+    monkeypatch.undo()
+    # One that reads no positions keeps tokens apart, but thinks every sequence to follow the row's last.
+    deaf = make()
+    forward = deaf.base_model.forward
+    deaf.base_model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
+    assert not check_scoring(deaf, "policy.model")
