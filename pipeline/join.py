@@ -61,6 +61,9 @@ _SORTED_ROWS = 2**18
 _BLOCK = 128
 """Rows, 5.5 KiB of them, for which one key stays in memory: an eighth of a byte a pair"""
 
+_AT_ONCE = 32
+"""Keys that are looked up before the pages are let go: the system maps up to 2 MiB for one that is read"""
+
 
 class ReferenceTable:
     """What the stores have of each pair, sorted by key and memory-mapped. Equal keys are equal pairs, and kept once."""
@@ -106,8 +109,8 @@ class ReferenceTable:
             return at, found
         # Ascending, so that neighbours in the file are read together.
         order = np.argsort(wanted)
-        for start in range(0, len(order), _BLOCK):
-            some = order[start : start + _BLOCK]
+        for start in range(0, len(order), _AT_ONCE):
+            some = order[start : start + _AT_ONCE]
             near = self._last_not_above(wanted[some])
             hits = self.keys[near] == wanted[some]
             at[some[hits]] = near[hits]
