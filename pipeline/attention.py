@@ -8,6 +8,7 @@ On a GPU one flex-attention kernel serves the whole row and skips the blocks in 
 sequence is one scaled-dot-product call. Neither makes a mask of the whole row.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,12 @@ def switch_attention(model: Any) -> bool:
 def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
     if layout is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
+    if (
+        kwargs.get("softcap") is not None
+        and "softcap" not in inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
+    ):
+        # transformers 5.17 goes on without the cap; packed rows with it would be another model than padded ones.
+        raise NotImplementedError("this attention caps no scores")
     return _packed(module, *tensors, layout=layout, **kwargs)
 
 

@@ -469,7 +469,7 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 # What pairs without reference logps do, what a policy does that is not the reference that it should start as, and
 # whether what backward needs of forward waits for it in the CPU's memory.
-OWN_TRAIN_FIELDS: dict[str, Any] = {
+OWN_TRAIN_FIELDS = {
     "on_missing": Literal["stop", "drop"],
     "on_mismatch": Literal["stop", "warn"],
     "activation_offload": bool,

@@ -453,6 +453,9 @@ _LONG += [
     *random_pairs(3, seed=2),
 ]
 READ_PADDED = ["mpt, an unused logit_scale"]
+if make_model("gemma2, softcap").config._attn_implementation == "sdpa":
+    # Before transformers chose another attention for it, its scores went without their cap.
+    READ_PADDED.append("gemma2, softcap")
 SPECIAL = [
     "llama, tied",
     "mistral",
@@ -500,8 +503,9 @@ def test_gradients_of_a_packed_row_are_those_of_the_models_own_logits(family: st
     weights = torch.linspace(-1, 2, len(lengths)).repeat_interleave(lengths)
     plain = torch.autograd.grad((weights * alone_token_logps(model, _LONG)).sum(), list(parameters.values()))
     prepare(model)
-    assert check_scoring(model, "policy.model")
-    logps = score(model, pack_pairs(_LONG)).tokens.logps
+    reads = check_scoring(model, "policy.model")
+    assert reads == (family not in READ_PADDED)
+    logps = score(model, pack_pairs(_LONG) if reads else pad_pairs(_LONG, 0)).tokens.logps
     found = torch.autograd.grad((weights * logps).sum(), list(parameters.values()))
     for name, a, b in zip(parameters, found, plain, strict=True):
         assert b.abs().max() > 0, name
