@@ -272,6 +272,12 @@ def test_the_blocks_mean_the_dense_mask(groups: Groups, window: int | None) -> N
     check_blocks(groups, window)
 
 
+@pytest.mark.parametrize("window", [1, 2, 127, 128, 129, 130, 255, 256, 257, 258, 383, 384, 385])
+def test_windows_that_end_with_a_block_or_a_token_beside(window: int) -> None:
+    check_blocks(((640, (0,)),), window)
+    check_blocks(((256, (256, 256)),), window)
+
+
 def test_a_prompt_before_many_long_completions_is_full_and_they_skip_each_other() -> None:
     groups = ((256, (256, 256, 256)),)
     blocks = attention._block_mask(Layout(groups), None, torch.device("cpu"))
