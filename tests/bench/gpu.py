@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark refshard against TRL on a CUDA GPU.")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
     parser.add_argument("--full", choices=list(SHAPES), help="model of the full step; the largest that fits")
+    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation (default 8)")
     parser.add_argument("--json", type=Path, help="file to put the results into")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the processor")
     chosen = parser.parse_args()
@@ -73,6 +74,8 @@ def main() -> None:
         full = chosen.full or fitting(card.total_memory)
     print(describe(here), flush=True)
     for workload in toy_workloads() if chosen.tiny else workloads(full):
+        if chosen.peer_batch:
+            workload = replace(workload, peer_batch=chosen.peer_batch)
         result = {**run_workload(workload, chosen.rounds, say=_say), "machine": here}
         print("\n".join(lines(result)), flush=True)
         if chosen.json:

@@ -31,10 +31,8 @@ def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
     names = [result["workload"]["name"] for result in results]
     figure, axes = plt.subplots(figsize=(8, 0.75 * len(names) + 1.4), layout="constrained")
     height = 0.36
-    for shift, mode, color, label in (
-        (-0.5, "wall", OURS, "wall clock"),
-        (0.5, "cpu", "#7fb2d6", "CPU time, one thread"),
-    ):
+    modes = ((-0.5, "wall", OURS, "white", "wall clock"), (0.5, "cpu", "#7fb2d6", BAR, "CPU time, one thread"))
+    for shift, mode, color, ink, label in modes:
         for i, result in enumerate(results):
             if mode not in result["measured"]:
                 continue
@@ -43,7 +41,8 @@ def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
             label_once = label if i == 0 else None
             axes.barh(y, compared.ratio, height, color=color, label=label_once)
             axes.plot([min(compared.ratios), max(compared.ratios)], [y, y], color="#555555", linewidth=1)
-            axes.text(max(compared.ratios), y, f"  {compared.ratio:.1f}x", va="center", fontsize=9)
+            # Inside the bar, at its foot, where no line of a bar to meet crosses it.
+            axes.text(0, y, f" {compared.ratio:.1f}x", va="center", fontsize=9, color=ink)
             bar = result["workload"]["bars"][mode]
             if bar:
                 label_once = "the bar" if i == 0 and mode == "wall" else None

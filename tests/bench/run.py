@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=[*known, *(w.name for w in TOY)], help="a workload's name")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
     parser.add_argument("--pairs", type=int, help="pairs of a measurement, in place of the workload's own")
+    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation (default 8)")
     parser.add_argument("--json", type=Path, help="file to put the results into, beside those of other workloads")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     chosen = parser.parse_args()
@@ -38,6 +39,8 @@ def main() -> None:
         for workload in known[name]:
             if chosen.pairs:
                 workload = replace(workload, pairs=chosen.pairs, cpu_pairs=chosen.pairs)
+            if chosen.peer_batch:
+                workload = replace(workload, peer_batch=chosen.peer_batch)
             # A curve has many points, of which each is the median's neighbour: fewer rounds, and wall clock alone.
             rounds = 1 if name in CURVES else chosen.rounds
             if name in CURVES:

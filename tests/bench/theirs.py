@@ -15,7 +15,7 @@ from workloads import Workload, make_pairs, reference_logps
 _SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
 
 
-class _OnIds(DPOTrainer):  # type: ignore[misc]
+class _OnIds(DPOTrainer):
     """Takes a dataset that is tokenized already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
