@@ -31,7 +31,17 @@ def workloads(full: str) -> list[Workload]:
     """Stage one, a LoRA step and a full step; the last on a model of the size that is asked for."""
     both = ("trl", "trl-live")
     score = Workload(
-        "gpu-score", 1, SHAPES["8b"], UF, "bfloat16", 256, 0, STAGE_ONE, tokens_per_batch=32_768, device="cuda"
+        "gpu-score",
+        1,
+        SHAPES["8b"],
+        UF,
+        "bfloat16",
+        256,
+        0,
+        STAGE_ONE,
+        tokens_per_batch=32_768,
+        peer_batch=8,
+        device="cuda",
     )
     # The library's default for TRL, and what a model of this size needs in either.
     step = replace(score, stage=2, bars=STAGE_TWO, pairs=24, checkpointing=True, peers=both)
@@ -61,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark refshard against TRL on a CUDA GPU.")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
     parser.add_argument("--full", choices=list(SHAPES), help="model of the full step; the largest that fits")
-    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation (default 8)")
+    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation")
     parser.add_argument("--json", type=Path, help="file to put the results into")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the processor")
     chosen = parser.parse_args()

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=[*known, *(w.name for w in TOY)], help="a workload's name")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
     parser.add_argument("--pairs", type=int, help="pairs of a measurement, in place of the workload's own")
-    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation (default 8)")
+    parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation")
     parser.add_argument("--json", type=Path, help="file to put the results into, beside those of other workloads")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     chosen = parser.parse_args()
