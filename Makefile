@@ -3,6 +3,8 @@
 #   make train                      both stages on the embedded default, no network needed once installed
 #   make train CONFIG=run.yaml      both stages on your data and model
 #   make test                       everything that CI runs but the linters
+#   make bench                      speed and memory beside TRL on this processor, half an hour; docs/benchmarks.md
+#   make bench-gpu                  the same on a CUDA GPU
 
 PYTHON ?= python3
 CONFIG ?=
@@ -13,7 +15,7 @@ DEFAULT := stages/recipes/default.yaml
 DEMO := runs/default
 
 .DEFAULT_GOAL := help
-.PHONY: help precompute train test lint clean
+.PHONY: help precompute train test bench bench-gpu lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +47,14 @@ endif
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python tests/bench/run.py --json tests/bench/results/cpu.json $(ARGS)
+	$(BIN)/python tests/bench/page.py
+
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python tests/bench/gpu.py --json tests/bench/results/gpu.json $(ARGS)
+	$(BIN)/python tests/bench/page.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -1,0 +1,95 @@
+"""Our side: the two places where the benchmark calls refshard."""
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from gauge import Gauge
+from model import build_model
+from outcome import Outcome, StepClock, add_adapter, step_arguments
+from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
+
+from pipeline.config import LossConfig
+from pipeline.packing import make_batch, plan_batches
+from pipeline.scoring import prepare, score
+from pipeline.tokens import TokenizedPair
+from pipeline.trainer import PairTrainer, make_collator
+
+
+def score_all(
+    model: Any, pairs: Sequence[TokenizedPair], tokens_per_batch: int, pad_id: int
+) -> tuple[list[float], list[float]]:
+    """Score as stage one does; give the summed log-probs of chosen and of rejected, in the pairs' order."""
+    chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for indices in plan_batches(pairs, tokens_per_batch):
+            scores = score(model, make_batch([pairs[i] for i in indices], pad_id).to(device))
+            for sums, values in zip((chosen, rejected), scores.sums(), strict=True):
+                for i, value in zip(indices, values.tolist(), strict=True):
+                    sums[i] = value
+    return chosen, rejected
+
+
+def make_trainer(
+    model: Any, rows: datasets.Dataset, arguments: transformers.TrainingArguments, max_length: int, callback: Any
+) -> transformers.Trainer:
+    """Build stage two's trainer on rows as the join gives them."""
+    prepare(model)
+    return PairTrainer(
+        loss=LossConfig(),
+        model=model,
+        args=arguments,
+        data_collator=make_collator(PAD_ID, max_length),
+        train_dataset=rows,
+        callbacks=[callback],
+    )
+
+
+def run_stage_one(workload: Workload, count: int) -> Outcome:
+    pairs = [TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in make_pairs(workload, count)]
+    model = build_model(workload).eval().requires_grad_(False)
+    prepare(model)
+    gauge = Gauge(workload.device)
+    gauge.watch()
+    score_all(model, pairs[:2], workload.tokens_per_batch, PAD_ID)
+    gauge.start()
+    chosen, rejected = score_all(model, pairs, workload.tokens_per_batch, PAD_ID)
+    gauge.stop()
+    return Outcome(gauge.read(), [*chosen, *rejected])
+
+
+def run_stage_two(workload: Workload, count: int) -> Outcome:
+    pairs = make_pairs(workload, count)
+    rows = [
+        {
+            "prompt_ids": prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+            "row": i,
+            "truncated": False,
+            "ref_chosen_logps": references[0],
+            "ref_rejected_logps": references[1],
+        }
+        for i, ((prompt, chosen, rejected), references) in enumerate(
+            zip(pairs, reference_logps(workload, pairs), strict=True)
+        )
+    ]
+    model = build_model(workload)
+    if workload.lora:
+        transformers.set_seed(SEED)
+        model = add_adapter(model)
+    gauge = Gauge(workload.device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            **step_arguments(workload, count, folder), remove_unused_columns=False, label_names=[]
+        )
+        trainer = make_trainer(
+            model, datasets.Dataset.from_list(rows), arguments, workload.lengths.max_length, StepClock(gauge)
+        )
+        trainer.train()
+    first = trainer.state.log_history[0]
+    return Outcome(gauge.read(), [first["loss"], first["grad_norm"]])

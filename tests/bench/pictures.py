@@ -1,0 +1,119 @@
+"""Results -> pictures, as SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from report import MIB, compare, sides
+
+OURS, THEIRS, BAR = "#1b6ca8", "#c9803a", "#222222"
+
+plt.rcParams.update(
+    {
+        # A white ground reads on light and dark pages alike; the same input gives the same file.
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "svg.hashsalt": "refshard",
+        "svg.fonttype": "path",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+)
+
+
+def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Bars of the ratios to TRL, wall clock and processor time, each with its bar as a black line."""
+    names = [result["workload"]["name"] for result in results]
+    figure, axes = plt.subplots(figsize=(8, 0.75 * len(names) + 1.4), layout="constrained")
+    height = 0.36
+    modes = ((-0.5, "wall", OURS, "white", "wall clock"), (0.5, "cpu", "#7fb2d6", BAR, "CPU time, one thread"))
+    for shift, mode, color, ink, label in modes:
+        for i, result in enumerate(results):
+            if mode not in result["measured"]:
+                continue
+            compared = compare(result, mode, "trl")
+            y = i + shift * height
+            label_once = label if i == 0 else None
+            axes.barh(y, compared.ratio, height, color=color, label=label_once)
+            axes.plot([min(compared.ratios), max(compared.ratios)], [y, y], color="#555555", linewidth=1)
+            # Inside the bar, at its foot, where no line of a bar to meet crosses it.
+            axes.text(0, y, f" {compared.ratio:.1f}x", va="center", fontsize=9, color=ink)
+            bar = result["workload"]["bars"][mode]
+            if bar:
+                label_once = "the bar" if i == 0 and mode == "wall" else None
+                axes.plot([bar, bar], [y - height / 2, y + height / 2], color=BAR, linewidth=2.5, label=label_once)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("times TRL's speed, median of the rounds; thin lines from smallest to largest")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, file)
+
+
+def draw_memory(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Bars of the memory above the loaded model."""
+    names = [result["workload"]["name"] for result in results]
+    figure, axes = plt.subplots(figsize=(8, 0.75 * len(names) + 1.4), layout="constrained")
+    height = 0.36
+    for shift, side, color, label in ((-0.5, "ours", OURS, "refshard"), (0.5, "trl", THEIRS, "TRL")):
+        for i, result in enumerate(results):
+            extra = sides(result, "wall")[side].extra / MIB
+            y = i + shift * height
+            axes.barh(y, extra, height, color=color, label=label if i == 0 else None)
+            axes.text(extra, y, f"  {extra:,.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("peak memory above the loaded model, MiB")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, file)
+
+
+def draw_counts(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Lines of the time of stage one against the number of pairs."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    counts = [result["workload"]["pairs"] for result in results]
+    for side, color, label in (("trl", THEIRS, "TRL"), ("ours", OURS, "refshard")):
+        times = [sides(result, "wall")[side].wall.middle for result in results]
+        axes.plot(counts, times, "o-", color=color, label=label)
+        axes.annotate(f"{times[-1]:.1f} s", (counts[-1], times[-1]), (6, 0), textcoords="offset points", va="center")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlim(0, counts[-1] * 1.15)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("pairs")
+    axes.set_ylabel("stage one, seconds")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, file)
+
+
+def draw_shares(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """A line of the ratio to TRL against the prompt's share of the length."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    percents = [int(result["workload"]["name"].split("-")[1]) for result in results]
+    ratios = [compare(result, "wall", "trl").ratio for result in results]
+    axes.plot(percents, ratios, "o-", color=OURS)
+    for percent, ratio in zip(percents, ratios, strict=True):
+        axes.annotate(f"{ratio:.1f}x", (percent, ratio), (0, 8), textcoords="offset points", ha="center")
+    axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xticks(percents, [f"{percent}%" for percent in percents])
+    axes.set_ylim(0, max(ratios) * 1.15)
+    axes.set_xlabel("prompt's share of prompt and completion, 512 tokens together")
+    axes.set_ylabel("times TRL's speed, stage one")
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    # Matplotlib ends lines of paths with blanks, which every diff would complain of.
+    text = "\n".join(line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
+    file.write_text(text + "\n", encoding="utf-8")
