@@ -1,11 +1,11 @@
 """Our side: the two places where the benchmark calls refshard."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from gauge import Gauge
 from model import build_model
@@ -13,25 +13,18 @@ from outcome import Outcome, StepClock, add_adapter, step_arguments
 from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
 
 from pipeline.config import LossConfig
-from pipeline.packing import make_batch, plan_batches
-from pipeline.scoring import prepare, score
+from pipeline.scoring import check_scoring, prepare, score_pairs
 from pipeline.tokens import TokenizedPair
 from pipeline.trainer import PairTrainer, make_collator
 
 
 def score_all(
-    model: Any, pairs: Sequence[TokenizedPair], tokens_per_batch: int, pad_id: int
+    model: Any, pairs: Sequence[TokenizedPair], tokens_per_batch: int, packed: bool
 ) -> tuple[list[float], list[float]]:
     """Score as stage one does; give the summed log-probs of chosen and of rejected, in the pairs' order."""
-    chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        for indices in plan_batches(pairs, tokens_per_batch):
-            scores = score(model, make_batch([pairs[i] for i in indices], pad_id).to(device))
-            for sums, values in zip((chosen, rejected), scores.sums(), strict=True):
-                for i, value in zip(indices, values.tolist(), strict=True):
-                    sums[i] = value
-    return chosen, rejected
+    scored = score_pairs(model, pairs, tokens_per_batch=tokens_per_batch, pad_id=PAD_ID, packed=packed)
+    sums = {i: (math.fsum(chosen.tolist()), math.fsum(rejected.tolist())) for i, chosen, rejected in scored}
+    return [sums[i][0] for i in range(len(pairs))], [sums[i][1] for i in range(len(pairs))]
 
 
 def make_trainer(
@@ -43,7 +36,7 @@ def make_trainer(
         loss=LossConfig(),
         model=model,
         args=arguments,
-        data_collator=make_collator(PAD_ID, max_length),
+        data_collator=make_collator(PAD_ID, max_length, packed=check_scoring(model, "policy.model")),
         train_dataset=rows,
         callbacks=[callback],
     )
@@ -53,11 +46,12 @@ def run_stage_one(workload: Workload, count: int) -> Outcome:
     pairs = [TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in make_pairs(workload, count)]
     model = build_model(workload).eval().requires_grad_(False)
     prepare(model)
+    packed = check_scoring(model, "reference.model")
     gauge = Gauge(workload.device)
     gauge.watch()
-    score_all(model, pairs[:2], workload.tokens_per_batch, PAD_ID)
+    score_all(model, pairs[:2], workload.tokens_per_batch, packed)
     gauge.start()
-    chosen, rejected = score_all(model, pairs, workload.tokens_per_batch, PAD_ID)
+    chosen, rejected = score_all(model, pairs, workload.tokens_per_batch, packed)
     gauge.stop()
     return Outcome(gauge.read(), [*chosen, *rejected])
 

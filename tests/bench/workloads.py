@@ -97,7 +97,7 @@ class Workload:
     bars: Bars
     batch: int = 4
     """Pairs of a step"""
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = 4096
     """Our stage one's budget, its default"""
     peer_batch: int = 4
     """Pairs of a batch in TRL's precomputation; of 4, 8 and 16 the fastest on a processor, with the least padding"""
