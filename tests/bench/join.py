@@ -198,17 +198,19 @@ def _measure_batches(file: Path, token_logps: TokenLogps) -> dict[int, dict[str,
 
 
 def _median_us(one: Callable[[Any], Any], other: Callable[[Any], Any], inputs: list[Any]) -> tuple[float, float]:
-    """Median of the one's time, and of what the other takes on top right after it: others' load then hits both."""
-    times, on_top = [], []
-    for _ in range(5):
-        for given in inputs:
-            began = time.perf_counter()
-            one(given)
-            middle = time.perf_counter()
-            other(given)
-            times.append(middle - began)
-            on_top.append(time.perf_counter() - middle - times[-1])
-    return float(np.median(times)) * 1e6, float(np.median(on_top)) * 1e6
+    """Median of the one's time, and what the other's median is above it.
+
+    In turn, so that others' load hits both, and each as often first, since the second finds warm caches.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(10):
+        for i, given in enumerate(inputs):
+            for which in (0, 1) if (turn + i) % 2 else (1, 0):
+                began = time.perf_counter()
+                (one, other)[which](given)
+                times[which].append(time.perf_counter() - began)
+    first, second = (float(np.median(taken)) * 1e6 for taken in times)
+    return first, second - first
 
 
 def extrapolate(series: list[dict[str, Any]], costs: dict[str, float]) -> dict[str, float]:
