@@ -17,7 +17,7 @@ from pipeline.fused import liger_logps, liger_pays
 __all__ = ["Head", "TokenStatistics", "head_of", "token_logps", "token_statistics"]
 
 # Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 _CHUNK_BYTES_ON_GPU = 256 * 2**20
 _SMALLEST_CHUNK = 128
 

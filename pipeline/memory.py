@@ -11,8 +11,8 @@ from pipeline.tokens import TokenizedPair
 
 __all__ = ["free_memory", "is_out_of_memory", "tokens_that_fit"]
 
-# More tokens at once make a CPU no faster, and a fixed number makes every run the same to the last bit.
-_ON_CPU = 4096
+# More tokens at once make a CPU slower, whose caches they leave; a fixed number makes every run the same to the bit.
+_ON_CPU = 2048
 _FEWEST, _MOST = 2048, 65536
 # Of what is free; the rest is for fragments, and for what grows faster than the probe shows.
 _SHARE = 0.7

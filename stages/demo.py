@@ -192,7 +192,7 @@ def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float
     """Logps of each pair's chosen and rejected completion."""
     prepare_scoring(model)
     packed = check_scoring(model, "policy.model")
-    scored = score_pairs(model, pairs, tokens_per_batch=4096, pad_id=0, packed=packed)
+    scored = score_pairs(model, pairs, tokens_per_batch=2048, pad_id=0, packed=packed)
     sums = {i: (math.fsum(chosen.tolist()), math.fsum(rejected.tolist())) for i, chosen, rejected in scored}
     return [sums[i] for i in range(len(pairs))]
 

@@ -384,4 +384,4 @@ def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
 
 
 def test_on_a_cpu_the_tokens_that_fit_are_a_constant(scorer: Any) -> None:
-    assert memory.tokens_that_fit(scorer, True) == memory.tokens_that_fit(scorer, False) == 4096
+    assert memory.tokens_that_fit(scorer, True) == memory.tokens_that_fit(scorer, False) == 2048

@@ -110,6 +110,24 @@ def draw_shares(results: Sequence[dict[str, Any]], file: Path) -> None:
     _save(figure, file)
 
 
+def draw_join(series: Sequence[dict[str, Any]], file: Path) -> None:
+    """Lines of time a pair, and of memory, against the number of pairs."""
+    figure, (times, memory) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    pairs = [row["pairs"] for row in series]
+    for name, color, label in (("lookup", OURS, "look-ups"), ("build", THEIRS, "index")):
+        times.plot(pairs, [row[f"{name}_us_per_pair"] for row in series], "o-", color=color, label=label)
+        memory.plot(pairs, [row[f"{name}_peak_bytes"] / MIB for row in series], "o-", color=color, label=label)
+    memory.plot(pairs, [row["index_bytes"] / MIB for row in series], ":", color="#999999", label="the index itself")
+    memory.set_yscale("log")
+    for axes, label in ((times, "microseconds a pair"), (memory, "peak memory, MiB")):
+        axes.set_xscale("log")
+        axes.set_xlabel("pairs")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False)
+    times.set_ylim(bottom=0)
+    _save(figure, file)
+
+
 def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None, "Creator": None})

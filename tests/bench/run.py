@@ -14,9 +14,13 @@ from typing import Any
 
 from report import describe, lines
 from rounds import machine, merge, run_workload
-from workloads import TOY, WORKLOADS, count_curve, share_curve
+from workloads import TOY, WORKLOADS, batch_curve, count_curve, share_curve
 
-CURVES = {"curve-pairs": count_curve(WORKLOADS[0]), "curve-share": share_curve(WORKLOADS[0])}
+CURVES = {
+    "curve-pairs": count_curve(WORKLOADS[0]),
+    "curve-share": share_curve(WORKLOADS[0]),
+    "curve-batch": batch_curve(WORKLOADS[0]),
+}
 
 
 def main() -> None:

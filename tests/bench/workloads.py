@@ -97,9 +97,9 @@ class Workload:
     bars: Bars
     batch: int = 4
     """Pairs of a step"""
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = 2048
     """Our stage one's budget, its default"""
-    peer_batch: int = 4
+    peer_batch: int = 8
     """Pairs of a batch in TRL's precomputation; of 4, 8 and 16 the fastest on a processor, with the least padding"""
     lora: bool = False
     checkpointing: bool = False
@@ -197,7 +197,8 @@ SMALL_128K = replace(SMALL_32K, vocabulary=128_000)
 DEEP = Shape(vocabulary=8_192, hidden=768, layers=9, intermediate=2048, heads=12, kv_heads=12)
 
 UF = Lengths("UltraFeedback-like", prompt=110, prompt_sigma=0.8, completion=215, completion_sigma=0.7)
-HH = Lengths("HH-like", prompt=120, prompt_sigma=0.9, completion=60, completion_sigma=0.9)
+# The spread is that of 1,496 pairs of HH-RLHF's harmless-base.
+HH = Lengths("HH-like", prompt=120, prompt_sigma=1.07, completion=60, completion_sigma=0.94)
 
 _SUMS = 2e-3
 _LOSS = 1e-4
@@ -208,9 +209,9 @@ WORKLOADS = [
     Workload("score-128k", 1, SMALL_128K, UF, "float32", 8, 8, Bars(wall=6, cpu=4, memory=10, gap=_SUMS, share=0.6)),
     Workload("score-hh", 1, SMALL_32K, HH, "float32", 32, 16, Bars(wall=10, cpu=6, gap=_SUMS, share=0.6)),
     Workload("score-deep", 1, DEEP, UF, "float32", 16, 8, Bars(wall=3, cpu=2.5, gap=_SUMS, share=0.6)),
-    Workload("train-32k", 2, SMALL_32K, UF, "float32", 16, 8, Bars(wall=3, cpu=3, memory=4, gap=_LOSS)),
-    Workload("train-32k-bf16", 2, SMALL_32K, UF, "bfloat16", 16, 16, Bars(wall=5, cpu=5)),
-    Workload("train-hh", 2, SMALL_32K, HH, "float32", 16, 16, Bars(wall=4, cpu=4, gap=_LOSS)),
+    Workload("train-32k", 2, SMALL_32K, UF, "float32", 12, 8, Bars(wall=3, cpu=3, memory=4, gap=_LOSS)),
+    Workload("train-32k-bf16", 2, SMALL_32K, UF, "bfloat16", 12, 8, Bars(wall=5, cpu=5)),
+    Workload("train-hh", 2, SMALL_32K, HH, "float32", 16, 12, Bars(wall=4, cpu=4, gap=_LOSS)),
 ]
 
 TOY_SHAPE = Shape(vocabulary=512, hidden=32, layers=2, intermediate=64, heads=4, kv_heads=2)
@@ -229,6 +230,11 @@ def count_curve(small: Workload) -> list[Workload]:
         replace(small, name=f"pairs-{count}", shape=shape, pairs=count, cpu_pairs=count, bars=Bars())
         for count in (8, 16, 32, 64)
     ]
+
+
+def batch_curve(small: Workload) -> list[Workload]:
+    """Stage one against every batch size that TRL may be given: the smaller it is, the less it pads."""
+    return [replace(small, name=f"batch-{batch}", peer_batch=batch, bars=Bars()) for batch in (1, 2, 4, 8, 16)]
 
 
 def share_curve(small: Workload) -> list[Workload]:
