@@ -46,7 +46,8 @@ mean. No tokenizer and no text is involved.
   parameters outside embedding and head, V x H the head, P, C and R the tokens of prompt and completions: each prompt
   counts once, and the head on completions alone. A training step counts three times that.
 - **The draw.** A few pairs of random order pad more or less in TRL's batches than many do. The table gives the padded
-  tokens a pair of what was measured, over those of {long_run} pairs: a ratio divided by it is what a long run would give.
+  tokens a pair of what was measured, over those of {long_run} pairs: a ratio divided by it is what a long run would
+  give.
 - **Agreement** is the largest difference of a completion's summed log-probs over all pairs and rounds, or the
   difference of the first step's losses. In bfloat16 both sides round, differently with every shape of a batch; there is
   no bar.
