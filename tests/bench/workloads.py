@@ -217,7 +217,7 @@ _LOSS = 1e-4
 WORKLOADS = [
     Workload("score-32k", 1, SMALL_32K, UF, "float32", 16, 8, Bars(wall=5, cpu=3.5, memory=8, gap=_SUMS, share=0.6)),
     Workload("score-32k-bf16", 1, SMALL_32K, UF, "bfloat16", 16, 8, Bars(wall=7, cpu=5)),
-    Workload("score-128k", 1, SMALL_128K, UF, "float32", 16, 8, Bars(wall=6, cpu=4, memory=10, gap=_SUMS, share=0.6)),
+    Workload("score-128k", 1, SMALL_128K, UF, "float32", 8, 8, Bars(wall=6, cpu=4, memory=10, gap=_SUMS, share=0.6)),
     Workload("score-hh", 1, SMALL_32K, HH, "float32", 32, 16, Bars(wall=10, cpu=6, gap=_SUMS, share=0.6)),
     Workload("score-deep", 1, DEEP, UF, "float32", 16, 8, Bars(wall=3, cpu=2.5, gap=_SUMS, share=0.6)),
     Workload("train-32k", 2, SMALL_32K, UF, "float32", 12, 8, Bars(wall=3, cpu=3, memory=4, gap=_LOSS)),
