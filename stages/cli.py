@@ -1,5 +1,7 @@
 """The `refshard` command: thin, and a stage is imported only when it is called, so that help needs no torch."""
 
+import atexit
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -204,7 +206,21 @@ def run() -> None:
             err=True,
         )
         status = 1
-    sys.exit(status if isinstance(status, int) else 0)
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _leave(status: int) -> None:
+    """End the process; one of several without its C++ destructors.
+
+    Threads of torch's process groups are still there when those run, and abort a finished rank now and then, which
+    its launcher takes for a failure of all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

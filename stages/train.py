@@ -62,19 +62,11 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         IdentityError: Shards or checkpoints belong to another reference, tokenization or run.
         DataError: Pairs have no reference log-probs, or files are damaged.
     """
-    state = PartialState()
-    try:
-        _train(config, state, overwrite)
-    finally:
-        # Threads of a process group that is still there when the interpreter ends abort a run that is done.
-        state.destroy_process_group()
-
-
-def _train(config: Config, state: PartialState, overwrite: bool) -> None:
     flag = watch_signals()
     settings = training_settings(config)
     arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
+    state = PartialState()
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)
