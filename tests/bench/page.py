@@ -30,8 +30,8 @@ mean. No tokenizer and no text is involved.
   the smallest and the largest. Every measurement is a process of its own and warms up before its clock starts. The
   processor times are of another set of measurements, on one thread.
 - **Stage one** of TRL is `DPOTrainer(precompute_ref_log_probs=True)` with its own loader, collator and passes,
-  {batch} pairs a batch (its default; a smaller one pads less, see the table of batch sizes), timed from its first batch
-  to its last; the writing of its cache is left out, as is that of our shards. Ours scores under its
+  {batch} pairs a batch (its default; a smaller one pads less: `--only curve-batch` measures it), timed from its
+  first batch to its last; the writing of its cache is left out, as is that of our shards. Ours scores under its
   default budget of {tokens:,} tokens. Neither checkpoints gradients nor casts automatically: bfloat16 means weights in
   it.
 - **Stage two** is whole optimizer steps of SGD with reference log-probs in the data, from the end of one step to the

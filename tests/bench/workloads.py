@@ -239,7 +239,7 @@ def count_curve(small: Workload) -> list[Workload]:
     shape = replace(small.shape, hidden=256, layers=4, intermediate=704, heads=4, kv_heads=4)
     return [
         replace(small, name=f"pairs-{count}", shape=shape, pairs=count, cpu_pairs=count, bars=Bars())
-        for count in (8, 16, 32, 64)
+        for count in (8, 16, 32)
     ]
 
 
