@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.packing import pack_pairs, pad_pairs
+from pipeline.packing import make_batch
 from pipeline.scoring import score
 from pipeline.tokens import TokenizedPair
 
@@ -37,11 +37,9 @@ def tokens_that_fit(model: Any, packed: bool) -> int:
 def _peak(model: Any, packed: bool, tokens: int, device: torch.device) -> int:
     """Bytes that scoring one batch of so many tokens takes at most, weights included."""
     quarter = tokens // 4
-    pairs = [TokenizedPair(prompt_ids=[1], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for _ in range(2)]
-    if packed:
-        # Two equal pairs would be one group.
-        pairs[1] = TokenizedPair(prompt_ids=[4], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter)
-    batch = (pack_pairs(pairs) if packed else pad_pairs(pairs, 0)).to(device)
+    # Of two prompts: equal pairs would be packed into one group.
+    pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for i in (1, 4)]
+    batch = make_batch(pairs, 0, packed=packed).to(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
         score(model, batch, statistics=False)

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.tokens import TokenizedPair
 
-__all__ = ["Batch", "Layout", "pack_pairs", "pad_pairs", "plan_batches"]
+__all__ = ["Batch", "Layout", "make_batch", "pack_pairs", "pad_pairs", "plan_batches"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ def _in_row(completions: Iterable[tuple[int, ...]]) -> int:
     return sum(len(completion) - 1 for completion in completions)
 
 
+def make_batch(pairs: Sequence[TokenizedPair], pad_id: int, *, packed: bool) -> Batch:
+    """Pack the pairs, if the model can read that; otherwise pad them."""
+    return pack_pairs(pairs) if packed else pad_pairs(pairs, pad_id)
+
+
 def pack_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
     """Pack the pairs into one row; prompts and completions that are equal stand in it once."""
     groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
@@ -204,6 +209,6 @@ def _sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[tuple[int, ...], tu
 
 def _counts(pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, torch.Tensor]:
     """`lengths` and `num_tokens` of a batch."""
-    lengths = torch.tensor([len(completion) for _, completion in _sequences(pairs)])
+    lengths = torch.tensor([*(len(p.chosen_ids) for p in pairs), *(len(p.rejected_ids) for p in pairs)])
     prompts = torch.tensor([len(p.prompt_ids) for p in pairs])
     return lengths, 2 * prompts + torch.add(*lengths.chunk(2))

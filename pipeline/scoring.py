@@ -19,7 +19,7 @@ import torch
 from pipeline.attention import NOT_A_MASK, switch_attention
 from pipeline.errors import ConfigError
 from pipeline.head import TokenStatistics, head_of, token_logps, token_statistics
-from pipeline.packing import Batch, pack_pairs, pad_pairs, plan_batches
+from pipeline.packing import Batch, make_batch, pack_pairs, pad_pairs, plan_batches
 from pipeline.tokens import TokenizedPair
 
 __all__ = [
@@ -188,8 +188,7 @@ def score_pairs(
     """
     device = next(model.parameters()).device
     for indices in plan_batches(pairs, tokens_per_batch, packed=packed):
-        together = [pairs[i] for i in indices]
-        batch = pack_pairs(together) if packed else pad_pairs(together, pad_id)
+        batch = make_batch([pairs[i] for i in indices], pad_id, packed=packed)
         with torch.inference_mode():
             scores = score(model, batch.to(device), statistics=False)
         flat = scores.tokens.logps.float().cpu().numpy()

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.join import TokenLogps
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.offload import ActivationOffload
-from pipeline.packing import Batch, pack_pairs, pad_pairs
+from pipeline.packing import Batch, make_batch
 from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.tokens import TokenizedPair, truncate
 
@@ -49,7 +49,7 @@ def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps |
             "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
             "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-            "batch": pack_pairs(pairs) if packed else pad_pairs(pairs, pad_id),
+            "batch": make_batch(pairs, pad_id, packed=packed),
         }
         if token_logps is not None and "token_start" in rows[0]:
             # [N], in the order in which the scorer gives the policy's
