@@ -28,6 +28,7 @@ from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
+from pipeline.folders import Folder, open_folder
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger
 from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
@@ -52,6 +53,7 @@ from pipeline.shards import (
     is_finished,
     open_store,
     part_exists,
+    parts_there,
     write_part,
 )
 from pipeline.signals import StopFlag, watch_signals
@@ -105,7 +107,7 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     reusable = open_reusable(config.precompute.reuse, identity)
     others = 0
     for name, source in sources.items():
-        folder = Path(config.precompute.output) / name
+        folder = open_folder(config.precompute.output).child(name)
         wanted = rows if name == "train" else None
         if overwrite:
             delete_store(folder)
@@ -280,7 +282,7 @@ def _score_split(
     name: str,
     source: Source,
     wanted: frozenset[int] | None,
-    folder: Path,
+    folder: Folder,
     fingerprint: str,
     worker: tuple[int, int],
     reference: _Reference,
@@ -345,7 +347,7 @@ class _Writer:
     # More would be lost with a full disk, and the scoring hardly ever waits for one.
     _MOST_PENDING = 2
 
-    def __init__(self, folder: Path, config: Config, fingerprint: str) -> None:
+    def __init__(self, folder: Folder, config: Config, fingerprint: str) -> None:
         self._write = functools.partial(
             write_part,
             folder,
@@ -394,12 +396,13 @@ def _num_tokens(pair: KeptPair) -> int:
     return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)
 
 
-def _rows_to_do(total: int | None, config: Config, folder: Path, worker: tuple[int, int]) -> int | None:
+def _rows_to_do(total: int | None, config: Config, folder: Folder, worker: tuple[int, int]) -> int | None:
     if total is None:
         return None
     size = config.precompute.rows_per_shard
     mine = range(worker[0], -(-total // size), worker[1])
-    return sum(min(size, total - unit * size) for unit in mine if not part_exists(folder, unit))
+    there = parts_there(folder)
+    return sum(min(size, total - unit * size) for unit in mine if unit not in there)
 
 
 class _Progress:
@@ -438,7 +441,7 @@ class _Progress:
         )
 
 
-def _report_finished(folder: Path, name: str) -> None:
+def _report_finished(folder: Folder, name: str) -> None:
     store = open_store(folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
@@ -480,7 +483,22 @@ def _declared(config: Config, source: Source) -> dict[str, Any]:
     return {
         **declared_reference(config),
         "dataset": describe(source),
+        "data": _data_of(source),
         "tokens_per_batch": config.precompute.tokens_per_batch,
+    }
+
+
+def _data_of(source: Source) -> dict[str, Any]:
+    """The settings of `data` that read a set's rows again."""
+    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
+    return {
+        "path": source.path,
+        "name": source.name,
+        "revision": source.revision,
+        "split": source.split + range_of_rows,
+        "format": source.format,
+        "columns": dict(source.columns),
+        "streaming": source.streaming,
     }
 
 

@@ -15,6 +15,7 @@ PIPELINE = [
     "versions",
     "signals",
     "storage",
+    "folders",
     "digests",
     "config",
     "sources",
@@ -31,6 +32,7 @@ PIPELINE = [
     "scoring",
     "memory",
     "shards",
+    "verify",
     "reuse",
     "join",
     "gate",
@@ -44,7 +46,7 @@ PIPELINE = [
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "windows", "inspect", "import_scores", "export", "demo"]
+STAGES = ["cli", "precompute", "train", "windows", "inspect", "verify", "import_scores", "export", "demo"]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
@@ -66,11 +68,14 @@ ANSWERS_WITHOUT_TORCH = [
     "pipeline.intake",
     "pipeline.models",
     "pipeline.fingerprint",
+    "pipeline.folders",
     "pipeline.shards",
+    "pipeline.verify",
     "pipeline.reuse",
     "pipeline.reviews",
     "stages.cli",
     "stages.inspect",
+    "stages.verify",
 ]
 
 
