@@ -231,14 +231,17 @@ def _list(fs: Any, path: str) -> list[str]:
 @functools.lru_cache(maxsize=16)
 def _puts_if_absent(url: str) -> bool:
     """Try it: of two conditional puts of one name the second must fail."""
-    folder, name = ObjectFolder(url), f"{LEFTOVERS[1]}{uuid.uuid4().hex}"
-    folder._ask(name, lambda fs, path: _put(fs, path, b"1", mode="create"))
-    try:
-        folder._ask(name, lambda fs, path: _put(fs, path, b"2", mode="create"))
-    except FileExistsError:
-        return True
-    finally:
-        folder.delete(name)
+    folder = ObjectFolder(url)
+    for _ in range(3):
+        name = f"{LEFTOVERS[1]}{uuid.uuid4().hex}"
+        folder._ask(name, lambda fs, path: _put(fs, path, b"1", mode="create"))
+        try:
+            folder._ask(name, lambda fs, path: _put(fs, path, b"2", mode="create"))
+        except FileExistsError:
+            return True
+        finally:
+            folder.delete(name)
+        # Or somebody who cleans up has deleted it in between; not three times.
     return False
 
 
