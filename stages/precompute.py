@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
 from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_files
-from pipeline.errors import ConfigError, DataError, UnfinishedError
+from pipeline.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.folders import Folder, open_folder
 from pipeline.gate import check_dtypes
@@ -111,11 +111,12 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
         wanted = rows if name == "train" else None
         if overwrite:
             delete_store(folder)
+        stamps = _stamps(source)
         plan = _plan(config, source, reusable, wanted)
         fingerprint = create_store(folder, identity, plan, _declared(config, source))
         if not is_finished(folder):
             others += _score_split(
-                config, name, source, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
+                config, name, source, stamps, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
             )
         if is_finished(folder):
             _report_finished(folder, name)
@@ -281,6 +282,7 @@ def _score_split(
     config: Config,
     name: str,
     source: Source,
+    stamps: list[tuple[int, int]],
     wanted: frozenset[int] | None,
     folder: Folder,
     fingerprint: str,
@@ -316,9 +318,11 @@ def _score_split(
             if flag:
                 raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
             scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
+            _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)
             progress.advance(unit.ledger.rows, sum(_num_tokens(p) for p in unit.pairs))
     progress.close()
+    _check_unchanged(source, stamps)
     return len(finish_store(folder, queue.num_units))
 
 
@@ -456,9 +460,7 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     Whether a bad row stops the run or is skipped is not in it: no part ever holds one. So the way on that an error
     names, to skip, goes on with the parts that are there.
     """
-    files = source.files
-    if source.format == "disk":
-        files = tuple(sorted(Path(source.path).rglob("*.arrow")))
+    files = _files(source)
     local = bool(files)
     of_window = {}
     if wanted is not None:
@@ -477,6 +479,28 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
         ),
         "split": source.split,
     }
+
+
+def _files(source: Source) -> tuple[Path, ...]:
+    """The local files that hold the rows; none for a hub dataset."""
+    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
+
+
+def _stamps(source: Source) -> list[tuple[int, int]]:
+    """Size and time of change of each file."""
+    try:
+        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in _files(source)]
+    except OSError as error:
+        raise StorageError(f"{source.path}: can't be read ({error.strerror})") from error
+
+
+def _check_unchanged(source: Source, stamps: list[tuple[int, int]]) -> None:
+    """Refuse to commit rows that may not be those whose digest the manifest has."""
+    if _stamps(source) != stamps:
+        raise IdentityError(
+            f"{source.path}: changed while it was scored. What was scored before is kept; restore the file and run the "
+            "same command again, or score the new one into another precompute.output (precompute.reuse copies)"
+        )
 
 
 def _declared(config: Config, source: Source) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pipeline.checkpoints import (
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
+from pipeline.folders import open_folder
 from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import Ledger
 from pipeline.join import TokenLogps, check_identity, join, load_reference_table
@@ -233,8 +234,8 @@ def _say(state: PartialState, text: str) -> None:
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
-    folder = Path(config.precompute.output)
-    stores = {name: open_store(folder / name) for name in names}
+    folder = open_folder(config.precompute.output)
+    stores = {name: open_store(folder.child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     return stores
 

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect"])
+_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect", "s3fs"])
 
 
 class Command:
