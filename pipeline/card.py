@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import LossConfig
+from pipeline.errors import one_line
 
 __all__ = ["model_card"]
 
@@ -86,14 +87,14 @@ _LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
 
 def _plain(value: Any) -> str:
     """Text that can't end its table cell, start markup, or span lines."""
-    text = " ".join(str(value).split())
+    text = one_line(str(value))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return text
 
 
 def _code(value: Any) -> str:
-    text = " ".join(str(value).split()).replace("`", "'")
+    text = one_line(str(value)).replace("`", "'")
     # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
     text = re.sub(r"\\*\|", lambda _: r"\|", text)
     return f"`{text}`"

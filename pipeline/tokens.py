@@ -117,8 +117,6 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
 
 
 def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
@@ -136,8 +134,9 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
                 add_generation_prompt=not completion,
                 **arguments,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error
+        except Exception as error:  # a template is a program, which may fail in any way
+            reason = str(error) or type(error).__name__
+            raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
         ids.append(encoded["input_ids"])
     return ids[0], ids[1], ids[2]
 
