@@ -44,7 +44,7 @@ def model_card(
     if hub_dataset is not None:
         header["datasets"] = [hub_dataset]
     lines = ["---"]
-    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
+    lines += [f"{key}: {_quoted(value)}" for key, value in header.items()]
     lines += [
         "---",
         "",
@@ -83,6 +83,13 @@ def _named_loss(loss: Mapping[str, Any]) -> str:
 
 
 _LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
+
+
+def _quoted(value: Any) -> str:
+    """The value as JSON that YAML reads as well: it knows no pairs of surrogates, so only what does not print is
+    escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _plain(value: Any) -> str:

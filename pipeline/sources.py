@@ -482,7 +482,10 @@ def _without_media(dataset: Any) -> Any:
     Preferences are text; no pair has such a column.
     """
     media = [name for name, feature in (getattr(dataset, "features", None) or {}).items() if _holds_media(feature)]
-    return dataset.remove_columns(media) if media else dataset
+    if not media:
+        return dataset
+    # A stream would open them on its way to leaving them out.
+    return (dataset.decode(False) if hasattr(dataset, "decode") else dataset).remove_columns(media)
 
 
 def _holds_media(feature: Any) -> bool:
