@@ -394,12 +394,12 @@ def _parquet_file(file: Path) -> pq.ParquetFile:
         "page_checksum_verification": True,
     }
     try:
-        parquet = pq.ParquetFile(file, **options)
-        names = parquet.schema_arrow.names
-        problem = _declared_wrongly(parquet.metadata)
-        # A text that is stored once stays so in memory, however many rows have it.
-        texts = [column.path for column in parquet.schema if column.physical_type == "BYTE_ARRAY"]
-        parquet = pq.ParquetFile(file, read_dictionary=texts, **options)
+        with pq.ParquetFile(pa.BufferReader(_footer_alone(file)), **options) as described:
+            footer, names = described.metadata, described.schema_arrow.names
+            problem = _declared_wrongly(footer)
+            # A text that is stored once stays so in memory, however many rows have it.
+            texts = [column.path for column in described.schema if column.physical_type == "BYTE_ARRAY"]
+        parquet = pq.ParquetFile(file, metadata=footer, read_dictionary=texts, **options)
     except Exception as error:  # the readers of column types, which other libraries bring, raise what they like
         raise DataError(f"{file}: not a readable Parquet file ({_first_line(error)})") from error
     if problem is not None:
@@ -413,6 +413,22 @@ def _parquet_file(file: Path) -> pq.ParquetFile:
 _LARGEST_FOOTER = 16 * 2**20
 _LARGEST_GROUP = 16 * 2**30
 """Bytes of one row group, unpacked: its pages are fetched together"""
+
+
+def _footer_alone(file: Path) -> bytes:
+    """A Parquet file of the footer alone, and without the types that a writer in Arrow had: to read one that is not
+    Arrow's own runs the code of whatever library has registered it. Texts are texts without it."""
+    with file.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, size - 8))
+        end = stream.read()
+        length = int.from_bytes(end[:4], "little")
+        if end[4:] == b"PARE":
+            raise ValueError("encrypted")
+        if end[4:] != b"PAR1" or length > min(size, _LARGEST_FOOTER):
+            raise ValueError("no footer at its end")
+        stream.seek(size - 8 - length)
+        return b"PAR1" + stream.read(length).replace(b"ARROW:schema", b"no-ARROW-use") + end
 
 
 def _declared_wrongly(footer: pq.FileMetaData) -> str | None:

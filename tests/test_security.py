@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,27 +288,40 @@ def test_a_row_can_not_say_how_its_template_is_applied() -> None:
 class _EvilType(pa.ExtensionType):  # type: ignore[misc]
     """An extension type of another program in this process, whose reading would run code."""
 
-    mark: Path
+    read: list[bytes] = []
 
     def __init__(self) -> None:
         super().__init__(pa.string(), "evil.type")
 
     def __arrow_ext_serialize__(self) -> bytes:
-        return b""
+        return b"payload"
 
     @classmethod
     def __arrow_ext_deserialize__(cls, storage: Any, serialized: bytes) -> "_EvilType":
+        cls.read.append(serialized)
         return cls()
 
 
-def test_columns_of_parquet_are_what_they_are_stored_as(tmp_path: Path) -> None:
+@pytest.fixture
+def registered() -> Iterator[list[bytes]]:
+    pa.register_extension_type(_EvilType())
+    _EvilType.read.clear()
+    yield _EvilType.read
+    pa.unregister_extension_type("evil.type")
+
+
+def test_columns_of_parquet_are_what_they_are_stored_as(tmp_path: Path, registered: list[bytes]) -> None:
     text = pa.array([" a", " b"])
     table = pa.table(
         {"prompt": text, "chosen": text.cast(pa.json_()), "rejected": pa.ExtensionArray.from_storage(_EvilType(), text)}
     )
     hints = {"huggingface": json.dumps({"info": {"features": {"chosen": {"_type": "Image"}}}}), "pandas": "{"}
     pq.write_table(table.replace_schema_metadata(hints), tmp_path / "p.parquet")
+    registered.clear()
     row = next(read_rows(open_source(DataConfig(path=str(tmp_path / "p.parquet"))))).load()
+    assert registered == []
+    pq.read_schema(tmp_path / "p.parquet")
+    assert registered, "the payload is not live"
     assert row == {"prompt": " a", "chosen": " a", "rejected": " a"}
 
 
