@@ -1,6 +1,7 @@
 """The `refshard` command: thin, and a stage is imported only when it is called, so that help needs no torch."""
 
 import atexit
+import io
 import os
 import sys
 import traceback
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline.config import load_config
-from pipeline.errors import RefshardError
+from pipeline.errors import RefshardError, one_line
 
 __all__ = ["main", "run"]
 
@@ -202,6 +203,9 @@ def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) ->
 def run() -> None:
     """Run the command; end with DESIGN's exit statuses and one line per error."""
     debug = "--debug" in sys.argv[1:]
+    # A path on Linux need not be text; one that is not must not end the run that shows it.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main.main(standalone_mode=False)
     except click.ClickException as error:
@@ -215,13 +219,13 @@ def run() -> None:
     except RefshardError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"refshard: {' '.join(str(error).split())}", err=True)
+        click.echo(f"refshard: {one_line(str(error))}", err=True)
         status = error.exit_status
     except Exception as error:
         if debug:
             traceback.print_exc()
         click.echo(
-            f"refshard: this is a bug: {type(error).__name__}: {' '.join(str(error).split())[:500]}. "
+            f"refshard: this is a bug: {type(error).__name__}: {one_line(str(error), most=500)}. "
             "Run again with refshard --debug for the traceback",
             err=True,
         )

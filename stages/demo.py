@@ -185,7 +185,7 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     if (at < 0).any():
         raise AssertionError("held-out pairs that were scored by this run are not in its shards")
     ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
-    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder), [pair.pair for pair in pairs])
+    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True), [pair.pair for pair in pairs])
     return [
         config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
     ]
@@ -203,10 +203,10 @@ def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
     """Draw from both models, one of them in memory at a time."""
     max_tokens = Settings().max_tokens
-    policy = LlamaForCausalLM.from_pretrained(run_folder)
+    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
     after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     del policy
-    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model)
+    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model, use_safetensors=True)
     before = draw_replies(reference, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     # A reply is both sides of its pair, and computed once.
     twins = [

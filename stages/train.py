@@ -4,6 +4,7 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 """
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -133,7 +134,13 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         # All steps are done, and the library would take one more.
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except pickle.UnpicklingError as error:
+            # Its digests hold, so it was saved like that, and not by this program.
+            raise DataError(
+                f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run"
+            ) from error
     if commit.stopped_early:
         raise UnfinishedError(
             f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
