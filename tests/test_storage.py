@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import storage
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import put_if_absent, read_json, replace_file
+from pipeline.storage import make_folder, put_if_absent, read_json, replace_file
 
 Write = Callable[[Path, bytes], Any]
 
@@ -45,6 +46,16 @@ def test_the_second_writer_loses_and_changes_nothing(tmp_path: Path) -> None:
     assert file.read_bytes() == b"first"
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert _names(tmp_path) == ["part"]
+
+
+def test_a_new_folder_is_synced_into_those_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(storage, "_sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
 
 
 def test_of_many_writers_at_once_exactly_one_wins(tmp_path: Path) -> None:
