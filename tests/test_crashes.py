@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults.tally import tally
 
 from pipeline import storage
 from pipeline.errors import DataError, RefshardError, UnfinishedError
@@ -65,6 +66,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     write_store(folder)
     return contents(folder)
 
+
+FINISHED = "every part whole or absent; the same command finishes with the same bytes"
 
 CALLS = ("open", "write", "fsync", "link", "unlink", "replace", "mkdir", "close")
 
@@ -121,6 +124,7 @@ def test_a_writer_that_dies_at_any_call_leaves_whole_parts_and_the_next_one_fini
         shutil.rmtree(folder.parent, ignore_errors=True)
     # The manifest, three parts, what was skipped, and the index, of about nine calls each.
     assert step > 40
+    tally(f"the writer dies {'after' if after else 'before'} each of its calls of the system", step, outcome=FINISHED)
 
 
 def _check_state(folder: Path, expected: dict[str, bytes]) -> None:
@@ -273,7 +277,9 @@ def _check_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected:
 def test_after_a_power_cut_at_any_moment_parts_are_whole_or_absent_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes]
 ) -> None:
-    assert _check_power_cuts(tmp_path, monkeypatch, expected) >= 7
+    states = _check_power_cuts(tmp_path, monkeypatch, expected)
+    assert states >= 7
+    tally("power cut after any call: each disk that it could leave", states, outcome=FINISHED)
 
 
 def _without_the_files_sync(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from faults.kill_scoring import kill_until, place
+from faults.tally import tally
 
 pytestmark = pytest.mark.slow
 
@@ -24,3 +25,5 @@ def test_whatever_is_killed_the_same_rows_are_there_at_the_end(tmp_path: Path, s
     assert summary.kills >= kills
     assert summary.outputs >= 1
     assert (summary.wrong, summary.lost) == (0, 0), summary
+    fault = f"SIGKILL of stage one, 1 to 3 workers, {'s3://' if s3 else 'a folder'} ({summary.in_a_write} in a write)"
+    tally(fault, summary.kills, outcome=f"{summary.outputs} outputs, byte for byte those of an undisturbed run")

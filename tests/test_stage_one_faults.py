@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import refshard, simple_rows, write_jsonl
 from faults.kill_scoring import place
+from faults.tally import tally
 from processes import Command
 from test_crashes import contents
 from test_store_faults import remount, tmpfs
@@ -65,6 +66,7 @@ def test_two_copies_of_a_worker_at_once_both_end_well_and_leave_one_of_each_part
     assert [copy.wait() for copy in copies] == [0, 0, 0]
     assert contents(tmp_path / "shards" / "train") == contents(tmp_path / "alone" / "train")
     assert not list((tmp_path / "shards" / "train").glob(".tmp-*"))
+    tally("three copies of one worker at once", 3, outcome="all exit 0, one of each part")
 
 
 def test_a_worker_of_another_run_is_refused_and_writes_nothing(make_run: MakeRun, tmp_path: Path) -> None:
@@ -75,6 +77,7 @@ def test_a_worker_of_another_run_is_refused_and_writes_nothing(make_run: MakeRun
     said = refshard("precompute", "--config", config, *other, check=78).stderr
     assert "reference.dtype: shards float32, this run bfloat16" in said
     assert contents(tmp_path / "shards" / "train") == before
+    tally("a worker with another fingerprint", 1, outcome="78, the field named; nothing written")
 
 
 def test_a_model_that_yields_nan_stops_at_the_pair_or_drops_it_and_writes_no_nan(
@@ -96,6 +99,7 @@ def test_a_model_that_yields_nan_stops_at_the_pair_or_drops_it_and_writes_no_nan
     assert "24 rows, 23 pairs kept; 1 dropped: nonfinite" in said
     stored = [row["row"] for part in read_parts(open_store(tmp_path / "shards" / "train")) for row in part.to_pylist()]
     assert stored == [row for row in range(24) if row != 13]
+    tally("a model that yields NaN", 2, outcome="65, the row named; or the pair dropped and counted")
 
 
 def test_a_full_disk_ends_the_run_with_74_and_it_goes_on_once_there_is_room(make_run: MakeRun, tmp_path: Path) -> None:
@@ -114,6 +118,7 @@ def test_a_full_disk_ends_the_run_with_74_and_it_goes_on_once_there_is_room(make
         remount(disk, "size=4m")
         refshard("precompute", *words)
         assert contents(disk / "train") == expected
+    tally("disk full in the middle of stage one", 1, outcome="74; finished once there is room")
 
 
 @pytest.mark.parametrize("times", [pytest.param(4, id="some"), pytest.param(30, id="many", marks=pytest.mark.nightly)])
@@ -141,6 +146,7 @@ def test_signals_at_any_time_end_it_with_75_or_done_and_leave_nothing_half(
         assert contents(output / "train") == expected
         shutil.rmtree(output)
     assert stopped or times < 10
+    tally("SIGTERM or USR1 to stage one at random moments", times, outcome="75 or done; then the same bytes")
 
 
 def test_a_dataset_that_changed_between_two_starts_is_another_run(make_run: MakeRun, tmp_path: Path) -> None:
@@ -151,6 +157,7 @@ def test_a_dataset_that_changed_between_two_starts_is_another_run(make_run: Make
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     said = refshard("precompute", "--config", config, check=78).stderr
     assert "dataset: shards" in said
+    tally("the dataset changed between two starts", 1, outcome="78")
 
 
 def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeRun, tmp_path: Path) -> None:
@@ -164,6 +171,7 @@ def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeR
     assert command.wait() == 78, command.said()
     assert "changed while it was scored" in command.said()[1]
     assert not (store / "index.json").exists()
+    tally("the dataset changed while it was scored", 1, outcome="78, no index")
 
 
 def test_no_decision_hangs_on_a_clock() -> None:

@@ -3,7 +3,10 @@
 import ctypes
 import errno
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +119,41 @@ def test_the_bytes_are_synced_before_the_name_and_the_folder_after_it(
     monkeypatch.setattr(os, "link", watch_link)
     put_if_absent(tmp_path / "part", b"x")
     assert done == ["sync file", "link", "sync folder"]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize(
+    ("write", "order"),
+    [
+        (
+            "put_if_absent",
+            ["openat tmp", "write tmp", "fsync tmp", "link", "unlink tmp", "openat folder", "fsync folder"],
+        ),
+        ("replace_file", ["openat tmp", "write tmp", "fsync tmp", "rename", "openat folder", "fsync folder"]),
+    ],
+)
+def test_the_system_is_asked_in_this_order(tmp_path: Path, write: str, order: str) -> None:
+    """As the kernel sees it: whatever Python does in between."""
+    file = str(tmp_path / "part")
+    program = f"from pathlib import Path; from pipeline.storage import {write}; {write}(Path({file!r}), b'x')"
+    log = tmp_path.with_name(f"{tmp_path.name}.log")
+    traced = "openat,write,fsync,fdatasync,link,linkat,rename,renameat,renameat2,unlink,unlinkat"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-e", f"trace={traced}", "-o", str(log), sys.executable, "-c", program],
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    )
+    if done.returncode and b"ptrace" in done.stderr:
+        pytest.skip("no right to trace here")
+    asked = []
+    for line in log.read_text().splitlines():
+        if str(tmp_path) not in line or "= -1" in line:
+            continue
+        # Not every processor has the calls without `at`.
+        call = line.split(maxsplit=1)[1].partition("(")[0].removesuffix("2").removesuffix("at")
+        what = "" if call in ("link", "rename") else " tmp" if ".tmp-" in line else " folder"
+        asked.append(call + what)
+    assert ", ".join(asked) == order
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults.tally import tally
 from test_crashes import IDENTITY, PLAN, UNITS, contents, write_store
 
 from pipeline import folders
@@ -90,6 +91,7 @@ def test_a_disk_that_is_full_at_any_point_keeps_whole_parts_and_no_rests_and_the
             assert contents(disk / "train") == expected
     # Of the manifest, each part, what was skipped and the index, each found no room in its turn.
     assert full >= UNITS + 2
+    tally("disk full (tmpfs of 4, 8, 12, ... KiB)", full, outcome="74, no rests; finished once there is room")
 
 
 def test_a_read_only_disk_is_a_storage_error_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -103,6 +105,7 @@ def test_a_read_only_disk_is_a_storage_error_and_stays_as_it_is(tmp_path: Path) 
             create_store(disk / "other", IDENTITY, PLAN, {})
         assert contents(disk / "train") == before
         remount(disk, "rw")
+    tally("disk read-only", 2, outcome="74, nothing changed")
 
 
 # Damage.
@@ -126,6 +129,7 @@ def test_a_part_cut_at_every_page_boundary_is_refused(store: Path) -> None:
         with pytest.raises(DataError, match=r"part-00001\.parquet: damaged"):
             check_part(LocalFolder(store), 1, whole[:edge], read_manifest(store))
         assert len(verify_store(LocalFolder(store)).problems) == 1
+    tally("a part cut at every page boundary", len(edges), outcome="65, the part named, before and after the index")
 
 
 def _large_part(folder: Path) -> bytes:
@@ -160,6 +164,7 @@ def test_a_flipped_bit_in_every_thousandth_byte_is_detected(tmp_path: Path) -> N
                 read_part(store, 0)
             os.pwrite(file.fileno(), whole[at : at + 1], at)
     assert read_part(store, 0).num_rows == 500
+    tally("a bit flipped in every 1,000th byte", len(range(0, len(whole), 1000)), outcome="65, the part named")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +188,8 @@ def test_a_flipped_bit_before_there_is_an_index_is_detected_or_changes_nothing(s
             assert (found.ledger, found.skipped, found.noise) == (meant.ledger, meant.skipped, meant.noise)
             harmless += 1
     assert harmless < flips / 2
+    outcome = f"65, or the content is what was written ({harmless} flips in bytes that say nothing)"
+    tally("a bit flipped before there is an index", flips, outcome=outcome)
 
 
 def _swap(store: Path, one: str, other: str) -> None:
@@ -295,6 +302,7 @@ def test_damage_and_meddling_are_detected_by_readers_and_by_verify_and_named(sto
     assert named in str(caught.value)
     problems = verify_store(LocalFolder(store)).problems
     assert any(named in str(problem) for problem in problems)
+    tally("damage and meddling, each by name", 1, outcome="65 or 78, the file named, by readers and by verify")
 
 
 def test_there_are_thirty_kinds_of_damage() -> None:
@@ -354,6 +362,7 @@ def test_of_four_workers_on_the_same_units_each_unit_is_one_workers_alone(tmp_pa
             assert chosen[0].as_py() - rejected[0].as_py() == pytest.approx(1)
         assert not verify_store(LocalFolder(folder)).problems
         assert not list(folder.glob(".tmp-*"))
+    tally("four workers with different numbers on 20 units at once", rounds, outcome="each unit one worker's alone")
 
 
 def test_temporary_files_are_never_read_and_cleaning_them_beside_writers_is_safe(tmp_path: Path) -> None:
@@ -372,6 +381,7 @@ def test_temporary_files_are_never_read_and_cleaning_them_beside_writers_is_safe
     assert deleted >= 1
     found = verify_store(LocalFolder(folder))
     assert (found.problems, found.pairs, found.leftovers) == ([], 40, [])
+    tally("temporary files deleted under two writers", deleted, outcome="written again")
 
 
 # Object stores, in memory, with everything that can go wrong in any order.
@@ -485,6 +495,8 @@ def test_in_an_object_store_that_fails_at_random_no_part_is_lost_replaced_or_mix
             assert chaos.objects[f"store/{part_name(unit)}"] in (ours[part_name(unit)], theirs[part_name(unit)])
         assert json.loads(chaos.objects["store/index.json"])["totals"]["kept"] == 3
     assert failures > schedules / 2
+    fault = f"object store in memory that fails at random ({failures:,} failures, other writers, late listings)"
+    tally(fault, schedules, outcome="finished; no object replaced or deleted")
 
 
 def test_a_file_of_a_store_that_is_far_too_large_is_not_read(store: Path) -> None:
