@@ -62,6 +62,13 @@ class LocalFolder:
         except OSError as error:
             raise storage.storage_error(self.path / name, error) from error
 
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds of the file server's clock; None where there is none."""
+        try:
+            return (self.path / name).stat().st_mtime
+        except OSError:
+            return None
+
     def read(self, name: str) -> bytes:
         """The whole of a file. Raises FileNotFoundError where there is none, StorageError where it can't be read."""
         try:
@@ -123,6 +130,10 @@ class ObjectFolder:
     def size(self, name: str) -> int | None:
         info = self._ask(name, lambda fs, path: fs.info(path), missing={})
         return None if info.get("type") != "file" else int(info["size"])
+
+    def modified(self, name: str) -> float | None:
+        written = self._ask(name, lambda fs, path: fs.modified(path), missing=None)
+        return None if written is None else float(written.timestamp())
 
     def read(self, name: str) -> bytes:
         content = self._ask(name, lambda fs, path: fs.cat_file(path), missing=None)

@@ -9,6 +9,7 @@ Needs pyarrow and numpy only. Where there is no index yet, the parts that are th
 """
 
 import hashlib
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,18 +86,27 @@ def verify_store(folder: Folder) -> Findings:
     return findings
 
 
-def delete_leftovers(folder: Folder) -> int:
-    """Delete the temporary files in a store. Gives how many there were.
+def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
+    """Delete temporary files that were written long ago. Gives how many there were.
 
-    It may run beside workers: one whose file is taken away under it writes the file again.
+    It may run beside workers: one whose file is taken away under it, because a clock has jumped, writes it again.
+
+    Args:
+        folder: The store.
+        older_than: Seconds, by the clock of the file server.
 
     Raises:
         StorageError: A file can't be deleted.
     """
     names = [name for name in folder.names() if name.startswith(LEFTOVERS)]
-    for name in names:
+    now_file = f"{LEFTOVERS[0]}{uuid.uuid4().hex}"
+    folder.replace(now_file, b"")
+    now = folder.modified(now_file) or 0.0
+    folder.delete(now_file)
+    old = [name for name in names if (written := folder.modified(name)) is not None and now - written >= older_than]
+    for name in old:
         folder.delete(name)
-    return len(names)
+    return len(old)
 
 
 def _whole_parts(

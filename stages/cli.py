@@ -109,9 +109,7 @@ def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_wi
 @click.option(
     "--sample", default=64, show_default=True, type=click.IntRange(min=1), help="How many pairs --model scores again."
 )
-@click.option(
-    "--clean", is_flag=True, help="Delete temporary files that killed writers left; safe beside running ones."
-)
+@click.option("--clean", is_flag=True, help="Delete temporary files, older than an hour, that killed writers left.")
 def verify(shards: str, model: str | None, sample: int, clean: bool) -> None:
     """Check SHARDS, a store or a folder of stores (also s3://...): completeness, digests, fingerprint, rows, sums.
 

@@ -36,7 +36,7 @@ def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
         for problem in findings.problems:
             click.echo(f"  problem     {problem}", err=True)
         if clean:
-            click.echo(f"  deleted     {delete_leftovers(folder)} temporary files")
+            click.echo(f"  deleted     {delete_leftovers(folder)} temporary files, of more than an hour ago")
         problems += findings.problems
         unfinished = unfinished or findings.unfinished
         if model is not None and not findings.problems and findings.unfinished is None:
@@ -64,7 +64,7 @@ def _as_text(found: Findings) -> str:
     if found.leftovers:
         lines.append(
             f"  leftovers   {len(found.leftovers)} temporary files, of writers killed or at work; nobody reads them "
-            "(--clean deletes them)"
+            "(--clean deletes old ones)"
         )
     if found.strangers:
         lines.append(f"  strangers   {', '.join(found.strangers[:5])}: not the store's; nobody reads them")

@@ -86,6 +86,17 @@ def test_names_are_those_of_files_and_folders_in_it(folder: Folder) -> None:
     assert folder.names() == ["a"]
 
 
+def test_files_are_dated_by_the_server_and_what_is_not_there_has_no_date(folder: Folder) -> None:
+    folder.put_if_absent("part", b"x")
+    first = folder.modified("part")
+    folder.put_if_absent("later", b"x")
+    later = folder.modified("later")
+    assert first is not None
+    assert later is not None
+    assert 0 <= later - first < 60
+    assert folder.modified("nothing") is None
+
+
 def test_replacing_gives_the_new_content(folder: Folder) -> None:
     for content in (b"old", b"new and longer"):
         folder.replace("skipped", content)

@@ -125,11 +125,8 @@ def test_the_bytes_are_synced_before_the_name_and_the_folder_after_it(
 @pytest.mark.parametrize(
     ("write", "order"),
     [
-        (
-            "put_if_absent",
-            ["openat tmp", "write tmp", "fsync tmp", "link", "unlink tmp", "openat folder", "fsync folder"],
-        ),
-        ("replace_file", ["openat tmp", "write tmp", "fsync tmp", "rename", "openat folder", "fsync folder"]),
+        ("put_if_absent", "open tmp, write tmp, fsync tmp, link, unlink tmp, open folder, fsync folder"),
+        ("replace_file", "open tmp, write tmp, fsync tmp, rename, open folder, fsync folder"),
     ],
 )
 def test_the_system_is_asked_in_this_order(tmp_path: Path, write: str, order: str) -> None:

@@ -305,6 +305,22 @@ def test_damage_and_meddling_are_detected_by_readers_and_by_verify_and_named(sto
     tally("damage and meddling, each by name", 1, outcome="65 or 78, the file named, by readers and by verify")
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, (_, named) in CORRUPTIONS.items() if named.startswith("part") and "all equal" not in name]
+)
+def test_damage_before_there_is_an_index_never_gets_one(store: Path, name: str) -> None:
+    damage, named = CORRUPTIONS[name]
+    (store / INDEX).unlink()
+    damage(store)
+    try:
+        missing = finish_store(store, UNITS)
+    except RefshardError as error:
+        assert named in str(error)
+    else:
+        assert [part_name(unit) for unit in missing] == [named]
+    assert not (store / INDEX).exists()
+
+
 def test_there_are_thirty_kinds_of_damage() -> None:
     assert len(CORRUPTIONS) >= 30
 
@@ -370,13 +386,17 @@ def test_temporary_files_are_never_read_and_cleaning_them_beside_writers_is_safe
     folder, barrier = tmp_path / "train", context.Barrier(2)
     folder.mkdir()
     (folder / ".tmp-dead").write_bytes(b"half of a part")
+    assert delete_leftovers(LocalFolder(folder)) == 0
     workers = [context.Process(target=_write_noisy, args=(folder, 0.1 * i, barrier)) for i in range(2)]
     for worker in workers:
         worker.start()
     deleted = 0
-    while any(worker.is_alive() for worker in workers):
-        deleted += delete_leftovers(LocalFolder(folder))
-        time.sleep(0.002)
+    # Each time a writer may lose one file, and it writes a file ten times.
+    for _ in range(9):
+        deleted += delete_leftovers(LocalFolder(folder), older_than=0)
+        time.sleep(0.005)
+    for worker in workers:
+        worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert deleted >= 1
     found = verify_store(LocalFolder(folder))

@@ -1,6 +1,7 @@
 """`refshard verify`: whole, unfinished, damaged, another's; leftovers; the model asked again."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: Make
     assert "1 temporary files" in said.stdout
     assert "notes.txt: not the store's" in said.stdout
     before = contents(folder)
+    assert "deleted     0 temporary files" in refshard("verify", folder, "--clean").stdout
+    os.utime(folder / ".tmp-left", (1, 1))
     assert "deleted     1 temporary files" in refshard("verify", folder, "--clean").stdout
     assert not (folder / ".tmp-left").exists()
     assert contents(folder) == before
