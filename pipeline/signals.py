@@ -1,10 +1,15 @@
-"""A request to stop, as a flag: SIGTERM, SIGUSR1 or Ctrl-C set it, the program leaves at its next safe point."""
+"""A request to stop, as a flag: a signal sets it and does nothing else, the program leaves at its next safe point."""
 
+import os
 import signal
 import threading
+from multiprocessing import connection, parent_process
 from types import FrameType
 
-__all__ = ["StopFlag", "watch_signals"]
+__all__ = ["StopFlag", "watch_signals", "work_unsignalled"]
+
+# SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
+_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class StopFlag:
@@ -12,25 +17,49 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._requested = False
+        self._terminations = 0
 
-    def request(self) -> None:
+    def request(self, *, terminate: bool = False) -> None:
         self._requested = True
+        self._terminations += terminate
 
     def __bool__(self) -> bool:
         return self._requested
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether SIGTERM came twice: there may be no time left for another save."""
+        return self._terminations > 1
+
 
 def watch_signals() -> StopFlag:
-    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual."""
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual."""
     flag = StopFlag()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        flag.request()
+        flag.request(terminate=number == signal.SIGTERM)
 
     # Handlers can be set in the main thread only; elsewhere (tests, notebooks) the flag just stays unset.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _STOP:
             signal.signal(number, handle)
     return flag
+
+
+def work_unsignalled() -> None:
+    """Have a worker process leave with its parent, and not because of a signal that is meant for the parent.
+
+    A scheduler signals every process of a job. If the workers left, the parent could not save what it has.
+    """
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
