@@ -3,6 +3,7 @@
 #   make train                      both stages on the embedded default, no network needed once installed
 #   make train CONFIG=run.yaml      both stages on your data and model
 #   make test                       everything that CI runs but the linters
+#   make test-nightly               longer versions of what is left to chance: kills, signals, damage
 #   make bench                      speed and memory beside TRL on this processor, half an hour; docs/benchmarks.md
 #   make bench-gpu                  the same on a CUDA GPU
 
@@ -15,7 +16,7 @@ DEFAULT := stages/recipes/default.yaml
 DEMO := runs/default
 
 .DEFAULT_GOAL := help
-.PHONY: help precompute train test bench bench-gpu lint clean
+.PHONY: help precompute train test test-nightly bench bench-gpu lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +48,9 @@ endif
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+test-nightly: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m nightly
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python tests/bench/run.py --json tests/bench/results/cpu.json $(ARGS)

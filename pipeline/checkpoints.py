@@ -235,8 +235,8 @@ def run_identity(
     """
     defaults: dict[str, Any] = {"on_missing": "stop"}
     for field in dataclasses.fields(transformers.TrainingArguments):
-        has_factory = field.default_factory is not dataclasses.MISSING
-        defaults[field.name] = field.default_factory() if has_factory else field.default
+        make = field.default_factory
+        defaults[field.name] = field.default if isinstance(make, dataclasses._MISSING_TYPE) else make()
     fixed = {
         key: value
         for key, value in settings.items()

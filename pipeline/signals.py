@@ -5,6 +5,7 @@ import signal
 import threading
 from multiprocessing import connection, parent_process
 from types import FrameType
+from typing import Any
 
 __all__ = ["StopFlag", "watch_signals", "work_unsignalled"]
 
@@ -48,17 +49,29 @@ def watch_signals() -> StopFlag:
     return flag
 
 
-def work_unsignalled() -> None:
-    """Have a worker process leave with its parent, and not because of a signal that is meant for the parent.
+def work_unsignalled(closing: Any) -> None:
+    """Have a worker process live as long as its parent needs it, whoever is signalled.
 
     A scheduler signals every process of a job. If the workers left, the parent could not save what it has.
+
+    Args:
+        closing: A shared value that is not 0 once the parent has no more use for workers; only then SIGTERM, which
+            is how libraries have a worker leave, ends this one.
     """
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)
+
+    def leave_if_meant(number: int, frame: FrameType | None) -> None:
+        if closing.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave_if_meant)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
+    # Libraries look after the parent between two items only, and wait for their queue to be read before they leave:
+    # without a reader, forever, once an item is larger than the pipe.
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

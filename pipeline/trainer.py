@@ -4,6 +4,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 """
 
 import functools
+import multiprocessing.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,29 +46,38 @@ def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps |
         packed: Pack the pairs into one row, if the model can read that; otherwise pad them.
     """
 
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = []
-        for row in rows:
-            whole = TokenizedPair(
-                prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
-            )
-            pair = truncate(whole, max_length)
-            if pair is None:
-                raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
-            pairs.append(pair)
-        # The first entry tells the library how many pairs there are.
-        columns: dict[str, Any] = {
-            "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
-            "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
-            "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-            "batch": make_batch(pairs, pad_id, packed=packed),
-        }
-        if token_logps is not None and "token_start" in rows[0]:
-            # [N], in the order in which the scorer gives the policy's
-            columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
-        return columns
+    # Not a function in a function: loader processes that are not forks get it as a pickle.
+    return functools.partial(_collate, pad_id=pad_id, max_length=max_length, token_logps=token_logps, packed=packed)
 
-    return collate
+
+def _collate(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_id: int,
+    max_length: int | None,
+    token_logps: TokenLogps | None,
+    packed: bool,
+) -> dict[str, Any]:
+    pairs = []
+    for row in rows:
+        whole = TokenizedPair(
+            prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
+        )
+        pair = truncate(whole, max_length)
+        if pair is None:
+            raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
+        pairs.append(pair)
+    # The first entry tells the library how many pairs there are.
+    columns: dict[str, Any] = {
+        "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
+        "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+        "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
+        "batch": make_batch(pairs, pad_id, packed=packed),
+    }
+    if token_logps is not None and "token_start" in rows[0]:
+        # [N], in the order in which the scorer gives the policy's
+        columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
+    return columns
 
 
 def _ref_token_logps(
@@ -154,6 +164,10 @@ class PairTrainer(transformers.Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self._attempt = attempt
+        # Workers that are left to the process's end are told to end then, and must know that it is meant.
+        self._closing: Any = multiprocessing.RawValue("b", 0)
+        # Not atexit: a process that was itself started by multiprocessing does not come there.
+        multiprocessing.util.Finalize(None, setattr, args=(self._closing, "value", 1), exitpriority=0)
         self._loss = loss
         self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
         self._balance_weight = balance_weight(kwargs["model"], loss)
@@ -208,7 +222,7 @@ class PairTrainer(transformers.Trainer):
         """Evaluate, if the checkpoint that training goes on from was saved when a stop request had ended that."""
         # The library saves its control with it, in which an evaluation is due until it is done.
         saved: Any = self.state.stateful_callbacks
-        if not saved.get("TrainerControl", {}).get("attributes", {}).get("should_evaluate"):
+        if not saved.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
             return
         metrics = self._evaluate(trial=None, ignore_keys_for_eval=None)
         if self._determine_best_metric(metrics, trial=None):
@@ -302,7 +316,7 @@ class PairTrainer(transformers.Trainer):
         loader = super()._get_dataloader(*arguments, **options)
         # The one that has the workers is inside of accelerate's.
         inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+        inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
         return loader
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -324,8 +338,11 @@ class PairTrainer(transformers.Trainer):
 
     def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"
-        # One collective per micro-batch: [pairs of all ranks, columns], without the pairs that padded the last one.
-        stacked = self.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=1))
+        # One collective per micro-batch: [pairs of all ranks, columns]. Pairs that fill up the last one of an epoch are
+        # trained on, and counted; held-out ones are not. (In training the library fetches a step's micro-batches at
+        # once, and accelerate would take each of them for the last.)
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        stacked = gather(torch.stack(list(columns.values()), dim=1))
         totals = self._totals[mode]
         for name, total in zip(columns, stacked.double().sum(dim=0).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + total
@@ -335,8 +352,8 @@ class PairTrainer(transformers.Trainer):
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
 
 
-def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
-    work_unsignalled()
+def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:
+    work_unsignalled(closing)
     if seed is not None:
         seed(worker)
 
