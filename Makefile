@@ -3,7 +3,7 @@
 #   make train                      both stages on the embedded default, no network needed once installed
 #   make train CONFIG=run.yaml      both stages on your data and model
 #   make test                       everything that CI runs but the linters
-#   make test-nightly               longer versions of what is left to chance: kills, signals, damage
+#   make test-nightly               longer versions of some tests
 #   make bench                      speed and memory beside TRL on this processor, half an hour; docs/benchmarks.md
 #   make bench-gpu                  the same on a CUDA GPU
 
@@ -50,7 +50,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-nightly: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m nightly
+	$(BIN)/python -m pytest -m nightly
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python tests/bench/run.py --json tests/bench/results/cpu.json $(ARGS)

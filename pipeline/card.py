@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import LossConfig
+from pipeline.errors import one_line
 
 __all__ = ["model_card"]
 
@@ -43,7 +44,7 @@ def model_card(
     if hub_dataset is not None:
         header["datasets"] = [hub_dataset]
     lines = ["---"]
-    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
+    lines += [f"{key}: {_quoted(value)}" for key, value in header.items()]
     lines += [
         "---",
         "",
@@ -84,16 +85,23 @@ def _named_loss(loss: Mapping[str, Any]) -> str:
 _LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
 
 
+def _quoted(value: Any) -> str:
+    """The value as JSON that YAML reads as well: it knows no pairs of surrogates, so only what does not print is
+    escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+
+
 def _plain(value: Any) -> str:
     """Text that can't end its table cell, start markup, or span lines."""
-    text = " ".join(str(value).split())
+    text = one_line(str(value))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return text
 
 
 def _code(value: Any) -> str:
-    text = " ".join(str(value).split()).replace("`", "'")
+    text = one_line(str(value)).replace("`", "'")
     # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
     text = re.sub(r"\\*\|", lambda _: r"\|", text)
     return f"`{text}`"

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -397,15 +398,40 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            content = stream.read(_LARGEST_CONFIG + 1)
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: can't be read ({_reason(error)})") from error
+    if len(content) > _LARGEST_CONFIG:
+        raise ConfigError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes; is it the right file?")
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections like `data:` and `policy:` at the top, found {_kind(tree)}")
     for override in overrides:
         _apply_override(tree, override)
+    _refuse_passwords(tree, "")
     return _expand_home(typing.cast(Config, _build(Config, tree, "")))
+
+
+_LARGEST_CONFIG = 2**20
+_MOST_VALUES = 100_000
+
+
+def _refuse_passwords(value: Any, where: str) -> None:
+    """Settings are saved beside shards and policy, and shown in messages: no place for what opens an account."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_passwords(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _refuse_passwords(item, f"{where}[{i}]")
+    elif isinstance(value, str) and re.search(r"://[^/?#\s]*@", value):
+        # The value is not shown, since the message goes to a log.
+        raise ConfigError(
+            f"{where}: holds a user name or password; take it out, and give it by the environment (HF_TOKEN, "
+            "AWS_ACCESS_KEY_ID, ...)"
+        )
 
 
 def _expand_home(config: Config) -> Config:
@@ -427,7 +453,10 @@ def _expand_home(config: Config) -> Config:
 
 
 def _from_home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such user here to have a home folder") from error
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -493,27 +522,61 @@ _FIXED_TRAIN_FIELDS = {
 
 
 class _Loader(yaml.BaseLoader):
-    """Leaves every scalar a string, refuses a key that is there twice."""
+    """Leaves every scalar a string, refuses a key that is there twice, and tags of types that YAML does not have."""
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
+    result: dict[str, Any] = {}
+    for key_node, value in node.value:
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a key must be a word")
-        if keys.count(key) > 1:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} is there twice")
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+            raise yaml.YAMLError(f"line {line}: a key must be a word")
+        if key in result:
+            raise yaml.YAMLError(f"line {line}: key {key!r} is there twice")
+        result[key] = loader.construct_object(value, deep=True)
+    return result
+
+
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
+    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the tag {node.tag!r} is of no type that a setting has")
+
+
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> Any:
+    return loader.construct_sequence(node, deep=True)
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    return loader.construct_scalar(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
+for _name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _scalar)
+_Loader.add_constructor(None, _refuse_tag)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        tree = yaml.load(text, Loader=_Loader)
+    # An impossible escape like "\\Uffffffff" is a ValueError of Python's.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {_reason(error)}") from error
+    _check_size(tree, where)
+    return tree
+
+
+def _check_size(tree: Any, where: str) -> None:
+    """Refuse what a few aliases in a small file can stand for: billions of values, if each is looked at."""
+    left, values = [tree], 0
+    while left:
+        item = left.pop()
+        values += 1
+        if values > _MOST_VALUES:
+            raise ConfigError(f"{where}: stands for more than {_MOST_VALUES:,} values; are its aliases meant?")
+        if isinstance(item, str) and "\0" in item:
+            raise ConfigError(f"{where}: holds a NUL character, which no setting may")
+        left += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -669,7 +732,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(value) if "e" in value.lower() and _is_float(value) else yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
+            # Looks like a date or a number and is none: 2024-13-45, 0x_.
             return value
     return value
 

@@ -44,9 +44,9 @@ def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
 def _read_cache(file: Path) -> dict[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
 
 
 def _write_cache(file: Path, entries: dict[str, str]) -> None:

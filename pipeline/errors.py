@@ -1,6 +1,7 @@
 """The failure tree: each error carries the exit status that the command ends with.
 
-A message has three facts in one line: what was found, where, and what to do.
+A message has three facts in one line: what was found, where, and what to do. It may quote data from strangers, so it
+is shown by way of `one_line`.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = [
     "RefshardError",
     "StorageError",
     "UnfinishedError",
+    "one_line",
 ]
 
 
@@ -69,3 +71,15 @@ class FencedError(RefshardError):
     """Another start of this run has taken over; this one, which was thought dead, saves nothing more."""
 
     exit_status = 79
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """Make text safe to show: in one line, shortened in its middle, with nothing in it that a terminal obeys.
+
+    Whatever does not print (escape sequences, marks that turn the writing direction, half surrogate pairs) is written
+    as Python would write it in a string.
+    """
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    # The end says what to do.
+    return line if len(line) <= most else f"{line[: most * 3 // 4]} ... {line[-most // 4 :]}"

@@ -25,6 +25,7 @@ from pipeline.models import (
     reference_weights,
     resolve_dtype,
 )
+from pipeline.storage import read_json
 from pipeline.tokens import TOKENIZATION_VERSION
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _digest_of_config(settings: Mapping[str, Any]) -> str:
 
 
 def _digest_of_adapter(folder: Path) -> str:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     # Where the base model lay when the adapter was saved says nothing about what it computes.
     kept = {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
     return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / ADAPTER_WEIGHTS))

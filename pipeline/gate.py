@@ -27,7 +27,7 @@ from pipeline.scoring import ROUNDING, score
 from pipeline.shards import NoiseFloor, Store, part_name
 from pipeline.storage import read_json
 
-__all__ = ["Gaps", "Gate", "GateCallback", "check_dtypes", "choose_sample", "policy_dtype"]
+__all__ = ["Gaps", "Gate", "GateCallback", "allowed_gap", "check_dtypes", "choose_sample", "policy_dtype"]
 
 _SAMPLE = 32
 """Pairs that are compared, unless there are more parts, each of which gives one up to the next number."""
@@ -78,14 +78,23 @@ class Gate:
     @property
     def allowed(self) -> tuple[float, float]:
         """Mean and largest difference that pass, nats a token."""
-        noise: NoiseFloor = self.store.noise
-        mean, largest = ROUNDING["int8" if self.in_8_bits else self.reference_dtype]
-        return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
+        return allowed_gap(self.store.noise, "int8" if self.in_8_bits else self.reference_dtype)
 
     def passes(self, gaps: Gaps) -> bool:
         """Whether the gaps are within what is allowed; NaN is not."""
         mean, largest = self.allowed
         return gaps.mean <= mean and gaps.largest <= largest
+
+
+def allowed_gap(noise: NoiseFloor, dtype: str) -> tuple[float, float]:
+    """Mean and largest difference, nats a token, that two scorings of one pair by one model may have.
+
+    Args:
+        noise: The noise floor that stage one measured.
+        dtype: Of the model's weights; `int8` where they are in 8 bits.
+    """
+    mean, largest = ROUNDING[dtype]
+    return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
 
 
 class GateCallback(transformers.TrainerCallback):

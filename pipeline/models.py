@@ -41,6 +41,10 @@ __all__ = [
     "resolve_dtype",
 ]
 
+# What the libraries raise for a config.json or weights that they can make nothing of: a size of 0, text for a number,
+# weights of another shape, a package that is not there.
+_UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -61,7 +65,20 @@ def find_model(name: str, revision: str | None, key: str) -> Path:
         raise ConfigError(f"{key}: {name}: no config.json in it, so no model{hint}")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
+    _check_weight_index(folder / "model.safetensors.index.json", key)
     return folder
+
+
+def _check_weight_index(index: Path, key: str) -> None:
+    """The library loads whatever files the index names; digests are taken of the safetensors in the folder."""
+    if not index.exists():
+        return
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise DataError(f"{key}: {index}: damaged, it has no weight_map")
+    for name in files.values():
+        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+            raise ConfigError(f"{key}: {index}: names {name!r}; weights must be safetensors files beside it")
 
 
 def find_adapter(name: str, key: str) -> Path:
@@ -70,11 +87,14 @@ def find_adapter(name: str, key: str) -> Path:
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
+    if read_json(folder / ADAPTER_CONFIG).get("megatron_config"):
+        # The library imports the module that such a config names.
+        raise ConfigError(f"{key}: {name}: an adapter of Megatron's layers, which can't be loaded here")
     return folder
 
 
 def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Path:
-    local = Path(name).expanduser()
+    local = _expanded(name, key)
     if name and local.is_dir():
         return local
     if not name or local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -86,6 +106,17 @@ def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Pat
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _not_found(name, key, error) from error
+
+
+def _expanded(name: str, key: str) -> Path:
+    try:
+        local = Path(name).expanduser()
+        local.exists()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {name!r}: there is no such user here to have a home folder") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: {name!r}: no folder can have such a name ({error.strerror})") from error
+    return local
 
 
 def _not_found(name: str, key: str, error: Exception) -> ConfigError:
@@ -148,7 +179,7 @@ def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]
     A hub model that is not on this machine is not fetched for it: the hub knows the digest of every large file.
     So stage two can tell a changed reference from the scored one without ever having it.
     """
-    if not Path(model.name).expanduser().is_dir() and not _is_cached(model):
+    if not _expanded(model.name, model.key).is_dir() and not _is_cached(model):
         return _weights_on_hub(model)
     folder = model.folder()
     files = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
@@ -194,9 +225,11 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
     folder = find_model(config.policy.model, config.policy.revision, "policy.model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"policy.model: {config.policy.model}: its tokenizer can't be loaded: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the Rust library behind it raises nothing more special
+        raise ConfigError(
+            f"policy.model: {config.policy.model}: its tokenizer can't be loaded: {_first_line(error)}"
+        ) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -265,8 +298,8 @@ def policy_settings(config: Config) -> Any:
 
     folder = find_model(config.policy.model, config.policy.revision, "policy.model")
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except _UNUSABLE as error:
         raise ConfigError(f"policy.model: {folder}: its config.json can't be read: {_first_line(error)}") from error
 
 
@@ -305,7 +338,14 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     folder, key = named.folder(), named.key
-    dtype = resolve_dtype(requested, read_json(folder / "config.json"))
+    settings = read_json(folder / "config.json")
+    dtype = resolve_dtype(requested, settings)
+    attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
+    if attention is not None and "/" in str(attention):
+        # Such a name is a repository of compiled code, which the library would fetch and run.
+        raise ConfigError(
+            f"{key}: {folder}: its config.json asks for attention from the hub, {attention!r}; take it out"
+        )
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ConfigError(f"{key}: {folder}: dtype {dtype} can't be scored with; set dtype to bfloat16 or float32")
     placement: dict[str, Any] = {}
@@ -324,7 +364,9 @@ def _load(
         )
     except SafetensorError as error:
         raise DataError(f"{key}: {folder}: damaged weight file: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _UNUSABLE as error:
         raise ConfigError(
             f"{key}: {folder}: can't be loaded as a causal language model: {_first_line(error)}"
         ) from error
@@ -348,6 +390,7 @@ def _load(
 
 
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
+    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -355,7 +398,9 @@ def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
     except SafetensorError as error:
         raise DataError(f"{adapter}: damaged weight file: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _UNUSABLE as error:
         raise ConfigError(f"adapter {adapter}: does not fit the model: {_first_line(error)}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config import PAIR_COLUMNS
 from pipeline.errors import BadRow
+from pipeline.sources import LARGEST_ROW
 
 __all__ = ["Message", "Pair", "is_conversational", "split_shared_prompt", "to_pair"]
 
@@ -53,9 +54,10 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
         if columns.get(name, name) not in row:
             raise BadRow(
                 "missing_column",
-                f"{place}: no column {columns.get(name, name)!r}; there are {', '.join(map(repr, row))}. "
-                "Rename with data.columns",
+                f"{place}: no column {columns.get(name, name)!r}; there are {_names(row)}. Rename with data.columns",
             )
+    if _size(values, LARGEST_ROW) > LARGEST_ROW:
+        raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
     for name in ("chosen", "rejected"):
         _check_text(values[name], name, place)
     prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
@@ -83,6 +85,25 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
         tools=_tools(values["tools"], place),
         chat_template_kwargs=_template_kwargs(values["chat_template_kwargs"], place),
     )
+
+
+def _names(row: Mapping[str, Any], most: int = 20) -> str:
+    more = f" and {len(row) - most} more" if len(row) > most else ""
+    return ", ".join(map(repr, list(row)[:most])) + more
+
+
+def _size(value: Any, most: int) -> int:
+    """Characters of all text in a row's value, however deep; counting stops above `most`."""
+    size, left = 0, [value]
+    while left and size <= most:
+        item = left.pop()
+        if isinstance(item, Mapping):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            left += item
+        # Anything but text counts too, for a list of a million numbers is as long as one of letters.
+        size += len(item) if isinstance(item, str) else 1
+    return size
 
 
 _TURN = re.compile(r"(?:^|\n)[ \t]*Assistant:")
@@ -205,4 +226,27 @@ def _template_kwargs(value: Any, place: str) -> Mapping[str, Any] | None:
     if not isinstance(value, Mapping):
         raise BadRow("wrong_type", f"{place}: chat_template_kwargs must be a mapping, found {type(value).__name__}")
     # Arrow gives every row all keys that any row has; null means that this row did not set it.
-    return {k: v for k, v in value.items() if v is not None}
+    kwargs = {k: v for k, v in value.items() if v is not None}
+    if taken := sorted(kwargs.keys() & _NO_TEMPLATE_KWARGS):
+        # A row could bring a template of its own by them, or have its tokens cut, and no fingerprint would tell.
+        raise BadRow("wrong_type", f"{place}: chat_template_kwargs must not hold {', '.join(taken)}")
+    return kwargs
+
+
+# How a template is applied, which is not the row's to say.
+_NO_TEMPLATE_KWARGS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}

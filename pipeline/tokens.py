@@ -5,8 +5,12 @@ are not repeated: a second EOS from a tokenizer that adds its own, a second BOS 
 with one, and pairs dropped without a word (intake.py counts them).
 """
 
+import contextlib
 import hashlib
+import signal
 import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +121,6 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
 
 
 def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
@@ -129,17 +131,45 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
     ids = []
     for completion in ([], pair.chosen, pair.rejected):
         try:
-            encoded = tokenizer.apply_chat_template(
-                [*pair.prompt, *completion],
-                tokenize=True,
-                return_dict=True,
-                add_generation_prompt=not completion,
-                **arguments,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error
+            with _time_limit():
+                encoded = tokenizer.apply_chat_template(
+                    [*pair.prompt, *completion],
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=not completion,
+                    **arguments,
+                )
+        except Exception as error:  # a template is a program, which may fail in any way
+            reason = str(error) or type(error).__name__
+            raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
         ids.append(encoded["input_ids"])
     return ids[0], ids[1], ids[2]
+
+
+_MOST_SECONDS = 60
+"""For one conversation, which takes milliseconds"""
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stop a template that would run forever: nested loops need no more than a line of it.
+
+    A signal stops it, so there is no limit outside of a process's main thread, nor where there are no such signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it runs for more than {_MOST_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _shared_length(a: list[int], b: list[int]) -> int:

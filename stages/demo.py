@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline import reviews
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
+from pipeline.folders import open_folder
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
@@ -177,12 +178,14 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     pairs = list(
         kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
     )
-    table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
+    table = load_reference_table(
+        [open_store(open_folder(config.precompute.output).child(name))], config.data.max_length
+    )
     at, found = table.look_up([pair.key for pair in pairs])
     if (at < 0).any():
         raise AssertionError("held-out pairs that were scored by this run are not in its shards")
     ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
-    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder), [pair.pair for pair in pairs])
+    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True), [pair.pair for pair in pairs])
     return [
         config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
     ]
@@ -200,10 +203,10 @@ def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
     """Draw from both models, one of them in memory at a time."""
     max_tokens = Settings().max_tokens
-    policy = LlamaForCausalLM.from_pretrained(run_folder)
+    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
     after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     del policy
-    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model)
+    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model, use_safetensors=True)
     before = draw_replies(reference, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     # A reply is both sides of its pair, and computed once.
     twins = [

@@ -5,6 +5,7 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 
 import contextlib
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.checkpoints import (
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
+from pipeline.folders import open_folder
 from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import KeptPair, Ledger
 from pipeline.join import TokenLogps, check_identity, join, load_reference_table
@@ -169,15 +171,19 @@ def _train(
         callback.trainer = trainer
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}")
-    with contextlib.suppress(EvaluationLeft):
-        if checkpoint is not None and finished:
-            # All steps are done, and the library would take one more.
-            trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            trainer.finish_evaluation(checkpoint)
-            if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-                trainer._load_best_model()
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        with contextlib.suppress(EvaluationLeft):
+            if checkpoint is not None and finished:
+                # All steps are done, and the library would take one more.
+                trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                trainer.finish_evaluation(checkpoint)
+                if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+                    trainer._load_best_model()
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except pickle.UnpicklingError as error:
+        # Its digests hold, so it was saved like that, and not by this program.
+        raise DataError(f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run") from error
     if commit.stopped_early:
         raise _unfinished(trainer, output)
     if window is not None and not window.is_last:
@@ -338,8 +344,8 @@ def _say(state: PartialState, text: str) -> None:
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
-    folder = Path(config.precompute.output)
-    stores = {name: open_store(folder / name) for name in names}
+    folder = open_folder(config.precompute.output)
+    stores = {name: open_store(folder.child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     return stores
 

@@ -486,7 +486,7 @@ def test_a_missing_setting_is_named(load: Load, text: str, message: str) -> None
     ("text", "found"),
     [
         (SMALLEST + "loss: {beta: 1, beta: 2}\n", "line 4: key 'beta' is there twice"),
-        (SMALLEST + "data: {path: other}\n", "line 1: key 'data' is there twice"),
+        (SMALLEST + "data: {path: other}\n", "line 4: key 'data' is there twice"),
         (SMALLEST + "loss: {beta: 1\n", "not valid YAML"),
         (SMALLEST + "? [a, b]\n: c\n", "a key must be a word"),
         (SMALLEST + "train: &a {x: *a}\n", "not valid YAML"),

@@ -218,6 +218,39 @@ def test_what_is_no_fault_of_a_row_is_never_skipped(rows: Callable[[], Iterator[
 _ANSWERS = {"chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
 
 
+# --- Anything at all ----------------------------------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("ab \n\ud83d\x00", max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner),
+    max_leaves=6,
+)
+_MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.sampled_from(["a", "b", ""])}),
+    max_size=3,
+)
+_ROWS = st.dictionaries(
+    st.sampled_from(["prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "other"]),
+    _JSON | _MESSAGES | st.text("abc ", max_size=8),
+)
+_CHAT_TOKENIZER = make_tokenizer(template="{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
+
+
+@given(rows=st.lists(_ROWS, max_size=6), order=st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_whatever_rows_hold_each_is_kept_or_dropped_by_name_in_any_order(rows: list[Any], order: Any) -> None:
+    data = DataConfig(path="pairs.jsonl", max_length=32, on_bad_row="skip")
+    numbered = [make_row(number, row) for number, row in enumerate(rows)]
+    ledgers = [Ledger(), Ledger()]
+    kept = list(kept_pairs(numbered, _CHAT_TOKENIZER, data, ledgers[0]))
+    order.shuffle(numbered)
+    shuffled = list(kept_pairs(numbered, _CHAT_TOKENIZER, data, ledgers[1]))
+    assert ledgers[0].rows == len(rows) == len(kept) + ledgers[0].dropped.total()
+    assert ledgers[0].as_dict() == ledgers[1].as_dict()
+    assert [pair.row for pair in shuffled] == [row.number for row in numbered if row.number in {p.row for p in kept}]
+    assert {pair.row: (pair.key, pair.pair) for pair in shuffled} == {pair.row: (pair.key, pair.pair) for pair in kept}
+
+
 # --- For people ---------------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from conftest import refshard
-from faults.commands import Command, start_ranks
 from faults.kill_train import Scenario, digest, disturb, prepare
+from faults.watched import Watched, start_ranks
 
 import stages.train
 from pipeline.checkpoints import MARKER, _problem, checkpoint_folders, commit_checkpoint, newest_step
@@ -179,23 +179,23 @@ def _signal_ranks(scenario: Scenario, output: Path, seed: int) -> None:
         assert ranks[0].wait_until(lambda: bool(list(output.glob(f"{ready}*"))))
         time.sleep(chance.uniform(0, 0.2))
         first = chance.randrange(2)
-        ranks[first].send(signal.SIGTERM)
+        ranks[first].signal(signal.SIGTERM)
         if chance.random() < 0.5:
             time.sleep(chance.uniform(0, 2))
-            ranks[1 - first].send(signal.SIGUSR1)
+            ranks[1 - first].signal(signal.SIGUSR1)
         asked = time.monotonic()
-        statuses = [rank.wait(30) for rank in ranks]
+        statuses = [rank.finish(30) for rank in ranks]
         assert time.monotonic() - asked < 10
     finally:
         for rank in ranks:
-            rank.send(signal.SIGKILL)
+            rank.signal(signal.SIGKILL)
     assert statuses[0] == statuses[1], [rank.err for rank in ranks]
     assert statuses[0] in (0, 75), [rank.err for rank in ranks]
     assert whole(output)
     for folder in checkpoint_folders(output).values():
         assert {file.name for file in folder.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     ranks = start_ranks(2, *words(scenario, output))
-    assert [rank.wait() for rank in ranks] == [0, 0], [rank.err for rank in ranks]
+    assert [rank.finish() for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     assert digest(output) == scenario.weights
 
 
@@ -221,7 +221,7 @@ def test_two_processes_asked_at_any_times_leave_at_the_same_step(
 def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
     scenario: Scenario, output: Path, where: str
 ) -> None:
-    zombie = Command(*words(scenario, output))
+    zombie = Watched(*words(scenario, output))
     marker = output / "checkpoint-4" / MARKER
 
     def is_there() -> bool:
@@ -229,13 +229,13 @@ def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
 
     try:
         assert zombie.wait_until(is_there)
-        zombie.send(signal.SIGSTOP)
+        zombie.signal(signal.SIGSTOP)
         refshard(*words(scenario, output))
         before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
-        zombie.send(signal.SIGCONT)
-        assert zombie.wait() == 79, zombie.err
+        zombie.signal(signal.SIGCONT)
+        assert zombie.finish() == 79, zombie.err
     finally:
-        zombie.send(signal.SIGKILL)
+        zombie.signal(signal.SIGKILL)
     assert "attempt 2) has taken over from this one (attempt 1)" in zombie.err
     assert len(zombie.err.strip().splitlines()[-1]) < 400
     assert digest(output) == scenario.weights
@@ -249,16 +249,16 @@ def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
 def test_a_process_that_comes_back_while_the_other_trains_makes_no_mixed_checkpoint(
     scenario: Scenario, output: Path
 ) -> None:
-    zombie = Command(*words(scenario, output))
+    zombie = Watched(*words(scenario, output))
     try:
         assert zombie.wait_until((output / "checkpoint-2" / MARKER).exists)
-        zombie.send(signal.SIGSTOP)
-        newer = Command(*words(scenario, output))
+        zombie.signal(signal.SIGSTOP)
+        newer = Watched(*words(scenario, output))
         assert newer.wait_until((output / "checkpoint-6" / MARKER).exists)
-        zombie.send(signal.SIGCONT)
-        assert (zombie.wait(), newer.wait()) == (79, 0), zombie.err + newer.err
+        zombie.signal(signal.SIGCONT)
+        assert (zombie.finish(), newer.finish()) == (79, 0), zombie.err + newer.err
     finally:
-        zombie.send(signal.SIGKILL)
+        zombie.signal(signal.SIGKILL)
     assert {json.loads((f / MARKER).read_text())["attempt"] for f in checkpoint_folders(output).values()} == {2}
     assert whole(output)
     assert digest(output) == scenario.weights
@@ -271,10 +271,10 @@ def test_a_process_that_comes_back_while_the_other_trains_makes_no_mixed_checkpo
 def stopped(scenario: Scenario) -> Path:
     """A run that was killed after its checkpoint of step 6."""
     output = scenario.folder / "stopped"
-    command = Command(*words(scenario, output, save_total_limit=5))
+    command = Watched(*words(scenario, output, save_total_limit=5))
     assert command.wait_until((output / "checkpoint-6" / MARKER).exists)
-    command.send(signal.SIGKILL)
-    command.wait()
+    command.signal(signal.SIGKILL)
+    command.finish()
     for step in (8, 10):
         shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
     return output
@@ -431,14 +431,14 @@ WORKERS = {
 
 
 def test_workers_of_the_loader_outlive_a_signal_to_all_processes(scenario: Scenario, output: Path) -> None:
-    command = Command(*words(scenario, output, **WORKERS))
+    command = Watched(*words(scenario, output, **WORKERS))
     assert command.wait_until((output / "checkpoint-2" / MARKER).exists), command.err
     children = psutil.Process(command.pid).children(recursive=True)
     assert len(children) >= 2
     for child in children:
         child.send_signal(signal.SIGTERM)
-    command.send(signal.SIGTERM)
-    assert command.wait(30) == 75, command.err
+    command.signal(signal.SIGTERM)
+    assert command.finish(30) == 75, command.err
     _, alive = psutil.wait_procs(children, 10)
     assert not alive
     assert whole(output)
@@ -447,10 +447,10 @@ def test_workers_of_the_loader_outlive_a_signal_to_all_processes(scenario: Scena
 
 
 def test_workers_of_the_loader_leave_with_a_killed_run(scenario: Scenario, output: Path) -> None:
-    command = Command(*words(scenario, output, **WORKERS))
+    command = Watched(*words(scenario, output, **WORKERS))
     assert command.wait_until((output / "checkpoint-2" / MARKER).exists), command.err
     children = psutil.Process(command.pid).children(recursive=True)
-    command.send(signal.SIGKILL)
+    command.signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(children, 3)
     assert not alive
 

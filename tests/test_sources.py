@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import simple_rows, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import DataConfig, EvalSetConfig
 from pipeline.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
@@ -374,6 +378,38 @@ def test_held_out_set_takes_from_the_training_set_what_it_leaves_out() -> None:
 def test_held_out_set_of_another_repository_does_not_take_the_revision() -> None:
     data = DataConfig(path="org/pairs", revision="v1")
     assert open_source(data, EvalSetConfig(path="org/others")).revision is None
+
+
+# --- Any text, any range ------------------------------------------------------------------------------------------
+
+_TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(
+    rows=st.lists(st.fixed_dictionaries({"chosen": _TEXTS, "rejected": _TEXTS}), min_size=1, max_size=6),
+    cuts=st.lists(st.integers(1, 6), max_size=3),
+    ending=st.sampled_from(["jsonl", "jsonl.gz", "json", "parquet", "csv"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_text_comes_back_and_ranges_make_up_the_whole(
+    rows: list[dict[str, str]], cuts: list[int], ending: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"pairs.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        elif ending == "csv":
+            with file.open("w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, ["chosen", "rejected"], quoting=csv.QUOTE_ALL)
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            content = json.dumps(rows).encode() if ending == "json" else jsonl_bytes(rows)
+            file.write_bytes(gzip.compress(content) if ending == "jsonl.gz" else content)
+        assert values(source_of(file)) == rows
+        edges = sorted({0, *(cut for cut in cuts if cut < len(rows)), len(rows)})
+        parts = [values(source_of(file, split=f"train[{a}:{b}]")) for a, b in itertools.pairwise(edges)]
+        assert [row for part in parts for row in part] == rows
 
 
 # --- Decoding is put off ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files are whole or absent: what a second writer, a failing disk and a damaged file lead to."""
 
+import ctypes
 import errno
 import os
 import stat
@@ -125,13 +126,45 @@ def test_a_failing_disk_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_hard_links_is_named_as_such(
+def test_without_hard_links_a_rename_that_replaces_nothing_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     _fail(monkeypatch, "link", number)
-    with pytest.raises(StorageError, match="no hard links, choose a folder on another one"):
+    assert put_if_absent(tmp_path / "part", b"first") is True
+    assert put_if_absent(tmp_path / "part", b"second") is False
+    assert (tmp_path / "part").read_bytes() == b"first"
+    assert _names(tmp_path) == ["part"]
+
+
+def test_a_file_system_that_cannot_put_if_absent_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoRename:
+        """A C library in which `renameat2` is missing."""
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **settings: NoRename())
+    _fail(monkeypatch, "link", errno.EPERM)
+    with pytest.raises(StorageError, match="neither hard links nor renames that replace nothing: choose a folder on"):
         put_if_absent(tmp_path / "part", b"content")
     assert _names(tmp_path) == []
+
+
+def test_a_temporary_file_that_is_cleaned_away_under_its_writer_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, cleaned = os.link, []
+
+    def clean_first(source: Any, target: Any) -> None:
+        if not cleaned:
+            Path(source).unlink()
+            cleaned.append(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", clean_first)
+    assert put_if_absent(tmp_path / "part", b"content") is True
+    assert cleaned
+    assert (tmp_path / "part").read_bytes() == b"content"
+    assert _names(tmp_path) == ["part"]
 
 
 @pytest.mark.parametrize("write", [put_if_absent, replace_file])

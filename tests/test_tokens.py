@@ -147,6 +147,27 @@ CONVERSATION = Pair(
 )
 
 
+_TEXTS = st.text("abI' .?\n\u00e9\u4f60", min_size=1, max_size=12)
+_TOKENIZERS = [make_tokenizer(), make_tokenizer(bos=True), make_tokenizer(bos=True, auto_eos=True)]
+
+
+@given(prompt=_TEXTS, chosen=_TEXTS, rejected=_TEXTS, tokenizer=st.sampled_from(_TOKENIZERS))
+@settings(deadline=None, max_examples=100)
+def test_prompt_and_completion_are_the_text_with_one_eos_and_at_most_one_bos(
+    prompt: str, chosen: str, rejected: str, tokenizer: Any
+) -> None:
+    pair = tokenize(Pair(prompt=prompt, chosen=chosen, rejected=rejected), tokenizer, "row 1")
+    for completion, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+        whole = pair.prompt_ids + ids
+        assert whole.count(tokenizer.eos_token_id) == 1
+        assert whole[-1] == tokenizer.eos_token_id
+        assert whole.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+        assert tokenizer.decode(whole, skip_special_tokens=True) == prompt + completion
+    assert pair.prompt_ids
+    # The prompt ends at its text, or a little before where tokens merge across its end; never after.
+    assert len(tokenizer.decode(pair.prompt_ids, skip_special_tokens=True).rstrip("\ufffd")) <= len(prompt)
+
+
 def test_text_that_ends_in_eos_gets_no_second(plain: Any) -> None:
     with_eos = tokenize(Pair(prompt="Two?", chosen=" Four.</s>", rejected=" Five."), plain, "row")
     without = tokenize(Pair(prompt="Two?", chosen=" Four.", rejected=" Five."), plain, "row")

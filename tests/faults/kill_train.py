@@ -23,7 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl  # noqa: E402
-from faults.commands import Command, start_ranks  # noqa: E402
+from faults.watched import Watched, start_ranks  # noqa: E402
 
 MARKER = "refshard-commit.json"
 
@@ -54,7 +54,7 @@ class Scenario:
             refshard(*words)
             return
         ranks = start_ranks(self.processes, *words)
-        statuses = [rank.wait() for rank in ranks]
+        statuses = [rank.finish() for rank in ranks]
         assert not any(statuses), [rank.err for rank in ranks]
 
 
@@ -166,8 +166,8 @@ def _go_on(
     seen = _unmarked(output)
     while not (output / "run.json").exists():
         for words in scenario.commands(output):
-            command = Command(*words)
-            while disturb and command.poll() is None:
+            command = Watched(*words)
+            while disturb and command.status is None:
                 if in_save:
                     fresh = _unmarked(output) - seen
                     seen |= fresh
@@ -179,13 +179,13 @@ def _go_on(
                     time.sleep(0.0005)
                 if due and (not signals or command.watches(number)):
                     summary.in_saves += in_save and bool(_unmarked(output) & seen)
-                    command.send(number)
+                    command.signal(number)
                     summary.kills += 1
-                    status = command.wait()
+                    status = command.finish()
                     allowed = (75, 0) if signals else (-number, 0)
                     assert status in allowed, f"{words}: exit {status}\n{command.out}\n{command.err}"
                     return
-            status = command.wait()
+            status = command.finish()
             assert status == 0, f"{words}: exit {status}\n{command.out}\n{command.err}"
 
 
