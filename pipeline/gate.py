@@ -100,9 +100,10 @@ def allowed_gap(noise: NoiseFloor, dtype: str) -> tuple[float, float]:
 class GateCallback(transformers.TrainerCallback):
     """Runs the gate when training begins or goes on, on every rank alike."""
 
-    def __init__(self, gate: Gate, say: Callable[[str], None]) -> None:
+    def __init__(self, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
         self._gate = gate
         self._say = say
+        self._leave_if_asked = leave_if_asked
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,7 +115,7 @@ class GateCallback(transformers.TrainerCallback):
         rows = choose_sample(trainer.train_dataset)
         if not rows:
             return
-        measure = _Measure(trainer, rows)
+        measure = _Measure(trainer, rows, self._leave_if_asked)
         worn: dict[str, Any] = {}
         if kin.at_start and fresh:
             which = "the policy before its first step"
@@ -198,8 +199,9 @@ def _spread(values: npt.NDArray[Any], count: int) -> list[int]:
 class _Measure:
     """Scores the sample in one way or another and compares with what is stored."""
 
-    def __init__(self, trainer: Any, rows: list[int]) -> None:
+    def __init__(self, trainer: Any, rows: list[int], leave_if_asked: Callable[[], None]) -> None:
         self._trainer = trainer
+        self._leave_if_asked = leave_if_asked
         self._rows = [trainer.train_dataset[i] for i in rows]
 
     def __call__(self, *, training: bool = True, adapters: bool = True, adapter: Path | None = None) -> Gaps:
@@ -214,6 +216,7 @@ class _Measure:
                 model.train(training)
                 _silence_adapter_dropout(model)
                 for start in range(0, len(self._rows), size):
+                    self._leave_if_asked()
                     self._add(gaps, model, self._rows[start : start + size])
             model.train(was_training)
         return gaps

@@ -53,7 +53,8 @@ def main(debug: bool) -> None:
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
-    75 saved but unfinished, run again; 78 other reference or tokenization than the shards'; 1 a bug.
+    75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
+    79 another start of this run has taken over; 1 a bug.
     """
 
 
