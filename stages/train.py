@@ -6,7 +6,7 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 import dataclasses
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from pipeline.checkpoints import (
     run_identity,
 )
 from pipeline.config import Config, as_dict, training_settings
-from pipeline.errors import DataError, UnfinishedError
+from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.gate import Gate, GateCallback, policy_dtype
-from pipeline.intake import Ledger
+from pipeline.intake import KeptPair, Ledger
 from pipeline.join import TokenLogps, check_identity, join, load_reference_table
 from pipeline.loading import load_pairs
 from pipeline.models import load_policy, load_tokenizer, policy_settings
@@ -310,7 +310,7 @@ def _join_all(
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
-        pairs = load_pairs(source, tokenizer, config.data, ledger)
+        pairs = _in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config)
         table = load_reference_table(
             [stores[name]] if name in stores else [],
             config.data.max_length,
@@ -336,6 +336,20 @@ def _join_all(
             raise DataError(
                 f"{describe(source)}: none of its {ledger.kept:,} pairs is in {store.folder}; nothing to train on"
             )
+
+
+def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
+    """Pass pairs on; an id past the embedding is a crash without a name on a GPU."""
+    size = getattr(policy_settings(config), "vocab_size", None)
+    for pair in pairs:
+        ids = pair.pair
+        top = max(max(ids.prompt_ids), max(ids.chosen_ids), max(ids.rejected_ids))
+        if size is not None and top >= size:
+            raise ConfigError(
+                f"policy.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; its weights "
+                "and its tokenizer do not belong together"
+            )
+        yield pair
 
 
 def _eval_sets(sets: Mapping[str, datasets.Dataset]) -> datasets.Dataset | dict[str, datasets.Dataset] | None:
