@@ -23,7 +23,9 @@ import pyarrow.parquet.encryption as pe
 import pytest
 import torch
 from conftest import make_tokenizer, refshard, simple_rows, write_config, write_jsonl
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from pipeline import sources
 from pipeline.config import DataConfig, load_config, training_settings
@@ -777,6 +779,47 @@ def test_a_damaged_model_is_refused_by_its_key_or_loads(
     except RefshardError as error:
         assert error.exit_status in (2, 65, 74)
         assert str(folder) in str(error)
+
+
+DAMAGED_ADAPTERS: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"{key} is {value!r}": change_json("adapter_config.json", lambda c, k=key, v=value: c.update({k: v}))
+        for key, value in (("peft_type", "NOPE"), ("r", 0), ("r", "x"), ("target_modules", 5), ("task_type", "NOPE"))
+    },
+    **{
+        f"{file} is {content[:9]!r}": lambda f, file=file, content=content: (f / file).write_bytes(content)
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+        for content in (b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000)
+    },
+    "no target": change_json("adapter_config.json", lambda c: c.update(target_modules=["nope"])),
+    "another rank": change_json("adapter_config.json", lambda c: c.update(r=5)),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ADAPTERS.values(), ids=DAMAGED_ADAPTERS)
+def test_a_damaged_adapter_is_refused_by_its_folder(
+    model_folder: Path, adapter: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    damage(folder)
+    policy = {"model": str(model_folder), "adapter": str(folder)}
+    config = load_config(
+        write_config(tmp_path / "run.yaml", data={"path": "x"}, policy=policy, precompute={"output": "y"})
+    )
+    with pytest.raises(RefshardError) as caught:
+        identity_of_run(config, load_tokenizer(config))
+        load_reference(config, torch.device("cpu"))
+        load_policy(config)
+    assert caught.value.exit_status in (2, 65)
+    assert str(folder) in str(caught.value)
 
 
 # Stores
