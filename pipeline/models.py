@@ -43,7 +43,17 @@ __all__ = [
 
 # What the libraries raise for a config.json or weights that they can make nothing of: a size of 0, text for a number,
 # weights of another shape, a package that is not there.
-_UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -129,9 +129,9 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
     arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
     assert not isinstance(pair.prompt, str)
     ids = []
-    for completion in ([], pair.chosen, pair.rejected):
-        try:
-            with _time_limit():
+    try:
+        with _time_limit():
+            for completion in ([], pair.chosen, pair.rejected):
                 encoded = tokenizer.apply_chat_template(
                     [*pair.prompt, *completion],
                     tokenize=True,
@@ -139,15 +139,15 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
                     add_generation_prompt=not completion,
                     **arguments,
                 )
-        except Exception as error:  # a template is a program, which may fail in any way
-            reason = str(error) or type(error).__name__
-            raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
-        ids.append(encoded["input_ids"])
+                ids.append(encoded["input_ids"])
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = str(error) or type(error).__name__
+        raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
     return ids[0], ids[1], ids[2]
 
 
 _MOST_SECONDS = 60
-"""For one conversation, which takes milliseconds"""
+"""For the conversations of one pair, which take milliseconds"""
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def _time_limit() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def _shared_length(a: list[int], b: list[int]) -> int:

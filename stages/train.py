@@ -31,7 +31,7 @@ from pipeline.checkpoints import (
     run_identity,
 )
 from pipeline.config import Config, as_dict, training_settings
-from pipeline.errors import DataError, UnfinishedError
+from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.folders import open_folder
 from pipeline.gate import Gate, GateCallback, policy_dtype
@@ -413,7 +413,7 @@ def _join_all(
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
-        pairs = _until_stopped(load_pairs(source, tokenizer, config.data, ledger), flag)
+        pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
         table = load_reference_table(
             [stores[name]] if name in stores else [],
             config.data.max_length,
@@ -439,6 +439,20 @@ def _join_all(
             raise DataError(
                 f"{describe(source)}: none of its {ledger.kept:,} pairs is in {store.folder}; nothing to train on"
             )
+
+
+def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
+    """Pass pairs on; an id past the embedding is a crash without a name on a GPU."""
+    size = getattr(policy_settings(config), "vocab_size", None)
+    for pair in pairs:
+        ids = pair.pair
+        top = max(max(ids.prompt_ids), max(ids.chosen_ids), max(ids.rejected_ids))
+        if size is not None and top >= size:
+            raise ConfigError(
+                f"policy.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; its weights "
+                "and its tokenizer do not belong together"
+            )
+        yield pair
 
 
 def _eval_sets(sets: Mapping[str, datasets.Dataset]) -> datasets.Dataset | dict[str, datasets.Dataset] | None:

@@ -326,6 +326,18 @@ def test_a_truncated_weight_file_is_bad_data(
     assert str(folder) in message
 
 
+def test_a_policy_without_an_embedding_for_a_token_is_refused_by_its_key(
+    make_run: MakeRun, model_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    small = make_model(tmp_path / "small", tokenizer, vocab_size=300)
+    config = make_run(policy={"model": str(small)}, reference={"model": str(model_folder)})
+    refshard("precompute", "--config", config)
+    message = complaint(refshard("train", "--config", config, check=2))
+    assert "policy.model" in message
+    assert "the model's vocabulary has 300" in message
+    assert f"{tmp_path / 'pairs.jsonl'}:" in message
+
+
 # Stores
 
 

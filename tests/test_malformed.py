@@ -21,12 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
+import torch
 from conftest import make_tokenizer, refshard, simple_rows, write_config, write_jsonl
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from pipeline import sources
 from pipeline.config import DataConfig, load_config, training_settings
 from pipeline.errors import RefshardError, one_line
+from pipeline.fingerprint import identity_of_run
 from pipeline.intake import KeptPair, Ledger, kept_pairs
+from pipeline.models import load_policy, load_reference, load_tokenizer, policy_settings
 from pipeline.shards import open_store, read_parts
 from pipeline.sources import LARGEST_ROW, count_rows, open_source, read_rows
 
@@ -699,6 +705,123 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, model_folder: Path, nam
     assert "this is a bug" not in result.stderr
 
 
+# Models
+
+
+def change_json(file: str, change: Callable[[Any], Any]) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+
+    return damage
+
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": ["x", -1, 0, None, [], 10**30],
+    "num_attention_heads": [0, -4, 7, "four"],
+    "num_hidden_layers": [3, -1, None],
+    "vocab_size": [5, 0, "many"],
+    "model_type": ["nope", 5, None, "bert"],
+    "dtype": ["float7", 5, ["x"], "int8"],
+    "rope_parameters": [5, "x", {"rope_type": "nope"}],
+    "hidden_act": ["nope", 5],
+    "quantization_config": [{"quant_method": "nope"}, 5],
+    "architectures": [["Nope"], 5],
+}
+DAMAGED_MODELS: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"{key} is {value!r}": change_json("config.json", lambda c, k=key, v=value: c.update({k: v}))
+        for key, values in CONFIG.items()
+        for value in values
+    },
+    **{
+        f"{file} is {content[:9]!r}": lambda f, file=file, content=content: (f / file).write_bytes(content)
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+        for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"\xff" * 8 + b"{}", b"\0" * 8)
+    },
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "an index of nothing": lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+    "an index that is damaged": lambda f: (f / "model.safetensors.index.json").write_text("{"),
+    "a weight less": lambda f: _change_weights(f, lambda w: w.pop("model.norm.weight")),
+    "a weight of another shape": lambda f: _change_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(3)})),
+    "a header of 2 GB": lambda f: (f / "model.safetensors").write_bytes((2**31).to_bytes(8, "little") + b"{}"),
+}
+
+
+def _change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MODELS.values(), ids=DAMAGED_MODELS)
+def test_a_damaged_model_is_refused_by_its_key_or_loads(
+    model_folder: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    damage(folder)
+    config = load_config(
+        write_config(
+            tmp_path / "run.yaml",
+            data={"path": "x"},
+            policy={"model": str(folder)},
+            precompute={"output": "y"},
+        )
+    )
+    try:
+        identity_of_run(config, load_tokenizer(config))
+        policy_settings(config)
+        load_reference(config, torch.device("cpu"))
+        load_policy(config)
+    except RefshardError as error:
+        assert error.exit_status in (2, 65, 74)
+        assert str(folder) in str(error)
+
+
+DAMAGED_ADAPTERS: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"{key} is {value!r}": change_json("adapter_config.json", lambda c, k=key, v=value: c.update({k: v}))
+        for key, value in (("peft_type", "NOPE"), ("r", 0), ("r", "x"), ("target_modules", 5), ("task_type", "NOPE"))
+    },
+    **{
+        f"{file} is {content[:9]!r}": lambda f, file=file, content=content: (f / file).write_bytes(content)
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+        for content in (b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000)
+    },
+    "no target": change_json("adapter_config.json", lambda c: c.update(target_modules=["nope"])),
+    "another rank": change_json("adapter_config.json", lambda c: c.update(r=5)),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ADAPTERS.values(), ids=DAMAGED_ADAPTERS)
+def test_a_damaged_adapter_is_refused_by_its_folder(
+    model_folder: Path, adapter: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    damage(folder)
+    policy = {"model": str(model_folder), "adapter": str(folder)}
+    config = load_config(
+        write_config(tmp_path / "run.yaml", data={"path": "x"}, policy=policy, precompute={"output": "y"})
+    )
+    with pytest.raises(RefshardError) as caught:
+        identity_of_run(config, load_tokenizer(config))
+        load_reference(config, torch.device("cpu"))
+        load_policy(config)
+    assert caught.value.exit_status in (2, 65)
+    assert str(folder) in str(caught.value)
+
+
 # Stores
 
 
@@ -726,15 +849,6 @@ def swap(folder: Path) -> None:
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
-
-
-def change_json(file: str, change: Callable[[Any], Any]) -> Callable[[Path], Any]:
-    def damage(folder: Path) -> None:
-        content = json.loads((folder / file).read_text())
-        change(content)
-        (folder / file).write_text(json.dumps(content))
-
-    return damage
 
 
 def rename_part(name: str) -> Callable[[Path], Any]:
