@@ -359,9 +359,9 @@ def test_of_two_starts_at_once_each_has_a_number_of_its_own(tmp_path: Path, monk
     import pipeline.attempts
 
     claim_run(tmp_path, IDENTITY)
-    real, stale = pipeline.attempts._newest, iter([0, 0])
+    real, stale = pipeline.attempts._newest, [0, 0]
     # The folder as it looked before the other start had put its file.
-    monkeypatch.setattr(pipeline.attempts, "_newest", lambda folder: next(stale, None) or real(folder))
+    monkeypatch.setattr(pipeline.attempts, "_newest", lambda folder: stale.pop() if stale else real(folder))
     assert claim_run(tmp_path, IDENTITY).number == 2
 
 
