@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,27 @@ class Command:
 
     def said(self) -> tuple[str, str]:
         """What it wrote to stdout and to stderr."""
-        out, err = (Path(self._said.name, name) for name in ("out", "err"))
-        return tuple(file.read_text("utf-8", "replace") if file.exists() else "" for file in (out, err))  # type: ignore[return-value]
+        return said(self._said.name)
 
 
-def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
+def said(folder: str) -> tuple[str, str]:
+    """What a process that was `redirected` into the folder wrote to stdout and to stderr."""
+    out, err = (Path(folder, name) for name in ("out", "err"))
+    return tuple(file.read_text("utf-8", "replace") if file.exists() else "" for file in (out, err))  # type: ignore[return-value]
+
+
+def redirected(folder: str, environment: Mapping[str, str]) -> None:
+    """Give a fork the standing of a process of its own: its output into files, working folder and environment."""
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     # The fork server has the environment of its own start.
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
+    redirected(folder, environment)
     sys.argv = words
     from stages.cli import run
 

@@ -2,29 +2,18 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_benchmark import BENCH, run_script
 
 pytestmark = pytest.mark.slow
-
-BENCH = Path(__file__).parent / "bench"
-
-
-def _run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(BENCH / script), *arguments], capture_output=True, text=True, cwd=BENCH.parents[1]
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_the_processor_benchmark_prints_both_sides_and_makes_its_page(tmp_path: Path) -> None:
     results = tmp_path / "results"
     file = str(results / "cpu.json")
-    said = _run("run.py", "--only", "toy-score", "--only", "toy-train", "--rounds", "1", "--json", file)
+    said = run_script("run.py", "--only", "toy-score", "--only", "toy-train", "--rounds", "1", "--json", file)
     for wanted in (r"ours +[\d.]+ .* pairs/s", r"trl +[\d.]+ .* pairs/s", r"trl +[\d.]+ .* s per step", r"torch \d"):
         assert re.search(wanted, said), said
     assert len(re.findall(r"wall clock: [\d.]+x \[[\d.]+\] \(bar 1: ", said)) == 2
@@ -33,7 +22,7 @@ def test_the_processor_benchmark_prints_both_sides_and_makes_its_page(tmp_path: 
     # Of toy sizes, agreement alone can be held to a bar; each measurement prints it.
     assert len(re.findall(r"agreement: .* \(bar at most [\d.]+: met\)", said)) == 3
 
-    _run("page.py", "--results", str(results), "--docs", str(tmp_path / "docs"))
+    run_script("page.py", "--results", str(results), "--docs", str(tmp_path / "docs"))
     page = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert "`python tests/bench/run.py --only toy-score`" in page
     assert "Not measured." in page
@@ -43,7 +32,7 @@ def test_the_processor_benchmark_prints_both_sides_and_makes_its_page(tmp_path: 
 
 def test_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    said = _run("gpu.py", "--tiny", "--rounds", "1", "--json", str(file))
+    said = run_script("gpu.py", "--tiny", "--rounds", "1", "--json", str(file))
     assert len(re.findall(r"trl over ours, wall clock: [\d.]+x", said)) == 3
     assert len(re.findall(r"trl-live over ours, wall clock: [\d.]+x", said)) == 2
     assert "the reference has" in said
@@ -52,3 +41,17 @@ def test_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
     # Autocast to bf16, over float32 sums.
     assert max(gaps) < 1e-2
     assert len(json.loads(file.read_text(encoding="utf-8"))["results"]) == 3
+
+
+def test_a_measurement_starts_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at real size, where nothing is shared with the driver: the other tests here fork instead."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import rounds
+    import workloads
+
+    toy = workloads.TOY[0]
+    result = rounds.measure(toy, "ours", 2, 1)
+    assert len(result["values"]) == 4 and all(value < -1 for value in result["values"])
+    assert min(result[key] for key in ("wall", "cpu", "matrix_rate")) > 0
+    with pytest.raises(RuntimeError, match=r"(?s)toy-score, ours: the measurement failed.*invalid literal for int"):
+        rounds.measure(toy, "ours", "two", 1)
