@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 from conftest import simple_rows, write_jsonl
+from faults.tally import tally
 
 from pipeline import checkpoints
 from pipeline.attempts import Attempt, claim_run
@@ -234,6 +235,7 @@ def test_damage_is_named_and_the_checkpoint_before_taken(tmp_path: Path, kind: s
     assert "checkpoint-10: damaged" in warnings[0] or "checkpoint-10: cut short" in warnings[0]
     assert named in warnings[0]
     assert "broken-checkpoint-10-0" in warnings[0]
+    tally("a checkpoint damaged in one of many ways", 1, outcome="named, set aside, the one before taken")
 
 
 def test_files_added_later_do_no_harm(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.tally import tally
 from fuzz import Report, Target, fuzz, targets
 
 from pipeline.errors import DataError
@@ -60,9 +61,13 @@ def test_no_changed_input_is_a_bug(tmp_path: Path, name: str, executions: int, l
     report = check(name, tmp_path, executions=executions)
     assert report.executions == executions
     assert report.lines > lines
+    tally(f"fuzzing, guided by coverage: {name}", executions, outcome="refused in a line, or read")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["jsonl", "yaml", "manifest", "index"])
 def test_no_changed_input_is_a_bug_within_a_minute(tmp_path: Path, name: str) -> None:
-    print(f"{name}: {check(name, tmp_path, seconds=60).summary()}")
+    report = check(name, tmp_path, seconds=60)
+    print(f"{name}: {report.summary()}")
+    outcome = f"refused in a line, or read; {report.lines} lines and {len(report.pairs):,} pairs of lines reached"
+    tally(f"fuzzing for a minute, guided by coverage: {name}", report.executions, outcome=outcome)

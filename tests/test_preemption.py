@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import refshard
 from faults.kill_train import Scenario, digest, disturb, prepare
+from faults.tally import tally
 from faults.watched import Watched, start_ranks
 
 import stages.train
@@ -27,6 +28,8 @@ from pipeline.versions import library_versions
 pytestmark = pytest.mark.slow
 
 nightly = pytest.mark.nightly
+
+SAME = "final weights bit for bit those of an undisturbed run"
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +79,19 @@ def test_killed_anywhere_the_same_command_comes_to_the_same_weights(scenario: Sc
     summary = disturb(scenario, kills=5, seed=0)
     assert summary.in_saves >= 1
     assert summary.equal == summary.runs
+    tally(f"SIGKILL of stage two ({summary.in_saves} inside a save)", summary.kills, outcome=SAME)
 
 
 def test_a_run_whose_reference_moves_killed_anywhere_comes_to_the_same_weights(moving: Scenario) -> None:
     summary = disturb(moving, kills=5, seed=0)
     assert summary.equal == summary.runs
+    tally(f"SIGKILL of TR-DPO's two stages ({summary.in_saves} inside a save)", summary.kills, outcome=SAME)
 
 
 def test_asked_to_stop_anywhere_it_leaves_with_75_and_goes_on_to_the_same_weights(scenario: Scenario) -> None:
     summary = disturb(scenario, kills=3, seed=0, signals=True)
     assert (summary.damaged, summary.equal) == (0, summary.runs)
+    tally("SIGTERM, USR1 or USR2 to stage two at random moments", summary.kills, outcome=f"75; {SAME}")
 
 
 @nightly
@@ -95,6 +101,8 @@ def test_fifty_times(request: pytest.FixtureRequest, kind: str, signals: bool) -
     summary = disturb(request.getfixturevalue(kind), kills=30 if signals else 50, seed=1, signals=signals)
     print(summary)
     assert summary.equal == summary.runs
+    what = f"{'signals to' if signals else 'SIGKILL of'} {'stage two' if kind == 'scenario' else 'TR-DPO'}, at length"
+    tally(f"{what} ({summary.in_saves} inside a save)", summary.kills, outcome=SAME)
 
 
 # Asked to stop, at every point where it looks
@@ -204,6 +212,7 @@ def test_two_processes_asked_at_different_times_leave_at_the_same_step(
     two_processes: Scenario, output: Path, seed: int
 ) -> None:
     _signal_ranks(two_processes, output, seed)
+    tally("two processes, signals up to two seconds apart or to one alone", 1, outcome="75, saved at one step")
 
 
 @nightly
@@ -212,6 +221,7 @@ def test_two_processes_asked_at_any_times_leave_at_the_same_step(
     two_processes: Scenario, output: Path, seed: int
 ) -> None:
     _signal_ranks(two_processes, output, seed)
+    tally("two processes, signals up to two seconds apart or to one alone", 1, outcome="75, saved at one step")
 
 
 # A process that comes back after another one has taken over
@@ -244,6 +254,7 @@ def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
     # What it was writing when it was stopped is out of the way by then, and its own.
     assert all("broken-checkpoint" in str(file) for file in changed)
     assert {json.loads(marker.read_text())["attempt"] for marker in output.glob(f"checkpoint-*/{MARKER}")} == {2}
+    tally("a stopped trainer that comes back after another start", 1, outcome="79, nothing changed")
 
 
 def test_a_process_that_comes_back_while_the_other_trains_makes_no_mixed_checkpoint(
@@ -313,6 +324,7 @@ def _resume_damaged(scenario: Scenario, stopped: Path, output: Path, kind: str) 
     assert name in done.stderr
     assert digest(output) == scenario.weights
     assert (output / "broken-checkpoint-6-0").exists()
+    tally("a damaged or half-saved newest checkpoint", 1, outcome=f"stepped over with a warning; {SAME}")
 
 
 @pytest.mark.parametrize("kind", ["no optimizer.pt", "model.safetensors flipped", f"no {MARKER}"])
@@ -340,6 +352,7 @@ def test_a_run_with_damaged_checkpoints_alone_is_refused_again_and_again(
         assert "--overwrite" in refused.stderr
     refshard(*words(scenario, output), "--overwrite")
     assert digest(output) == scenario.weights
+    tally("every checkpoint damaged", 2, outcome="65 each time, never a start from the beginning")
 
 
 @pytest.mark.parametrize(
