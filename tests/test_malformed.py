@@ -682,6 +682,18 @@ def test_a_footer_that_can_not_be_true_is_refused(tmp_path: Path, monkeypatch: p
     assert "unpacks to more than 10 bytes" in str(refused(tmp_path / "p.parquet"))
 
 
+def test_a_disk_that_fails_under_parquet_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(_table(), tmp_path / "p.parquet")
+
+    def refuse(self: Path, *_: Any) -> Any:
+        raise OSError(5, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    error = refused(tmp_path / "p.parquet")
+    assert error.exit_status == 74
+    assert "Input/output error" in str(error)
+
+
 def test_an_array_that_is_too_large_is_refused_before_it_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

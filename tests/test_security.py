@@ -208,10 +208,12 @@ def test_an_adapter_can_have_no_module_imported(
     (tmp_path / "evil_module.py").write_text(EVIL.format(mark=str(mark)))
     monkeypatch.syspath_prepend(tmp_path)
     change(adapter / "adapter_config.json", **values)
-    try:
+    if "megatron_config" in values:
+        # Refused before the library sees it, some versions of which would import the module.
+        with pytest.raises(ConfigError, match="an adapter of Megatron's layers, which can't be loaded here"):
+            load_all(model, adapter)
+    else:
         load_all(model, adapter)
-    except ConfigError as error:
-        assert "adapter" in str(error)
     assert not mark.exists()
 
 
