@@ -5,19 +5,28 @@ half-written folder. So a checkpoint without our marker is one that a kill cut s
 """
 
 import contextlib
+import dataclasses
+import hashlib
+import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import transformers
 
+from pipeline.attempts import Attempt, set_aside
 from pipeline.config import Config, as_dict
-from pipeline.digests import read_sha256
-from pipeline.errors import DataError, IdentityError
+from pipeline.digests import read_sha256, sha256_of_files
+from pipeline.errors import DataError, IdentityError, StorageError
+from pipeline.processes import largest, on_main_process
 from pipeline.signals import StopFlag
+from pipeline.sources import open_source
 from pipeline.storage import read_json, write_json
+from pipeline.trainer import EvaluationLeft, PairTrainer
 
 __all__ = [
     "RUN",
@@ -25,53 +34,81 @@ __all__ = [
     "check_same_run",
     "checkpoint_folders",
     "commit_checkpoint",
+    "delete_older",
     "delete_run",
     "find_checkpoint",
     "is_recorded",
     "newest_step",
+    "refuse_other_run",
     "run_identity",
 ]
 
 MARKER, RUN = "refshard-commit.json", "run.json"
 
+# What the library's own saving on a signal leaves in a folder until it is done. It is off here, but folders travel.
+_INCOMPLETE = "checkpoint-is-incomplete.txt"
 
-def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
-    """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity."""
+
+def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], attempt: int = 0) -> None:
+    """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity.
+
+    All of it is on the disk before the marker is. The marker carries a digest of itself.
+
+    Raises:
+        StorageError: The disk is full or failing; the checkpoint stays uncommitted.
+    """
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": read_sha256(file)}
-    write_json(folder / MARKER, {"step": step, "identity": identity, "files": files})
+    _sync(folder)
+    marker = {"step": step, "attempt": attempt, "identity": identity, "files": files}
+    write_json(folder / MARKER, {**marker, "digest": _digest(marker)})
 
 
 def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> Path | None:
     """Give the newest checkpoint whose marker and files hold, or None where no training was saved yet.
 
-    A folder without a marker was being written when the process died: it is renamed, never deleted. One with a
-    marker that does not hold is damaged: it is renamed too, with a warning, and the one before is taken.
+    Newer folders are renamed, never deleted, with a warning: one without a marker was being written when the process
+    died, one with a marker that does not hold is damaged. Where none is left to go on from, but there were some, all
+    stay as they are, so that the same command says the same again and never starts from the beginning by itself.
 
     Raises:
         IdentityError: The checkpoint is of a run with other settings, named field by field.
         DataError: Checkpoints were committed, but every one of them is damaged.
     """
-    damaged = []
-    for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
-        if not (folder / MARKER).exists():
-            _set_aside(folder)
-            warn(f"{folder}: cut short while it was saved; set aside")
-            continue
-        problem = _problem(folder)
+    unfit: dict[Path, str] = {}
+    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
+        problem = _problem(folder, step)
         if problem is None:
             check_same_run(folder, read_json(folder / MARKER)["identity"], identity)
-            return folder
-        damaged.append(folder)
-        _set_aside(folder)
-        warn(f"{folder}: damaged ({problem}); set aside, going back to the one before")
-    if damaged:
-        raise DataError(
-            f"{run_folder}: no whole checkpoint is left, the last damaged one was {damaged[-1].name}. "
-            "Run again to train from the beginning, or restore it from a backup"
-        )
-    return None
+            break
+        unfit[folder] = problem
+    else:
+        folder = None
+        damaged = [f"{name.name} ({problem})" for name, problem in unfit.items() if (name / MARKER).exists()]
+        if damaged:
+            raise DataError(
+                f"{run_folder}: every checkpoint is damaged: {'; '.join(damaged)}. Restore one of them from a backup, "
+                "or train from the beginning with refshard train --overwrite"
+            )
+    for broken, problem in unfit.items():
+        kind = "damaged" if (broken / MARKER).exists() else "cut short while it was saved"
+        warn(f"{broken}: {kind} ({problem}); set aside as {set_aside(broken)}, going on without it")
+    return folder
+
+
+def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder whose newest readable checkpoint is of another run, without a look at its files.
+
+    Raises:
+        IdentityError: The differing settings are named.
+    """
+    for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
+        with contextlib.suppress(DataError, StorageError):
+            marker = read_json(folder / MARKER)
+            if _is_intact(marker):
+                check_same_run(folder, marker["identity"], identity)
+                return
 
 
 def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
@@ -80,16 +117,23 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
     Raises:
         IdentityError: The differing settings are named, both values side by side.
     """
-    found = [
-        f"{key}: saved {stored.get(key)!r}, this run {run.get(key)!r}"
-        for key in sorted({*stored, *run})
-        if stored.get(key) != run.get(key)
-    ]
+    found = [f"{field}: saved {old!r}, this run {new!r}" for field, old, new in _differences(stored, run)]
     if found:
         raise IdentityError(
             f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. "
             "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
         )
+
+
+def _differences(stored: Any, run: Any, field: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two identities differ, by their full names."""
+    if not (isinstance(stored, Mapping) and isinstance(run, Mapping)):
+        return [] if stored == run else [(field, stored, run)]
+    return [
+        difference
+        for key in sorted({*stored, *run})
+        for difference in _differences(stored.get(key), run.get(key), f"{field}.{key}" if field else key)
+    ]
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
@@ -113,61 +157,181 @@ def is_recorded(run_folder: Path) -> bool:
 def delete_run(run_folder: Path) -> None:
     """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
     (run_folder / RUN).unlink(missing_ok=True)
-    for folder in (*run_folder.glob("checkpoint-*"), *run_folder.glob("references")):
+    for folder in (*checkpoint_folders(run_folder).values(), *run_folder.glob("references")):
         shutil.rmtree(folder)
+
+
+def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
+    """Delete the checkpoints that are older than the newest `keep` whole ones, and at least two of those.
+
+    Folders that are not whole are not counted. Whole means here that the marker and all sizes hold.
+
+    Args:
+        run_folder: Where they are.
+        keep: The user's `save_total_limit`.
+        best: Name of the one that is kept whatever its age.
+    """
+    folders = checkpoint_folders(run_folder)
+    whole = sorted(step for step, folder in folders.items() if _problem(folder, step, digests=False) is None)
+    kept = whole[-max(keep, 2) :]
+    if len(kept) < max(keep, 2):
+        return
+    for step, folder in folders.items():
+        if step < kept[0] and folder.name != best:
+            # First the marker: a deletion that is cut short must not leave what looks like a damaged checkpoint.
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# What may change while a run goes on, since no step's result depends on it: what is written where and how often, what
+# is measured on the way, how batches are fetched, and how memory is saved. All else that a user sets must stay.
+_FREE = {
+    "activation_offload",
+    "batch_eval_metrics",
+    "bf16_full_eval",
+    "dataloader_multiprocessing_context",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_timeout",
+    "debug",
+    "disable_tqdm",
+    "do_eval",
+    "fp16_full_eval",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "include_for_metrics",
+    "load_best_model_at_end",
+    "local_rank",
+    "on_mismatch",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "restore_callback_states_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "use_cpu",
+}
+_FREE_KINDS = ("eval_", "hub_", "log_", "logging_", "save_", "trackio_")
 
 
 def run_identity(
     config: Config, settings: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with for training to go on from it as if it had never stopped."""
-    fixed = (
-        "seed",
-        "data_seed",
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "optim",
-        "optim_args",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "weight_decay",
-        "max_grad_norm",
-        "bf16",
-        "fp16",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-    )
+    """What a checkpoint must agree with for training to go on from it as if it had never stopped.
+
+    A setting that is spelled out as its default is as one that is left out.
+    """
+    defaults: dict[str, Any] = {"on_missing": "stop"}
+    for field in dataclasses.fields(transformers.TrainingArguments):
+        make = field.default_factory
+        defaults[field.name] = field.default if isinstance(make, dataclasses._MISSING_TYPE) else make()
+    fixed = {
+        key: value
+        for key, value in settings.items()
+        if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
+    }
     run = as_dict(config)
-    return {
+    identity = {
         "fingerprints": dict(fingerprints),
         "data": run["data"],
+        "dataset": _content_of_data(config),
         "policy": run["policy"],
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
-        "train": {key: settings[key] for key in fixed if key in settings},
+        "train": fixed,
         "processes": processes,
     }
+    # As it will be read back: without tuples and the like.
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain
+
+
+def _content_of_data(config: Config) -> dict[str, str] | str | None:
+    """Local data by content, since the order of its rows decides which pairs a step sees; other data by revision."""
+    source = open_source(config.data)
+    files = sorted(Path(source.path).rglob("*.arrow")) if source.format == "disk" else source.files
+    return sha256_of_files(files) if files else source.revision
 
 
 class CommitCallback(transformers.TrainerCallback):
-    """Commits each checkpoint that the library saved, and turns a stop request into a last one."""
+    """Commits each checkpoint that the library saved, and turns a stop request into a last one.
 
-    def __init__(self, identity: Mapping[str, Any], flag: StopFlag) -> None:
+    Args:
+        identity: Of the run, for the marker.
+        flag: The stop request.
+        attempt: This start of the run.
+        keep: The user's `save_total_limit`.
+        going_on_from: The checkpoint that training goes on from.
+        clock: Seconds that never jump, unlike those of the wall.
+    """
+
+    # A checkpoint this young is worth as much as another one, when a second SIGTERM says that time is short.
+    RECENT_SECONDS = 60.0
+
+    def __init__(
+        self,
+        identity: Mapping[str, Any],
+        flag: StopFlag,
+        *,
+        attempt: Attempt,
+        keep: int | None = None,
+        going_on_from: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._identity = identity
         self._flag = flag
+        self._attempt = attempt
+        self._keep = keep
+        self._going_on_from = going_on_from
+        self._clock = clock
+        self._committed_at: float | None = None
         self.stopped_early = False
-        self.trainer: transformers.Trainer | None = None
+        self.trainer: PairTrainer | None = None
+
+    def leave_if_asked(self) -> None:
+        """Leave where no training was done since the last save, if any process was asked to stop.
+
+        Raises:
+            EvaluationLeft: It was; there is nothing to save.
+        """
+        if self._request():
+            self.stopped_early = True
+            raise EvaluationLeft(save=False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.leave_if_asked()
+        if self._going_on_from is not None:
+            assert self.trainer is not None
+            self.trainer.finish_evaluation(self._going_on_from)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._agree() and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+        request = self._request()
+        if not request or state.global_step >= state.max_steps:
+            return
+        self.stopped_early = True
+        control.should_training_stop = True
+        control.should_save = request == _SAVE
+        if request == _LEAVE:
+            control.should_evaluate = control.should_log = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # An evaluation may take longer than the time between a signal and the end.
+        request = self._request()
+        if request:
             self.stopped_early = True
+            raise EvaluationLeft(save=request == _SAVE)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The library comes here when it leaves an epoch in its middle, too.
@@ -178,49 +342,76 @@ class CommitCallback(transformers.TrainerCallback):
         assert self.trainer is not None
         # Every rank saves its own random state; the marker may only follow the last of them.
         self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            commit_checkpoint(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step, self._identity
-            )
-        self.trainer.accelerator.wait_for_everyone()
+        on_main_process(lambda: self._commit(Path(args.output_dir), state))
+        self._committed_at = self._clock()
 
-    def _agree(self) -> bool:
-        """Ranks get their signals at different times; all stop at the step after which any of them had one."""
-        assert self.trainer is not None
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return bool(self._flag)
-        import torch
+    def _commit(self, run_folder: Path, state: Any) -> None:
+        step = state.global_step
+        self._attempt.check()
+        commit_checkpoint(run_folder / f"checkpoint-{step}", step, self._identity, self._attempt.number)
+        if self._keep:
+            best = state.best_model_checkpoint
+            delete_older(run_folder, self._keep, best and Path(best).name)
 
-        flags = torch.tensor([int(bool(self._flag))], device=accelerator.device)
-        return bool(accelerator.reduce(flags, reduction="sum").item())
+    def _request(self) -> int:
+        """Processes get their signals at different times; all do after a step what any of them was asked."""
+        own = _SAVE if self._flag else 0
+        if self._flag.is_urgent and self._committed_at is not None:
+            own = _LEAVE if self._clock() - self._committed_at < self.RECENT_SECONDS else _SAVE
+        return largest(own)
 
 
-def _problem(folder: Path) -> str | None:
+# Save and leave; leave without another save.
+_SAVE, _LEAVE = 1, 2
+
+
+def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
+    """Say what is wrong with a checkpoint, naming the file; None if nothing is."""
+    if not (folder / MARKER).exists():
+        return f"it has no {MARKER}"
     try:
         marker = read_json(folder / MARKER)
-    except DataError as error:
+    except (DataError, StorageError) as error:
         return str(error)
-    if not isinstance(marker.get("files"), dict) or not isinstance(marker.get("identity"), dict):
-        return "its marker is not one of refshard"
+    if not _is_intact(marker):
+        return f"{MARKER} is not as refshard wrote it"
+    if marker["step"] != step:
+        return f"{MARKER} is of step {marker['step']}"
+    if (folder / _INCOMPLETE).exists():
+        return f"it has a {_INCOMPLETE}"
     for name, expected in marker["files"].items():
         file = folder / name
-        if ".." in Path(name).parts or not file.is_file():
+        if ".." in Path(name).parts or PurePosixPath(name).is_absolute():
+            return f"{MARKER} leads out of the folder, to {name}"
+        if any(part.is_symlink() for part in (file, *file.parents) if part.is_relative_to(folder) and part != folder):
+            return f"{name} is a link"
+        if not file.is_file():
             return f"{name} is missing"
-        if not isinstance(expected, dict) or not expected.keys() >= {"bytes", "sha256"}:
-            return "its marker is not one of refshard"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
         # Not the cached digest: a checkpoint is judged by what is on the disk now.
-        if read_sha256(file) != expected["sha256"]:
+        if digests and read_sha256(file) != expected["sha256"]:
             return f"{name} has another SHA-256"
     return None
 
 
-def _set_aside(folder: Path) -> None:
-    number = 0
-    while (target := folder.with_name(f"broken-{folder.name}-{number}")).exists():
-        number += 1
-    # Another worker may be looking at the same folders.
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(target)
+def _is_intact(marker: Mapping[str, Any]) -> bool:
+    content = {key: value for key, value in marker.items() if key != "digest"}
+    return content.keys() == {"step", "attempt", "identity", "files"} and marker.get("digest") == _digest(content)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder on the disk: the files and folders in it, itself, and its name in the folder above."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(f"{path}: can't be written to the disk ({error.strerror or error})") from error

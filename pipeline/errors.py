@@ -10,6 +10,7 @@ __all__ = [
     "BadRow",
     "ConfigError",
     "DataError",
+    "FencedError",
     "IdentityError",
     "RefshardError",
     "StorageError",
@@ -64,6 +65,12 @@ class IdentityError(RefshardError):
     """Another identity (reference, tokenization, run) than that of the shards or checkpoints on disk."""
 
     exit_status = 78
+
+
+class FencedError(RefshardError):
+    """Another start of this run has taken over; this one, which was thought dead, saves nothing more."""
+
+    exit_status = 79
 
 
 def one_line(text: str, most: int = 2000) -> str:

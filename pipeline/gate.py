@@ -27,7 +27,7 @@ from pipeline.scoring import ROUNDING, score
 from pipeline.shards import NoiseFloor, Store, part_name
 from pipeline.storage import read_json
 
-__all__ = ["Gaps", "Gate", "GateCallback", "check_dtypes", "choose_sample", "policy_dtype"]
+__all__ = ["Gaps", "Gate", "GateCallback", "allowed_gap", "check_dtypes", "choose_sample", "policy_dtype"]
 
 _SAMPLE = 32
 """Pairs that are compared, unless there are more parts, each of which gives one up to the next number."""
@@ -78,9 +78,7 @@ class Gate:
     @property
     def allowed(self) -> tuple[float, float]:
         """Mean and largest difference that pass, nats a token."""
-        noise: NoiseFloor = self.store.noise
-        mean, largest = ROUNDING["int8" if self.in_8_bits else self.reference_dtype]
-        return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
+        return allowed_gap(self.store.noise, "int8" if self.in_8_bits else self.reference_dtype)
 
     def passes(self, gaps: Gaps) -> bool:
         """Whether the gaps are within what is allowed; NaN is not."""
@@ -88,12 +86,24 @@ class Gate:
         return gaps.mean <= mean and gaps.largest <= largest
 
 
+def allowed_gap(noise: NoiseFloor, dtype: str) -> tuple[float, float]:
+    """Mean and largest difference, nats a token, that two scorings of one pair by one model may have.
+
+    Args:
+        noise: The noise floor that stage one measured.
+        dtype: Of the model's weights; `int8` where they are in 8 bits.
+    """
+    mean, largest = ROUNDING[dtype]
+    return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
+
+
 class GateCallback(transformers.TrainerCallback):
     """Runs the gate when training begins or goes on, on every rank alike."""
 
-    def __init__(self, gate: Gate, say: Callable[[str], None]) -> None:
+    def __init__(self, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
         self._gate = gate
         self._say = say
+        self._leave_if_asked = leave_if_asked
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -105,7 +115,7 @@ class GateCallback(transformers.TrainerCallback):
         rows = choose_sample(trainer.train_dataset)
         if not rows:
             return
-        measure = _Measure(trainer, rows)
+        measure = _Measure(trainer, rows, self._leave_if_asked)
         worn: dict[str, Any] = {}
         if kin.at_start and fresh:
             which = "the policy before its first step"
@@ -189,8 +199,9 @@ def _spread(values: npt.NDArray[Any], count: int) -> list[int]:
 class _Measure:
     """Scores the sample in one way or another and compares with what is stored."""
 
-    def __init__(self, trainer: Any, rows: list[int]) -> None:
+    def __init__(self, trainer: Any, rows: list[int], leave_if_asked: Callable[[], None]) -> None:
         self._trainer = trainer
+        self._leave_if_asked = leave_if_asked
         self._rows = [trainer.train_dataset[i] for i in rows]
 
     def __call__(self, *, training: bool = True, adapters: bool = True, adapter: Path | None = None) -> Gaps:
@@ -205,6 +216,7 @@ class _Measure:
                 model.train(training)
                 _silence_adapter_dropout(model)
                 for start in range(0, len(self._rows), size):
+                    self._leave_if_asked()
                     self._add(gaps, model, self._rows[start : start + size])
             model.train(was_training)
         return gaps

@@ -14,14 +14,11 @@ import functools
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.config import DataConfig
 from pipeline.errors import UnfinishedError
 from pipeline.intake import KeptPair, Ledger, kept_pairs
+from pipeline.signals import work_unsignalled
 from pipeline.sources import Row, Source, count_rows, read_rows
 
 if TYPE_CHECKING:
@@ -292,28 +290,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _start_loader(closing: Any, loader: int) -> None:
-    """Make a loader live exactly as long as it is needed, whoever is signalled."""
-    # A signal to the whole group means the main process, which stops in order and then has its loaders leave.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-    def leave_if_meant(number: int, frame: object) -> None:
-        # The library's last resort against a loader that does not come to the end of its row.
-        if closing.value:
-            os._exit(0)
-
-    signal.signal(signal.SIGTERM, leave_if_meant)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    # The library looks after its parent between two units only, and waits for its queue to be read before it leaves:
-    # without a reader, forever, once a unit is larger than the pipe.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    work_unsignalled(closing)
 
 
 def _portable(error: Exception) -> Exception:

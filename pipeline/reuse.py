@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
         IdentityError: A store is of another reference or tokenization; the fields are named.
         DataError: A store is missing or damaged.
     """
-    stores = [open_store(Path(folder)) for folder in folders]
+    stores = [open_store(folder) for folder in folders]
     keys: list[npt.NDArray[np.bytes_]] = []
     places: list[npt.NDArray[np.int64]] = []
     for number, store in enumerate(stores):

@@ -1,10 +1,16 @@
-"""A request to stop, as a flag: SIGTERM, SIGUSR1 or Ctrl-C set it, the program leaves at its next safe point."""
+"""A request to stop, as a flag: a signal sets it and does nothing else, the program leaves at its next safe point."""
 
+import os
 import signal
 import threading
+from multiprocessing import connection, parent_process
 from types import FrameType
+from typing import Any
 
-__all__ = ["StopFlag", "watch_signals"]
+__all__ = ["StopFlag", "watch_signals", "work_unsignalled"]
+
+# SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
+_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class StopFlag:
@@ -12,25 +18,61 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._requested = False
+        self._terminations = 0
 
-    def request(self) -> None:
+    def request(self, *, terminate: bool = False) -> None:
         self._requested = True
+        self._terminations += terminate
 
     def __bool__(self) -> bool:
         return self._requested
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether SIGTERM came twice: there may be no time left for another save."""
+        return self._terminations > 1
+
 
 def watch_signals() -> StopFlag:
-    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual."""
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual."""
     flag = StopFlag()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        flag.request()
+        flag.request(terminate=number == signal.SIGTERM)
 
     # Handlers can be set in the main thread only; elsewhere (tests, notebooks) the flag just stays unset.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _STOP:
             signal.signal(number, handle)
     return flag
+
+
+def work_unsignalled(closing: Any) -> None:
+    """Have a worker process live as long as its parent needs it, whoever is signalled.
+
+    A scheduler signals every process of a job. If the workers left, the parent could not save what it has.
+
+    Args:
+        closing: A shared value that is not 0 once the parent has no more use for workers; only then SIGTERM, which
+            is how libraries have a worker leave, ends this one.
+    """
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+
+    def leave_if_meant(number: int, frame: FrameType | None) -> None:
+        if closing.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave_if_meant)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # Libraries look after the parent between two items only, and wait for their queue to be read before they leave:
+    # without a reader, forever, once an item is larger than the pipe.
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

@@ -3,7 +3,9 @@
 The reference is two numbers per pair in the batch; nothing here knows how to load a second model.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import multiprocessing.util
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -12,16 +14,26 @@ import numpy as np
 import torch
 import transformers
 
+from pipeline.attempts import Attempt, set_aside
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.join import TokenLogps
 from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.offload import ActivationOffload
 from pipeline.packing import Batch, make_batch
+from pipeline.processes import on_main_process
 from pipeline.scoring import Scores, score, weighted_sums
+from pipeline.signals import work_unsignalled
 from pipeline.tokens import TokenizedPair, truncate
 
-__all__ = ["PairTrainer", "balance_weight", "make_collator", "router_aux_weight", "training_arguments"]
+__all__ = [
+    "EvaluationLeft",
+    "PairTrainer",
+    "balance_weight",
+    "make_collator",
+    "router_aux_weight",
+    "training_arguments",
+]
 
 
 def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
@@ -34,29 +46,38 @@ def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps |
         packed: Pack the pairs into one row, if the model can read that; otherwise pad them.
     """
 
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = []
-        for row in rows:
-            whole = TokenizedPair(
-                prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
-            )
-            pair = truncate(whole, max_length)
-            if pair is None:
-                raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
-            pairs.append(pair)
-        # The first entry tells the library how many pairs there are.
-        columns: dict[str, Any] = {
-            "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
-            "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
-            "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-            "batch": make_batch(pairs, pad_id, packed=packed),
-        }
-        if token_logps is not None and "token_start" in rows[0]:
-            # [N], in the order in which the scorer gives the policy's
-            columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
-        return columns
+    # Not a function in a function: loader processes that are not forks get it as a pickle.
+    return functools.partial(_collate, pad_id=pad_id, max_length=max_length, token_logps=token_logps, packed=packed)
 
-    return collate
+
+def _collate(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_id: int,
+    max_length: int | None,
+    token_logps: TokenLogps | None,
+    packed: bool,
+) -> dict[str, Any]:
+    pairs = []
+    for row in rows:
+        whole = TokenizedPair(
+            prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
+        )
+        pair = truncate(whole, max_length)
+        if pair is None:
+            raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
+        pairs.append(pair)
+    # The first entry tells the library how many pairs there are.
+    columns: dict[str, Any] = {
+        "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
+        "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+        "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
+        "batch": make_batch(pairs, pad_id, packed=packed),
+    }
+    if token_logps is not None and "token_start" in rows[0]:
+        # [N], in the order in which the scorer gives the policy's
+        columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
+    return columns
 
 
 def _ref_token_logps(
@@ -115,13 +136,38 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     return made
 
 
+class EvaluationLeft(Exception):
+    """A stop request came during an evaluation, or before a step was taken: all is left where it stands.
+
+    Args:
+        save: Whether there is time, and something, to be saved.
+    """
+
+    def __init__(self, *, save: bool) -> None:
+        super().__init__()
+        self.save = save
+
+
 class PairTrainer(transformers.Trainer):
-    """Trains a policy on pairs that carry their reference logps."""
+    """Trains a policy on pairs that carry their reference logps.
+
+    Args:
+        loss: What is made small.
+        activation_offload: Have what backward needs wait in the CPU's memory.
+        attempt: This start of the run; it saves only as long as the run's folder is its own.
+    """
 
     model: torch.nn.Module
 
-    def __init__(self, *, loss: LossConfig, activation_offload: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, loss: LossConfig, activation_offload: bool = False, attempt: Attempt | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self._attempt = attempt
+        # Workers that are left to the process's end are told to end then, and must know that it is meant.
+        self._closing: Any = multiprocessing.RawValue("b", 0)
+        # Not atexit: a process that was itself started by multiprocessing does not come there.
+        multiprocessing.util.Finalize(None, setattr, args=(self._closing, "value", 1), exitpriority=0)
         self._loss = loss
         self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
         self._balance_weight = balance_weight(kwargs["model"], loss)
@@ -166,6 +212,113 @@ class PairTrainer(transformers.Trainer):
         # The library counts by the ids that went in.
         return int(super().floating_point_ops({"input_ids": inputs["batch"].input_ids}))
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        # Loaders draw a seed when they start. Training's random numbers must not depend on how often it is measured.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluate(*arguments, **options)
+
+    def finish_evaluation(self, checkpoint: Path) -> None:
+        """Evaluate, if the checkpoint that training goes on from was saved when a stop request had ended that."""
+        # The library saves its control with it, in which an evaluation is due until it is done.
+        saved: Any = self.state.stateful_callbacks
+        if not saved.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
+            return
+        metrics = self._evaluate(trial=None, ignore_keys_for_eval=None)
+        if self._determine_best_metric(metrics, trial=None):
+            self.state.best_model_checkpoint = str(checkpoint)
+
+    def save_checkpoint(self) -> None:
+        """Save what the run goes on from, between the steps at which the library does so by itself."""
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def forget_evaluation(self) -> None:
+        """Drop what an evaluation that was left has measured, of this step's held-out sets."""
+        step = self.state.global_step
+        self.state.log_history = [
+            entry
+            for entry in self.state.log_history
+            if entry["step"] != step or not any(key.startswith("eval_") for key in entry)
+        ]
+        self._totals["eval"].clear()
+        self.model.train()
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*arguments, **options)
+        except EvaluationLeft as left:
+            # The control, in which the evaluation is due still, is saved with the checkpoint.
+            self.forget_evaluation()
+            self.control.should_training_stop = True
+            if left.save:
+                self.save_checkpoint()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        def make_way(folder: Path) -> None:
+            self._check_owner()
+            if folder.exists():
+                # Of a start that this one has taken over from: its files and ours must never be in one folder.
+                set_aside(folder)
+
+        on_main_process(lambda: make_way(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise StorageError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} can't be saved "
+                f"({error.strerror or error})"
+            ) from error
+
+    # A process that was stopped while it saved may come back when another start has made a folder of the same name,
+    # so it looks again before each of the files.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._check_owner()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._check_owner()
+        super()._save_rng_state(output_dir)
+
+    def _check_owner(self) -> None:
+        if self._attempt is not None and self.is_world_process_zero():
+            self._attempt.check()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._check_loaded(Path(checkpoint))
+
+    def _check_loaded(self, checkpoint: Path) -> None:
+        """Make sure that optimizer, schedule and random state came back; the library goes on without any of them."""
+        processes = self.args.world_size
+        needed = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not is_sharded:
+            needed += ["optimizer.pt", "scheduler.pt"]
+        for name in needed:
+            if not (checkpoint / name).is_file():
+                raise DataError(f"{checkpoint}: {name} is missing, so that the run can't go on as if it never stopped")
+        if is_sharded or self.args.fp16:
+            # With a loss scale, steps that overflow are counted by the library and not by the optimizer.
+            return
+        step = self.state.global_step
+        assert self.optimizer is not None
+        counted = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        if counted and max(counted) != step:
+            raise DataError(f"{checkpoint / 'optimizer.pt'}: has taken {max(counted)} steps, the training {step}")
+        schedule = self.lr_scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and schedule.last_epoch != step:
+            raise DataError(f"{checkpoint / 'scheduler.pt'}: is at step {schedule.last_epoch}, the training at {step}")
+
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        loader = super()._get_dataloader(*arguments, **options)
+        # The one that has the workers is inside of accelerate's.
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
+        return loader
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, access tokens included. Nothing here reads it; refshard.yaml has the settings.
@@ -185,8 +338,11 @@ class PairTrainer(transformers.Trainer):
 
     def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"
-        # One collective per micro-batch: [pairs of all ranks, columns], without the pairs that padded the last one.
-        stacked = self.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=1))
+        # One collective per micro-batch: [pairs of all ranks, columns]. Pairs that fill up the last one of an epoch are
+        # trained on, and counted; held-out ones are not. (In training the library fetches a step's micro-batches at
+        # once, and accelerate would take each of them for the last.)
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        stacked = gather(torch.stack(list(columns.values()), dim=1))
         totals = self._totals[mode]
         for name, total in zip(columns, stacked.double().sum(dim=0).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + total
@@ -194,6 +350,12 @@ class PairTrainer(transformers.Trainer):
         if mode == "train":
             # Kept in the library's own counter, so that a checkpoint carries it.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:
+    work_unsignalled(closing)
+    if seed is not None:
+        seed(worker)
 
 
 def router_aux_weight(config: Any, loss: LossConfig) -> float:

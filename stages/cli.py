@@ -48,11 +48,13 @@ def main(debug: bool) -> None:
     refshard precompute --config run.yaml     reference log-probs into Parquet shards
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard inspect runs/shards              what the shards hold
+    refshard verify runs/shards               whether they are whole
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
-    75 saved but unfinished, run again; 78 other reference or tokenization than the shards'; 1 a bug.
+    75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
+    79 another start of this run has taken over; 1 a bug.
     """
 
 
@@ -102,10 +104,27 @@ def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_wi
     stage.run(config, overwrite=overwrite)
 
 
+@main.command(short_help="Check that shards are whole.")
+@click.argument("shards")
+@click.option("--model", help="Also score some pairs again with this model, which must be the reference.")
+@click.option(
+    "--sample", default=64, show_default=True, type=click.IntRange(min=1), help="How many pairs --model scores again."
+)
+@click.option("--clean", is_flag=True, help="Delete temporary files, older than an hour, that killed writers left.")
+def verify(shards: str, model: str | None, sample: int, clean: bool) -> None:
+    """Check SHARDS, a store or a folder of stores (also s3://...): completeness, digests, fingerprint, rows, sums.
+
+    Prints all that is wrong. Exit status: 0 whole; 75 whole so far, but unfinished; 65 damaged; 78 another run's.
+    """
+    from stages import verify as stage
+
+    stage.run(shards, model=model, sample=sample, clean=clean)
+
+
 @main.command(short_help="Show what shards hold.")
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def inspect(shards: Path, as_json: bool) -> None:
+def inspect(shards: str, as_json: bool) -> None:
     """Show what SHARDS, a store or a folder of stores, holds: reference, counts, lengths, margins."""
     from stages import inspect as stage
 

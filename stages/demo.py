@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline import reviews
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
+from pipeline.folders import open_folder
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
@@ -177,7 +178,9 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     pairs = list(
         kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
     )
-    table = load_reference_table([open_store(Path(config.precompute.output) / name)], config.data.max_length)
+    table = load_reference_table(
+        [open_store(open_folder(config.precompute.output).child(name))], config.data.max_length
+    )
     at, found = table.look_up([pair.key for pair in pairs])
     if (at < 0).any():
         raise AssertionError("held-out pairs that were scored by this run are not in its shards")

@@ -13,6 +13,7 @@ import click
 from pipeline.config import Config, training_settings
 from pipeline.errors import BadRow, DataError, RefshardError, StorageError
 from pipeline.fingerprint import identity_of_run
+from pipeline.folders import open_folder
 from pipeline.intake import Ledger, kept_rows
 from pipeline.join import check_identity, load_reference_table
 from pipeline.models import load_tokenizer
@@ -42,7 +43,7 @@ def run(config: Config, output: Path) -> None:
     on_missing = training_settings(config).get("on_missing", "stop") if config.train else "stop"
     tokenizer = load_tokenizer(config)
     names = ["train", *config.data.eval]
-    stores = {name: open_store(Path(config.precompute.output) / name) for name in names}
+    stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
     try:

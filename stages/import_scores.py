@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.fingerprint import identity_of_run
+from pipeline.folders import open_folder
 from pipeline.intake import KeptPair, Ledger, kept_rows
 from pipeline.models import declared_reference, load_tokenizer
 from pipeline.shards import ScoredPair, SummedPair, create_store, delete_store, finish_store, is_finished, write_part
@@ -69,7 +70,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     # Read before a store is made: a file that can't be imported leaves nothing behind.
     pairs = [read(pair, row) for pair, row in batch]
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
-    folder = Path(config.precompute.output) / set_name
+    folder = open_folder(config.precompute.output).child(set_name)
     if overwrite:
         delete_store(folder)
     plan = {

@@ -5,16 +5,15 @@ Needs pyarrow and numpy only, so it answers on any machine, at once.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DataError, UnfinishedError
+from pipeline.errors import UnfinishedError
 from pipeline.intake import Ledger
-from pipeline.shards import Store, open_store, read_parts
+from pipeline.shards import Store, find_stores, open_store, read_parts
 
 __all__ = ["describe_store", "run"]
 
@@ -29,20 +28,13 @@ _COLUMNS = (
 _PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def run(folder: Path, *, as_json: bool) -> None:
+def run(where: str, *, as_json: bool) -> None:
     """Print what one store holds, or each store of an output folder."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    stores = (
-        [folder] if (folder / "manifest.json").exists() else sorted(p.parent for p in folder.glob("*/manifest.json"))
-    )
-    if not stores:
-        raise DataError(f"{folder}: no shards there, neither a manifest.json nor folders with one")
     unfinished: list[str] = []
     described = []
-    for path in stores:
+    for folder in find_stores(where):
         try:
-            described.append(describe_store(open_store(path)))
+            described.append(describe_store(open_store(folder)))
         except UnfinishedError as error:
             unfinished.append(str(error))
     if as_json:

@@ -26,8 +26,9 @@ from transformers import TrainingArguments
 from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
 from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_files
-from pipeline.errors import ConfigError, DataError, UnfinishedError
+from pipeline.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
+from pipeline.folders import Folder, open_folder
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger
 from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
@@ -52,6 +53,7 @@ from pipeline.shards import (
     is_finished,
     open_store,
     part_exists,
+    parts_there,
     write_part,
 )
 from pipeline.signals import StopFlag, watch_signals
@@ -105,15 +107,16 @@ def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = F
     reusable = open_reusable(config.precompute.reuse, identity)
     others = 0
     for name, source in sources.items():
-        folder = Path(config.precompute.output) / name
+        folder = open_folder(config.precompute.output).child(name)
         wanted = rows if name == "train" else None
         if overwrite:
             delete_store(folder)
+        stamps = _stamps(source)
         plan = _plan(config, source, reusable, wanted)
         fingerprint = create_store(folder, identity, plan, _declared(config, source))
         if not is_finished(folder):
             others += _score_split(
-                config, name, source, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
+                config, name, source, stamps, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
             )
         if is_finished(folder):
             _report_finished(folder, name)
@@ -279,8 +282,9 @@ def _score_split(
     config: Config,
     name: str,
     source: Source,
+    stamps: list[tuple[int, int]],
     wanted: frozenset[int] | None,
-    folder: Path,
+    folder: Folder,
     fingerprint: str,
     worker: tuple[int, int],
     reference: _Reference,
@@ -314,9 +318,11 @@ def _score_split(
             if flag:
                 raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
             scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
+            _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)
             progress.advance(unit.ledger.rows, sum(_num_tokens(p) for p in unit.pairs))
     progress.close()
+    _check_unchanged(source, stamps)
     return len(finish_store(folder, queue.num_units))
 
 
@@ -345,7 +351,7 @@ class _Writer:
     # More would be lost with a full disk, and the scoring hardly ever waits for one.
     _MOST_PENDING = 2
 
-    def __init__(self, folder: Path, config: Config, fingerprint: str) -> None:
+    def __init__(self, folder: Folder, config: Config, fingerprint: str) -> None:
         self._write = functools.partial(
             write_part,
             folder,
@@ -394,12 +400,13 @@ def _num_tokens(pair: KeptPair) -> int:
     return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)
 
 
-def _rows_to_do(total: int | None, config: Config, folder: Path, worker: tuple[int, int]) -> int | None:
+def _rows_to_do(total: int | None, config: Config, folder: Folder, worker: tuple[int, int]) -> int | None:
     if total is None:
         return None
     size = config.precompute.rows_per_shard
     mine = range(worker[0], -(-total // size), worker[1])
-    return sum(min(size, total - unit * size) for unit in mine if not part_exists(folder, unit))
+    there = parts_there(folder)
+    return sum(min(size, total - unit * size) for unit in mine if unit not in there)
 
 
 class _Progress:
@@ -438,7 +445,7 @@ class _Progress:
         )
 
 
-def _report_finished(folder: Path, name: str) -> None:
+def _report_finished(folder: Folder, name: str) -> None:
     store = open_store(folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
@@ -453,9 +460,7 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     Whether a bad row stops the run or is skipped is not in it: no part ever holds one. So the way on that an error
     names, to skip, goes on with the parts that are there.
     """
-    files = source.files
-    if source.format == "disk":
-        files = tuple(sorted(Path(source.path).rglob("*.arrow")))
+    files = _files(source)
     local = bool(files)
     of_window = {}
     if wanted is not None:
@@ -476,11 +481,48 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     }
 
 
+def _files(source: Source) -> tuple[Path, ...]:
+    """The local files that hold the rows; none for a hub dataset."""
+    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
+
+
+def _stamps(source: Source) -> list[tuple[int, int]]:
+    """Size and time of change of each file."""
+    try:
+        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in _files(source)]
+    except OSError as error:
+        raise StorageError(f"{source.path}: can't be read ({error.strerror})") from error
+
+
+def _check_unchanged(source: Source, stamps: list[tuple[int, int]]) -> None:
+    """Refuse to commit rows that may not be those whose digest the manifest has."""
+    if _stamps(source) != stamps:
+        raise IdentityError(
+            f"{source.path}: changed while it was scored. What was scored before is kept; restore the file and run the "
+            "same command again, or score the new one into another precompute.output (precompute.reuse copies)"
+        )
+
+
 def _declared(config: Config, source: Source) -> dict[str, Any]:
     return {
         **declared_reference(config),
         "dataset": describe(source),
+        "data": _data_of(source),
         "tokens_per_batch": config.precompute.tokens_per_batch,
+    }
+
+
+def _data_of(source: Source) -> dict[str, Any]:
+    """The settings of `data` that read a set's rows again."""
+    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
+    return {
+        "path": source.path,
+        "name": source.name,
+        "revision": source.revision,
+        "split": source.split + range_of_rows,
+        "format": source.format,
+        "columns": dict(source.columns),
+        "streaming": source.streaming,
     }
 
 

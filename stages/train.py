@@ -3,6 +3,7 @@
 stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO loss -> a folder that loads
 """
 
+import contextlib
 import dataclasses
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 
+from pipeline.attempts import Attempt, claim_run
 from pipeline.card import model_card
 from pipeline.checkpoints import (
     RUN,
@@ -24,23 +26,34 @@ from pipeline.checkpoints import (
     delete_run,
     find_checkpoint,
     is_recorded,
+    newest_step,
+    refuse_other_run,
     run_identity,
 )
 from pipeline.config import Config, as_dict, training_settings
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
+from pipeline.folders import open_folder
 from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import KeptPair, Ledger
 from pipeline.join import TokenLogps, check_identity, join, load_reference_table
 from pipeline.loading import load_pairs
 from pipeline.models import load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
+from pipeline.processes import on_main_process
 from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
-from pipeline.signals import watch_signals
+from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import describe, open_source
-from pipeline.storage import read_json, replace_file, write_json
-from pipeline.trainer import PairTrainer, balance_weight, make_collator, router_aux_weight, training_arguments
+from pipeline.storage import read_json, replace_file, sync_files, write_json
+from pipeline.trainer import (
+    EvaluationLeft,
+    PairTrainer,
+    balance_weight,
+    make_collator,
+    router_aux_weight,
+    training_arguments,
+)
 from pipeline.versions import library_versions
 from pipeline.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
@@ -62,6 +75,7 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         UnfinishedError: The stores are not complete, or a signal asked to stop and a checkpoint was saved.
         IdentityError: Shards or checkpoints belong to another reference, tokenization or run.
         DataError: Pairs have no reference log-probs, or files are damaged.
+        FencedError: Another start of this run has taken over.
     """
     flag = watch_signals()
     settings = training_settings(config)
@@ -75,49 +89,77 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
     identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
 
-    if overwrite and state.is_main_process:
-        delete_run(output)
-    state.wait_for_everyone()
-    if _is_finished(output, identity):
-        _say(state, f"{output}: this run is finished already; nothing to do.")
-        return
-    checkpoint = None
-    if state.is_main_process:
-        # First, since it refuses a folder of another run, whose settings are then still its own.
+    if not overwrite:
+        if _is_finished(output, identity):
+            _say(state, f"{output}: this run is finished already; nothing to do.")
+            return
+        refuse_other_run(output, identity)
+    attempt = on_main_process(lambda: claim_run(output, identity))
+    with _while_owned(attempt):
+        _train(config, arguments, attempt, flag, stores, tokenizer, identity, settings, state, overwrite=overwrite)
+
+
+def _train(
+    config: Config,
+    arguments: transformers.TrainingArguments,
+    attempt: Attempt,
+    flag: StopFlag,
+    stores: dict[str, Store],
+    tokenizer: Any,
+    identity: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    state: PartialState,
+    *,
+    overwrite: bool,
+) -> None:
+    """Train, in a folder that is this start's own by now."""
+    output = attempt.run_folder
+
+    def begin() -> Path | None:
+        if overwrite:
+            delete_run(output)
+        _delete_leftovers(output)
         checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
         _save_settings(output, config)
-    checkpoint = _from_main_process(checkpoint)
+        return checkpoint
+
+    checkpoint = on_main_process(begin)
     window, settings_of_window = None, config
     if config.reference.sync:
-        window = _window(config, arguments, tokenizer, checkpoint)
+        window = _window(config, arguments, tokenizer, checkpoint, flag)
         settings_of_window = window_config(config, window, output)
         stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
-    if state.is_main_process:
-        _join_all(config, stores, tokenizer, output, str(settings.get("on_missing", "stop")), window)
-    state.wait_for_everyone()
-    sets = {name: datasets.Dataset.from_file(str(_joined_file(output, name))) for name in ("train", *config.data.eval)}
+    joined = output / JOINED / attempt.name
+    on_missing = str(settings.get("on_missing", "stop"))
+    on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
+    sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
     policy, packed = _load_policy(
         _at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state
     )
-    commit = CommitCallback(identity, flag)
-    callbacks: list[Any] = [commit]
+    keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
+    # A run that goes on has been measured at its start.
+    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
+    commit = CommitCallback(identity, flag, attempt=attempt, keep=keep, going_on_from=checkpoint)
+    callbacks: list[Any] = []
     if "train" in stores:
         gate = _gate(config, settings_of_window, settings, stores["train"], window)
-        callbacks.append(GateCallback(gate, lambda text: _say(state, text)))
+        callbacks.append(GateCallback(gate, lambda text: _say(state, text), commit.leave_if_asked))
     if window is not None:
         callbacks.append(WindowCallback(window))
-        arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
+    # Last, since a stop request overrules what the others want done at a step's end.
+    callbacks.append(commit)
     trainer = PairTrainer(
         loss=config.loss,
         activation_offload=bool(settings.get("activation_offload", False)),
+        attempt=attempt,
         model=policy,
         args=arguments,
         data_collator=make_collator(
             tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             config.data.max_length,
-            TokenLogps(_token_file(output)),
+            TokenLogps(_token_file(joined)),
             packed=packed,
         ),
         train_dataset=sets["train"],
@@ -129,26 +171,44 @@ def run(config: Config, *, overwrite: bool = False) -> None:
         callback.trainer = trainer
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}")
-    if checkpoint is not None and finished:
-        # All steps are done, and the library would take one more.
-        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except pickle.UnpicklingError as error:
-            # Its digests hold, so it was saved like that, and not by this program.
-            raise DataError(
-                f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run"
-            ) from error
+    try:
+        with contextlib.suppress(EvaluationLeft):
+            if checkpoint is not None and finished:
+                # All steps are done, and the library would take one more.
+                trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                trainer.finish_evaluation(checkpoint)
+                if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+                    trainer._load_best_model()
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except pickle.UnpicklingError as error:
+        # Its digests hold, so it was saved like that, and not by this program.
+        raise DataError(f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run") from error
     if commit.stopped_early:
-        raise UnfinishedError(
-            f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            f"saved in {output}. Run the same command again"
-        )
+        raise _unfinished(trainer, output)
     if window is not None and not window.is_last:
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
-    _finish(config, trainer, output, stores, identity, settings, len(sets["train"]), state)
+    _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
+
+
+@contextlib.contextmanager
+def _while_owned(attempt: Attempt) -> Iterator[None]:
+    """Say so where another start has taken over: whatever went wrong then is a consequence of it."""
+    try:
+        yield
+    except Exception:
+        attempt.check()
+        raise
+
+
+def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
+    step, saved = trainer.state.global_step, newest_step(output)
+    return UnfinishedError(
+        f"stopped by a signal after step {step} of {trainer.state.max_steps}; "
+        + (f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved")
+        + ". Run the same command again"
+    )
 
 
 def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> tuple[Any, bool]:
@@ -173,7 +233,7 @@ def _load_policy(config: Config, arguments: transformers.TrainingArguments, stat
 def _finish(
     config: Config,
     trainer: PairTrainer,
-    output: Path,
+    attempt: Attempt,
     stores: Mapping[str, Store],
     identity: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -181,8 +241,15 @@ def _finish(
     state: PartialState,
 ) -> None:
     """Evaluate, save the policy and its card, and write down that the run is finished."""
-    metrics = _final_metrics(trainer)
-    trainer.save_model(str(output))
+    output = attempt.run_folder
+    try:
+        metrics = _final_metrics(trainer)
+    except EvaluationLeft:
+        trainer.forget_evaluation()
+        if on_main_process(lambda: newest_step(output)) < trainer.state.global_step:
+            trainer.save_checkpoint()
+        raise _unfinished(trainer, output) from None
+    _save_policy(trainer, attempt)
     if not state.is_main_process:
         return
     trainer.state.save_to_json(str(output / "trainer_state.json"))
@@ -190,6 +257,7 @@ def _finish(
     train_loss = sum(losses) / len(losses) if losses else None
     _write_card(config, output, stores, pairs, settings, metrics)
     record = {"finished": True, "step": trainer.state.global_step, "identity": identity, "train_loss": train_loss}
+    attempt.check()
     write_json(output / RUN, {**record, "metrics": metrics, "versions": library_versions()})
     for folder in (JOINED, "references"):
         shutil.rmtree(output / folder, ignore_errors=True)
@@ -197,13 +265,49 @@ def _finish(
     click.echo(f"The policy is in {output} ({trainer.state.global_step} steps{mean})")
 
 
+def _save_policy(trainer: PairTrainer, attempt: Attempt) -> None:
+    """Save the policy beside, then put each file under its name: another start's writing can't mix with this one's."""
+    output, staging = attempt.run_folder, attempt.run_folder / f"{_STAGING}{attempt.name}"
+    trainer.save_model(str(staging), _internal_call=True)
+    trainer.accelerator.wait_for_everyone()
+
+    def put() -> None:
+        sync_files(staging)
+        attempt.check()
+        for file in sorted(staging.iterdir()):
+            file.replace(output / file.name)
+        staging.rmdir()
+
+    on_main_process(put)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+# In front of the number of the start that saves there.
+_STAGING = ".saving-"
+
+
+def _delete_leftovers(output: Path) -> None:
+    """Delete what earlier starts made for themselves alone."""
+    for folder in (output / JOINED, *output.glob(f"{_STAGING}*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _window(
-    config: Config, arguments: transformers.TrainingArguments, tokenizer: Any, checkpoint: Path | None
+    config: Config, arguments: transformers.TrainingArguments, tokenizer: Any, checkpoint: Path | None, flag: StopFlag
 ) -> Window:
     """The window that the checkpoint stands in."""
-    pairs = load_pairs(open_source(config.data), tokenizer, config.data, Ledger())
+    pairs = _until_stopped(load_pairs(open_source(config.data), tokenizer, config.data, Ledger()), flag)
     order = order_of_run(arguments, sum(1 for _ in pairs))
     return window_at(config, arguments, order, checkpoint)
+
+
+def _until_stopped(pairs: Iterator[KeptPair], flag: StopFlag) -> Iterator[KeptPair]:
+    """The pairs, up to a stop request."""
+    for pair in pairs:
+        if flag:
+            raise UnfinishedError("stopped by a signal before training began; run the same command again")
+        yield pair
 
 
 def _sets_of(config: Config, window: Window) -> list[str]:
@@ -240,8 +344,8 @@ def _say(state: PartialState, text: str) -> None:
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
-    folder = Path(config.precompute.output)
-    stores = {name: open_store(folder / name) for name in names}
+    folder = open_folder(config.precompute.output)
+    stores = {name: open_store(folder.child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     return stores
 
@@ -287,38 +391,37 @@ def _save_settings(output: Path, config: Config) -> None:
     replace_file(output / SETTINGS, text.encode())
 
 
-def _joined_file(output: Path, name: str) -> Path:
-    return output / JOINED / f"{name}.arrow"
+def _joined_file(joined: Path, name: str) -> Path:
+    return joined / f"{name}.arrow"
 
 
-def _token_file(output: Path) -> Path:
+def _token_file(joined: Path) -> Path:
     """Reference token logps of all sets, while the run lasts."""
-    return output / JOINED / "token-logps.f32"
+    return joined / "token-logps.f32"
 
 
 def _join_all(
     config: Config,
     stores: Mapping[str, Store],
     tokenizer: Any,
-    output: Path,
+    joined: Path,
     on_missing: str,
     window: Window | None,
+    flag: StopFlag,
 ) -> None:
-    token_file = _token_file(output)
-    # What an earlier start has left; every set appends to it.
-    token_file.unlink(missing_ok=True)
+    token_file = _token_file(joined)
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
-        pairs = _in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config)
+        pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
         table = load_reference_table(
             [stores[name]] if name in stores else [],
             config.data.max_length,
             ld_alpha=config.loss.ld_alpha,
-            folder=output / JOINED,
+            folder=joined,
             token_file=token_file,
         )
-        report = join(pairs, table, _joined_file(output, name), keep_missing=window is not None)
+        report = join(pairs, table, _joined_file(joined, name), keep_missing=window is not None)
         if window is not None:
             # Only a window's pairs are scored; one that is missing stops its step.
             click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window.number}")
@@ -367,13 +470,6 @@ def _final_metrics(trainer: PairTrainer) -> dict[str, float]:
     last = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.global_step]
     held_out = {key: value for entry in last for key, value in entry.items() if key.startswith("eval_")}
     return held_out or dict(trainer.evaluate())
-
-
-def _from_main_process(checkpoint: Path | None) -> Path | None:
-    from accelerate.utils import broadcast_object_list
-
-    agreed: Path | None = broadcast_object_list([checkpoint])[0]
-    return agreed
 
 
 def _is_timing(metric: str) -> bool:

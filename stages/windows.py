@@ -25,6 +25,7 @@ import click
 from pipeline.checkpoints import delete_run, is_recorded, newest_step
 from pipeline.config import Config, training_settings
 from pipeline.errors import UnfinishedError
+from pipeline.folders import open_folder
 from pipeline.shards import delete_store
 from pipeline.signals import StopFlag, watch_signals
 
@@ -51,7 +52,7 @@ def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug:
     if overwrite:
         delete_run(output)
         for name in ("train", *config.data.eval):
-            delete_store(Path(config.precompute.output) / name)
+            delete_store(open_folder(config.precompute.output).child(name))
     for leftover in (output / "references").glob(".tmp-*"):
         # Of a process that was killed while it moved the reference: this one alone moves it now.
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,11 +1,8 @@
 """Tiny models, tokenizers and settings that the tests share; everything is made here, nothing is fetched."""
 
 import json
-import multiprocessing
 import os
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from processes import Command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)
@@ -143,30 +141,12 @@ def make_run(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
     return make
 
 
-# Importing torch and transformers takes seconds; the commands start as forks of a process that has done it.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect"])
-
-
 def refshard(*arguments: Any, check: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run the real command in a process of its own; `check` is the exit status to expect."""
-    words = ["refshard", *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        process = _FORKS.Process(target=_run_command, args=(words, folder))
-        process.start()
-        process.join(600)
-        assert process.exitcode is not None, f"{words} still runs after 600 s"
-        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("out", "err"))
+    command = Command(*arguments)
+    status = command.wait()
+    assert status is not None, f"{command.words} still runs after 600 s"
+    out, err = command.said()
     if check is not None:
-        assert process.exitcode == check, f"exit {process.exitcode}, expected {check}\n{out}\n{err}"
-    return subprocess.CompletedProcess(words, process.exitcode, out, err)
-
-
-def _run_command(words: list[str], folder: str) -> None:
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(Path(__file__).parents[1])
-    sys.argv = words
-    from stages.cli import run
-
-    run()
+        assert status == check, f"exit {status}, expected {check}\n{out}\n{err}"
+    return subprocess.CompletedProcess(command.words, status, out, err)

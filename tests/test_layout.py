@@ -15,6 +15,8 @@ PIPELINE = [
     "versions",
     "signals",
     "storage",
+    "attempts",
+    "folders",
     "digests",
     "config",
     "sources",
@@ -31,11 +33,13 @@ PIPELINE = [
     "scoring",
     "memory",
     "shards",
+    "verify",
     "reuse",
     "join",
     "gate",
     "losses",
     "offload",
+    "processes",
     "trainer",
     "checkpoints",
     "order",
@@ -44,7 +48,7 @@ PIPELINE = [
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "windows", "inspect", "import_scores", "export", "demo"]
+STAGES = ["cli", "precompute", "train", "windows", "inspect", "verify", "import_scores", "export", "demo"]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
@@ -66,11 +70,14 @@ ANSWERS_WITHOUT_TORCH = [
     "pipeline.intake",
     "pipeline.models",
     "pipeline.fingerprint",
+    "pipeline.folders",
     "pipeline.shards",
+    "pipeline.verify",
     "pipeline.reuse",
     "pipeline.reviews",
     "stages.cli",
     "stages.inspect",
+    "stages.verify",
 ]
 
 

@@ -3,13 +3,10 @@
 import ast
 import inspect
 import json
-import multiprocessing
-import os
 import pickle
 import re
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import _run_command, make_tokenizer, simple_rows, write_jsonl
+from conftest import make_tokenizer, refshard, simple_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -395,7 +392,7 @@ def test_what_a_dataset_holds_never_reaches_the_terminal_raw(make_run: MakeRun, 
     data = tmp_path / "pairs\x1b[31m\x07\x9b2J.jsonl"
     data.write_text(row + "\n")
     config = make_run(data={"path": str(data)})
-    shown = command(tmp_path / "shown", "precompute", "--config", config, check=65)
+    shown = command("precompute", "--config", config, check=65)
     assert not set("\x1b\x07\x9b\u202e") & set(shown)
     assert r"\x1b]0;title\x07" in shown
     assert r"pairs\x1b[31m\x07\x9b2J.jsonl:1" in shown
@@ -428,31 +425,22 @@ def test_the_card_holds_no_escapes_and_no_header_of_a_stranger() -> None:
 SECRETS = {name: f"canary-{name}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")}
 
 
-def command(folder: Path, *words: Any, check: int = 0, **environment: str) -> str:
-    """Run the command in a fork of this process, which may have its own environment."""
-    folder.mkdir(exist_ok=True)
-
-    def child() -> None:
-        os.environ.update(environment)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        _run_command(["refshard", *map(str, words)], str(folder))
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(300)
-    shown = "".join((folder / name).read_text() for name in ("out", "err"))
-    assert process.exitcode == check, shown
-    return shown
+def command(*words: Any, check: int = 0) -> str:
+    """Run the command; gives all that it showed."""
+    done = refshard(*words, check=check)
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
-    make_run: MakeRun, tmp_path: Path, mark: Path
+    make_run: MakeRun, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
     config = make_run(train={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3})
     words = ["--config", config, "-o", "train.hub_token=canary-token"]
-    shown = command(tmp_path / "1", "precompute", *words, **SECRETS)
-    shown += command(tmp_path / "2", "train", *words, **SECRETS)
+    shown = command("precompute", *words)
+    shown += command("train", *words)
     assert "canary" not in shown
     written = [f for name in ("shards", "policy") for f in (tmp_path / name).rglob("*") if f.is_file()]
     assert len(written) > 20
@@ -470,13 +458,13 @@ def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
         folder = shutil.copytree(saved, run / "checkpoint-2")
         torch.save(Payload(mark), folder / name)
         commit_checkpoint(folder, 2, marker["identity"])
-        shown = command(tmp_path / name, "train", *words, check=65)
+        shown = command("train", *words, check=65)
         assert "checkpoint-2: holds objects other than tensors and numbers" in shown
         assert not mark.exists()
     # As it was saved, it is gone on from: the random numbers' files load without a pickle's help.
     shutil.rmtree(run / "checkpoint-2")
     shutil.copytree(saved, run / "checkpoint-2")
-    assert "Going on from" in command(tmp_path / "last", "train", *words)
+    assert "Going on from" in command("train", *words)
 
 
 @pytest.mark.parametrize("url", ["https://me:secret@host/x", "s3://key:secret@bucket/x", "hf://secret@datasets/x"])

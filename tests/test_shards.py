@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -19,12 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, IdentityError, RefshardError, StorageError, UnfinishedError
+from pipeline.folders import LocalFolder
 from pipeline.intake import Ledger
 from pipeline.shards import (
     NoiseFloor,
     ScoredPair,
     Store,
     SummedPair,
+    _digest_of_content,
+    _sealed,
     create_store,
     delete_store,
     finish_store,
@@ -53,11 +57,12 @@ TOKEN_COLUMNS = {
     "rejected_token_logps": "list<element: float not null>",
 }
 
-IDENTITY = {
+IDENTITY: dict[str, Any] = {
     "schema": 1,
     "reference": {"weights": "a" * 64, "config": "c" * 64, "dtype": "float32", "adapter": None},
     "tokenization": {"version": 1, "tokenizer": "t", "max_length": 64, "token_logps": True},
 }
+SUMS_ALONE = {**IDENTITY, "tokenization": {**IDENTITY["tokenization"], "token_logps": False}}
 PLAN = {"rows_per_shard": 3, "on_identical": "keep", "dataset": {"pairs.jsonl": "d" * 64}, "columns": {}}
 DECLARED = {"reference": "somewhere/model", "dataset": "pairs.jsonl"}
 
@@ -117,9 +122,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Edit a manifest or index as one who means it: with the digest of what it says now."""
     content = json.loads(file.read_text())
     change(content)
-    file.write_text(json.dumps(content))
+    content.pop("sha256", None)
+    file.write_bytes(_sealed(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -173,7 +180,7 @@ def test_what_is_written_is_read_back(
         for key, row, prompt, chosen, rejected in pairs
     ]
     with tempfile.TemporaryDirectory() as name:
-        fingerprint = create_store(Path(name), IDENTITY, PLAN, DECLARED)
+        fingerprint = create_store(Path(name), IDENTITY if token_logps else SUMS_ALONE, PLAN, DECLARED)
         put_part(Path(name), 0, given_pairs, fingerprint, token_logps=token_logps)
         finish_store(Path(name), 1)
         table = read_part(open_store(Path(name)), 0)
@@ -266,7 +273,7 @@ def test_the_index_adds_up_its_parts_and_lists_what_was_skipped(tmp_path: Path) 
 
 def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Path) -> None:
     for name, pair in (("summed", summed), ("scored", scored)):
-        fingerprint = create_store(tmp_path / name, IDENTITY, PLAN, DECLARED)
+        fingerprint = create_store(tmp_path / name, SUMS_ALONE, PLAN, DECLARED)
         put_part(tmp_path / name, 0, [pair(row) for row in range(3)], fingerprint, token_logps=False)
         assert finish_store(tmp_path / name, 1) == []
     assert contents(tmp_path / "summed") == contents(tmp_path / "scored")
@@ -331,6 +338,8 @@ def test_a_footer_without_its_noise_stops_the_index(tmp_path: Path, footer: byte
     metadata = {k: v for k, v in table.schema.metadata.items() if k != b"refshard.noise"}
     if footer is not None:
         metadata[b"refshard.noise"] = footer
+    said = {key.decode(): value.decode() for key, value in metadata.items()}
+    metadata[b"refshard.digest"] = _digest_of_content(table, said).encode()
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / part_name(0), store_schema=True)
     with pytest.raises(DataError, match=r"part-00000\.parquet: damaged, its footer"):
         finish_store(tmp_path, 1)
@@ -618,7 +627,7 @@ def test_a_part_that_is_a_folder_is_an_error_of_ours(tmp_path: Path) -> None:
     make_store(tmp_path, finish=False)
     (tmp_path / part_name(1)).unlink()
     (tmp_path / part_name(1)).mkdir()
-    with pytest.raises(StorageError, match=r"part-00001\.parquet: can't be read"):
+    with pytest.raises(StorageError, match=r"part-00001\.parquet: can't be written or read"):
         finish_store(tmp_path, 3)
 
 
@@ -642,6 +651,28 @@ def test_an_edited_manifest_is_refused(folder: Path, change: Callable[[dict[str,
     assert "manifest.json" in str(caught.value)
     with pytest.raises(DataError, match=message):
         create_store(folder, IDENTITY, PLAN, DECLARED)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json"])
+def test_an_edit_of_any_field_is_noticed_by_the_digest_of_the_file(folder: Path, name: str) -> None:
+    whole = json.loads((folder / name).read_text())
+
+    def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        if isinstance(tree, dict | list) and tree:
+            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            return [leaf for key, value in items for leaf in leaves(value, (*path, key))]
+        return [path]
+
+    for path in leaves(whole):
+        edited = json.loads(json.dumps(whole))
+        at = edited
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = "edited" if at[path[-1]] != "edited" else None
+        (folder / name).write_text(json.dumps(edited))
+        with pytest.raises(RefshardError, match=re.escape(name)):
+            open_store(folder)
+    assert len(leaves(whole)) > 15
 
 
 def test_a_store_of_another_schema_version_is_another_identity(folder: Path) -> None:
@@ -725,5 +756,5 @@ def test_a_store_is_a_value(folder: Path) -> None:
     store = open_store(folder)
     assert dataclasses.is_dataclass(Store)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        store.folder = folder  # type: ignore[misc]
+        store.folder = LocalFolder(folder)  # type: ignore[misc]
     assert store.fingerprint == json.loads((folder / "manifest.json").read_text())["fingerprint"]

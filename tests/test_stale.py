@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from pipeline.config import load_config
 from pipeline.errors import RefshardError
 from pipeline.models import load_tokenizer
+from pipeline.signals import StopFlag
 from stages import precompute, train
 
 pytestmark = pytest.mark.slow
@@ -51,9 +52,9 @@ class Scored:
         config = load_config(self.folder / "run.yaml", self._here(overrides))
         tokenizer = load_tokenizer(config)
         stores = train._open_stores(config, ["train"], tokenizer)
-        output = self.folder / "policy"
-        train._join_all(config, stores, tokenizer, output, "stop", None)
-        with pa.ipc.open_stream(str(train._joined_file(output, "train"))) as reader:
+        joined = self.folder / "policy" / "joined"
+        train._join_all(config, stores, tokenizer, joined, "stop", None, StopFlag())
+        with pa.ipc.open_stream(str(train._joined_file(joined, "train"))) as reader:
             return reader.read_all()
 
     def _here(self, overrides: tuple[str, ...]) -> list[str]:

@@ -1,8 +1,12 @@
 """Files are whole or absent: what a second writer, a failing disk and a damaged file lead to."""
 
+import ctypes
 import errno
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import storage
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import put_if_absent, read_json, replace_file
+from pipeline.storage import make_folder, put_if_absent, read_json, replace_file
 
 Write = Callable[[Path, bytes], Any]
 
@@ -44,6 +49,16 @@ def test_the_second_writer_loses_and_changes_nothing(tmp_path: Path) -> None:
     assert file.read_bytes() == b"first"
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert _names(tmp_path) == ["part"]
+
+
+def test_a_new_folder_is_synced_into_those_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(storage, "_sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
 
 
 def test_of_many_writers_at_once_exactly_one_wins(tmp_path: Path) -> None:
@@ -106,6 +121,38 @@ def test_the_bytes_are_synced_before_the_name_and_the_folder_after_it(
     assert done == ["sync file", "link", "sync folder"]
 
 
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize(
+    ("write", "order"),
+    [
+        ("put_if_absent", "open tmp, write tmp, fsync tmp, link, unlink tmp, open folder, fsync folder"),
+        ("replace_file", "open tmp, write tmp, fsync tmp, rename, open folder, fsync folder"),
+    ],
+)
+def test_the_system_is_asked_in_this_order(tmp_path: Path, write: str, order: str) -> None:
+    """As the kernel sees it: whatever Python does in between."""
+    file = str(tmp_path / "part")
+    program = f"from pathlib import Path; from pipeline.storage import {write}; {write}(Path({file!r}), b'x')"
+    log = tmp_path.with_name(f"{tmp_path.name}.log")
+    traced = "openat,write,fsync,fdatasync,link,linkat,rename,renameat,renameat2,unlink,unlinkat"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-e", f"trace={traced}", "-o", str(log), sys.executable, "-c", program],
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    )
+    if done.returncode and b"ptrace" in done.stderr:
+        pytest.skip("no right to trace here")
+    asked = []
+    for line in log.read_text().splitlines():
+        if str(tmp_path) not in line or "= -1" in line:
+            continue
+        # Not every processor has the calls without `at`.
+        call = line.split(maxsplit=1)[1].partition("(")[0].removesuffix("2").removesuffix("at")
+        what = "" if call in ("link", "rename") else " tmp" if ".tmp-" in line else " folder"
+        asked.append(call + what)
+    assert ", ".join(asked) == order
+
+
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
 @pytest.mark.parametrize(
     ("number", "says"),
@@ -125,13 +172,45 @@ def test_a_failing_disk_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_hard_links_is_named_as_such(
+def test_without_hard_links_a_rename_that_replaces_nothing_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     _fail(monkeypatch, "link", number)
-    with pytest.raises(StorageError, match="no hard links, choose a folder on another one"):
+    assert put_if_absent(tmp_path / "part", b"first") is True
+    assert put_if_absent(tmp_path / "part", b"second") is False
+    assert (tmp_path / "part").read_bytes() == b"first"
+    assert _names(tmp_path) == ["part"]
+
+
+def test_a_file_system_that_cannot_put_if_absent_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoRename:
+        """A C library in which `renameat2` is missing."""
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **settings: NoRename())
+    _fail(monkeypatch, "link", errno.EPERM)
+    with pytest.raises(StorageError, match="neither hard links nor renames that replace nothing: choose a folder on"):
         put_if_absent(tmp_path / "part", b"content")
     assert _names(tmp_path) == []
+
+
+def test_a_temporary_file_that_is_cleaned_away_under_its_writer_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, cleaned = os.link, []
+
+    def clean_first(source: Any, target: Any) -> None:
+        if not cleaned:
+            Path(source).unlink()
+            cleaned.append(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", clean_first)
+    assert put_if_absent(tmp_path / "part", b"content") is True
+    assert cleaned
+    assert (tmp_path / "part").read_bytes() == b"content"
+    assert _names(tmp_path) == ["part"]
 
 
 @pytest.mark.parametrize("write", [put_if_absent, replace_file])

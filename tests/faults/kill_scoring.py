@@ -1,0 +1,166 @@
+"""Kill stage one at random instants until it has been killed often enough; what it leaves must be what it should be.
+
+    python tests/faults/kill_scoring.py --kills 50              a folder on this machine
+    python tests/faults/kill_scoring.py --kills 50 --s3         an S3 server on this machine (moto)
+
+Workers, one to three of them, are started on one output, as real processes; after a random time, or when one of them
+is in the middle of a write, some are killed with SIGKILL. The next ones are another number. When the output is
+finished, every file of it must equal, byte for byte, that of a run that nobody disturbed; then the next output is
+begun.
+"""
+
+import argparse
+import contextlib
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
+from object_store import BUCKET, CREDENTIALS, environment, s3_server
+from processes import Command
+
+from pipeline.folders import LEFTOVERS, Folder, open_folder
+from pipeline.verify import verify_store
+
+_ROWS, _UNIT = 60, 5
+
+
+@dataclass
+class Summary:
+    """What was done, and what came of it."""
+
+    kills: int = 0
+    starts: int = 0
+    outputs: int = 0
+    in_a_write: int = 0
+    """Kills while a worker had a temporary file"""
+    leftovers: int = 0
+    """Temporary files that stayed behind"""
+    lost: int = 0
+    """Pairs of the undisturbed run that are not there"""
+    wrong: int = 0
+    """Files that are missing, too many, or not those of the undisturbed run"""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kills} kills ({self.in_a_write} in the middle of a write), {self.starts} starts of 1 to 3 workers, "
+            f"{self.outputs} outputs finished; temporary files left: {self.leftovers}; pairs lost: {self.lost}; files "
+            f"that differ from the undisturbed run: {self.wrong}"
+        )
+
+
+def contents(folder: Folder) -> dict[str, bytes]:
+    """All files of a store but the leftovers."""
+    return {name: folder.read(name) for name in folder.names() if not name.startswith(LEFTOVERS)}
+
+
+def kill_until(kills: int, work: Path, outputs: str, seed: int) -> Summary:
+    """Kill workers until `kills` of them are dead and the last output is finished.
+
+    Args:
+        kills: How many.
+        work: A folder for data, model and settings.
+        outputs: Folder or URL under which the outputs are made.
+        seed: Of the instants and of the numbers of workers.
+    """
+    random_ = random.Random(seed)
+    config = _settings(work)
+    undisturbed = f"{outputs}/undisturbed"
+    start = time.monotonic()
+    assert _start(config, undisturbed, 0, 1).wait() == 0
+    duration = time.monotonic() - start
+    expected = contents(open_folder(f"{undisturbed}/train"))
+    summary = Summary()
+    while summary.kills < kills:
+        output = f"{outputs}/{summary.outputs}"
+        _one_output(config, output, kills, duration, random_, summary)
+        store = open_folder(f"{output}/train")
+        found = contents(store)
+        summary.wrong += sum(found.get(name) != expected.get(name) for name in {*found, *expected})
+        checked = verify_store(store)
+        summary.wrong += len(checked.problems)
+        summary.lost += _ROWS - checked.pairs
+        summary.leftovers += len(checked.leftovers)
+        summary.outputs += 1
+    return summary
+
+
+def _one_output(
+    config: Path, output: str, kills: int, duration: float, random_: random.Random, summary: Summary
+) -> None:
+    """Start and kill workers until the output is finished."""
+    store = open_folder(f"{output}/train")
+    while store.size("index.json") is None:
+        count = random_.randint(1, 3)
+        workers = [_start(config, output, index, count) for index in range(count)]
+        summary.starts += 1
+        if summary.kills < kills:
+            _wait(workers, store, duration, random_, summary)
+            for worker in random_.sample(workers, random_.randint(1, count)):
+                if worker.status is None:
+                    worker.kill()
+                    summary.kills += worker.wait() == -signal.SIGKILL
+        for worker in workers:
+            status = worker.wait()
+            if status not in (0, -signal.SIGKILL):
+                raise AssertionError(f"exit {status}: {worker.said()}")
+
+
+def _wait(workers: list[Command], store: Folder, duration: float, random_: random.Random, summary: Summary) -> None:
+    """Let workers run for a random time; every second time, go on until one is seen in the middle of a write."""
+    in_a_write = random_.random() < 0.5
+    end = time.monotonic() + (duration if in_a_write else random_.uniform(0, 1.2 * duration))
+    before = {name for name in store.names() if name.startswith(LEFTOVERS)}
+    while time.monotonic() < end and any(worker.status is None for worker in workers):
+        if in_a_write and any(name.startswith(LEFTOVERS) and name not in before for name in store.names()):
+            summary.in_a_write += 1
+            return
+        time.sleep(0.0005 if in_a_write else 0.01)
+
+
+def _settings(work: Path) -> Path:
+    tokenizer = make_tokenizer(bos=True)
+    return write_config(
+        work / "run.yaml",
+        data={"path": str(write_jsonl(work / "pairs.jsonl", simple_rows(_ROWS))), "max_length": 128},
+        policy={"model": str(make_model(work / "model", tokenizer))},
+        precompute={"output": str(work / "shards"), "rows_per_shard": _UNIT, "tokens_per_batch": 512},
+    )
+
+
+def _start(config: Path, output: str, index: int, count: int) -> Command:
+    words = ["--config", config, "-o", f"precompute.output={output}", "--worker", f"{index}/{count}"]
+    return Command("precompute", *words)
+
+
+@contextlib.contextmanager
+def place(s3: bool, work: Path) -> Iterator[str]:
+    """Where outputs are made: a folder, or a server that runs as long as this."""
+    if not s3:
+        yield str(work / "outputs")
+        return
+    with s3_server() as server, environment(AWS_ENDPOINT_URL=server, **CREDENTIALS):
+        yield f"s3://{BUCKET}/outputs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill stage one at random instants and look at what it leaves.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--s3", action="store_true", help="on an S3 server instead of a folder")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work, place(chosen.s3, Path(work)) as outputs:
+        summary = kill_until(chosen.kills, Path(work), outputs, chosen.seed)
+    print(summary)
+    sys.exit(1 if summary.wrong or summary.lost else 0)
+
+
+if __name__ == "__main__":
+    main()

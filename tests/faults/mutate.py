@@ -1,0 +1,239 @@
+"""Take each safeguard away, one at a time, and see that a test fails: a test that can't fail holds nothing.
+
+    python tests/faults/mutate.py                 all, in a copy of the sources; some minutes
+    python tests/faults/mutate.py --only link
+
+A mutation that no test notices, or whose text is not in the sources any more, ends it with status 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One safeguard taken away."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+    """Where it must be noticed, as pytest is given it"""
+
+
+MUTATIONS = [
+    Mutation(
+        "sync of a file",
+        "pipeline/storage.py",
+        "            view = view[os.write(descriptor, view) :]\n        os.fsync(descriptor)",
+        "            view = view[os.write(descriptor, view) :]",
+        "tests/test_crashes.py",
+    ),
+    Mutation(
+        "sync of a folder after a new name",
+        "pipeline/storage.py",
+        "            # Also where another was first: what is there counts as done from here on.\n"
+        "            _sync_folder(file.parent)\n",
+        "",
+        "tests/test_crashes.py tests/test_storage.py",
+    ),
+    Mutation(
+        "sync of a folder after a replacement",
+        "pipeline/storage.py",
+        "        temporary.replace(file)\n        _sync_folder(file.parent)",
+        "        temporary.replace(file)",
+        "tests/test_storage.py",
+    ),
+    Mutation(
+        "sync of the folders that a new folder lies in",
+        "pipeline/storage.py",
+        "    for path in missing:\n        _sync_folder(path.parent)\n",
+        "",
+        "tests/test_storage.py",
+    ),
+    Mutation(
+        "put if absent (a rename instead of a link)",
+        "pipeline/storage.py",
+        "        os.link(temporary, file)",
+        "        os.rename(temporary, file)",
+        "tests/test_storage.py tests/test_store_faults.py",
+    ),
+    Mutation(
+        "put if absent (a plain rename where there are no links)",
+        "pipeline/storage.py",
+        "here, replace_nothing = -100, 1",
+        "here, replace_nothing = -100, 0",
+        "tests/test_storage.py",
+    ),
+    Mutation(
+        "the condition of a PUT",
+        "pipeline/folders.py",
+        'self._ask(name, lambda fs, path: _put(fs, path, content, mode="create"))',
+        'self._ask(name, lambda fs, path: _put(fs, path, content, mode="overwrite"))',
+        "tests/test_folders.py",
+    ),
+    Mutation(
+        "the probe of an object store",
+        "pipeline/folders.py",
+        "        if not _puts_if_absent(self.url):",
+        "        if False:",
+        "tests/test_folders.py",
+    ),
+    Mutation(
+        "reading back what a lost answer left",
+        "pipeline/folders.py",
+        "            return self.read(name) == content",
+        "            return False",
+        "tests/test_folders.py",
+    ),
+    Mutation(
+        "reading back before the commit",
+        "pipeline/shards.py",
+        ".equals(table, check_metadata=False):",
+        ".equals(table, check_metadata=False) and False:",
+        "tests/test_shards.py",
+    ),
+    Mutation(
+        "the digest of a part in the index",
+        "pipeline/shards.py",
+        '.hexdigest() != entry.get("sha256"):',
+        ".hexdigest() is None:",
+        "tests/test_shards.py tests/test_store_faults.py",
+    ),
+    Mutation(
+        "the digest of a part's content",
+        "pipeline/shards.py",
+        '    if footer.get("refshard.digest") != _digest_of_content(table, footer):',
+        "    if False:",
+        "tests/test_shards.py tests/test_store_faults.py",
+    ),
+    Mutation(
+        "the digest of manifest and index",
+        "pipeline/shards.py",
+        'return content.get("sha256") == _seal(',
+        'return "sha256" in content or content == (',
+        "tests/test_shards.py",
+    ),
+    Mutation(
+        "the fingerprint in a part's footer",
+        "pipeline/shards.py",
+        "    if found != fingerprint:",
+        "    if False:",
+        "tests/test_shards.py tests/test_store_faults.py",
+    ),
+    Mutation(
+        "the unit in a part's footer",
+        "pipeline/shards.py",
+        'if metadata.get(b"refshard.unit") != str(unit).encode():',
+        "if False:",
+        "tests/test_shards.py tests/test_store_faults.py",
+    ),
+    Mutation(
+        "the manifest compared with the run",
+        "pipeline/shards.py",
+        'found = differences(stored["identity"], identity, joining=False)',
+        "found = []",
+        "tests/test_shards.py",
+    ),
+    Mutation(
+        "the index written last",
+        "pipeline/shards.py",
+        "    if missing or is_finished(folder):\n        return missing",
+        "    num_units -= len(missing)\n    if is_finished(folder):\n        return missing",
+        "tests/test_shards.py",
+    ),
+    Mutation(
+        "finite log-probs alone",
+        "pipeline/shards.py",
+        "if length == 0 or not np.isfinite(total):",
+        "if length == 0:",
+        "tests/test_shards.py",
+    ),
+    Mutation(
+        "the key of a pair in the join",
+        "pipeline/join.py",
+        "hits = self.keys[near] == wanted[some]",
+        "hits = self.keys[near] == self.keys[near]",
+        "tests/test_join.py",
+    ),
+    Mutation(
+        "NaN where nothing was scored",
+        "pipeline/join.py",
+        '_ABSENT = np.array((b"", -1, np.nan, np.nan, 0, 0, -1), INDEX_ROW)',
+        '_ABSENT = np.array((b"", -1, 0, 0, 0, 0, -1), INDEX_ROW)',
+        "tests/test_join.py",
+    ),
+    Mutation(
+        "the identity of the stores that are joined",
+        "pipeline/join.py",
+        'found = differences(store.manifest["identity"], identity, joining=True)',
+        "found = []",
+        "tests/test_stale.py",
+    ),
+    Mutation(
+        "the data file unchanged while it is scored",
+        "stages/precompute.py",
+        "    if _stamps(source) != stamps:",
+        "    if False:",
+        "tests/test_stage_one_faults.py -k changes",
+    ),
+]
+
+
+def notices(mutation: Mutation, tree: Path) -> bool:
+    """Whether a test fails in a tree with that safeguard taken away; the tree is put right again."""
+    file = tree / mutation.file
+    whole = file.read_text(encoding="utf-8")
+    assert whole.count(mutation.before) == 1, f"{mutation.name}: its text is {whole.count(mutation.before)} times there"
+    file.write_text(whole.replace(mutation.before, mutation.after), encoding="utf-8")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutation.tests.split()],
+            cwd=tree,
+            capture_output=True,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+    finally:
+        file.write_text(whole, encoding="utf-8")
+    # 1: tests failed. Anything else (2: could not be collected) says nothing about a safeguard.
+    assert done.returncode in (0, 1), done.stdout.decode()[-2000:]
+    return done.returncode == 1
+
+
+def copy_sources(target: Path) -> Path:
+    """A tree of its own to be changed. The data beside the project is linked."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", ".*_cache", ".hypothesis", "*.egg-info")
+    shutil.copytree(ROOT, target / "tree", ignore=ignored)
+    if (shared := ROOT.parent / "shared").exists():
+        (target / "shared").symlink_to(shared)
+    return target / "tree"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Take each safeguard away and see that a test fails.")
+    parser.add_argument("--only", default="", help="those whose name has this in it")
+    chosen = parser.parse_args()
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_sources(Path(folder))
+        for mutation in MUTATIONS:
+            if chosen.only not in mutation.name:
+                continue
+            noticed = notices(mutation, tree)
+            print(f"{'noticed' if noticed else 'SURVIVED':9} {mutation.name}", flush=True)
+            survived += [] if noticed else [mutation.name]
+    print(f"{len(survived)} of {len(MUTATIONS)} safeguards can be taken away unnoticed")
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()

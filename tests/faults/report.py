@@ -1,0 +1,139 @@
+"""Run every fault in its long version and write docs/reliability.md: what was tried, what came of it, how to repeat it.
+
+python tests/faults/report.py                 runs it all, most of an hour on two cores
+python tests/faults/report.py --page          writes the page again from the results of the last run
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mutate import MUTATIONS, copy_sources, notices
+from tally import VARIABLE
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = ROOT / "docs" / "reliability.md"
+
+FILES = {
+    "Killed": ("test_kills", "test_preemption", "test_crashes"),
+    "Disks, networks, workers": ("test_store_faults", "test_stage_one_faults", "test_memory"),
+    "Checkpoints": ("test_checkpoints",),
+    "Stale": ("test_stale",),
+    "Input": ("test_malformed", "test_fuzz", "test_security"),
+}
+"""Sections of the page, and the tests whose tallies are in them"""
+
+
+def run_tests(tally: Path) -> None:
+    """Run the tests, long versions included; each writes down what it tried."""
+    files = [f"tests/{name}.py" for names in FILES.values() for name in names]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "", "--numprocesses", "2", "--dist", "loadscope", *files],
+        cwd=ROOT,
+        env={**os.environ, VARIABLE: str(tally)},
+        check=True,
+    )
+
+
+def run_mutations() -> dict[str, bool]:
+    """Whether each safeguard is missed by a test when it is taken away."""
+    noticed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_sources(Path(folder))
+        for mutation in MUTATIONS:
+            noticed[mutation.name] = notices(mutation, tree)
+            print(f"{'noticed' if noticed[mutation.name] else 'SURVIVED':9} {mutation.name}", flush=True)
+    return noticed
+
+
+def add_up(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Lines of one fault and one test become one, numbers added."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        entry = json.loads(line)
+        known = entries.setdefault((entry["fault"], entry["test"]), {**entry, "tried": 0, "lost": 0, "wrong": 0})
+        for number in ("tried", "lost", "wrong"):
+            known[number] += entry[number]
+        known["outcome"] = entry["outcome"]
+    return sorted(entries.values(), key=lambda entry: (entry["test"], entry["fault"]))
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page, from the results of a run."""
+    tallies, noticed = results["tallies"], results["mutations"]
+    total = {number: sum(entry[number] for entry in tallies) for number in ("tried", "lost", "wrong")}
+    lines = [
+        "# Reliability, tried out",
+        "",
+        f"{total['tried']:,} faults, injected for real: rows lost {total['lost']}, wrong values read {total['wrong']}. "
+        "Every fault ended in an error of one line with its exit status, or in nothing at all, and the same command "
+        "then finished the run as if nothing had happened.",
+        "",
+        f"`python tests/faults/report.py` ran them and wrote this page ({results['machine']}). Each line can be had by "
+        'itself: the command is `pytest -m "" TEST`. What `make test` runs of it is shorter, not different.',
+        "",
+    ]
+    for section, names in FILES.items():
+        entries = [entry for entry in tallies if Path(entry["test"].partition("::")[0]).stem in names]
+        if not entries:
+            continue
+        lines += [
+            f"## {section}",
+            "",
+            "| fault | tried | survived | rows lost | wrong values | what came of it | test |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {entry['fault']} | {entry['tried']:,} | {entry['tried']:,} | {entry['lost']} | {entry['wrong']} "
+            f"| {entry['outcome']} | `{entry['test']}` |"
+            for entry in entries
+        ]
+        lines.append("")
+    lines += [
+        "## The tests themselves",
+        "",
+        "A test that can't fail holds nothing. `python tests/faults/mutate.py` takes each of these safeguards away, in "
+        f"a copy of the sources, and runs the tests that should notice: {sum(noticed.values())} of {len(noticed)} do.",
+        "",
+        "| taken away | noticed |",
+        "|---|---|",
+        *(f"| {name} | {'yes' if seen else '**no**'} |" for name, seen in noticed.items()),
+        "",
+        "## Not tried",
+        "",
+        "A real power cut (only every disk that one could leave, as above), network file systems, S3 other than moto's "
+        "server, checkpoints of FSDP and DeepSpeed, several machines, GPUs.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run every fault in its long version and write the page of results.")
+    parser.add_argument("--page", action="store_true", help="write the page from the last run's results alone")
+    chosen = parser.parse_args()
+    if not chosen.page:
+        with tempfile.TemporaryDirectory() as folder:
+            tally = Path(folder) / "tally.jsonl"
+            run_tests(tally)
+            tallies = add_up(tally.read_text(encoding="utf-8").splitlines())
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow", "s3fs", "moto"))
+        machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}, {versions}"
+        results = {"machine": machine, "tallies": tallies, "mutations": run_mutations()}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
