@@ -98,7 +98,7 @@ def find_adapter(name: str, key: str) -> Path:
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
     if read_json(folder / ADAPTER_CONFIG).get("megatron_config"):
-        # The library imports the module that such a config names.
+        # Older versions of the library import whatever module such a config names.
         raise ConfigError(f"{key}: {name}: an adapter of Megatron's layers, which can't be loaded here")
     return folder
 

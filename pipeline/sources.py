@@ -400,7 +400,9 @@ def _parquet_file(file: Path) -> pq.ParquetFile:
             # A text that is stored once stays so in memory, however many rows have it.
             texts = [column.path for column in described.schema if column.physical_type == "BYTE_ARRAY"]
         parquet = pq.ParquetFile(file, metadata=footer, read_dictionary=texts, **options)
-    except Exception as error:  # the readers of column types, which other libraries bring, raise what they like
+    except Exception as error:  # whatever the library raises for a file that it can make nothing of
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(f"{file}: can't be read ({error.strerror})") from error
         raise DataError(f"{file}: not a readable Parquet file ({_first_line(error)})") from error
     if problem is not None:
         raise DataError(f"{file}: damaged, {problem}")

@@ -37,7 +37,7 @@ from pipeline.shards import open_store, read_parts
 from pipeline.sources import LARGEST_ROW, count_rows, open_source, read_rows
 
 SECONDS = 5.0
-"""Most that a case may take; they take milliseconds, but the machine may be busy."""
+"""Of the processor, most that a case may take; most take milliseconds."""
 
 Content = bytes | Callable[[Path], Any]
 
@@ -487,8 +487,8 @@ def yaml_cases() -> Iterator[tuple[str, Case]]:
         "alias of itself": b"train: &a {x: *a}\n",
         "list of itself": b"train: &a [*a]\n",
         "many laughs": LAUGHS + b"train: {x: *k}\n",
-        "deep": b"train: " + b"[" * 10_000 + b"\n",
-        "deep and closed": b"train: " + b"[" * 3_000 + b"]" * 3_000 + b"\n",
+        "deep": b"train: " + b"[" * 1_000 + b"\n",
+        "deep and closed": b"train: " + b"[" * 1_000 + b"]" * 1_000 + b"\n",
         "key twice": b"loss: {beta: 1, beta: 2}\n",
         "section twice": b"data: {path: q}\n",
         "key twice under a tag": b"loss: !!map {beta: 1, beta: 2}\n",
@@ -520,13 +520,15 @@ def yaml_cases() -> Iterator[tuple[str, Case]]:
         "password in train": b'train: {output_dir: "s3://key:secret@bucket/x"}\n',
         "training field unknown": b"train: {output_dir: a, learning_rat: 1}\n",
         "training field of a wrong type": b"train: {output_dir: a, learning_rate: [1]}\n",
-        "date that is none": b"train: {output_dir: a, optim_args: 2024-13-45, lr_scheduler_kwargs: 2024-13-45}\n",
-        "number that is none": b"train: {output_dir: a, lr_scheduler_kwargs: 0x_}\n",
         "no output": b"train: {seed: 1}\n",
-        "many keys": b"train:\n" + b"".join(b" k%d: 1\n" % i for i in range(20_000)),
+        "many keys": b"train:\n" + b"".join(b" k%d: 1\n" % i for i in range(10_000)),
         "too large": b"#" * 2**20 + b"\n",
     }.items():
         yield f"yaml: {name}", Case(SMALLEST + more, "run.yaml", 2)
+    for text in (b"2024-13-45", b"0x_", b"0b_", b"9" * 5000, b"1:2:3", b"'{'", b"'" + b"[" * 1000 + b"'"):
+        # Of a type that nothing declares, and like a date or a number: taken as the word that it is.
+        content = SMALLEST + b"train: {output_dir: a, lr_scheduler_kwargs: {x: " + text + b"}}\n"
+        yield f"yaml: a word like {text[:12]!r}", Case(content, "run.yaml", 0)
     for name, content in {
         "empty": b"",
         "another YAML": b"%YAML 9.9\n---\n" + SMALLEST,
@@ -546,7 +548,7 @@ def yaml_cases() -> Iterator[tuple[str, Case]]:
         "split of no rows": SMALLEST.replace(b"path: p.jsonl", b"path: p.jsonl, split: 'train[5:5]'"),
         "split of a huge number": SMALLEST.replace(b"path: p", b"split: 'train[%s:]', path: p" % (b"9" * 5000)),
         "path of no file": SMALLEST.replace(b"p.jsonl", b"./gone.jsonl"),
-        "path that is too long": SMALLEST.replace(b"p.jsonl", b"p" * 5000),
+        "path that is too long": SMALLEST.replace(b"p.jsonl", b"p" * 5000 + b".jsonl"),
     }.items():
         yield f"yaml: {name}", Case(content, "run.yaml", 2)
 
@@ -590,7 +592,7 @@ def refused(file: Path, on_bad_row: str = "stop") -> RefshardError:
 
 @pytest.mark.parametrize("case", DATA.values(), ids=DATA)
 def test_data_is_read_whole_or_refused_by_place_and_reason(case: Case, tmp_path: Path) -> None:
-    file, start = make(case, tmp_path), time.monotonic()
+    file, start = make(case, tmp_path), time.process_time()
     if case.status == 0:
         kept, ledger = take(file, "stop")
         assert len(kept) == ledger.rows == ledger.kept == case.kept
@@ -607,20 +609,31 @@ def test_data_is_read_whole_or_refused_by_place_and_reason(case: Case, tmp_path:
         assert ledger.dropped == {case.message: 1}
         assert ledger.rows == 3
         assert [entry["row"] for entry in ledger.skipped] == [1]
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
+
+
+def read_settings(file: Path) -> None:
+    config = load_config(file)
+    open_source(config.data)
+    if config.train:
+        training_settings(config)
 
 
 @pytest.mark.parametrize("case", YAML.values(), ids=YAML)
 def test_settings_are_refused_by_file_or_key(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    file, start = make(case, tmp_path), time.monotonic()
+    (tmp_path / "p.jsonl").write_bytes(LINE)
+    (tmp_path / "good.yaml").write_bytes(SMALLEST + b"train: {output_dir: o}\n")
+    read_settings(tmp_path / "good.yaml")
+    file, start = make(case, tmp_path), time.process_time()
+    if case.status == 0:
+        read_settings(file)
+        return
     with pytest.raises(RefshardError) as caught:
-        config = load_config(file)
-        open_source(config.data)
-        training_settings(config)
+        read_settings(file)
     assert caught.value.exit_status == 2
     assert "secret" not in str(caught.value)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_a_long_line_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,12 +682,27 @@ def test_a_footer_that_can_not_be_true_is_refused(tmp_path: Path, monkeypatch: p
     assert "unpacks to more than 10 bytes" in str(refused(tmp_path / "p.parquet"))
 
 
+def test_a_disk_that_fails_under_parquet_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(_table(), tmp_path / "p.parquet")
+
+    def refuse(self: Path, *_: Any) -> Any:
+        raise OSError(5, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    error = refused(tmp_path / "p.parquet")
+    assert error.exit_status == 74
+    assert "Input/output error" in str(error)
+
+
 def test_an_array_that_is_too_large_is_refused_before_it_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "_LARGEST_ARRAY", 2**20)
     (tmp_path / "p.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2**24))
+    tracemalloc.start()
     assert "a JSON array above" in str(refused(tmp_path / "p.json.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
 
 
 SAMPLE = [

@@ -205,10 +205,12 @@ def test_an_adapter_can_have_no_module_imported(
     (tmp_path / "evil_module.py").write_text(EVIL.format(mark=str(mark)))
     monkeypatch.syspath_prepend(tmp_path)
     change(adapter / "adapter_config.json", **values)
-    try:
+    if "megatron_config" in values:
+        # Refused before the library sees it, some versions of which would import the module.
+        with pytest.raises(ConfigError, match="an adapter of Megatron's layers, which can't be loaded here"):
+            load_all(model, adapter)
+    else:
         load_all(model, adapter)
-    except ConfigError as error:
-        assert "adapter" in str(error)
     assert not mark.exists()
 
 
@@ -386,11 +388,14 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egnp\ud83d"
 @pytest.mark.slow
 def test_what_a_dataset_holds_never_reaches_the_terminal_raw(make_run: MakeRun, tmp_path: Path) -> None:
     row = json.dumps({"prompt": "a", ESCAPES: "b"})
-    config = make_run()
-    (tmp_path / "pairs.jsonl").write_text(row + "\n")
+    # Columns are quoted as Python does it; the name of a file is shown as it is.
+    data = tmp_path / "pairs\x1b[31m\x07\x9b2J.jsonl"
+    data.write_text(row + "\n")
+    config = make_run(data={"path": str(data)})
     shown = command("precompute", "--config", config, check=65)
     assert not set("\x1b\x07\x9b\u202e") & set(shown)
     assert r"\x1b]0;title\x07" in shown
+    assert r"pairs\x1b[31m\x07\x9b2J.jsonl:1" in shown
 
 
 def test_the_card_holds_no_escapes_and_no_header_of_a_stranger() -> None:
