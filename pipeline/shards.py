@@ -438,8 +438,7 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if folder.size(MANIFEST) is None:
         raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
     manifest = parse_json(place, read_content(folder, MANIFEST, "Restore it from a backup, or score again"))
-    sections = ("identity", "plan", "declared")
-    if manifest.get("format") != "refshard" or not all(isinstance(manifest.get(s), dict) for s in sections):
+    if manifest.get("format") != "refshard" or not _has_shape_of_manifest(manifest):
         raise DataError(f"{place}: not a refshard manifest")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise IdentityError(
@@ -450,6 +449,24 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if not _is_sealed(manifest):
         raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says")
     return manifest
+
+
+def _has_shape_of_manifest(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything is there, and of its type, that readers take for granted."""
+    identity, plan, declared = (manifest.get(section) for section in ("identity", "plan", "declared"))
+    if not (isinstance(identity, dict) and isinstance(plan, dict) and isinstance(declared, dict)):
+        return False
+    tokenization, rows, size = identity.get("tokenization"), plan.get("rows", "0:"), plan.get("rows_per_shard", 1)
+    return (
+        isinstance(identity.get("reference"), dict)
+        and isinstance(tokenization, dict)
+        and isinstance(tokenization.get("token_logps"), bool)
+        and isinstance(tokenization.get("max_length"), int | None)
+        and isinstance(rows, str)
+        and re.fullmatch(r"[0-9]{1,18}:[0-9]{0,18}", rows) is not None
+        and isinstance(size, int)
+        and size > 0
+    )
 
 
 def read_content(folder: Folder, name: str, way_on: str) -> bytes:

@@ -30,11 +30,13 @@ from transformers import LlamaForCausalLM
 from pipeline import sources
 from pipeline.config import DataConfig, load_config, training_settings
 from pipeline.errors import RefshardError, one_line
-from pipeline.fingerprint import identity_of_run
+from pipeline.fingerprint import fingerprint_of, identity_of_run
+from pipeline.folders import LocalFolder
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.models import load_policy, load_reference, load_tokenizer, policy_settings
-from pipeline.shards import open_store, read_parts
+from pipeline.shards import _sealed, open_store, read_parts
 from pipeline.sources import LARGEST_ROW, count_rows, open_source, read_rows
+from pipeline.verify import verify_store
 
 SECONDS = 5.0
 """Of the processor, most that a case may take; most take milliseconds."""
@@ -946,10 +948,21 @@ def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
         yield from json_paths(item, (*path, key))
 
 
+def signed(tree: Any) -> bytes:
+    """What a stranger would write who knows the format: with a digest and a fingerprint that are right."""
+    if isinstance(tree, dict):
+        tree.pop("sha256", None)
+        if "identity" in tree:
+            tree["fingerprint"] = fingerprint_of(tree["identity"])
+        return _sealed(tree)
+    return json.dumps(tree).encode()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("write", [lambda tree: json.dumps(tree).encode(), signed], ids=["edited", "signed"])
 @pytest.mark.parametrize("file", ["manifest.json", "index.json"])
 def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
-    scored: Path, tmp_path: Path, file: str
+    scored: Path, tmp_path: Path, file: str, write: Callable[[Any], bytes]
 ) -> None:
     folder = shutil.copytree(scored, tmp_path / "train")
     expected, content = read_store(folder), (folder / file).read_text()
@@ -963,10 +976,11 @@ def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
                 del parent[path[-1]]
             else:
                 parent[path[-1]] = value
-            (folder / file).write_text(json.dumps(tree))
+            (folder / file).write_bytes(write(tree))
             tried += 1
             try:
                 found = read_store(folder)
+                assert verify_store(LocalFolder(folder)).parts
             except RefshardError as error:
                 assert error.exit_status in (65, 74, 75, 78)
                 refusals += 1
