@@ -46,7 +46,7 @@ train: precompute
 endif
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python tests/bench/run.py --json tests/bench/results/cpu.json $(ARGS)
