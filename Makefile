@@ -47,7 +47,7 @@ train: precompute
 endif
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test-nightly: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m nightly
