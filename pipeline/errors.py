@@ -16,6 +16,7 @@ __all__ = [
     "StorageError",
     "UnfinishedError",
     "one_line",
+    "printable",
 ]
 
 
@@ -74,12 +75,13 @@ class FencedError(RefshardError):
 
 
 def one_line(text: str, most: int = 2000) -> str:
-    """Make text safe to show: in one line, shortened in its middle, with nothing in it that a terminal obeys.
-
-    Whatever does not print (escape sequences, marks that turn the writing direction, half surrogate pairs) is written
-    as Python would write it in a string.
-    """
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """Make text safe to show: in one line, shortened in its middle, with nothing in it that a terminal obeys."""
+    line = printable(" ".join(text.split()))
     # The end says what to do.
     return line if len(line) <= most else f"{line[: most * 3 // 4]} ... {line[-most // 4 :]}"
+
+
+def printable(text: str) -> str:
+    """Write whatever does not print (escape sequences, marks that turn the writing direction, half surrogate pairs) as
+    Python would write it in a string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

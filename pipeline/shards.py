@@ -11,6 +11,7 @@ needs pyarrow and numpy only.
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -456,16 +457,34 @@ def _has_shape_of_manifest(manifest: Mapping[str, Any]) -> bool:
     identity, plan, declared = (manifest.get(section) for section in ("identity", "plan", "declared"))
     if not (isinstance(identity, dict) and isinstance(plan, dict) and isinstance(declared, dict)):
         return False
-    tokenization, rows, size = identity.get("tokenization"), plan.get("rows", "0:"), plan.get("rows_per_shard", 1)
+    tokenization = identity.get("tokenization")
     return (
-        isinstance(identity.get("reference"), dict)
+        _has_shape_of_reference(identity.get("reference"))
         and isinstance(tokenization, dict)
         and isinstance(tokenization.get("token_logps"), bool)
         and isinstance(tokenization.get("max_length"), int | None)
-        and isinstance(rows, str)
+        and ("rows" not in plan or _has_shape_of_ranges(plan))
+    )
+
+
+def _has_shape_of_ranges(plan: Mapping[str, Any]) -> bool:
+    rows = plan["rows"]
+    return (
+        isinstance(rows, str)
         and re.fullmatch(r"[0-9]{1,18}:[0-9]{0,18}", rows) is not None
-        and isinstance(size, int)
-        and size > 0
+        and _is_count(plan.get("rows_per_shard"))
+        and plan["rows_per_shard"] > 0
+    )
+
+
+def _has_shape_of_reference(reference: Any) -> bool:
+    if not isinstance(reference, dict) or "declared" in reference:
+        return isinstance(reference, dict)
+    bits = reference.get("quantization")
+    return (
+        all(isinstance(reference.get(name), str) for name in ("weights", "dtype"))
+        and isinstance(reference.get("adapter"), str | None)
+        and (bits is None or (isinstance(bits, dict) and _is_count(bits.get("bits"))))
     )
 
 
@@ -565,7 +584,7 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def _check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
-    parts, totals = index.get("parts"), index.get("totals")
+    parts, totals, noise = index.get("parts"), index.get("totals"), index.get("noise")
     if index.get("fingerprint") != fingerprint or not isinstance(parts, list):
         raise DataError(f"{place}: does not belong to the manifest beside it. {_DELETE_INDEX}")
     if not _is_sealed(index):
@@ -575,14 +594,36 @@ def _check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None
         if not isinstance(part, dict) or part.get("file") != part_name(number):
             raise DataError(f"{place}: entry {number} must name {part_name(number)}. {_DELETE_INDEX}")
     if (
-        not isinstance(totals, dict)
-        or not totals.keys() >= Ledger().as_dict().keys()
-        or not all(isinstance(part.get("rows"), int) for part in parts)
-        or sum(part["rows"] for part in parts) != totals["kept"]
-        or not isinstance(index.get("noise"), dict)
-        or index["noise"].keys() != vars(NoiseFloor()).keys()
+        not all(_is_count(part.get("rows")) and _is_count(part.get("bytes")) for part in parts)
+        or not _has_shape_of_totals(totals)
+        or not _has_shape_of_noise(noise)
+        or sum(part["rows"] for part in parts) != index["totals"]["kept"]
     ):
         raise DataError(f"{place}: damaged, its parts do not add up to its totals. {_DELETE_INDEX}")
+
+
+def _has_shape_of_totals(totals: Any) -> bool:
+    return (
+        isinstance(totals, dict)
+        and all(_is_count(totals.get(name)) for name in ("rows", "kept"))
+        and all(
+            isinstance(totals.get(name), dict) and all(map(_is_count, totals[name].values()))
+            for name in ("dropped", "noted")
+        )
+    )
+
+
+def _has_shape_of_noise(noise: Any) -> bool:
+    return (
+        isinstance(noise, dict)
+        and noise.keys() == vars(NoiseFloor()).keys()
+        and _is_count(noise["tokens"])
+        and all(isinstance(noise[name], int | float) and 0 <= noise[name] < math.inf for name in ("mean", "largest"))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _decode(place: str, content: bytes, columns: Sequence[str] | None, way_on: str) -> pa.Table:

@@ -11,7 +11,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UnfinishedError
+from pipeline.errors import UnfinishedError, printable
 from pipeline.intake import Ledger
 from pipeline.shards import Store, find_stores, open_store, read_parts
 
@@ -95,7 +95,7 @@ def _share_positive(values: npt.NDArray[Any]) -> float | None:
 def _described_reference(reference: Mapping[str, Any]) -> str:
     if "declared" in reference:
         return "declared by name, weights unknown"
-    quantization = f", {reference['quantization']['bits']} bits" if reference["quantization"] else ""
+    quantization = f", {reference['quantization']['bits']} bits" if reference.get("quantization") else ""
     return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
 
 
@@ -113,12 +113,12 @@ def _as_text(entry: Mapping[str, Any]) -> str:
     stored = "stored" if tokenization["token_logps"] else "not stored"
     lines = [
         entry["store"],
-        f"  reference     {declared['reference']} ({_described_reference(reference)})",
+        f"  reference     {declared.get('reference', 'unknown')} ({_described_reference(reference)})",
     ]
     if declared.get("reference_adapter") and reference.get("adapter"):
         lines.append(f"  adapter       {declared['reference_adapter']} ({reference['adapter'][:12]})")
     lines += [
-        f"  dataset       {declared['dataset']}",
+        f"  dataset       {declared.get('dataset', 'unknown')}",
         f"  fingerprint   {entry['fingerprint']}",
         f"  max_length    {tokenization['max_length']}, token logps {stored}",
         f"  noise floor   {_described_noise(entry['noise'])}",
@@ -140,4 +140,4 @@ def _as_text(entry: Mapping[str, Any]) -> str:
             f"{entry['share_chosen_longer']:.1%}.",
             "  margin = log p(chosen) - log p(rejected) under the reference.",
         ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from pipeline.config import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
-from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError
+from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError, one_line, printable
 from pipeline.shards import Store, find_stores, open_store, read_part
 from pipeline.verify import Findings, delete_leftovers, verify_store
 
@@ -34,7 +34,7 @@ def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
         findings = verify_store(folder)
         click.echo(_as_text(findings))
         for problem in findings.problems:
-            click.echo(f"  problem     {problem}", err=True)
+            click.echo(f"  problem     {one_line(str(problem))}", err=True)
         if clean:
             click.echo(f"  deleted     {delete_leftovers(folder)} temporary files, of more than an hour ago")
         problems += findings.problems
@@ -68,7 +68,7 @@ def _as_text(found: Findings) -> str:
         )
     if found.strangers:
         lines.append(f"  strangers   {', '.join(found.strangers[:5])}: not the store's; nobody reads them")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _score_again(store: Store, model: str, sample: int) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
+from conftest import forge_part, make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 
 import pipeline.models
 import pipeline.scoring
@@ -74,8 +74,7 @@ def shift(part: Path, by: float, *, sums_only: bool = False) -> None:
         for name, column in columns.items():
             at = table.schema.get_field_index(name)
             table = table.set_column(at, table.schema.field(name), column)
-    part.unlink()
-    pq.write_table(table, part, write_page_checksum=True)
+    forge_part(part, table)
 
 
 # Faults in the shards.

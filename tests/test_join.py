@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import forge_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -496,7 +497,7 @@ def _make_store_with_edited_sum(folder: Path, change: float) -> Store:
     table = pq.read_table(file)
     at = table.column_names.index("ref_chosen_logps")
     edited = pa.array([-300.0 + change], pa.float32())
-    pq.write_table(table.set_column(at, table.schema.field(at), edited), file, store_schema=True)
+    forge_part(file, table.set_column(at, table.schema.field(at), edited))
     (folder / "index.json").unlink()
     assert finish_store(folder, 2) == []
     return open_store(folder)

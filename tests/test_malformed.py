@@ -37,6 +37,7 @@ from pipeline.models import load_policy, load_reference, load_tokenizer, policy_
 from pipeline.shards import _sealed, open_store, read_parts
 from pipeline.sources import LARGEST_ROW, count_rows, open_source, read_rows
 from pipeline.verify import verify_store
+from stages import inspect
 
 SECONDS = 5.0
 """Of the processor, most that a case may take; most take milliseconds."""
@@ -981,6 +982,7 @@ def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
             try:
                 found = read_store(folder)
                 assert verify_store(LocalFolder(folder)).parts
+                inspect.run(str(folder), as_json=False)
             except RefshardError as error:
                 assert error.exit_status in (65, 74, 75, 78)
                 refusals += 1

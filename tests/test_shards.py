@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import forge_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from pipeline.shards import (
     ScoredPair,
     Store,
     SummedPair,
-    _digest_of_content,
     _sealed,
     create_store,
     delete_store,
@@ -338,9 +338,7 @@ def test_a_footer_without_its_noise_stops_the_index(tmp_path: Path, footer: byte
     metadata = {k: v for k, v in table.schema.metadata.items() if k != b"refshard.noise"}
     if footer is not None:
         metadata[b"refshard.noise"] = footer
-    said = {key.decode(): value.decode() for key, value in metadata.items()}
-    metadata[b"refshard.digest"] = _digest_of_content(table, said).encode()
-    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / part_name(0), store_schema=True)
+    forge_part(tmp_path / part_name(0), table.replace_schema_metadata(metadata))
     with pytest.raises(DataError, match=r"part-00000\.parquet: damaged, its footer"):
         finish_store(tmp_path, 1)
 
@@ -731,10 +729,10 @@ def test_an_edited_index_is_refused(folder: Path, change: Callable[[dict[str, An
     assert len(list(read_parts(open_store(folder)))) == 3
 
 
-@pytest.mark.parametrize("key", ["bytes", "sha256"])
-def test_an_index_entry_without_its_digest_vouches_for_nothing(folder: Path, key: str) -> None:
+@pytest.mark.parametrize(("key", "named"), [("bytes", r"index\.json"), ("sha256", r"part-00001\.parquet")])
+def test_an_index_entry_without_its_digest_vouches_for_nothing(folder: Path, key: str, named: str) -> None:
     rewrite_json(folder / "index.json", lambda index: index["parts"][1].pop(key))
-    with pytest.raises(DataError, match=r"part-00001\.parquet: damaged"):
+    with pytest.raises(DataError, match=f"{named}: damaged"):
         read_part(open_store(folder), 1)
 
 
