@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -25,7 +24,7 @@ from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.processes import largest, on_main_process
 from pipeline.signals import StopFlag
 from pipeline.sources import open_source
-from pipeline.storage import read_json, write_json
+from pipeline.storage import read_json, sync_tree, write_json
 from pipeline.trainer import EvaluationLeft, PairTrainer
 
 __all__ = [
@@ -60,7 +59,7 @@ def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], atte
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": read_sha256(file)}
-    _sync(folder)
+    sync_tree(folder)
     marker = {"step": step, "attempt": attempt, "identity": identity, "files": files}
     write_json(folder / MARKER, {**marker, "digest": _digest(marker)})
 
@@ -402,16 +401,3 @@ def _is_intact(marker: Mapping[str, Any]) -> bool:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder on the disk: the files and folders in it, itself, and its name in the folder above."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise StorageError(f"{path}: can't be written to the disk ({error.strerror or error})") from error

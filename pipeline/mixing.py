@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config import Config, ReferenceConfig
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models import ADAPTER_WEIGHTS, load_plain
-from pipeline.storage import read_json, sync_files, write_json
+from pipeline.storage import read_json, sync_tree, write_json
 
 __all__ = ["MARKER", "mix"]
 
@@ -57,7 +57,7 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
         mixed = work / "mixed"
         _mix_files(policy, previous, mixed, config.reference.sync.mixup_alpha)
         write_json(mixed / MARKER, made_from)
-        sync_files(mixed)
+        sync_tree(mixed)
         try:
             mixed.rename(target)
         except OSError:

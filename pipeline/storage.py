@@ -23,7 +23,7 @@ __all__ = [
     "read_json",
     "replace_file",
     "storage_error",
-    "sync_files",
+    "sync_tree",
     "write_json",
 ]
 
@@ -36,7 +36,7 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def put_if_absent(file: Path, content: bytes) -> bool:
@@ -54,7 +54,7 @@ def put_if_absent(file: Path, content: bytes) -> bool:
             finally:
                 temporary.unlink(missing_ok=True)
             # Also where another was first: what is there counts as done from here on.
-            _sync_folder(file.parent)
+            _sync(file.parent)
         except FileNotFoundError as error:
             # Who cleans up may take a running writer's file for a dead one's; then it is written again.
             if not (tries_left and file.parent.exists()):
@@ -74,7 +74,7 @@ def replace_file(file: Path, content: bytes) -> None:
     try:
         _write_durably(temporary, content)
         temporary.replace(file)
-        _sync_folder(file.parent)
+        _sync(file.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -86,15 +86,17 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
-def sync_files(folder: Path) -> None:
-    """Have the files of a folder on the disk before its name says that they are."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+    """Have a folder on the disk: the files and folders in it, itself, and its name in the folder above.
+
+    Raises:
+        StorageError: The disk is full or failing.
+    """
+    for path in (*folder.rglob("*"), folder, folder.parent):
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _sync_folder(folder)
+            _sync(path)
+        except OSError as error:
+            raise storage_error(path, error) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -176,8 +178,9 @@ def _same_file(a: Path, b: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a folder's names, or a file's content, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -45,7 +45,7 @@ from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import describe, open_source
-from pipeline.storage import read_json, replace_file, sync_files, write_json
+from pipeline.storage import read_json, replace_file, sync_tree, write_json
 from pipeline.trainer import (
     EvaluationLeft,
     PairTrainer,
@@ -272,7 +272,7 @@ def _save_policy(trainer: PairTrainer, attempt: Attempt) -> None:
     trainer.accelerator.wait_for_everyone()
 
     def put() -> None:
-        sync_files(staging)
+        sync_tree(staging)
         attempt.check()
         for file in sorted(staging.iterdir()):
             file.replace(output / file.name)

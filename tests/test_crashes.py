@@ -292,7 +292,7 @@ def _without_the_files_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def _without_the_folders_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(storage, "_sync_folder", lambda folder: None)
+    patch.setattr(storage, "_sync", lambda folder: None)
 
 
 def _written_in_place(patch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def _written_in_place(patch: pytest.MonkeyPatch) -> None:
         if file.exists():
             return False
         storage._write_durably(file, content)
-        storage._sync_folder(file.parent)
+        storage._sync(file.parent)
         return True
 
     patch.setattr(storage, "put_if_absent", in_place)

@@ -23,6 +23,7 @@ import pyarrow.parquet.encryption as pe
 import pytest
 import torch
 from conftest import make_tokenizer, refshard, simple_rows, write_config, write_jsonl
+from faults.tally import tally
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -613,6 +614,7 @@ def test_data_is_read_whole_or_refused_by_place_and_reason(case: Case, tmp_path:
         assert ledger.rows == 3
         assert [entry["row"] for entry in ledger.skipped] == [1]
     assert time.process_time() - start < SECONDS
+    tally("malformed or odd data", 1, outcome="refused by file, line and reason, or read whole")
 
 
 def read_settings(file: Path) -> None:
@@ -637,6 +639,7 @@ def test_settings_are_refused_by_file_or_key(case: Case, tmp_path: Path, monkeyp
     assert caught.value.exit_status == 2
     assert "secret" not in str(caught.value)
     assert time.process_time() - start < SECONDS
+    tally("malformed settings", 1, outcome="refused by file or key")
 
 
 def test_a_long_line_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,6 +813,7 @@ def test_a_damaged_model_is_refused_by_its_key_or_loads(
     except RefshardError as error:
         assert error.exit_status in (2, 65, 74)
         assert str(folder) in str(error)
+    tally("a damaged model or adapter", 1, outcome="refused by its setting, or loaded")
 
 
 DAMAGED_ADAPTERS: dict[str, Callable[[Path], Any]] = {
@@ -936,6 +940,7 @@ def test_a_damaged_store_is_refused_by_name(scored: Path, tmp_path: Path, damage
         read_store(folder)
     assert caught.value.exit_status in (65, 74, 75, 78)
     assert str(folder) in str(caught.value)
+    tally("a store damaged in one of many ways", 1, outcome="refused by name")
 
 
 WRONG_VALUES = (None, -1, 0, 10**30, 1.5, float("nan"), True, "", "x", [], {}, [[]], {"x": 1})
@@ -990,6 +995,7 @@ def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
             assert found == expected, (path, value)
     assert tried > 100
     assert refusals > tried // 3
+    tally(f"a wrong value in {file}", tried, outcome="refused, or not a row changed")
 
 
 @pytest.mark.slow

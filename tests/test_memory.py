@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
+from faults.tally import tally
 
 from pipeline import memory, scoring
 from pipeline.errors import ConfigError
@@ -358,6 +359,7 @@ def test_a_cpu_that_really_ran_out_of_memory_goes_on_with_less() -> None:
     assert "Out of memory: going on with" in done.stderr
     assert budget < 8000 and count == 60
     assert gap < 1e-4
+    tally("memory that ran out in the middle of a unit", 1, outcome="the unit scored again in smaller batches")
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

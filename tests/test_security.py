@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from conftest import make_tokenizer, refshard, simple_rows, write_jsonl
+from faults.tally import tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -50,9 +51,11 @@ class Payload:
 
 
 @pytest.fixture
-def mark(tmp_path: Path) -> Path:
+def mark(tmp_path: Path) -> Iterator[Path]:
     """The file that a payload leaves."""
-    return tmp_path / "it-ran"
+    yield tmp_path / "it-ran"
+    if not (tmp_path / "it-ran").exists():
+        tally("a payload that leaves a file when it is run", 1, outcome="never run")
 
 
 def test_the_payload_is_live(mark: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_second_writer_loses_and_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_new_folder_is_synced_into_those_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr(storage, "_sync_folder", synced.append)
+    monkeypatch.setattr(storage, "_sync", synced.append)
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     assert sorted(synced) == [tmp_path, tmp_path / "a"]
