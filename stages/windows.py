@@ -47,6 +47,8 @@ def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug:
         click.exceptions.Exit: A command failed, which has said why; with its exit status.
     """
     flag = watch_signals()
+    for needed in ("pipeline.gate", "pipeline.trainer", "pipeline.windows"):
+        importlib.import_module(needed)
     program = ["--debug"] if debug else []
     output = Path(training_settings(config)["output_dir"])
     if overwrite:
@@ -75,11 +77,8 @@ def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,))
     """Run a command in a process of its own and hand signals on to it."""
     if flag:
         raise UnfinishedError("stopped by a signal; all that was done is saved. Run the same command again")
-    # Forks of a server that has imported the libraries start at once and share nothing with each other.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["pipeline.trainer", "pipeline.gate", "pipeline.windows"])
+    # A fork starts at once, with the libraries imported; this process does nothing else with them.
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     process = context.Process(target=_run_command, args=(["refshard", *words],))
     process.start()
     told = False

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
+from processes import Command
 
 from pipeline.config import load_config
 from pipeline.intake import Ledger, kept_pairs
@@ -43,16 +44,6 @@ def digests(folder: Path) -> dict[str, str]:
 
 def stored_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
-
-
-def start(*arguments: Any) -> subprocess.Popen[str]:
-    """Start the command without waiting for it, to be signalled."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
@@ -123,22 +114,23 @@ def test_any_number_of_workers_killed_or_not_gives_the_same_parts(make_run: Make
 
 def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
     before = set((output / "train").glob("part-*"))
-    process = start("precompute", "--config", config, "-o", f"precompute.output={output}", "--worker", worker)
-    while process.poll() is None and set((output / "train").glob("part-*")) == before:
+    process = Command("precompute", "--config", config, "-o", f"precompute.output={output}", "--worker", worker)
+    while process.status is None and set((output / "train").glob("part-*")) == before:
         time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def test_stage_one_leaves_with_75_on_a_signal_and_goes_on_from_there(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(400), precompute={"rows_per_shard": 8})
     refshard("precompute", "--config", config, "-o", f"precompute.output={tmp_path / 'undisturbed'}")
-    process = start("precompute", "--config", config)
-    while process.poll() is None and not list((tmp_path / "shards" / "train").glob("part-*")):
+    process = Command("precompute", "--config", config)
+    while process.status is None and not list((tmp_path / "shards" / "train").glob("part-*")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75, errors
+    process.signal(signal.SIGTERM)
+    process.wait()
+    _, errors = process.said()
+    assert process.status == 75, errors
     assert "Run the same command again" in errors
     assert not list((tmp_path / "shards" / "train").glob(".tmp-*"))
     refshard("precompute", "--config", config)
@@ -327,13 +319,14 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
     refshard("precompute", "--config", config)
     refshard("train", "--config", config, "-o", f"train.output_dir={tmp_path / 'undisturbed'}")
 
-    process = start("train", "--config", config)
+    process = Command("train", "--config", config)
     marker = tmp_path / "policy" / "checkpoint-5" / "refshard-commit.json"
-    while process.poll() is None and not marker.exists():
+    while process.status is None and not marker.exists():
         time.sleep(0.001)
-    process.send_signal(how)
-    _, errors = process.communicate()
-    assert process.returncode == (75 if how == signal.SIGTERM else -how), errors
+    process.signal(how)
+    process.wait()
+    _, errors = process.said()
+    assert process.status == (75 if how == signal.SIGTERM else -how), errors
     settings = (tmp_path / "policy" / "refshard.yaml").read_bytes()
     refused = refshard("train", "--config", config, "-o", "loss.beta=0.5", check=78)
     assert "loss.beta: saved" in refused.stderr

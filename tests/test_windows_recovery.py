@@ -1,32 +1,19 @@
 """TR-DPO, killed, signalled, damaged or called with other settings: the same command goes on, or says why not."""
 
-import contextlib
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import refshard
+from processes import Command
 from test_windows import ALPHA, EVERY, STEPS, folder, history, losses, write_run
 
 pytestmark = pytest.mark.slow
 
 __all__ = ["folder"]  # a fixture
-
-
-def start(*arguments: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def two_halves(config: Path) -> None:
@@ -40,20 +27,21 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
 ) -> None:
     sync = {"steps": EVERY, "mixup_alpha": ALPHA}
     train = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
+    begin = time.monotonic()
     refshard("train", "--config", write_run(folder, tmp_path / "undisturbed", sync, lora=lora, **train))
+    duration = time.monotonic() - begin
     config = write_run(folder, tmp_path / "killed", sync, lora=lora, **train)
     chance = random.Random(int(lora))
     kills = 0
     for _ in range(40):
-        process = start("train", "--config", config)
+        process = Command("train", "--config", config)
         # From before the first scoring to the middle of a window further on.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(2.0, 5.0))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        process.wait(chance.uniform(0.05, 0.5) * duration)
+        if process.status is None:
+            process.signal(signal.SIGKILL)
             kills += 1
         process.wait()
-        if kills >= 3 or process.returncode == 0:
+        if kills >= 2 or process.status == 0:
             break
     assert kills >= 1
     refshard("train", "--config", config)
@@ -67,12 +55,13 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
 def test_a_signal_ends_a_run_between_steps_with_75_and_it_goes_on(folder: Path, tmp_path: Path) -> None:
     sync = {"steps": EVERY, "mixup_alpha": ALPHA}
     config = write_run(folder, tmp_path, sync)
-    process = start("train", "--config", config)
-    while process.poll() is None and not (tmp_path / "policy" / "checkpoint-4").exists():
+    process = Command("train", "--config", config)
+    while process.status is None and not (tmp_path / "policy" / "checkpoint-4").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75, errors
+    process.signal(signal.SIGTERM)
+    process.wait()
+    _, errors = process.said()
+    assert process.status == 75, errors
     assert "Run the same command again" in errors
     refshard("train", "--config", config)
     assert len(losses(history(tmp_path))) == STEPS
@@ -153,10 +142,11 @@ def test_a_signal_in_the_middle_of_an_epoch_evaluates_nothing(folder: Path, tmp_
     config = write_run(
         folder, tmp_path, {"steps": 30}, eval_strategy="epoch", max_steps=120, gradient_accumulation_steps=2
     )
-    process = start("train", "--config", config)
-    while process.poll() is None and not list((tmp_path / "policy").glob("joined/*/test.arrow")):
+    process = Command("train", "--config", config)
+    while process.status is None and not list((tmp_path / "policy").glob("joined/*/test.arrow")):
         time.sleep(0.01)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode in (0, 75), errors
+    process.signal(signal.SIGTERM)
+    process.wait()
+    _, errors = process.said()
+    assert process.status in (0, 75), errors
