@@ -628,26 +628,43 @@ def _is_count(value: Any) -> bool:
 
 def _decode(place: str, content: bytes, columns: Sequence[str] | None, way_on: str) -> pa.Table:
     try:
-        return pq.read_table(
-            io.BytesIO(content),
-            columns=columns and list(columns),
-            page_checksum_verification=True,
-            **_THRIFT_LIMITS,
-        )
-    except (pa.ArrowException, OSError, ValueError) as error:
+        with _open_part(content) as part:
+            return part.read(columns and list(columns))
+    except _UNREADABLE as error:
         raise DataError(f"{place}: damaged ({error}). {way_on}") from error
-
-
-_THRIFT_LIMITS = {"thrift_string_size_limit": 2**28, "thrift_container_size_limit": 2**20}
-"""What a file's footer may make the reader allocate: strings hold what a unit skipped, lists its row groups"""
 
 
 def _footer(place: str, content: bytes) -> dict[bytes, bytes]:
     try:
-        with pq.ParquetFile(io.BytesIO(content), **_THRIFT_LIMITS) as file:
-            return dict(file.schema_arrow.metadata or {})
-    except (pa.ArrowException, OSError, ValueError) as error:
+        with _open_part(content) as part:
+            return dict(part.schema_arrow.metadata or {})
+    except _UNREADABLE as error:
         raise DataError(f"{place}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
+
+
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+
+
+def _open_part(content: bytes) -> pq.ParquetFile:
+    """Open the bytes of a part, from whomever they are.
+
+    Raises:
+        ValueError: They would unpack to more than any part does; or what the library raises for what is no Parquet.
+    """
+    start = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
+    # The footer may name types of other libraries, whose code would run to make them; columns are plain without it.
+    plain = content[:start] + content[start:].replace(b"ARROW:schema", b"no-ARROW-use")
+    part = pq.ParquetFile(
+        pa.BufferReader(plain),
+        page_checksum_verification=True,
+        # What a footer may have allocated: strings hold what a unit skipped, lists its row groups.
+        thrift_string_size_limit=2**28,
+        thrift_container_size_limit=2**20,
+    )
+    groups = range(part.metadata.num_row_groups)
+    if sum(part.metadata.row_group(number).total_byte_size for number in groups) > _MOST_BYTES:
+        raise ValueError(f"would unpack to more than {_MOST_BYTES:,} bytes")
+    return part
 
 
 def _check_footer(place: str, metadata: Mapping[bytes, bytes], fingerprint: str, unit: int) -> None:

@@ -3,6 +3,7 @@
 The kills are in test_kills, the store's own faults in test_store_faults, memory that ran out in test_memory.
 """
 
+import multiprocessing
 import random
 import re
 import shutil
@@ -172,6 +173,33 @@ def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeR
     assert "changed while it was scored" in command.said()[1]
     assert not (store / "index.json").exists()
     tally("the dataset changed while it was scored", 1, outcome="78, no index")
+
+
+def _run_both_stages_on_a_jumping_clock(config: Path, output: Path) -> None:
+    from stages.cli import main
+
+    jump = random.Random(0)
+    honest, honest_ns = time.time, time.time_ns
+    time.time = lambda: honest() + jump.uniform(-1e8, 1e8)
+    time.time_ns = lambda: honest_ns() + jump.randrange(-(10**17), 10**17)
+    places = [f"precompute.output={output}", f"train.output_dir={output / 'policy'}"]
+    for command in ("precompute", "train"):
+        main([command, "--config", str(config), "-o", places[0], "-o", places[1]], standalone_mode=False)
+
+
+def test_a_clock_that_jumps_changes_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(train={"save_strategy": "steps", "save_steps": 1})
+    still = ["-o", f"precompute.output={tmp_path / 'a'}", "-o", f"train.output_dir={tmp_path / 'a' / 'policy'}"]
+    for command in ("precompute", "train"):
+        refshard(command, "--config", config, *still)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_run_both_stages_on_a_jumping_clock, args=(config, tmp_path / "b"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    for name in ("train/part-00000.parquet", "train/index.json", "policy/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    tally("a clock that jumps by years, both stages", 1, outcome="the same bytes")
 
 
 def test_no_decision_hangs_on_a_clock() -> None:
