@@ -1,6 +1,7 @@
 """Run every fault in its long version and write docs/reliability.md: what was tried, what came of it, how to repeat it.
 
 python tests/faults/report.py                 runs it all, most of an hour on two cores
+python tests/faults/report.py --only NAME     one file of tests again, like test_kills; the rest as it was
 python tests/faults/report.py --page          writes the page again from the results of the last run
 """
 
@@ -35,15 +36,18 @@ FILES = {
 """Sections of the page, and the tests whose tallies are in them"""
 
 
-def run_tests(tally: Path) -> None:
-    """Run the tests, long versions included; each writes down what it tried."""
-    files = [f"tests/{name}.py" for names in FILES.values() for name in names]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "", "--numprocesses", "2", "--dist", "loadscope", *files],
-        cwd=ROOT,
-        env={**os.environ, VARIABLE: str(tally)},
-        check=True,
-    )
+def run_tests(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Run files of tests, long versions included; gives what each test tried."""
+    files = [f"tests/{name}.py" for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        tally = Path(folder) / "tally.jsonl"
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "", "--numprocesses", "2", "--dist", "loadscope", *files],
+            cwd=ROOT,
+            env={**os.environ, VARIABLE: str(tally)},
+            check=True,
+        )
+        return add_up(tally.read_text(encoding="utf-8").splitlines())
 
 
 def run_mutations() -> dict[str, bool]:
@@ -122,17 +126,25 @@ def page(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run every fault in its long version and write the page of results.")
     parser.add_argument("--page", action="store_true", help="write the page from the last run's results alone")
+    parser.add_argument("--only", help="run one file of tests again, and put its results in the place of the old ones")
     chosen = parser.parse_args()
-    if not chosen.page:
-        with tempfile.TemporaryDirectory() as folder:
-            tally = Path(folder) / "tally.jsonl"
-            run_tests(tally)
-            tallies = add_up(tally.read_text(encoding="utf-8").splitlines())
+    if chosen.only:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        others = [entry for entry in results["tallies"] if f"/{chosen.only}.py" not in entry["test"]]
+        results["tallies"] = sorted([*others, *run_tests([chosen.only])], key=lambda entry: entry["test"])
+        _keep(results)
+    elif not chosen.page:
+        tallies = run_tests(name for names in FILES.values() for name in names)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow", "s3fs", "moto"))
         machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}, {versions}"
-        results = {"machine": machine, "tallies": tallies, "mutations": run_mutations()}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results = {"machine": machine, "tallies": tallies, "mutations": {}}
+        _keep(results)
+        _keep({**results, "mutations": run_mutations()})
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def _keep(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
