@@ -7,7 +7,7 @@ from multiprocessing import connection, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopFlag", "watch_signals", "work_unsignalled"]
+__all__ = ["StopFlag", "leave_with_parent", "watch_signals", "work_unsignalled"]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
 _STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
@@ -66,13 +66,19 @@ def work_unsignalled(closing: Any) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave_if_meant)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
     # Libraries look after the parent between two items only, and wait for their queue to be read before they leave:
     # without a reader, forever, once an item is larger than the pipe.
+    leave_with_parent(1)
+
+
+def leave_with_parent(status: int) -> None:
+    """Have this process end, with that exit status, as soon as the one that started it is gone, however it went."""
     parent = parent_process()
-    if parent is not None:
+    if parent is None:
+        return
+
+    def wait_and_leave() -> None:
         connection.wait([parent.sentinel])
-        os._exit(1)
+        os._exit(status)
+
+    threading.Thread(target=wait_and_leave, daemon=True).start()

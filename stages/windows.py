@@ -14,9 +14,7 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Sequence
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from pipeline.config import Config, training_settings
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
 from pipeline.shards import delete_store
-from pipeline.signals import StopFlag, watch_signals
+from pipeline.signals import StopFlag, leave_with_parent, watch_signals
 
 __all__ = ["run"]
 
@@ -97,13 +95,6 @@ def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,))
 
 def _run_command(words: list[str]) -> None:
     # Without the one who would start the next command, going on would only get in a rerun's way.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    leave_with_parent(_UNFINISHED)
     sys.argv = words
     importlib.import_module("stages.cli").run()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(_UNFINISHED)
