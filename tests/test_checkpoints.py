@@ -28,7 +28,7 @@ from pipeline.checkpoints import (
 from pipeline.config import load_config
 from pipeline.errors import DataError, FencedError, IdentityError
 from pipeline.signals import StopFlag
-from pipeline.trainer import EvaluationLeft
+from pipeline.trainer import EvaluationLeft, PairTrainer
 
 IDENTITY = {
     "fingerprint": "f" * 64,
@@ -501,6 +501,23 @@ def test_a_start_that_was_overtaken_commits_nothing(tmp_path: Path) -> None:
     with pytest.raises(FencedError):
         callback.on_save(arguments, state, transformers.TrainerControl())
     assert not (tmp_path / "checkpoint-5" / MARKER).exists()
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_start_that_was_overtaken_in_the_middle_of_a_save_writes_no_further_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    written = []
+    monkeypatch.setattr(transformers.Trainer, part, lambda self, folder: written.append(folder))
+    monkeypatch.setattr(PairTrainer, "is_world_process_zero", lambda self: True)
+    trainer = object.__new__(PairTrainer)
+    trainer._attempt = claim_run(tmp_path, {})
+    getattr(trainer, part)("folder")
+    assert written == ["folder"]
+    claim_run(tmp_path, {})
+    with pytest.raises(FencedError):
+        getattr(trainer, part)("folder")
+    assert written == ["folder"]
 
 
 def test_the_marker_says_which_start_wrote_it(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ MUTATIONS = [
         "pipeline/trainer.py",
         "        if self._attempt is not None and self.is_world_process_zero():",
         "        if False:",
-        "tests/test_preemption.py -k comes_back",
+        "tests/test_checkpoints.py",
     ),
     Mutation(
         "optimizer and schedule at the checkpoint's step",

@@ -76,13 +76,15 @@ def add_up(lines: Iterable[str]) -> list[dict[str, Any]]:
 def page(results: dict[str, Any]) -> str:
     """The page, from the results of a run."""
     tallies, noticed = results["tallies"], results["mutations"]
+    fuzzed = sum(entry["tried"] for entry in tallies if "test_fuzz" in entry["test"])
     total = {number: sum(entry[number] for entry in tallies) for number in ("tried", "lost", "wrong")}
     lines = [
         "# Reliability, tried out",
         "",
-        f"{total['tried']:,} faults, injected for real: rows lost {total['lost']}, wrong values read {total['wrong']}. "
-        "Every fault ended in an error of one line with its exit status, or in nothing at all, and the same command "
-        "then finished the run as if nothing had happened.",
+        f"{total['tried'] - fuzzed:,} faults, injected for real, and {fuzzed:,} fuzzed inputs: rows lost "
+        f"{total['lost']}, wrong values read {total['wrong']}. Every fault ended in an error of one line with its exit "
+        "status, or in nothing at all, and the same command then finished the run as if nothing had happened. Each "
+        "test asserts its outcome; a line stands here only where it passed.",
         "",
         f"`python tests/faults/report.py` ran them and wrote this page ({results['machine']}). Each line can be had by "
         'itself: the command is `pytest -m "" TEST`. What `make test` runs of it is shorter, not different.',
@@ -127,12 +129,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run every fault in its long version and write the page of results.")
     parser.add_argument("--page", action="store_true", help="write the page from the last run's results alone")
     parser.add_argument("--only", help="run one file of tests again, and put its results in the place of the old ones")
+    parser.add_argument("--mutations", action="store_true", help="take the safeguards away again, and nothing else")
     chosen = parser.parse_args()
     if chosen.only:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
         others = [entry for entry in results["tallies"] if f"/{chosen.only}.py" not in entry["test"]]
         results["tallies"] = sorted([*others, *run_tests([chosen.only])], key=lambda entry: entry["test"])
         _keep(results)
+    elif chosen.mutations:
+        _keep({**json.loads(RESULTS.read_text(encoding="utf-8")), "mutations": run_mutations()})
     elif not chosen.page:
         tallies = run_tests(name for names in FILES.values() for name in names)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow", "s3fs", "moto"))

@@ -21,6 +21,6 @@ def tally(fault: str, tried: int, *, lost: int = 0, wrong: int = 0, outcome: str
     if os.environ.get(VARIABLE):
         with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
             # Like `tests/test_x.py::test_name[case] (call)`.
-            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("[")[0].removesuffix(" (call)")
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("[")[0].partition(" ")[0]
             line = {"fault": fault, "tried": tried, "lost": lost, "wrong": wrong, "outcome": outcome, "test": test}
             file.write(json.dumps(line) + "\n")
