@@ -299,16 +299,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Take each safeguard away and see that a test fails.")
     parser.add_argument("--only", default="", help="those whose name has this in it")
     chosen = parser.parse_args()
-    survived = []
+    tried, survived = 0, []
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_sources(Path(folder))
         for mutation in MUTATIONS:
             if chosen.only not in mutation.name:
                 continue
+            tried += 1
             noticed = notices(mutation, tree)
             print(f"{'noticed' if noticed else 'SURVIVED':9} {mutation.name}", flush=True)
             survived += [] if noticed else [mutation.name]
-    print(f"{len(survived)} of {len(MUTATIONS)} safeguards can be taken away unnoticed")
+    print(f"{len(survived)} of {tried} safeguards can be taken away unnoticed")
     sys.exit(1 if survived else 0)
 
 
