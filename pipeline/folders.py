@@ -21,6 +21,9 @@ LEFTOVERS = (".tmp-", ".probe-")
 """How the names begin that a killed process may leave behind; nobody reads them"""
 
 
+_AN_ERROR = object()
+
+
 @dataclass(frozen=True)
 class LocalFolder:
     """A folder on this machine, or one that is mounted here."""
@@ -173,16 +176,16 @@ class ObjectFolder:
     def delete(self, name: str) -> None:
         self._ask(name, lambda fs, path: fs.rm_file(path), missing=None)
 
-    def _ask(self, name: str, request: Callable[[Any, str], Any], **otherwise: Any) -> Any:
-        """Send a request. A name that is not there gives `missing`, or is an error where that is not named."""
+    def _ask(self, name: str, request: Callable[[Any, str], Any], *, missing: Any = _AN_ERROR) -> Any:
+        """Send a request. A name that is not there gives `missing`."""
         fs, path = _connect(self.url)
         try:
             return request(fs, f"{path}/{name}" if name else path)
         except FileExistsError:
             raise
         except FileNotFoundError as error:
-            if "missing" in otherwise:
-                return otherwise["missing"]
+            if missing is not _AN_ERROR:
+                return missing
             raise StorageError(f"{self.place(name)}: no such bucket or folder ({_first_line(error)})") from error
         # The clients have errors of their own, which are no OSErrors.
         except Exception as error:
