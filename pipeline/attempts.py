@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FencedError
-from pipeline.storage import put_if_absent
+from pipeline.storage import make_folder, put_if_absent, storage_error
 from pipeline.versions import library_versions
 
 __all__ = ["Attempt", "claim_run", "set_aside"]
@@ -54,7 +54,10 @@ def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:
         StorageError: The folder can't be written.
     """
     folder = _folder(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise storage_error(folder, error) from error
     about = {"host": platform.node(), "process": os.getpid(), "identity": identity, "versions": library_versions()}
     content = (json.dumps(about, indent=1, sort_keys=True) + "\n").encode()
     while True:

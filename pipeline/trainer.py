@@ -5,14 +5,15 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 
 import functools
 import multiprocessing.util
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from pipeline.attempts import Attempt, set_aside
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
@@ -32,6 +33,7 @@ __all__ = [
     "balance_weight",
     "make_collator",
     "router_aux_weight",
+    "saving",
     "training_arguments",
 ]
 
@@ -148,6 +150,29 @@ class EvaluationLeft(Exception):
         self.save = save
 
 
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Tell a disk that failed under the libraries, which have errors of their own for it, from a bug.
+
+    Raises:
+        StorageError: It did.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # What torch.save says when it can't write; a RuntimeError can be anything else.
+        if (
+            type(error) is RuntimeError
+            and "PytorchStreamWriter" not in str(error)
+            and "unexpected pos" not in str(error)
+        ):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise StorageError(
+            f"{what} can't be saved ({reason}). Free some space and run the same command again"
+        ) from error
+
+
 class PairTrainer(transformers.Trainer):
     """Trains a policy on pairs that carry their reference logps.
 
@@ -262,13 +287,8 @@ class PairTrainer(transformers.Trainer):
                 set_aside(folder)
 
         on_main_process(lambda: make_way(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
-        try:
+        with saving(f"{self.args.output_dir}: the checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(model, trial)
-        except OSError as error:
-            raise StorageError(
-                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} can't be saved "
-                f"({error.strerror or error})"
-            ) from error
 
     # A process that was stopped while it saved may come back when another start has made a folder of the same name,
     # so it looks again before each of the files.

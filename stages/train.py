@@ -52,6 +52,7 @@ from pipeline.trainer import (
     balance_weight,
     make_collator,
     router_aux_weight,
+    saving,
     training_arguments,
 )
 from pipeline.versions import library_versions
@@ -198,7 +199,8 @@ def _while_owned(attempt: Attempt) -> Iterator[None]:
     try:
         yield
     except Exception:
-        attempt.check()
+        with contextlib.suppress(OSError):
+            attempt.check()
         raise
 
 
@@ -268,15 +270,19 @@ def _finish(
 def _save_policy(trainer: PairTrainer, attempt: Attempt) -> None:
     """Save the policy beside, then put each file under its name: another start's writing can't mix with this one's."""
     output, staging = attempt.run_folder, attempt.run_folder / f"{_STAGING}{attempt.name}"
-    trainer.save_model(str(staging), _internal_call=True)
+    with saving(f"{output}: the policy"):
+        trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
 
     def put() -> None:
         sync_tree(staging)
         attempt.check()
-        for file in sorted(staging.iterdir()):
-            file.replace(output / file.name)
-        staging.rmdir()
+        with saving(f"{output}: the policy"):
+            for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+                target = output / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+            shutil.rmtree(staging)
 
     on_main_process(put)
     if trainer.args.push_to_hub:

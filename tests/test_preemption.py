@@ -17,6 +17,7 @@ from conftest import refshard
 from faults.kill_train import Scenario, digest, disturb, prepare
 from faults.tally import tally
 from faults.watched import Watched, start_ranks
+from test_store_faults import remount, tmpfs
 
 import stages.train
 from pipeline.checkpoints import MARKER, _problem, checkpoint_folders, commit_checkpoint, newest_step
@@ -504,3 +505,21 @@ def test_two_processes_go_on_bit_for_bit(two_processes: Scenario, output: Path, 
     _resume_from(two_processes, undisturbed, output, step)
     assert digest(output) == two_processes.weights
     assert history(output) == history(undisturbed)
+
+
+# A disk that is full
+
+
+@pytest.mark.parametrize("size", ["400k", "900k", "1600k"])
+def test_a_full_disk_under_the_run_is_told_as_such_and_the_run_goes_on_once_there_is_room(
+    scenario: Scenario, tmp_path: Path, size: str
+) -> None:
+    with tmpfs(tmp_path / "disk", size) as disk:
+        output = disk / "policy"
+        refused = refshard(*words(scenario, output), check=74)
+        assert "this is a bug" not in refused.stderr
+        remount(disk, "size=64m")
+        refshard(*words(scenario, output))
+        assert digest(output) == scenario.weights
+        assert whole(output)
+    tally("disk full in the middle of stage two", 1, outcome=f"74; {SAME}")
