@@ -23,7 +23,7 @@ from pipeline.digests import read_sha256, sha256_of_files
 from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.processes import largest, on_main_process
 from pipeline.signals import StopFlag
-from pipeline.sources import open_source
+from pipeline.sources import data_files, open_source
 from pipeline.storage import read_json, sync_tree, write_json
 from pipeline.trainer import EvaluationLeft, PairTrainer
 
@@ -260,7 +260,7 @@ def run_identity(
 def _content_of_data(config: Config) -> dict[str, str] | str | None:
     """Local data by content, since the order of its rows decides which pairs a step sees; other data by revision."""
     source = open_source(config.data)
-    files = sorted(Path(source.path).rglob("*.arrow")) if source.format == "disk" else source.files
+    files = data_files(source)
     return sha256_of_files(files) if files else source.revision
 
 

@@ -8,6 +8,7 @@ A file under its final name is whole and never changes. A missing index means un
 needs pyarrow and numpy only.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -368,8 +369,9 @@ def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -
         content := read_content(store.folder, name, way_on)
     ).hexdigest() != entry.get("sha256"):
         raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {way_on}")
-    _check_footer(place, _footer(place, content), store.fingerprint, number)
-    return _decode(place, content, columns, way_on)
+    with _opened(place, content, way_on) as part:
+        _check_footer(place, _metadata(part), store.fingerprint, number)
+        return part.read(columns and list(columns))
 
 
 def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -521,9 +523,10 @@ def check_part(folder: Folder, unit: int, content: bytes, manifest: Mapping[str,
         IdentityError: Another run's part.
     """
     place, way_on = folder.place(part_name(unit)), _DELETE_PART
-    metadata = _footer(place, content)
-    _check_footer(place, metadata, manifest["fingerprint"], unit)
-    table = _decode(place, content, None, way_on)
+    with _opened(place, content, way_on) as part:
+        metadata = _metadata(part)
+        _check_footer(place, metadata, manifest["fingerprint"], unit)
+        table = part.read()
     if not table.schema.equals(schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))):
         raise DataError(f"{place}: damaged, its columns are not those of a part. {way_on}")
     footer = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()}
@@ -626,23 +629,23 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _decode(place: str, content: bytes, columns: Sequence[str] | None, way_on: str) -> pa.Table:
+@contextlib.contextmanager
+def _opened(place: str, content: bytes, way_on: str) -> Iterator[pq.ParquetFile]:
+    """Open the bytes of a part once, for its footer and its columns. Raises DataError where they can't be read."""
+    unreadable = (pa.ArrowException, OSError, ValueError)
     try:
-        with _open_part(content) as part:
-            return part.read(columns and list(columns))
-    except _UNREADABLE as error:
-        raise DataError(f"{place}: damaged ({error}). {way_on}") from error
-
-
-def _footer(place: str, content: bytes) -> dict[bytes, bytes]:
-    try:
-        with _open_part(content) as part:
-            return dict(part.schema_arrow.metadata or {})
-    except _UNREADABLE as error:
+        part = _open_part(content)
+    except unreadable as error:
         raise DataError(f"{place}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
+    with part:
+        try:
+            yield part
+        except unreadable as error:
+            raise DataError(f"{place}: damaged ({error}). {way_on}") from error
 
 
-_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+def _metadata(part: pq.ParquetFile) -> dict[bytes, bytes]:
+    return dict(part.schema_arrow.metadata or {})
 
 
 def _open_part(content: bytes) -> pq.ParquetFile:

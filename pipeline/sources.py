@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.config import PAIR_COLUMNS, DataConfig, EvalSetConfig
 from pipeline.errors import BadRow, ConfigError, DataError, StorageError
 
-__all__ = ["LARGEST_ROW", "Row", "Source", "count_rows", "describe", "open_source", "read_rows"]
+__all__ = ["LARGEST_ROW", "Row", "Source", "count_rows", "data_files", "describe", "open_source", "read_rows"]
 
 LARGEST_ROW = 4 * 2**20
 """Bytes of one row of a text file. About a million tokens: what is longer is no preference, but a file without ends of
@@ -134,6 +134,11 @@ def count_rows(source: Source) -> int | None:
         return None
     stop = total if source.stop is None else min(source.stop, total)
     return max(0, stop - source.start)
+
+
+def data_files(source: Source) -> tuple[Path, ...]:
+    """The local files that hold the rows; none for a hub dataset."""
+    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
 
 
 def describe(source: Source) -> str:

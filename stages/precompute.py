@@ -57,7 +57,7 @@ from pipeline.shards import (
     write_part,
 )
 from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import Source, count_rows, describe, open_source
+from pipeline.sources import Source, count_rows, data_files, describe, open_source
 from pipeline.trainer import router_aux_weight, training_arguments
 from pipeline.versions import library_versions
 from pipeline.windows import check_mixable, prepare_reference, window_at, window_config
@@ -460,7 +460,7 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     Whether a bad row stops the run or is skipped is not in it: no part ever holds one. So the way on that an error
     names, to skip, goes on with the parts that are there.
     """
-    files = _files(source)
+    files = data_files(source)
     local = bool(files)
     of_window = {}
     if wanted is not None:
@@ -481,15 +481,10 @@ def _plan(config: Config, source: Source, reusable: Reusable, wanted: frozenset[
     }
 
 
-def _files(source: Source) -> tuple[Path, ...]:
-    """The local files that hold the rows; none for a hub dataset."""
-    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
-
-
 def _stamps(source: Source) -> list[tuple[int, int]]:
     """Size and time of change of each file."""
     try:
-        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in _files(source)]
+        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in data_files(source)]
     except OSError as error:
         raise StorageError(f"{source.path}: can't be read ({error.strerror})") from error
 
