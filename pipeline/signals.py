@@ -1,8 +1,11 @@
-"""A request to stop, as a flag: a signal sets it and does nothing else, the program leaves at its next safe point."""
+"""A request to stop, as a flag: a signal or a time sets it and does nothing else; the program leaves at its next safe
+point.
+"""
 
 import os
 import signal
 import threading
+import time
 from multiprocessing import connection, parent_process
 from types import FrameType
 from typing import Any
@@ -14,9 +17,14 @@ _STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIG
 
 
 class StopFlag:
-    """Set by a signal, read between batches and steps."""
+    """Set by a signal, or by the time; read between batches and steps.
 
-    def __init__(self) -> None:
+    Args:
+        stop_at: When to stop without a signal, on `time.monotonic`'s clock.
+    """
+
+    def __init__(self, stop_at: float | None = None) -> None:
+        self._stop_at = stop_at
         self._requested = False
         self._terminations = 0
 
@@ -25,6 +33,8 @@ class StopFlag:
         self._terminations += terminate
 
     def __bool__(self) -> bool:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self._requested = True
         return self._requested
 
     @property
@@ -33,9 +43,13 @@ class StopFlag:
         return self._terminations > 1
 
 
-def watch_signals() -> StopFlag:
-    """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual."""
-    flag = StopFlag()
+def watch_signals(stop_at: float | None = None) -> StopFlag:
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual.
+
+    Args:
+        stop_at: When to stop without a signal, on `time.monotonic`'s clock.
+    """
+    flag = StopFlag(stop_at)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -3,7 +3,9 @@
 import atexit
 import io
 import os
+import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -38,6 +40,26 @@ def _parse_worker(context: click.Context, parameter: click.Parameter, value: str
     return int(index), int(count)
 
 
+def _parse_stop_after(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Give the time to stop at, on `time.monotonic`'s clock, counted from now, before the libraries are imported."""
+    if value is None:
+        return None
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    if not value or parts is None:
+        raise click.BadParameter(f"{value!r}: expected hours, minutes, seconds, like 3h50m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return time.monotonic() + 3600 * hours + 60 * minutes + seconds
+
+
+_STOP_AFTER = click.option(
+    "--stop-after",
+    "stop_at",
+    callback=_parse_stop_after,
+    metavar="TIME",
+    help="Save and leave with 75 after this time, like 3h50m: for a time limit that is known.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="refshard")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -51,6 +73,7 @@ def main(debug: bool) -> None:
     refshard verify runs/shards               whether they are whole
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
+    refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
     75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
@@ -69,8 +92,11 @@ def main(debug: bool) -> None:
     metavar="I/N",
     help="Do the share of worker I of N, counted from 0. Workers share only the output folder.",
 )
+@_STOP_AFTER
 @click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
-def precompute(config_file: Path, overrides: tuple[str, ...], worker: tuple[int, int], overwrite: bool) -> None:
+def precompute(
+    config_file: Path, overrides: tuple[str, ...], worker: tuple[int, int], stop_at: float | None, overwrite: bool
+) -> None:
     """Stage one: write the reference's log-probs to shards.
 
     Does only what is missing: run it again after a kill, with any number of workers.
@@ -78,15 +104,18 @@ def precompute(config_file: Path, overrides: tuple[str, ...], worker: tuple[int,
     config = load_config(config_file, overrides)
     from stages import precompute as stage
 
-    stage.run(config, worker=worker, overwrite=overwrite)
+    stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
 
 
 @main.command(short_help="Stage two: train the policy on the shards.")
 @_CONFIG
 @_OVERRIDES
+@_STOP_AFTER
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
 @click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
-def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_window: bool) -> None:
+def train(
+    config_file: Path, overrides: tuple[str, ...], stop_at: float | None, overwrite: bool, one_window: bool
+) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
     Goes on from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
@@ -97,11 +126,11 @@ def train(config_file: Path, overrides: tuple[str, ...], overwrite: bool, one_wi
         from stages import windows
 
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
-        windows.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv)
+        windows.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv, stop_at=stop_at)
         return
     from stages import train as stage
 
-    stage.run(config, overwrite=overwrite)
+    stage.run(config, overwrite=overwrite, stop_at=stop_at)
 
 
 @main.command(short_help="Check that shards are whole.")
@@ -170,6 +199,55 @@ def export(output: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
     from stages import export as stage
 
     stage.run(config, output)
+
+
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Workers of stage one; or set cluster.workers.")
+_INTO = click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the job files; jobs in train.output_dir if left out.",
+)
+
+
+@main.group(short_help="Make job files for a scheduler.")
+def submit() -> None:
+    """Make the job files of both stages for a scheduler, and submit them with --submit.
+
+    What they ask for is in the settings' section `cluster`; -o cluster.partition=gpu sets one thing.
+    """
+
+
+@submit.command("slurm")
+@_CONFIG
+@_OVERRIDES
+@_WORKERS
+@_INTO
+@click.option("--submit", "submit_now", is_flag=True, help="Hand them to Slurm.")
+def submit_slurm(
+    config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
+) -> None:
+    """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
+    config = load_config(config_file, overrides)
+    from stages import submit_slurm as stage
+
+    stage.run(config, workers=workers, into=into, submit=submit_now)
+
+
+@submit.command("k8s")
+@_CONFIG
+@_OVERRIDES
+@_WORKERS
+@_INTO
+@click.option("--submit", "submit_now", is_flag=True, help="Hand them to Kubernetes (kubectl).")
+def submit_kubernetes(
+    config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
+) -> None:
+    """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
+    config = load_config(config_file, overrides)
+    from stages import submit_kubernetes as stage
+
+    stage.run(config, workers=workers, into=into, submit=submit_now)
 
 
 @main.group(short_help="The embedded default: make it, sum it up.")

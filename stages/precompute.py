@@ -68,20 +68,23 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = False) -> None:
+def run(
+    config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = False, stop_at: float | None = None
+) -> None:
     """Score the training split and every held-out set; do only what is missing.
 
     Args:
         config: The run's settings.
         worker: (I, N): this process is worker I, from 0, of N.
         overwrite: Delete the stores that are there and start over.
+        stop_at: When to stop, on `time.monotonic`'s clock.
 
     Raises:
-        UnfinishedError: A signal asked to stop; the finished units are saved.
+        UnfinishedError: A signal, or the time, asked to stop; the finished units are saved.
         IdentityError: The output folder holds shards of another reference, tokenization or dataset.
         DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
     """
-    flag = watch_signals()
+    flag = watch_signals(stop_at)
     if config.reference.declared is not None:
         raise ConfigError(
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
@@ -204,7 +207,7 @@ class _Reference:
                     rejected_token_logps=rejected,
                 )
                 if flag:
-                    raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+                    raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -316,7 +319,7 @@ def _score_split(
                 # Another copy of this worker was first, since the unit was read.
                 continue
             if flag:
-                raise UnfinishedError("stopped by a signal; finished units are saved. Run the same command again")
+                raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
             scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
             _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)

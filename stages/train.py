@@ -14,7 +14,6 @@ from typing import Any
 import click
 import datasets
 import transformers
-import yaml
 from accelerate import PartialState
 
 from pipeline.attempts import Attempt, claim_run
@@ -30,7 +29,7 @@ from pipeline.checkpoints import (
     refuse_other_run,
     run_identity,
 )
-from pipeline.config import Config, as_dict, training_settings
+from pipeline.config import Config, as_dict, settings_text, training_settings
 from pipeline.errors import ConfigError, DataError, UnfinishedError
 from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
 from pipeline.folders import open_folder
@@ -63,7 +62,7 @@ __all__ = ["run"]
 SETTINGS, JOINED = "refshard.yaml", "joined"
 
 
-def run(config: Config, *, overwrite: bool = False) -> None:
+def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None) -> None:
     """Train, going on from the run's last whole checkpoint if there is one, and save the policy.
 
     With `reference.sync`, train one window: up to the step where the reference moves.
@@ -71,14 +70,15 @@ def run(config: Config, *, overwrite: bool = False) -> None:
     Args:
         config: The run's settings.
         overwrite: Delete the checkpoints and the record of an earlier run in the output folder.
+        stop_at: When to stop, on `time.monotonic`'s clock.
 
     Raises:
-        UnfinishedError: The stores are not complete, or a signal asked to stop and a checkpoint was saved.
+        UnfinishedError: The stores are not complete, or a signal or the time asked to stop and a checkpoint was saved.
         IdentityError: Shards or checkpoints belong to another reference, tokenization or run.
         DataError: Pairs have no reference log-probs, or files are damaged.
         FencedError: Another start of this run has taken over.
     """
-    flag = watch_signals()
+    flag = watch_signals(stop_at)
     settings = training_settings(config)
     arguments = training_arguments(config)
     output = Path(str(arguments.output_dir))
@@ -207,7 +207,7 @@ def _while_owned(attempt: Attempt) -> Iterator[None]:
 def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
     step, saved = trainer.state.global_step, newest_step(output)
     return UnfinishedError(
-        f"stopped by a signal after step {step} of {trainer.state.max_steps}; "
+        f"stopped as asked after step {step} of {trainer.state.max_steps}; "
         + (f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved")
         + ". Run the same command again"
     )
@@ -312,7 +312,7 @@ def _until_stopped(pairs: Iterator[KeptPair], flag: StopFlag) -> Iterator[KeptPa
     """The pairs, up to a stop request."""
     for pair in pairs:
         if flag:
-            raise UnfinishedError("stopped by a signal before training began; run the same command again")
+            raise UnfinishedError("stopped as asked before training began; run the same command again")
         yield pair
 
 
@@ -391,10 +391,7 @@ def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
 def _save_settings(output: Path, config: Config) -> None:
     """Save the settings, defaults filled in, before anything runs. Access tokens are left out."""
     output.mkdir(parents=True, exist_ok=True)
-    settings = as_dict(config)
-    settings["train"] = {key: value for key, value in settings["train"].items() if not key.endswith("_token")}
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    replace_file(output / SETTINGS, text.encode())
+    replace_file(output / SETTINGS, settings_text(config).encode())
 
 
 def _joined_file(joined: Path, name: str) -> Path:

@@ -32,7 +32,9 @@ __all__ = ["run"]
 _UNFINISHED = UnfinishedError.exit_status
 
 
-def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug: bool = False) -> None:
+def run(
+    config: Config, words: Sequence[str], *, overwrite: bool = False, debug: bool = False, stop_at: float | None = None
+) -> None:
     """Alternate until the run is finished.
 
     Args:
@@ -40,11 +42,12 @@ def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug:
         words: The options that the two commands are called with: `--config FILE -o KEY=VALUE ...`.
         overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
         debug: Have the commands show tracebacks.
+        stop_at: When to stop, on `time.monotonic`'s clock.
 
     Raises:
         click.exceptions.Exit: A command failed, which has said why; with its exit status.
     """
-    flag = watch_signals()
+    flag = watch_signals(stop_at)
     for needed in ("pipeline.gate", "pipeline.trainer", "pipeline.windows"):
         importlib.import_module(needed)
     program = ["--debug"] if debug else []
@@ -74,7 +77,7 @@ def run(config: Config, words: Sequence[str], *, overwrite: bool = False, debug:
 def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,)) -> int:
     """Run a command in a process of its own and hand signals on to it."""
     if flag:
-        raise UnfinishedError("stopped by a signal; all that was done is saved. Run the same command again")
+        raise UnfinishedError("stopped as asked; all that was done is saved. Run the same command again")
     # A fork starts at once, with the libraries imported; this process does nothing else with them.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     process = context.Process(target=_run_command, args=(["refshard", *words],))

@@ -19,6 +19,7 @@ PIPELINE = [
     "folders",
     "digests",
     "config",
+    "jobs",
     "sources",
     "pairs",
     "tokens",
@@ -48,7 +49,19 @@ PIPELINE = [
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "windows", "inspect", "verify", "import_scores", "export", "demo"]
+STAGES = [
+    "cli",
+    "precompute",
+    "train",
+    "windows",
+    "inspect",
+    "verify",
+    "import_scores",
+    "export",
+    "submit_slurm",
+    "submit_kubernetes",
+    "demo",
+]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
@@ -64,6 +77,7 @@ TOP_LEVEL = {
 }
 ANSWERS_WITHOUT_TORCH = [
     "pipeline.config",
+    "pipeline.jobs",
     "pipeline.sources",
     "pipeline.pairs",
     "pipeline.tokens",
@@ -77,6 +91,8 @@ ANSWERS_WITHOUT_TORCH = [
     "pipeline.reviews",
     "stages.cli",
     "stages.inspect",
+    "stages.submit_slurm",
+    "stages.submit_kubernetes",
     "stages.verify",
 ]
 

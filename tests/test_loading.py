@@ -515,7 +515,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
         time.sleep(0.2)
         return write(*arguments, **settings)
 
-    monkeypatch.setattr(stages.precompute, "watch_signals", lambda: flag)
+    monkeypatch.setattr(stages.precompute, "watch_signals", lambda stop_at: flag)
     monkeypatch.setattr(stages.precompute._Reference, "score_unit", stopping)
     monkeypatch.setattr(stages.precompute, "write_part", slow)
     with pytest.raises(UnfinishedError):

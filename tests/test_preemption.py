@@ -124,7 +124,7 @@ class AskedAfter(StopFlag):
 def _stop_at(scenario: Scenario, output: Path, looks: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Train in this process up to a look; says whether the run was finished before that."""
     config = load_config(scenario.folder / "run.yaml", [f"train.output_dir={output}"])
-    monkeypatch.setattr(stages.train, "watch_signals", lambda: AskedAfter(looks))
+    monkeypatch.setattr(stages.train, "watch_signals", lambda stop_at: AskedAfter(looks))
     try:
         stages.train.run(config)
     except UnfinishedError as error:
