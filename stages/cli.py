@@ -280,9 +280,10 @@ def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) ->
 def run() -> None:
     """Run the command; end with DESIGN's exit statuses and one line per error."""
     debug = "--debug" in sys.argv[1:]
-    # A path on Linux need not be text; one that is not must not end the run that shows it.
+    # A path on Linux need not be text; one that is not must not end the run that shows it. And a job's log is read
+    # while the job runs.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         status = main.main(standalone_mode=False)
     except click.ClickException as error:
