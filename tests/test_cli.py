@@ -3,9 +3,15 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import click
 import pytest
+from conftest import refshard
+
+import stages.cli
+from pipeline.signals import StopFlag
 
 _LEAVE = """
 import atexit
@@ -33,3 +39,25 @@ def test_one_of_several_processes_leaves_before_its_destructors(processes: str, 
     )
     assert done.returncode == 75, done.stderr
     assert done.stdout.split("\n")[:-1] == said
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("3h50m", 13800), ("2m5s", 125), ("1h", 3600), ("0s", 0)])
+def test_a_time_to_stop_after_is_counted_from_the_start(text: str, seconds: int) -> None:
+    stop_at = stages.cli._parse_stop_after(click.Context(stages.cli.main), click.Option(["--stop-after"]), text)
+    assert stop_at == pytest.approx(time.monotonic() + seconds, abs=5)
+
+
+@pytest.mark.parametrize("text", ["", "90", "1:30:00", "50m3h", "-5s", "1.5h", "soon"])
+def test_a_time_of_another_form_is_refused_with_an_example(text: str) -> None:
+    done = refshard("train", "--config", "run.yaml", "--stop-after", text, check=2)
+    assert "--stop-after" in done.stderr
+    assert "like 3h50m or 90s" in done.stderr
+
+
+def test_a_flag_is_set_by_a_signal_or_by_the_time() -> None:
+    assert not StopFlag()
+    later, now = StopFlag(time.monotonic() + 3600), StopFlag(time.monotonic())
+    assert (bool(later), bool(now)) == (False, True)
+    later.request()
+    assert later
+    assert not now.is_urgent

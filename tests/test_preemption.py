@@ -162,6 +162,25 @@ def _check_stop(scenario: Scenario, output: Path, looks: int, monkeypatch: pytes
     return True
 
 
+def test_a_time_limit_that_is_known_ends_both_stages_with_75_and_they_go_on(
+    scenario: Scenario, moving: Scenario, output: Path
+) -> None:
+    train = words(scenario, output)
+    precompute = ["precompute", *train[1:], "-o", f"precompute.output={output}-shards"]
+    left = refshard(*precompute, "--stop-after", "0s", check=75)
+    assert "finished units are saved" in left.stderr
+    refshard(*precompute, "--stop-after", "1h")
+    refshard(*train, "--stop-after", "0s", check=75)
+    refshard(*train, "--stop-after", "1h")
+    assert digest(output) == scenario.weights
+    # The command that alternates between the stages hands it on to the one that runs.
+    alternating = [word for word in moving.commands(output / "moving")[1] if word != "--one-window"]
+    left = refshard(*alternating, "--stop-after", "1s", check=75)
+    assert "stopped as asked" in left.stderr
+    refshard(*alternating)
+    assert digest(output / "moving") == moving.weights
+
+
 # Two processes, asked at different times
 
 
