@@ -56,7 +56,9 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
     """Give the text of each job file by its name."""
     check_text(str(folder), "--into")
     if "\\" in str(folder):
-        raise ConfigError(f"--into {folder}: Slurm reads a backslash in a log's name in its own way; name another folder")
+        raise ConfigError(
+            f"--into {folder}: Slurm reads a backslash in a log's name in its own way; name another folder"
+        )
     check_text(str(Path.cwd()), "the working folder")
     cluster, moves = config.cluster, config.reference.sync is not None
     if moves and cluster.train.nodes * cluster.train.processes > 1:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import refshard, simple_rows
+from faults.tally import tally
 from slurm_cluster import WHY_NOT, Slurm, slurm_cluster
 
 from pipeline.config import ClusterConfig, load_config
@@ -23,6 +25,7 @@ needs_slurm = pytest.mark.skipif(bool(WHY_NOT), reason=f"no Slurm here: {WHY_NOT
 
 # No GPU is asked for.
 CPU = {"precompute": {"gpus": 0}, "train": {"gpus": 0}}
+SAME = "final weights bit for bit those of an undisturbed run"
 SCRIPTS = ["precompute.sh", "finish.sh", "train.sh", "submit.sh"]
 
 
@@ -57,7 +60,8 @@ def test_the_files_are_short_and_nothing_is_wrong_with_them(
     folder = submit(make_run(**changes))
     scripts = sorted(folder.glob("*.sh"))
     # What `setup` sources is not there to be followed.
-    checked = subprocess.run(["shellcheck", "--exclude=SC1091", *scripts], capture_output=True, text=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    checked = subprocess.run([shellcheck, "--exclude=SC1091", *scripts], capture_output=True, text=True)
     assert (checked.returncode, checked.stdout) == (0, "")
     assert all(len(script.read_text().splitlines()) < 60 for script in scripts)
     one_job = "sync" in changes.get("reference", {}) and "cluster" not in changes
@@ -209,6 +213,14 @@ def scripts(make_run: Callable[..., Path]) -> Path:
     return submit(make_run(cluster={"setup": ":", "restarts": 3}))
 
 
+def test_setup_comes_before_the_program_and_a_container_around_it(
+    make_run: Callable[..., Path], played: Played
+) -> None:
+    # As a module would, setup finds the program; as a container would, env runs it.
+    folder = submit(make_run(cluster={"setup": "STATUS=3\nexport STATUS", "container": "env WAIT="}))
+    assert played.start(folder / "finish.sh", 0, WAIT="yes").wait(20) == 3
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 65, 74, 78, 79, 137, 138])
 def test_whatever_is_not_unfinished_ends_the_job_with_the_programs_status(
     scripts: Path, played: Played, status: int
@@ -351,6 +363,7 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     assert "Going on from" in log.read_text()
     assert weights(odd / "policy") == weights(tmp_path / "other")
     assert not list(tmp_path.rglob("x"))
+    tally("a task of an array killed; Slurm's warning in the middle of training", 2, outcome=SAME)
 
 
 @slow
@@ -369,6 +382,7 @@ def test_stage_two_does_not_start_when_stage_one_failed(
     assert not list(folder.glob(f"*-{train}.log"))
     assert "pairs.jsonl:21" in next(iter(folder.glob(f"*-{finish}.log"))).read_text()
     assert not (tmp_path / "policy" / "attempts").exists()
+    tally("a bad row in one task of an array", 1, outcome="65, the row named; stage two never started")
 
 
 @slow
@@ -394,6 +408,7 @@ def test_another_number_of_tasks_and_of_nodes_goes_on_with_what_is_there(
         for policy in (tmp_path / "policy", tmp_path / "other")
     )
     assert [s["loss"] for s in steps] == pytest.approx([s["loss"] for s in steps_alone], rel=1e-5)
+    tally("jobs cancelled, submitted again with another array and two nodes", 1, outcome="the losses of one process")
 
 
 # Longer, and what a cluster does to jobs besides: a run is as long as it takes to be disturbed in its middle
@@ -451,6 +466,7 @@ def test_jobs_that_more_urgent_ones_push_out_come_back_and_finish(
     assert slurm.restarts(train) == 1
     assert "Going on from" in log.read_text()
     assert weights(tmp_path / "policy") == undisturbed[0]
+    tally("array and trainer pushed out by more urgent jobs", 2, outcome=f"queued again by themselves; {SAME}")
 
 
 @pytest.mark.nightly
@@ -468,6 +484,7 @@ def test_a_job_at_its_time_limit_goes_on_where_it_was(
     assert slurm.wait(train, 400) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) >= 1
     assert "Going on from" in log_of(train, folder).read_text()
+    tally("the time limit", slurm.restarts(train), outcome="queued again, went on from its checkpoint")
 
 
 @pytest.mark.nightly
@@ -493,6 +510,7 @@ def test_a_trainer_that_slurm_lost_sight_of_is_overtaken_by_the_next(
         wait_for(lambda: not Path(f"/proc/{old}").exists(), folder)
         assert weights(tmp_path / "policy") == undisturbed[0]
         assert len(list((tmp_path / "policy" / "attempts").iterdir())) == 2
+        tally("a node declared dead while its trainer lives on", 1, outcome=f"the older one overtaken; {SAME}")
     finally:
         slurm.start_node(node)
         slurm.run("scontrol", "update", f"nodename=n{node}", "state=resume")
@@ -522,6 +540,7 @@ def test_jobs_do_not_notice_that_slurms_own_daemons_die(
     slurm.start_node(node)
     assert slurm.wait(train, 240) == "COMPLETED", logs(folder)
     assert weights(tmp_path / "policy") == undisturbed[0]
+    tally("slurmctld and slurmd killed while a trainer runs", 2, outcome=SAME)
 
 
 @pytest.mark.nightly

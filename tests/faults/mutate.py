@@ -263,6 +263,34 @@ MUTATIONS = [
         "    if False:",
         "tests/test_stage_one_faults.py -k changes",
     ),
+    Mutation(
+        "a job that asks to be queued again",
+        "stages/jobs/slurm.sh.jinja",
+        'scontrol requeue "{{ job }}" && sleep 600',
+        "true",
+        "tests/test_submit_slurm.py",
+    ),
+    Mutation(
+        "one task of an array queued again, not all of it",
+        "stages/submit_slurm.py",
+        'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"',
+        'job="$SLURM_JOB_ID"',
+        "tests/test_submit_slurm.py",
+    ),
+    Mutation(
+        "a warning handed on to the program",
+        "stages/jobs/slurm.sh.jinja",
+        '[ -z "$program" ] || kill -USR1 "$program" 2> /dev/null',
+        "true",
+        "tests/test_submit_slurm.py",
+    ),
+    Mutation(
+        "stage two only after the check of stage one",
+        "stages/submit_slurm.py",
+        'after="afterok:$finish"',
+        'after="afterany:$finish"',
+        "tests/test_submit_slurm.py",
+    ),
 ]
 
 

@@ -31,6 +31,7 @@ FILES = {
     "Disks, networks, workers": ("test_store_faults", "test_stage_one_faults", "test_memory"),
     "Checkpoints": ("test_checkpoints",),
     "Stale": ("test_stale",),
+    "Schedulers": ("test_submit_slurm", "test_submit_kubernetes"),
     "Input": ("test_malformed", "test_fuzz", "test_security"),
 }
 """Sections of the page, and the tests whose tallies are in them"""
