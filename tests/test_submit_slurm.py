@@ -161,7 +161,7 @@ PLAYED = {
 trap 'exit "$STATUS"' USR1
 [ "$WAIT" != dies ] || trap - USR1
 touch "$LOG/started"
-while :; do /bin/sleep 0.05; done
+for _ in {1..600}; do /bin/sleep 0.05; done
 """,
     "scontrol": 'echo "$@" >> "$LOG/asked"\nexit "${REFUSED:-0}"\n',
     "sbatch": 'echo "$@" >> "$LOG/asked"\necho "$((100 + $(wc -l < "$LOG/asked")));main"\n',
