@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import datasets
+import torch
 import transformers
 import yaml
 from accelerate import PartialState
@@ -51,6 +52,7 @@ from pipeline.trainer import (
     PairTrainer,
     balance_weight,
     make_collator,
+    processes_of,
     router_aux_weight,
     saving,
     training_arguments,
@@ -136,8 +138,10 @@ def _train(
     sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
+    # DeepSpeed loads its own form of the weights by itself.
+    comes_with_weights = checkpoint is not None and (finished or not arguments.deepspeed)
     policy, packed = _load_policy(
-        _at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state
+        _at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
     )
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
     # A run that goes on has been measured at its start.
@@ -155,6 +159,7 @@ def _train(
         loss=config.loss,
         activation_offload=bool(settings.get("activation_offload", False)),
         attempt=attempt,
+        load_policy=lambda folder: load_policy(_at_checkpoint(config, folder)),
         model=policy,
         args=arguments,
         data_collator=make_collator(
@@ -171,7 +176,7 @@ def _train(
     for callback in callbacks:
         callback.trainer = trainer
     if checkpoint is not None:
-        _say(state, f"Going on from {checkpoint}")
+        _say(state, f"Going on from {checkpoint}{_with_other_processes(checkpoint, policy, state)}")
     try:
         with contextlib.suppress(EvaluationLeft):
             if checkpoint is not None and finished:
@@ -321,6 +326,17 @@ def _sets_of(config: Config, window: Window) -> list[str]:
     return [*trains, *(config.data.eval if window.evaluations else [])]
 
 
+def _with_other_processes(checkpoint: Path, policy: Any, state: PartialState) -> str:
+    """What to tell people where the checkpoint was saved by more or fewer processes than go on."""
+    before = processes_of(checkpoint)
+    if before == state.num_processes:
+        return ""
+    changed = f", saved by {before} process{'es' if before > 1 else ''}, in {state.num_processes}"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.modules()):
+        changed += "; dropout draws other random numbers from here on than it would have"
+    return changed
+
+
 def _is_trained(checkpoint: Path) -> bool:
     """Whether a checkpoint is that of the run's last step."""
     state = read_json(checkpoint / "trainer_state.json")
@@ -333,7 +349,8 @@ def _at_checkpoint(config: Config, checkpoint: Path) -> Config:
     if policy.has_adapter:
         policy = dataclasses.replace(policy, adapter=str(checkpoint), lora=None, ia3=None)
     else:
-        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None)
+        # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
+        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None, dtype="auto")
     return dataclasses.replace(config, policy=policy)
 
 
