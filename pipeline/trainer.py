@@ -6,6 +6,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 import dataclasses
 import functools
 import multiprocessing.util
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -111,7 +112,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         settings.pop(own, None)
     if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
         # The library declares a word, its old way of saying how; YAML's yes and no are meant.
-        settings["fsdp"] = str(settings["fsdp"]).lower() in ("true", "yes", "on") or None
+        settings["fsdp"] = _is_on(settings["fsdp"]) or None
     try:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError) as error:
@@ -121,7 +122,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    _check_sharding(made)
+    _check_sharding(made, config)
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
@@ -145,8 +146,13 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     return made
 
 
-def _check_sharding(made: transformers.TrainingArguments) -> None:
+def _check_sharding(made: transformers.TrainingArguments, config: Config) -> None:
     if not made.fsdp:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                "train.fsdp: accelerate launch was told to use FSDP, but the settings were not; set train.fsdp: true, "
+                "what else there is to say in train.fsdp_config, and leave it out of accelerate's own settings"
+            )
         return
     settings = cast("dict[str, Any]", made.fsdp_config)
     if made.world_size == 1:
@@ -156,13 +162,22 @@ def _check_sharding(made: transformers.TrainingArguments) -> None:
         )
     if int(settings.get("version", 2)) != 2 or settings.get("xla"):
         raise ConfigError("train.fsdp_config: FSDP2 alone is supported; set version: 2, and leave xla out")
-    if str(settings.get("state_dict_type", "FULL_STATE_DICT")).upper() == "LOCAL_STATE_DICT":
-        raise ConfigError("train.fsdp_config.state_dict_type: FULL_STATE_DICT or SHARDED_STATE_DICT")
-    if str(settings.get("cpu_ram_efficient_loading", "false")).lower() not in ("false", "0", "no", "off"):
+    if str(settings.get("state_dict_type", "FULL_STATE_DICT")) not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise ConfigError("train.fsdp_config.state_dict_type: expected FULL_STATE_DICT or SHARDED_STATE_DICT")
+    if _is_on(settings.get("cpu_ram_efficient_loading")):
         raise ConfigError(
             "train.fsdp_config.cpu_ram_efficient_loading: can't be set: each process checks the policy that it has "
             "loaded before it is sharded"
         )
+    if _is_on(settings.get("activation_checkpointing")) and config.policy.has_adapter:
+        # PEFT saves what it finds by its modules' names, which the checkpoints' wrappers change: an empty adapter.
+        raise ConfigError(
+            "train.fsdp_config.activation_checkpointing: can't be set with an adapter; set train.gradient_checkpointing"
+        )
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "on", "1")
 
 
 class EvaluationLeft(Exception):

@@ -222,7 +222,8 @@ def _load_policy(config: Config, arguments: transformers.TrainingArguments, stat
     """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
-    policy = load_policy(config)
+    with _in_one_piece(arguments):
+        policy = load_policy(config)
     prepare(policy)
     packed = check_scoring(policy, "policy.model")
     if not packed:
@@ -235,6 +236,21 @@ def _load_policy(config: Config, arguments: transformers.TrainingArguments, stat
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
     return policy, packed
+
+
+@contextlib.contextmanager
+def _in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Have the policy loaded whole under DeepSpeed too, whose ZeRO-3 would give each process a share of it at once.
+
+    It is checked before it is trained, and DeepSpeed puts weights together for a forward only once training has begun.
+    """
+    library = transformers.integrations.deepspeed
+    library.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.deepspeed:
+            library.set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def _finish(
