@@ -122,7 +122,9 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    _check_sharding(made, config)
+    _check_launcher(made)
+    _check_fsdp(made, config)
+    _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
@@ -146,13 +148,24 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     return made
 
 
-def _check_sharding(made: transformers.TrainingArguments, config: Config) -> None:
-    if not made.fsdp:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+def _check_launcher(made: transformers.TrainingArguments) -> None:
+    """Refuse what a launcher was told and the settings were not: one of them would be the one that is not heard."""
+    if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each would train the whole run by itself, into one folder.
+        raise ConfigError(
+            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
+            "processes on CPUs, set train.use_cpu: true"
+        )
+    for key, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not getattr(made, key):
             raise ConfigError(
-                "train.fsdp: accelerate launch was told to use FSDP, but the settings were not; set train.fsdp: true, "
-                "what else there is to say in train.fsdp_config, and leave it out of accelerate's own settings"
+                f"train.{key}: accelerate launch was told to use {name}, but the settings were not; set train.{key}, "
+                "and leave it out of accelerate's own settings"
             )
+
+
+def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
+    if not made.fsdp:
         return
     settings = cast("dict[str, Any]", made.fsdp_config)
     if made.world_size == 1:
@@ -173,6 +186,17 @@ def _check_sharding(made: transformers.TrainingArguments, config: Config) -> Non
         # PEFT saves what it finds by its modules' names, which the checkpoints' wrappers change: an empty adapter.
         raise ConfigError(
             "train.fsdp_config.activation_checkpointing: can't be set with an adapter; set train.gradient_checkpointing"
+        )
+
+
+def _check_deepspeed(made: transformers.TrainingArguments) -> None:
+    if not made.deepspeed:
+        return
+    settings: Any = made.hf_deepspeed_config
+    if settings.is_zero3() and not settings.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise ConfigError(
+            "train.deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save: true, without which no "
+            "policy would be saved that can be loaded"
         )
 
 
@@ -255,6 +279,11 @@ class PairTrainer(transformers.Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             name_plugin(self.accelerator.state, self.args.fsdp_plugin_args or {})
             self.is_fsdp_enabled = hasattr(self.accelerator.state, "fsdp_plugin")
+        if self.args.deepspeed and not self.is_deepspeed_enabled:
+            raise ConfigError(
+                "train.deepspeed: accelerate makes DDP of it where it was started for CPUs (ACCELERATE_USE_CPU, "
+                "accelerate launch --cpu); start with torchrun and train.use_cpu: true"
+            )
 
     def compute_loss(
         self,
@@ -362,6 +391,11 @@ class PairTrainer(transformers.Trainer):
     # so it looks again before each of the files.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            # All steps were done at the start: the policy is in one piece, and DeepSpeed was never begun.
+            if self.args.should_save:
+                self._save(output_dir)
+            return
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -424,13 +458,17 @@ class PairTrainer(transformers.Trainer):
         put_weights(self.model, weights, trained_only=has_adapter)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         folder = Path(checkpoint)
+        processes_of(folder)
+        if self.is_deepspeed_enabled:
+            # Weights and optimizer are with DeepSpeed by now, which reads them from pickles that can run code: none is
+            # read but from a checkpoint whose marker and digests hold (find_checkpoint).
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         if not (folder / "scheduler.pt").is_file():
             raise DataError(f"{folder}: scheduler.pt is missing, so that the run can't go on as if it never stopped")
-        processes_of(folder)
         load_optimizer(self._inner_optimizer, folder)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))

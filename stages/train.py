@@ -244,7 +244,7 @@ def _in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
 
     It is checked before it is trained, and DeepSpeed puts weights together for a forward only once training has begun.
     """
-    library = transformers.integrations.deepspeed
+    library: Any = transformers.integrations.deepspeed
     library.unset_hf_deepspeed_config()
     try:
         yield
