@@ -115,7 +115,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         settings["fsdp"] = _is_on(settings["fsdp"]) or None
     try:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # OSError: a file of fsdp_config or deepspeed that is not there.
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     if made.n_gpu > 1:
         raise ConfigError(
@@ -429,7 +430,8 @@ class PairTrainer(transformers.Trainer):
         super()._save_rng_state(output_dir)
 
     def _check_owner(self) -> None:
-        if self._attempt is not None and self.is_world_process_zero():
+        # Every process has files of its own to save.
+        if self._attempt is not None:
             self._attempt.check()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

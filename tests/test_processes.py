@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
 from faults.watched import Watched, start_ranks
 from peft import PeftModel
@@ -46,14 +47,18 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp in shares": (2, {**SHARDED, "train.fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}),
 }
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"policy.lora.r": 4}, "tied": {}}
+# Saved expert by expert, loaded as one tensor of all of them.
+EXPERTS = "experts"
 
 
 class Runs:
     """Runs of one policy, that of one undisturbed process first of all."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self._kind = folder, KINDS[kind]
+        self.folder, self._kind = folder, KINDS.get(kind, {})
         make_model(folder / "model", make_tokenizer(bos=True), tie_word_embeddings=kind == "tied")
+        if kind == EXPERTS:
+            _make_experts(folder / "model")
         write_config(
             folder / "run.yaml",
             data={
@@ -127,6 +132,15 @@ class Runs:
         assert weights.keys() == expected.keys()
         for key, tensor in weights.items():
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6)
+
+
+def _make_experts(folder: Path) -> None:
+    """Put a mixture of experts in the place of a model of the same sizes."""
+    settings = json.loads((folder / "config.json").read_text())
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same = {key: settings[key] for key in (*sizes, "vocab_size", "initializer_range", "pad_token_id")}
+    transformers.set_seed(0)
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**same, num_local_experts=4)).save_pretrained(folder)
 
 
 def _history(output: Path) -> list[dict[str, float]]:
@@ -255,6 +269,16 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(
     _change(runs, kind, before, after)
 
 
+def test_a_stopped_mixture_of_experts_goes_on_bit_for_bit(runs: Callable[[str], Runs]) -> None:
+    """The library's own resume finds none of the experts' weights under the names that they were saved by."""
+    group = runs(EXPERTS)
+    group.stop("stopped", "one")
+    group.train("stopped", "one")
+    output, undisturbed = group.folder / "stopped", group.folder / "undisturbed"
+    assert (output / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert _history(output) == _history(undisturbed)
+
+
 @nightly
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", WAYS)
@@ -319,7 +343,7 @@ def test_deepspeed_gives_what_one_process_gives_and_goes_on(
     }
     file = tmp_path / "zero3.json"
     file.write_text(json.dumps(settings))
-    group, way = runs(kind), {"train.deepspeed": file}
+    group, way = runs(kind), {"train.deepspeed": file if kind == "full" else json.dumps(settings)}
     group.stop("deepspeed", "ddp", **way)
     assert (group.folder / "deepspeed" / "checkpoint-2" / "latest").exists()
     refused = refshard(*group.words("deepspeed", "one", **way), check=78)
