@@ -199,6 +199,10 @@ _FREE = {
     "disable_tqdm",
     "do_eval",
     "fp16_full_eval",
+    "fsdp",
+    "fsdp_config",
+    # Counted together with the number of processes.
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "activation_checkpointing",
@@ -230,7 +234,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a checkpoint must agree with for training to go on from it as if it had never stopped.
 
-    A setting that is spelled out as its default is as one that is left out.
+    A setting that is spelled out as its default is as one that is left out. How many processes there are is free as
+    long as a step sees as many pairs: micro-batches are dealt to them in turn, so that a step's pairs are the same.
     """
     defaults: dict[str, Any] = {"on_missing": "stop"}
     for field in dataclasses.fields(transformers.TrainingArguments):
@@ -250,8 +255,11 @@ def run_identity(
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
         "train": fixed,
-        "processes": processes,
+        "processes x gradient_accumulation_steps": processes * settings.get("gradient_accumulation_steps", 1),
     }
+    if settings.get("deepspeed"):
+        # Its shares can be loaded by as many processes alone.
+        identity["processes"] = processes
     # As it will be read back: without tuples and the like.
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain

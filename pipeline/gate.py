@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.fingerprint import Kinship, kinship
 from pipeline.models import find_model, reference_dtype, resolve_dtype
+from pipeline.processes import of_main_process
 from pipeline.scoring import ROUNDING, score
 from pipeline.shards import NoiseFloor, Store, part_name
 from pipeline.storage import read_json
@@ -219,7 +220,7 @@ class _Measure:
                     self._leave_if_asked()
                     self._add(gaps, model, self._rows[start : start + size])
             model.train(was_training)
-        return gaps
+        return of_main_process(gaps)
 
     def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
         inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))

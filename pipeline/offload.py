@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 __all__ = ["ActivationOffload"]
 
@@ -26,8 +27,10 @@ class ActivationOffload:
         """Bytes that have been moved since the start"""
 
     def __enter__(self) -> "ActivationOffload":
-        # Anew each time: FSDP and DeepSpeed give parameters other memory from step to step.
-        self._parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters() if p.numel()}
+        # Anew each time: DeepSpeed gives parameters other memory from step to step. What FSDP2 has sharded has none of
+        # its own, and is put together during forward.
+        whole = (p for p in self._model.parameters() if p.numel() and not isinstance(p, DTensor))
+        self._parameters = {p.untyped_storage().data_ptr() for p in whole}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _fetch)
         self._hooks.__enter__()
         return self
@@ -39,7 +42,7 @@ class ActivationOffload:
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         num_bytes = tensor.numel() * tensor.element_size()
-        if num_bytes < self._smallest_bytes or isinstance(tensor, torch.nn.Parameter) or not _is_plain(tensor):
+        if num_bytes < self._smallest_bytes or _is_parameter(tensor) or not _is_plain(tensor):
             return tensor
         # A view of a parameter, a transpose for one, shares its memory.
         if tensor.untyped_storage().data_ptr() in self._parameters:
@@ -51,6 +54,11 @@ class ActivationOffload:
         kept.copy_(tensor, non_blocking=pin)
         self.num_bytes += num_bytes
         return tensor.device, kept
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether it is one, or a view of one; FSDP2 makes a new one each time that it puts a sharded one together."""
+    return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

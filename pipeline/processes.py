@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, gather
 
 from pipeline.errors import RefshardError
 
-__all__ = ["largest", "on_main_process"]
+__all__ = ["largest", "of_main_process", "on_main_process"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,13 @@ def on_main_process(action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[no-any-return]
+
+
+def of_main_process(value: T) -> T:
+    """Give the main process's value to all, where all made one and must not decide differently by a rounding."""
+    if PartialState().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]  # type: ignore[no-any-return]
 
 
 def largest(value: int) -> int:

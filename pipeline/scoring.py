@@ -1,8 +1,8 @@
 """Model + batch -> token logps: the one scorer that both stages call.
 
 `prepare` gives a loaded causal language model a second way through its forward: backbone, then the chunked head
-on the positions that predict a completion token. It is the model's own forward that is extended, not a function
-beside it, so wrappers that act on forward (DDP, FSDP, autocast, PEFT) act on scoring too.
+on the positions that predict a completion token. It is the model's own forward that is extended, and the head's, not a
+function beside them, so wrappers that act on forward (DDP, FSDP, DeepSpeed, autocast, PEFT) act on scoring too.
 """
 
 import dataclasses
@@ -77,6 +77,7 @@ def prepare(model: Any) -> None:
             "policy: an adapter on the head (lm_head) can't be trained: the scorer reads the head's weight itself; "
             "leave lm_head out of target_modules and modules_to_save"
         )
+    _prepare_head(causal)
     original = causal.forward
 
     def forward(
@@ -95,21 +96,36 @@ def prepare(model: Any) -> None:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
             hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
-        return {**_read_off(self, hidden, predictors, targets, statistics, squares), "aux_loss": balance}
+        # [rows, length, hidden] -> [M, hidden]
+        hidden = hidden.flatten(0, 1).index_select(0, predictors)
+        scored = self.get_output_embeddings()(hidden, targets=targets, statistics=statistics, squares=squares)
+        return {**scored, "aux_loss": balance}
 
     # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
 
 
+def _prepare_head(causal: Any) -> None:
+    """Let the head's forward score `targets=...` from final hidden states, [M, hidden].
+
+    Its weight is read inside its own call, since only there FSDP and DeepSpeed have put it together.
+    """
+    head = causal.get_output_embeddings()
+    project = head.forward
+
+    def forward(self: Any, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, **wanted: bool) -> Any:
+        return project(hidden) if targets is None else _read_off(causal, hidden, targets, **wanted)
+
+    head.forward = types.MethodType(forward, head)
+
+
 # Not traced by torch.compile, which would take the head's chunks apart for every length anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _read_off(
-    causal: Any, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, statistics: bool, squares: bool
+    causal: Any, hidden: torch.Tensor, targets: torch.Tensor, *, statistics: bool, squares: bool
 ) -> dict[str, torch.Tensor | None]:
-    """Score the targets from final hidden states, [rows, length, hidden]."""
-    # [rows, length, hidden] -> [M, hidden]
-    hidden = hidden.flatten(0, 1).index_select(0, predictors)
+    """Score the targets from their predictors' final hidden states, [M, hidden]."""
     if not statistics:
         return {"logps": token_logps(hidden, targets, head_of(causal))}
     return vars(token_statistics(hidden, targets, head_of(causal), squares=squares))

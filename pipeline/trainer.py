@@ -3,8 +3,10 @@
 The reference is two numbers per pair in the batch; nothing here knows how to load a second model.
 """
 
+import dataclasses
 import functools
 import multiprocessing.util
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipeline.offload import ActivationOffload
 from pipeline.packing import Batch, make_batch
 from pipeline.processes import on_main_process
 from pipeline.scoring import Scores, score, weighted_sums
+from pipeline.sharded import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.signals import work_unsignalled
 from pipeline.tokens import TokenizedPair, truncate
 
@@ -32,6 +35,7 @@ __all__ = [
     "PairTrainer",
     "balance_weight",
     "make_collator",
+    "processes_of",
     "router_aux_weight",
     "saving",
     "training_arguments",
@@ -106,15 +110,22 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     settings = training_settings(config)
     for own in OWN_TRAIN_FIELDS:
         settings.pop(own, None)
+    if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
+        # The library declares a word, its old way of saying how; YAML's yes and no are meant.
+        settings["fsdp"] = _is_on(settings["fsdp"]) or None
     try:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # OSError: a file of fsdp_config or deepspeed that is not there.
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     if made.n_gpu > 1:
         raise ConfigError(
             "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
+    _check_launcher(made)
+    _check_fsdp(made, config)
+    _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
@@ -136,6 +147,62 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             # Every window ends in a checkpoint; one behind the newest is kept, in case that one is cut short.
             made.save_total_limit = made.save_total_limit or 2
     return made
+
+
+def _check_launcher(made: transformers.TrainingArguments) -> None:
+    """Refuse what a launcher was told and the settings were not: one of them would be the one that is not heard."""
+    if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each would train the whole run by itself, into one folder.
+        raise ConfigError(
+            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
+            "processes on CPUs, set train.use_cpu: true"
+        )
+    for key, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not getattr(made, key):
+            raise ConfigError(
+                f"train.{key}: accelerate launch was told to use {name}, but the settings were not; set train.{key}, "
+                "and leave it out of accelerate's own settings"
+            )
+
+
+def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
+    if not made.fsdp:
+        return
+    settings = cast("dict[str, Any]", made.fsdp_config)
+    if made.world_size == 1:
+        raise ConfigError(
+            "train.fsdp: one process has nobody to share the policy with; start with torchrun or accelerate launch, or "
+            "leave it out (-o train.fsdp=false), also to go on alone with a run that had several"
+        )
+    if int(settings.get("version", 2)) != 2 or settings.get("xla"):
+        raise ConfigError("train.fsdp_config: FSDP2 alone is supported; set version: 2, and leave xla out")
+    if str(settings.get("state_dict_type", "FULL_STATE_DICT")) not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise ConfigError("train.fsdp_config.state_dict_type: expected FULL_STATE_DICT or SHARDED_STATE_DICT")
+    if _is_on(settings.get("cpu_ram_efficient_loading")):
+        raise ConfigError(
+            "train.fsdp_config.cpu_ram_efficient_loading: can't be set: each process checks the policy that it has "
+            "loaded before it is sharded"
+        )
+    if _is_on(settings.get("activation_checkpointing")) and config.policy.has_adapter:
+        # PEFT saves what it finds by its modules' names, which the checkpoints' wrappers change: an empty adapter.
+        raise ConfigError(
+            "train.fsdp_config.activation_checkpointing: can't be set with an adapter; set train.gradient_checkpointing"
+        )
+
+
+def _check_deepspeed(made: transformers.TrainingArguments) -> None:
+    if not made.deepspeed:
+        return
+    settings: Any = made.hf_deepspeed_config
+    if settings.is_zero3() and not settings.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise ConfigError(
+            "train.deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save: true, without which no "
+            "policy would be saved that can be loaded"
+        )
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "on", "1")
 
 
 class EvaluationLeft(Exception):
@@ -180,15 +247,23 @@ class PairTrainer(transformers.Trainer):
         loss: What is made small.
         activation_offload: Have what backward needs wait in the CPU's memory.
         attempt: This start of the run; it saves only as long as the run's folder is its own.
+        load_policy: Loads the policy as a checkpoint has it, for the best one of a run under FSDP.
     """
 
     model: torch.nn.Module
 
     def __init__(
-        self, *, loss: LossConfig, activation_offload: bool = False, attempt: Attempt | None = None, **kwargs: Any
+        self,
+        *,
+        loss: LossConfig,
+        activation_offload: bool = False,
+        attempt: Attempt | None = None,
+        load_policy: Callable[[Path], Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._attempt = attempt
+        self._load_policy = load_policy
         # Workers that are left to the process's end are told to end then, and must know that it is meant.
         self._closing: Any = multiprocessing.RawValue("b", 0)
         # Not atexit: a process that was itself started by multiprocessing does not come there.
@@ -199,6 +274,17 @@ class PairTrainer(transformers.Trainer):
         # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._totals: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            name_plugin(self.accelerator.state, self.args.fsdp_plugin_args or {})
+            self.is_fsdp_enabled = hasattr(self.accelerator.state, "fsdp_plugin")
+        if self.args.deepspeed and not self.is_deepspeed_enabled:
+            raise ConfigError(
+                "train.deepspeed: accelerate makes DDP of it where it was started for CPUs (ACCELERATE_USE_CPU, "
+                "accelerate launch --cpu); start with torchrun and train.use_cpu: true"
+            )
 
     def compute_loss(
         self,
@@ -220,10 +306,22 @@ class PairTrainer(transformers.Trainer):
         pairs = _pairs(scores, inputs, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
+        if not self.model.training and 0 < (real := self._real_pairs(batch.num_pairs)) < batch.num_pairs:
+            loss = total_loss(_first(pairs, real), self._loss).loss
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
         self._add_metrics(_per_pair_columns(batch, scores, inputs, pairs, objective))
         return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
+
+    def _real_pairs(self, count: int) -> int:
+        """How many of this process's held-out pairs are not there to fill up the set's last batches.
+
+        What they give is taken out of what the processes measured; but a mean over them would still be in it.
+        """
+        gradient_state: Any = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+            return count
+        return int(gradient_state.remainder - self.args.process_index * count)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -293,39 +391,98 @@ class PairTrainer(transformers.Trainer):
     # A process that was stopped while it saved may come back when another start has made a folder of the same name,
     # so it looks again before each of the files.
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            # All steps were done at the start: the policy is in one piece, and DeepSpeed was never begun.
+            if self.args.should_save:
+                self._save(output_dir)
+            return
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # Where the state is saved in shares, the library would save no model at all.
+        weights = whole_weights(self.model, trained_only=hasattr(self.model, "peft_config"))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._check_owner()
-        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder, whole = Path(output_dir), not self._saves_shares
+        save_optimizer(self._inner_optimizer, folder, self.args.process_index, self.args.world_size, whole=whole)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    @property
+    def _saves_shares(self) -> bool:
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate's is around it
 
     def _save_rng_state(self, output_dir: str) -> None:
         self._check_owner()
         super()._save_rng_state(output_dir)
 
     def _check_owner(self) -> None:
-        if self._attempt is not None and self.is_world_process_zero():
+        # Every process has files of its own to save.
+        if self._attempt is not None:
             self._attempt.check()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing where the library would load the weights: the policy was loaded from the checkpoint.
+
+        `from_pretrained` knows all that a saved folder may be; this method of the library warns of weights that it
+        does not find, and knows nothing of what is renamed or merged when a model is loaded.
+        """
+        if self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        has_adapter = hasattr(self.model, "peft_config")
+        weights: dict[str, torch.Tensor] = {}
+
+        def read() -> None:
+            assert self._load_policy is not None
+            policy = self._load_policy(Path(str(self.state.best_model_checkpoint)))
+            named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+            weights.update(named if has_adapter else policy.state_dict())
+
+        on_main_process(read)
+        put_weights(self.model, weights, trained_only=has_adapter)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._check_loaded(Path(checkpoint))
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        processes_of(folder)
+        if self.is_deepspeed_enabled:
+            # Weights and optimizer are with DeepSpeed by now, which reads them from pickles that can run code: none is
+            # read but from a checkpoint whose marker and digests hold (find_checkpoint).
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if not (folder / "scheduler.pt").is_file():
+            raise DataError(f"{folder}: scheduler.pt is missing, so that the run can't go on as if it never stopped")
+        load_optimizer(self._inner_optimizer, folder)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        self._check_loaded(folder)
 
     def _check_loaded(self, checkpoint: Path) -> None:
-        """Make sure that optimizer, schedule and random state came back; the library goes on without any of them."""
-        processes = self.args.world_size
-        needed = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not is_sharded:
-            needed += ["optimizer.pt", "scheduler.pt"]
-        for name in needed:
-            if not (checkpoint / name).is_file():
-                raise DataError(f"{checkpoint}: {name} is missing, so that the run can't go on as if it never stopped")
-        if is_sharded or self.args.fp16:
+        """Make sure that optimizer and schedule are those of the training's step."""
+        if self.args.fp16:
             # With a loss scale, steps that overflow are counted by the library and not by the optimizer.
             return
         step = self.state.global_step
-        assert self.optimizer is not None
-        counted = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        counted = {int(state["step"]) for state in self._inner_optimizer.state.values() if "step" in state}
         if counted and max(counted) != step:
             raise DataError(f"{checkpoint / 'optimizer.pt'}: has taken {max(counted)} steps, the training {step}")
         schedule = self.lr_scheduler
@@ -370,6 +527,22 @@ class PairTrainer(transformers.Trainer):
         if mode == "train":
             # Kept in the library's own counter, so that a checkpoint carries it.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Say how many processes saved a checkpoint, by the random states that are in it.
+
+    Raises:
+        DataError: There is none, or not that of every process.
+    """
+    found = {file.name for file in checkpoint.glob("rng_state*.pth")}
+    if "rng_state.pth" in found:
+        return 1
+    wanted = [f"rng_state_{rank}.pth" for rank in range(max(len(found), 2))] if found else ["rng_state.pth"]
+    for name in wanted:
+        if name not in found:
+            raise DataError(f"{checkpoint}: {name} is missing, so that the run can't go on as if it never stopped")
+    return len(found)
 
 
 def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:
@@ -436,6 +609,13 @@ def _pairs(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig)
         rejected_tokens=rejected_tokens,
         chosen_plain_logps=plain[0],
         wpo_weights=weights,
+    )
+
+
+def _first(pairs: Pairs, count: int) -> Pairs:
+    columns = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+    return dataclasses.replace(
+        pairs, **{name: column[:count] for name, column in columns.items() if column is not None}
     )
 
 

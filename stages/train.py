@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import datasets
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -50,6 +51,7 @@ from pipeline.trainer import (
     PairTrainer,
     balance_weight,
     make_collator,
+    processes_of,
     router_aux_weight,
     saving,
     training_arguments,
@@ -136,8 +138,10 @@ def _train(
     sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
+    # DeepSpeed loads its own form of the weights by itself.
+    comes_with_weights = checkpoint is not None and (finished or not arguments.deepspeed)
     policy, packed = _load_policy(
-        _at_checkpoint(config, checkpoint) if checkpoint and finished else config, arguments, state
+        _at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
     )
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
     # A run that goes on has been measured at its start.
@@ -155,6 +159,7 @@ def _train(
         loss=config.loss,
         activation_offload=bool(settings.get("activation_offload", False)),
         attempt=attempt,
+        load_policy=lambda folder: load_policy(_at_checkpoint(config, folder)),
         model=policy,
         args=arguments,
         data_collator=make_collator(
@@ -171,7 +176,7 @@ def _train(
     for callback in callbacks:
         callback.trainer = trainer
     if checkpoint is not None:
-        _say(state, f"Going on from {checkpoint}")
+        _say(state, f"Going on from {checkpoint}{_with_other_processes(checkpoint, policy, state)}")
     try:
         with contextlib.suppress(EvaluationLeft):
             if checkpoint is not None and finished:
@@ -217,7 +222,8 @@ def _load_policy(config: Config, arguments: transformers.TrainingArguments, stat
     """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
-    policy = load_policy(config)
+    with _in_one_piece(arguments):
+        policy = load_policy(config)
     prepare(policy)
     packed = check_scoring(policy, "policy.model")
     if not packed:
@@ -230,6 +236,21 @@ def _load_policy(config: Config, arguments: transformers.TrainingArguments, stat
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
     return policy, packed
+
+
+@contextlib.contextmanager
+def _in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Have the policy loaded whole under DeepSpeed too, whose ZeRO-3 would give each process a share of it at once.
+
+    It is checked before it is trained, and DeepSpeed puts weights together for a forward only once training has begun.
+    """
+    library: Any = transformers.integrations.deepspeed
+    library.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.deepspeed:
+            library.set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def _finish(
@@ -321,6 +342,17 @@ def _sets_of(config: Config, window: Window) -> list[str]:
     return [*trains, *(config.data.eval if window.evaluations else [])]
 
 
+def _with_other_processes(checkpoint: Path, policy: Any, state: PartialState) -> str:
+    """What to tell people where the checkpoint was saved by more or fewer processes than go on."""
+    before = processes_of(checkpoint)
+    if before == state.num_processes:
+        return ""
+    changed = f", saved by {before} process{'es' if before > 1 else ''}, in {state.num_processes}"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.modules()):
+        changed += "; dropout draws other random numbers from here on than it would have"
+    return changed
+
+
 def _is_trained(checkpoint: Path) -> bool:
     """Whether a checkpoint is that of the run's last step."""
     state = read_json(checkpoint / "trainer_state.json")
@@ -333,7 +365,8 @@ def _at_checkpoint(config: Config, checkpoint: Path) -> Config:
     if policy.has_adapter:
         policy = dataclasses.replace(policy, adapter=str(checkpoint), lora=None, ia3=None)
     else:
-        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None)
+        # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
+        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None, dtype="auto")
     return dataclasses.replace(config, policy=policy)
 
 

@@ -509,9 +509,9 @@ def test_a_start_that_was_overtaken_in_the_middle_of_a_save_writes_no_further_fi
 ) -> None:
     written = []
     monkeypatch.setattr(transformers.Trainer, part, lambda self, folder: written.append(folder))
-    monkeypatch.setattr(PairTrainer, "is_world_process_zero", lambda self: True)
     trainer = object.__new__(PairTrainer)
     trainer._attempt = claim_run(tmp_path, {})
+    trainer.is_fsdp_enabled = False
     getattr(trainer, part)("folder")
     assert written == ["folder"]
     claim_run(tmp_path, {})
@@ -537,7 +537,6 @@ FIXED = {
     "data_seed": 3,
     "dataloader_drop_last": True,
     "full_determinism": True,
-    "gradient_accumulation_steps": 2,
     "learning_rate": 1e-4,
     "lr_scheduler_kwargs": {"num_cycles": 2},
     "lr_scheduler_type": "cosine",
@@ -559,6 +558,8 @@ FREE = {
     "dataloader_num_workers": 2,
     "disable_tqdm": True,
     "eval_steps": 3,
+    "fsdp": True,
+    "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
     "gradient_checkpointing": True,
     "hub_token": "hf_canary",
     "logging_steps": 3,
@@ -577,11 +578,11 @@ FREE = {
 def identity_of(make_run: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     file = make_run()
 
-    def identity(config_changes: tuple[str, ...] = (), **train: Any) -> dict[str, Any]:
+    def identity(config_changes: tuple[str, ...] = (), processes: int = 1, **train: Any) -> dict[str, Any]:
         config = load_config(file, config_changes)
         kept = {key: value for key, value in config.train.items() if key in ("output_dir", "save_strategy", "use_cpu")}
         settings = {"learning_rate": 1e-6, **kept, **train}
-        return run_identity(config, settings, {"train": "f" * 64}, 1)
+        return run_identity(config, settings, {"train": "f" * 64}, processes)
 
     return identity
 
@@ -605,6 +606,26 @@ def test_a_setting_that_changes_only_what_is_written_or_how_is_free(
     changed = identity_of(**{field: FREE[field]})
     assert changed == identity_of()
     assert "hf_canary" not in json.dumps(changed)
+
+
+def test_processes_and_accumulation_are_free_as_long_as_a_step_sees_as_many_pairs(
+    tmp_path: Path, identity_of: Callable[..., dict[str, Any]]
+) -> None:
+    folder = tmp_path / "run" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    size = {"per_device_train_batch_size": 2}
+    commit_checkpoint(folder, 5, identity_of(gradient_accumulation_steps=4, **size))
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
+        run = identity_of(processes=processes, gradient_accumulation_steps=accumulation, **size)
+        assert find(tmp_path / "run", run) == (folder, [])
+    with pytest.raises(
+        IdentityError, match="in processes x gradient_accumulation_steps: saved 4, this run 8"
+    ) as caught:
+        find(tmp_path / "run", identity_of(processes=2, gradient_accumulation_steps=4, **size))
+    assert str(caught.value).count(", this run ") == 1
+    # The same pairs in a step, but not in the same micro-batches at an epoch's end.
+    with pytest.raises(IdentityError, match="per_device_train_batch_size"):
+        find(tmp_path / "run", identity_of(gradient_accumulation_steps=2, per_device_train_batch_size=4))
 
 
 def test_a_default_spelled_out_is_the_same_run(identity_of: Callable[..., dict[str, Any]]) -> None:

@@ -1,7 +1,6 @@
 """Commands that are watched while they run, to be signalled at the right moment; one alone, or the ranks of one run."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +8,14 @@ from typing import Any
 from unittest import mock
 
 from processes import Command
+from torch.distributed import TCPStore
 
 
 class Watched(Command):
     """A `refshard` command that has been started."""
+
+    # Kept as long as the process is.
+    meeting_point: TCPStore | None = None
 
     def __init__(self, *words: Any, environment: Mapping[str, str] | None = None) -> None:
         with mock.patch.dict(os.environ, environment or {}):
@@ -53,12 +56,24 @@ class Watched(Command):
 
 
 def start_ranks(count: int, *words: Any) -> list[Watched]:
-    """Start the processes of one run, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
+    """Start the processes of one run, as torchrun does.
+
+    They meet at a store of this process, whose port is its own from the first moment on: one that was only looked up
+    could be another process's by the time that it is used.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    ranks = [
         Watched(*words, environment={k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()})
         for rank in range(count)
     ]
+    for rank in ranks:
+        rank.meeting_point = store
+    return ranks
