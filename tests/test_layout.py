@@ -32,6 +32,7 @@ PIPELINE = [
     "head",
     "scoring",
     "memory",
+    "ensemble",
     "shards",
     "verify",
     "reuse",
