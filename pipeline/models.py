@@ -292,6 +292,11 @@ def load_reference(config: Config, device: "torch.device") -> Any:
     if config.precompute.tp_plan is not None:
         _make_head_whole(model)
     if adapter is not None:
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ConfigError(
+                "precompute.device_map: the reference does not fit the GPUs here, and weights that are kept elsewhere "
+                "take no adapter; use more GPUs or a narrower reference.dtype, or merge the adapter into the reference"
+            )
         model = _with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
     model.train(False)

@@ -49,7 +49,7 @@ PIPELINE = [
     "card",
     "reviews",
 ]
-STAGES = ["cli", "precompute", "train", "windows", "inspect", "verify", "import_scores", "export", "demo"]
+STAGES = ["cli", "launch", "precompute", "train", "windows", "inspect", "verify", "import_scores", "export", "demo"]
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
