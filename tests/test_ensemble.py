@@ -79,6 +79,16 @@ def test_the_processes_of_a_launch_need_nothing_of_each_other_and_write_what_one
     assert _files(folder / "two") == _files(folder / "shards")
 
 
+def test_a_reference_that_is_spread_over_devices_is_the_same_reference(config: Path) -> None:
+    folder = config.parent
+    words = ("--config", config, "-o", "precompute.device_map=auto", "-o", f"precompute.output={folder / 'spread'}")
+    refshard("precompute", *words)
+    one, other = _store(folder / "shards"), _store(folder / "spread")
+    assert one.manifest == other.manifest
+    assert (_token_logps(one) == _token_logps(other)).all()
+    assert b"device_map" in (folder / "spread" / "train" / "part-00000.parquet").read_bytes()
+
+
 # All of them one reference
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import attention
+from pipeline import attention, scoring
 from pipeline.errors import ConfigError
 from pipeline.packing import Batch, Layout, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
@@ -639,3 +640,15 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch, family: str, dtype: to
     forward = deaf.base_model.forward
     deaf.base_model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
     assert not check_scoring(deaf, "policy.model")
+
+
+def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is() -> None:
+    """The other device is one without memory, which refuses operands of a CPU as a GPU would."""
+    elsewhere = torch.nn.Linear(8, 50, bias=False, device="meta")
+    config = types.SimpleNamespace(get_text_config=lambda: transformers.LlamaConfig())
+    causal = types.SimpleNamespace(config=config, get_output_embeddings=lambda: elsewhere)
+    hidden, targets = torch.zeros(1, 5, 8), torch.zeros(2, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        for statistics in (False, True):
+            found = scoring._read_off(causal, hidden, torch.tensor([1, 3]), targets, statistics, False)
+            assert found["logps"].shape == (2,) and found["logps"].device.type == "meta"
