@@ -36,8 +36,9 @@ def _launched(behaviours: Sequence[Callable[[], None]], monkeypatch: pytest.Monk
 
     monkeypatch.setattr(launch, "_run_command", behave)
     monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)
+    before = psutil.Process().children()
     status = launch._Processes(len(behaviours), [], {}).wait()
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
     return status
 
 
