@@ -182,12 +182,18 @@ class PrecomputeConfig:
     """Store a log-prob for each token too: it lets a run with a smaller `max_length` use the same shards."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
     """What a pair with a NaN or infinite log-prob does: stop the run, or be dropped and counted."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: a reference larger than one GPU; its layers are spread over all that one process sees."""
+    tp_plan: Literal["auto"] | None = None
+    """`auto`: a reference larger than one GPU; each layer is split over all processes of the launch."""
 
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
             raise ValueError("rows_per_shard: at least 1")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError("tokens_per_batch: at least 1")
+        if self.device_map is not None and self.tp_plan is not None:
+            raise ValueError("tp_plan: set together with device_map; keep one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,8 +499,24 @@ class Config:
     def __post_init__(self) -> None:
         if self.loss.ld_alpha is not None and not self.precompute.token_logps:
             raise ValueError("loss.ld_alpha: needs token logps in the shards (precompute.token_logps: true)")
+        if self.precompute.tp_plan is not None:
+            _check_tensor_parallel(self)
         if self.reference.sync is not None:
             _check_sync(self)
+
+
+def _check_tensor_parallel(config: "Config") -> None:
+    """Refuse what can't go together with a reference whose layers are split over processes."""
+    reference, own = config.reference, config.reference.model is None
+    if reference.quantization is not None or (own and config.policy.quantization is not None):
+        raise ValueError("precompute.tp_plan: quantized weights can't be split; use precompute.device_map: auto")
+    if reference.adapter is not None or (own and config.policy.adapter is not None and not reference.disable_adapters):
+        raise ValueError(
+            "precompute.tp_plan: an adapter's weights are not split with the layers that it is on; merge it into the "
+            "reference, or use precompute.device_map: auto"
+        )
+    if reference.sync is not None:
+        raise ValueError("precompute.tp_plan: a reference that moves (reference.sync) is scored by one process")
 
 
 def _check_sync(config: "Config") -> None:

@@ -1,12 +1,13 @@
 """How many tokens of a batch fit the device's memory, and what to do when they did not."""
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pipeline.packing import make_batch
-from pipeline.scoring import score
+from pipeline.scoring import input_device, score
 from pipeline.tokens import TokenizedPair
 
 __all__ = ["free_memory", "is_out_of_memory", "tokens_that_fit"]
@@ -21,29 +22,31 @@ _SHARE = 0.7
 def tokens_that_fit(model: Any, packed: bool) -> int:
     """Choose the tokens of one forward pass, a power of two, by what two probes of the model take.
 
-    On a CPU it is a constant.
+    Of a model that is spread over several GPUs, the one with the least room decides. On a CPU it is a constant.
     """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
+    devices = list(dict.fromkeys(p.device for p in model.parameters() if p.device.type == "cuda"))
+    if not devices:
         return _ON_CPU
-    small, large = (_peak(model, packed, tokens, device) for tokens in (_FEWEST // 2, _FEWEST))
-    per_token = max((large - small) / (_FEWEST // 2), 1.0)
+    small, large = (_peaks(model, packed, tokens, devices) for tokens in (_FEWEST // 2, _FEWEST))
     free_memory()
-    free = torch.cuda.mem_get_info(device)[0]
-    tokens = int(_SHARE * free / per_token)
-    return max(_FEWEST, min(_MOST, 1 << (tokens.bit_length() - 1)))
+    tokens = _MOST
+    for device, less, more in zip(devices, small, large, strict=True):
+        per_token = max((more - less) / (_FEWEST // 2), 1.0)
+        tokens = min(tokens, int(_SHARE * torch.cuda.mem_get_info(device)[0] / per_token))
+    return 1 << (max(_FEWEST, tokens).bit_length() - 1)
 
 
-def _peak(model: Any, packed: bool, tokens: int, device: torch.device) -> int:
-    """Bytes that scoring one batch of so many tokens takes at most, weights included."""
+def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that scoring one batch of so many tokens takes at most on each device, weights included."""
     quarter = tokens // 4
     # Of two prompts: equal pairs would be packed into one group.
     pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for i in (1, 4)]
-    batch = make_batch(pairs, 0, packed=packed).to(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    batch = make_batch(pairs, 0, packed=packed).to(input_device(model))
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
         score(model, batch, statistics=False)
-    return int(torch.cuda.max_memory_allocated(device))
+    return [int(torch.cuda.max_memory_allocated(device)) for device in devices]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

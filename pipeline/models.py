@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, Quantization
 from pipeline.digests import sha256_of_files
@@ -256,20 +256,89 @@ def pick_device() -> "torch.device":
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this machine shows {torch.cuda.device_count()} GPUs, and process {number} of it, counted from 0, has "
+                "none; start as many processes as there are GPUs"
+            )
+        return torch.device("cuda", number)
     return torch.device("cpu")
 
 
 def load_reference(config: Config, device: "torch.device") -> Any:
-    """Load the frozen reference for stage one: eval mode, no gradients, dropout off."""
+    """Load the frozen reference for stage one: eval mode, no gradients, dropout off.
+
+    With `precompute.device_map` it is spread over the GPUs that this process sees, whatever `device` says. With
+    `precompute.tp_plan` each process of the launch gets its part of every layer, and all must call this.
+
+    Raises:
+        ConfigError: It can't be loaded, or not in the way that the settings ask for.
+        DataError: A weight file is damaged.
+    """
     named, adapter = reference_sources(config)
     section = "policy" if config.reference.quantization is None else "reference"
-    model = _load(named, config.reference.dtype, device, reference_quantization(config), section)
+    spread: dict[str, Any] = {}
+    if config.precompute.device_map is not None:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "precompute.device_map: each of several processes would spread the reference over all GPUs; start one, "
+                "or use precompute.tp_plan: auto"
+            )
+        spread["device_map"] = config.precompute.device_map
+    if config.precompute.tp_plan is not None:
+        spread["distributed_config"] = _split_layers(named, config.precompute.tp_plan)
+    model = _load(named, config.reference.dtype, device, reference_quantization(config), section, spread)
+    if config.precompute.tp_plan is not None:
+        _make_head_whole(model)
     if adapter is not None:
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ConfigError(
+                "precompute.device_map: the reference does not fit the GPUs here, and weights that are kept elsewhere "
+                "take no adapter; use more GPUs or a narrower reference.dtype, or merge the adapter into the reference"
+            )
         model = _with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+def _split_layers(named: NamedModel, plan: Literal["auto"]) -> Any:
+    """Say how the library is to split a model's layers over the processes of this launch."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    settings = _text_settings(named)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    otherwise = "use precompute.device_map: auto"
+    if not getattr(settings, "base_model_tp_plan", None):
+        raise ConfigError(f"precompute.tp_plan: transformers has no plan to split {settings.model_type}; {otherwise}")
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    if heads % processes:
+        raise ConfigError(
+            f"precompute.tp_plan: {named.name} has {heads} key and value heads, which {processes} processes can't "
+            f"share evenly; start another number of them, or {otherwise}"
+        )
+    return DistributedConfig(tp_plan=plan)
+
+
+def _make_head_whole(model: Any) -> None:
+    """Give each process the whole output projection, which the scorer reads itself, in place of its part."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    head = model.get_output_embeddings()
+
+    def whole(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
+        if tensor is None:
+            return None
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return torch.nn.Parameter(full.detach(), requires_grad=False)
+
+    weight, bias = whole(head.weight), whole(getattr(head, "bias", None))
+    assert weight is not None
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight, plain.bias = weight, bias  # type: ignore[assignment]
+    model.set_output_embeddings(plain)
 
 
 def load_policy(config: Config) -> Any:
@@ -304,13 +373,17 @@ def reference_dtype(config: Config) -> Dtype:
 
 def policy_settings(config: Config) -> Any:
     """Read the policy's config.json as the library does, its text model's part; loads no weights."""
+    return _text_settings(NamedModel(config.policy.model, config.policy.revision, "policy.model"))
+
+
+def _text_settings(named: NamedModel) -> Any:
     from transformers import AutoConfig
 
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
+    folder = named.folder()
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except _UNUSABLE as error:
-        raise ConfigError(f"policy.model: {folder}: its config.json can't be read: {_first_line(error)}") from error
+        raise ConfigError(f"{named.key}: {folder}: its config.json can't be read: {_first_line(error)}") from error
 
 
 def reference_quantization(config: Config) -> Quantization | None:
@@ -342,6 +415,7 @@ def _load(
     device: "torch.device | None",
     quantization: Quantization | None,
     section: str,
+    spread: Mapping[str, Any] | None = None,
 ) -> Any:
     import torch
     from safetensors import SafetensorError
@@ -358,8 +432,8 @@ def _load(
         )
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ConfigError(f"{key}: {folder}: dtype {dtype} can't be scored with; set dtype to bfloat16 or float32")
-    placement: dict[str, Any] = {}
-    if device is not None and device.type != "cpu":
+    placement: dict[str, Any] = dict(spread or {})
+    if not spread and device is not None and device.type != "cpu":
         placement["device_map"] = {"": device}
     if quantization is not None:
         placement["quantization_config"] = _bitsandbytes(quantization, dtype, section)

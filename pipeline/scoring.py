@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import align_module_device
 
 from pipeline.attention import NOT_A_MASK, switch_attention
 from pipeline.errors import ConfigError
@@ -26,6 +27,7 @@ __all__ = [
     "ROUNDING",
     "Scores",
     "check_scoring",
+    "input_device",
     "not_packed",
     "prepare",
     "score",
@@ -97,7 +99,7 @@ def prepare(model: Any) -> None:
         else:
             hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
         # [rows, length, hidden] -> [M, hidden]
-        hidden = hidden.flatten(0, 1).index_select(0, predictors)
+        hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
         scored = self.get_output_embeddings()(hidden, targets=targets, statistics=statistics, squares=squares)
         return {**scored, "aux_loss": balance}
 
@@ -126,9 +128,15 @@ def _read_off(
     causal: Any, hidden: torch.Tensor, targets: torch.Tensor, *, statistics: bool, squares: bool
 ) -> dict[str, torch.Tensor | None]:
     """Score the targets from their predictors' final hidden states, [M, hidden]."""
-    if not statistics:
-        return {"logps": token_logps(hidden, targets, head_of(causal))}
-    return vars(token_statistics(hidden, targets, head_of(causal), squares=squares))
+    # A weight that accelerate keeps off the device is fetched for the head's own forward alone, and this is another.
+    with align_module_device(causal.get_output_embeddings()):
+        head = head_of(causal)
+        # Of a model that is spread over several devices, the head need not be where its last layer is.
+        hidden, there = hidden.to(head.weight.device), targets.to(head.weight.device)
+        if not statistics:
+            return {"logps": token_logps(hidden, there, head).to(targets.device)}
+        found = vars(token_statistics(hidden, there, head, squares=squares))
+    return {name: None if value is None else value.to(targets.device) for name, value in found.items()}
 
 
 def _hidden_and_balance(
@@ -202,7 +210,7 @@ def score_pairs(
     Yields:
         A pair's index, and the token logps of its chosen and of its rejected completion.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     for indices in plan_batches(pairs, tokens_per_batch, packed=packed):
         batch = make_batch([pairs[i] for i in indices], pad_id, packed=packed)
         with torch.inference_mode():
@@ -210,6 +218,16 @@ def score_pairs(
         flat = scores.tokens.logps.float().cpu().numpy()
         completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
         yield from zip(indices, completions[: len(indices)], completions[len(indices) :], strict=True)
+
+
+def input_device(model: Any) -> torch.device:
+    """Give the device that a model takes its token ids on, however it is spread."""
+    # The embeddings come first of all.
+    device: torch.device = next(model.parameters()).device
+    if device.type == "meta":
+        # Kept off the device, and brought there for every pass.
+        device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+    return device
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,7 +292,7 @@ def _check_padded(model: Any, key: str) -> None:
     changed = TokenizedPair(
         prompt_ids=ids[:4], chosen_ids=ids[4:7] + others[7:9], rejected_ids=ids[5:10] + others[10:12]
     )
-    device = next(model.parameters()).device
+    device = input_device(model)
     batch, later = (pad_pairs([p], pad_id=0).to(device) for p in (pair, changed))
     name = _name_of(model)
     try:
@@ -321,7 +339,7 @@ def _reads_packed(model: Any) -> bool:
     pairs, company = _check_pairs(model)
     packed, packed_company = pack_pairs(pairs), pack_pairs(company)
     nowhere = dataclasses.replace(packed, position_ids=torch.zeros_like(packed.input_ids))
-    device = next(model.parameters()).device
+    device = input_device(model)
 
     def logps_of(batch: Batch) -> torch.Tensor:
         return score(model, batch.to(device), statistics=False).tokens.logps.float().cpu()

@@ -10,10 +10,10 @@ from multiprocessing import connection, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopFlag", "leave_with_parent", "watch_signals", "work_unsignalled"]
+__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "watch_signals", "work_unsignalled"]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
-_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class StopFlag:
@@ -58,7 +58,7 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
 
     # Handlers can be set in the main thread only; elsewhere (tests, notebooks) the flag just stays unset.
     if threading.current_thread() is threading.main_thread():
-        for number in _STOP:
+        for number in STOP_SIGNALS:
             signal.signal(number, handle)
     return flag
 
@@ -72,7 +72,7 @@ def work_unsignalled(closing: Any) -> None:
         closing: A shared value that is not 0 once the parent has no more use for workers; only then SIGTERM, which
             is how libraries have a worker leave, ends this one.
     """
-    for number in _STOP:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def leave_if_meant(number: int, frame: FrameType | None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_config
-from pipeline.errors import RefshardError, one_line
+from pipeline.config import Config, load_config
+from pipeline.errors import ConfigError, RefshardError, one_line
 
 __all__ = ["main", "run"]
 
@@ -30,6 +30,16 @@ _OVERRIDES = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Set one key on top of the file, like -o loss.beta=0.2. Repeatable.",
+)
+
+
+_PROCESSES = click.option(
+    "--processes",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Start N processes on this machine, one for each GPU.",
 )
 
 
@@ -92,16 +102,26 @@ def main(debug: bool) -> None:
     metavar="I/N",
     help="Do the share of worker I of N, counted from 0. Workers share only the output folder.",
 )
+@_PROCESSES
 @_STOP_AFTER
 @click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
 def precompute(
-    config_file: Path, overrides: tuple[str, ...], worker: tuple[int, int], stop_at: float | None, overwrite: bool
+    config_file: Path,
+    overrides: tuple[str, ...],
+    worker: tuple[int, int],
+    processes: int,
+    stop_at: float | None,
+    overwrite: bool,
 ) -> None:
     """Stage one: write the reference's log-probs to shards.
 
-    Does only what is missing: run it again after a kill, with any number of workers.
+    Does only what is missing: run it again after a kill, with any number of workers. Each of several processes is a
+    worker of its own, or, with precompute.tp_plan, all of them hold one reference together.
     """
     config = load_config(config_file, overrides)
+    if processes > 1:
+        _launch(config, processes)
+        return
     from stages import precompute as stage
 
     stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
@@ -110,11 +130,17 @@ def precompute(
 @main.command(short_help="Stage two: train the policy on the shards.")
 @_CONFIG
 @_OVERRIDES
+@_PROCESSES
 @_STOP_AFTER
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
 @click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
 def train(
-    config_file: Path, overrides: tuple[str, ...], stop_at: float | None, overwrite: bool, one_window: bool
+    config_file: Path,
+    overrides: tuple[str, ...],
+    processes: int,
+    stop_at: float | None,
+    overwrite: bool,
+    one_window: bool,
 ) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
@@ -122,6 +148,9 @@ def train(
     stage one, each in its own process, until the run is finished.
     """
     config = load_config(config_file, overrides)
+    if processes > 1:
+        _launch(config, processes)
+        return
     if config.reference.sync is not None and not one_window:
         from stages import windows
 
@@ -275,6 +304,26 @@ def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) ->
     from stages import demo as stage
 
     stage.summary(folder, config)
+
+
+def _launch(config: Config, processes: int) -> None:
+    """Have this very command, without `--processes`, run by several processes."""
+    if config.reference.sync is not None:
+        raise ConfigError(f"--processes {processes}: a run whose reference moves (reference.sync) is one process")
+    from stages import launch
+
+    launch.run(processes, _without_processes(sys.argv[1:]))
+
+
+def _without_processes(words: list[str]) -> list[str]:
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--processes":
+            next(rest)
+        elif not word.startswith("--processes="):
+            kept.append(word)
+    return kept
 
 
 def run() -> None:

@@ -5,7 +5,8 @@
 
 Workers share nothing but the folder: worker I of N takes the units whose number leaves I when divided by N, skips
 those that are there, and whoever finds all of them there writes the index. So any number of workers can start a
-run, and any other number can finish it.
+run, and any other number can finish it. Of several processes that were launched together each is a worker, unless
+they hold one reference together (`precompute.tp_plan`): then the first of them is one.
 """
 
 import functools
@@ -26,6 +27,7 @@ from transformers import TrainingArguments
 from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
 from pipeline.config import Config, training_settings
 from pipeline.digests import sha256_of_files
+from pipeline.ensemble import Ensemble, Led, processes_of_launch, share_of_process
 from pipeline.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
 from pipeline.fingerprint import fingerprint_of, identity_of_run
 from pipeline.folders import Folder, open_folder
@@ -75,7 +77,7 @@ def run(
 
     Args:
         config: The run's settings.
-        worker: (I, N): this process is worker I, from 0, of N.
+        worker: (I, N): this process is worker I, from 0, of N; where several were launched together, all of them are.
         overwrite: Delete the stores that are there and start over.
         stop_at: When to stop, on `time.monotonic`'s clock.
 
@@ -83,8 +85,50 @@ def run(
         UnfinishedError: A signal, or the time, asked to stop; the finished units are saved.
         IdentityError: The output folder holds shards of another reference, tokenization or dataset.
         DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
+        ConfigError: A setting is impossible here.
     """
     flag = watch_signals(stop_at)
+    if config.precompute.tp_plan is not None:
+        ensemble = Ensemble(flag)
+        if not ensemble.leads:
+            _follow(config, ensemble)
+            return
+        with ensemble.leading():
+            _run(config, worker, flag, ensemble, overwrite=overwrite)
+        return
+    if overwrite and processes_of_launch()[1] > 1:
+        raise ConfigError(
+            "--overwrite: of several processes each would delete what the others have begun; delete "
+            f"{config.precompute.output} yourself, or start one process first"
+        )
+    _run(config, share_of_process(worker), flag, None, overwrite=overwrite)
+
+
+def _follow(config: Config, ensemble: Ensemble) -> None:
+    """Run what the leader of the launch runs, on this process's part of the reference, until it says to leave."""
+    model: Any = None
+    while True:
+        order, content = ensemble.receive()
+        if order == "leave":
+            if content:
+                raise click.exceptions.Exit(content)
+            return
+        if order == "load":
+            model, *_ = _load_reference(config, ensemble)
+            continue
+        try:
+            Led.follow(model, content, ensemble, pick_device())
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # The leader goes on with less.
+        free_memory()
+
+
+def _run(
+    config: Config, worker: tuple[int, int], flag: StopFlag, ensemble: Ensemble | None, *, overwrite: bool
+) -> None:
     if config.reference.declared is not None:
         raise ConfigError(
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
@@ -106,7 +150,7 @@ def run(
             return
         config, sources, rows = _next_window(config, arguments, sources, tokenizer)
     identity = identity_of_run(config, tokenizer)
-    reference = _Reference(config, tokenizer)
+    reference = _Reference(config, tokenizer, ensemble)
     reusable = open_reusable(config.precompute.reuse, identity)
     others = 0
     for name, source in sources.items():
@@ -162,8 +206,8 @@ def _next_window(
 class _Reference:
     """The reference model, loaded when the first unit needs it: a rerun with nothing to do loads nothing."""
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._config = config
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None = None) -> None:
+        self._config, self._ensemble = config, ensemble
         self._pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         self._model: Any = None
         self._packed = False
@@ -235,15 +279,25 @@ class _Reference:
         free_memory()
 
     def _load(self) -> None:
-        device = pick_device()
-        named, _ = reference_sources(self._config)
-        click.echo(f"Loading the reference {named.name} on {device} ...")
-        self._model = load_reference(self._config, device)
-        prepare(self._model)
-        self._packed = check_scoring(self._model, named.key)
+        where = str(pick_device())
+        if self._config.precompute.device_map is not None:
+            where = "all GPUs that this process sees" if pick_device().type == "cuda" else where
+        if self._ensemble is not None:
+            where = f"{self._ensemble.num_processes} processes"
+            self._ensemble.send(("load", None))
+        click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
+        self._model, self._packed, self._tokens_per_batch = _load_reference(self._config, self._ensemble)
+        elsewhere = sum(p.numel() for p in self._model.parameters() if p.device.type == "meta")
+        if elsewhere:
+            click.echo(
+                f"warning: {elsewhere:,} of the reference's weights do not fit the devices' memory and are fetched for "
+                "every batch, which is slow; use more GPUs or a narrower reference.dtype",
+                err=True,
+            )
         if not self._packed:
             click.echo(f"warning: {not_packed(self._model)}", err=True)
-        self._tokens_per_batch = self._config.precompute.tokens_per_batch or tokens_that_fit(self._model, self._packed)
+        if self._ensemble is not None:
+            self._model = Led(self._model, self._ensemble)
 
     def _check_vocabulary(self, pairs: list[KeptPair]) -> None:
         # An id past the embedding is a crash without a name on a GPU.
@@ -255,6 +309,21 @@ class _Reference:
                     f"reference.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; "
                     "reference and policy must share one vocabulary"
                 )
+
+
+def _load_reference(config: Config, ensemble: Ensemble | None) -> tuple[Any, bool, int]:
+    """Load and check the reference: the prepared model, whether it reads packed batches, tokens of a batch."""
+
+    def load() -> tuple[Any, bool, int]:
+        model = load_reference(config, pick_device())
+        prepare(model)
+        packed = check_scoring(model, reference_sources(config)[0].key)
+        return model, packed, config.precompute.tokens_per_batch or tokens_that_fit(model, packed)
+
+    if ensemble is None:
+        return load()
+    model, packed, tokens = ensemble.together(load)
+    return model, packed, ensemble.smallest(tokens)
 
 
 # Pairs of a unit for each one that is scored twice: 1.6% of the work.
@@ -525,8 +594,15 @@ def _data_of(source: Source) -> dict[str, Any]:
 
 
 def _provenance(config: Config) -> Mapping[str, Any]:
+    settings = config.precompute
+    spread: dict[str, str] = {}
+    if settings.device_map is not None:
+        spread["device_map"] = settings.device_map
+    if settings.tp_plan is not None:
+        spread["tp_plan"] = f"{settings.tp_plan}, {processes_of_launch()[1]} processes"
     return {
-        "tokens_per_batch": config.precompute.tokens_per_batch,
+        "tokens_per_batch": settings.tokens_per_batch,
         "device": pick_device().type,
+        **spread,
         "versions": library_versions(),
     }

@@ -217,6 +217,8 @@ def test_masks_are_kept_by_device_and_dtype() -> None:
     half = attention._causal_mask(layout, 2, 5, None, torch.empty(1, dtype=torch.bfloat16))
     assert (there.device.type, here.device.type, half.dtype) == ("meta", "cpu", torch.bfloat16)
     assert attention._causal_mask(layout, 2, 5, None, torch.empty(1)) is here
+    blocks = attention._block_mask(Layout(((130, (2, 2)),)), 9, torch.device("meta"))
+    assert {blocks.kv_indices.device.type, blocks.full_kv_num_blocks.device.type} == {"meta"}
 
 
 # The kernel of a GPU: which blocks it computes, and how much it may skip.

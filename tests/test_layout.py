@@ -33,6 +33,7 @@ PIPELINE = [
     "head",
     "scoring",
     "memory",
+    "ensemble",
     "shards",
     "verify",
     "reuse",
@@ -52,6 +53,7 @@ PIPELINE = [
 ]
 STAGES = [
     "cli",
+    "launch",
     "precompute",
     "train",
     "windows",

@@ -392,5 +392,27 @@ def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
     assert found & (found - 1) == 0
 
 
+def test_of_several_gpus_the_one_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pretended GPUs: the second takes twice as much a token, and has half as much room."""
+    tokens = 0
+
+    def probe(model: Any, batch: Batch, **keywords: Any) -> None:
+        nonlocal tokens
+        tokens = batch.input_ids.numel()
+
+    weights = [types.SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 0, 1)]
+    model = types.SimpleNamespace(parameters=lambda: iter(weights))
+    free, per_token = {0: 40 * 2**30, 1: 20 * 2**30}, {0: 2**20, 1: 2**21}
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    monkeypatch.setattr(memory, "score", probe)
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: tokens * per_token[device.index])
+    assert memory.tokens_that_fit(model, True) == 4096
+    free[1] = 200 * 2**30
+    assert memory.tokens_that_fit(model, True) == 16384
+
+
 def test_on_a_cpu_the_tokens_that_fit_are_a_constant(scorer: Any) -> None:
     assert memory.tokens_that_fit(scorer, True) == memory.tokens_that_fit(scorer, False) == 2048

@@ -1,5 +1,6 @@
 """Models by folder or hub name, their adapters, and dropout."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -34,12 +35,13 @@ from pipeline.models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    pick_device,
     reference_quantization,
     reference_sources,
     reference_weights,
 )
 from pipeline.packing import pad_pairs
-from pipeline.scoring import check_scoring, prepare, score
+from pipeline.scoring import check_scoring, input_device, prepare, score, score_pairs
 from pipeline.tokens import TokenizedPair
 
 BATCH = pad_pairs([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
@@ -163,6 +165,71 @@ def test_a_reference_with_an_adapter_scores_as_the_policy_that_continues_it(
     assert any(p.requires_grad for p in models[0].parameters())
     assert not any(p.requires_grad for p in models[1].parameters())
     assert not models[1].training
+
+
+SOMEWHERE_ELSE = {
+    "model.embed_tokens": "disk",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+def spread(config: Config, places: Any = "auto") -> Config:
+    precompute = dataclasses.replace(config.precompute, device_map="auto")
+    # The setting has one value; what the library makes of it on a machine with GPUs stands in for it here.
+    object.__setattr__(precompute, "device_map", places)
+    return dataclasses.replace(config, precompute=precompute)
+
+
+def pair_logps(model: Any) -> list[Any]:
+    pairs = [
+        TokenizedPair(prompt_ids=[3 + i, 4, 5], chosen_ids=[6 + i, 7, 8], rejected_ids=[9, 10 + i]) for i in range(5)
+    ]
+    prepare(model)
+    packed = check_scoring(model, "reference.model")
+    assert packed
+    scored = score_pairs(model, pairs, tokens_per_batch=64, pad_id=0, packed=packed)
+    return [logps.tolist() for _, *both in scored for logps in both]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("places", ["auto", SOMEWHERE_ELSE], ids=["auto on a CPU", "fetched for every batch"])
+def test_a_reference_that_is_spread_gives_the_same_log_probs_to_the_bit(
+    tmp_path: Path, tokenizer: Any, places: Any, tied: bool
+) -> None:
+    config = settings(PolicyConfig(model=str(make_model(tmp_path, tokenizer, tie_word_embeddings=tied))))
+    model = load_reference(spread(config, places), torch.device("cpu"))
+    place = "meta" if places is SOMEWHERE_ELSE else "cpu"
+    assert {model.get_output_embeddings().weight.device.type, next(model.parameters()).device.type} == {place}
+    assert input_device(model) == torch.device("cpu")
+    assert pair_logps(model) == pair_logps(load_reference(config, torch.device("cpu")))
+    # What was fetched for the head is gone again.
+    assert model.get_output_embeddings().weight.device.type == place
+
+
+def test_a_reference_that_can_not_be_spread_is_refused(
+    model_folder: Path, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = settings(PolicyConfig(model=str(model_folder), adapter=str(adapter_folder)))
+    with pytest.raises(ConfigError, match="does not fit the GPUs here, and weights that are kept elsewhere take no"):
+        load_reference(spread(adapted, SOMEWHERE_ELSE), torch.device("cpu"))
+    load_reference(spread(adapted), torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="each of several processes would spread the reference over all GPUs"):
+        load_reference(spread(adapted), torch.device("cpu"))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="this machine shows 2 GPUs, and process 2 of it, counted from 0, has none"):
+        pick_device()
 
 
 def test_a_fresh_adapter_changes_nothing_yet(model_folder: Path) -> None:

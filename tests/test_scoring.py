@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import attention
+from pipeline import attention, scoring
 from pipeline.errors import ConfigError
 from pipeline.packing import Batch, Layout, pack_pairs, pad_pairs
 from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
@@ -639,3 +640,24 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch, family: str, dtype: to
     forward = deaf.base_model.forward
     deaf.base_model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
     assert not check_scoring(deaf, "policy.model")
+
+
+def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other device is one without memory, to which all that the head is to work on has to come."""
+    elsewhere = torch.nn.Linear(8, 50, bias=False, device="meta")
+    config = types.SimpleNamespace(get_text_config=lambda: transformers.LlamaConfig())
+    causal = types.SimpleNamespace(config=config, get_output_embeddings=lambda: elsewhere)
+    seen = []
+
+    def read(hidden: torch.Tensor, targets: torch.Tensor, head: Any, **keywords: Any) -> Any:
+        seen.append({hidden.device.type, targets.device.type, head.weight.device.type})
+        return torch.zeros(len(targets)) if not keywords else scoring.TokenStatistics(torch.zeros(len(targets)))
+
+    monkeypatch.setattr(scoring, "token_logps", read)
+    monkeypatch.setattr(scoring, "token_statistics", read)
+    for statistics in (False, True):
+        found = scoring._read_off(
+            causal, torch.zeros(1, 5, 8), torch.tensor([1, 3]), torch.tensor([7, 8]), statistics, False
+        )
+        assert found["logps"] is not None and found["logps"].device.type == "cpu"
+    assert seen == [{"meta"}, {"meta"}]

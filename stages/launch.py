@@ -1,0 +1,144 @@
+"""Start one command as several processes on this machine, as torchrun does, and keep what it would lose.
+
+A scheduler tells by the exit status whether to run a job again, and ends it with a signal. torchrun ends with 1
+whatever its processes ended with, heeds few signals, and 30 seconds after the first kills a process that saves. Here
+every signal goes to every process, nothing but the scheduler hurries them, and the exit status is theirs.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from types import FrameType
+from typing import Any
+
+import click
+
+from pipeline.errors import ConfigError, UnfinishedError
+from pipeline.signals import STOP_SIGNALS, leave_with_parent
+
+__all__ = ["run"]
+
+_UNFINISHED = UnfinishedError.exit_status
+
+# After one has failed, for the others: they end within a batch, unless they wait for the one that is gone.
+_SECONDS_TO_END = 30.0
+
+
+def run(count: int, words: Sequence[str]) -> None:
+    """Run `refshard WORDS` in `count` processes and wait for all of them.
+
+    Once one has failed, the others are asked to stop, and killed if they do not.
+
+    Raises:
+        ConfigError: This process is one of several itself.
+        click.exceptions.Exit: A process failed, which has said why; with the exit status of the first that did.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--processes: this process is one of several already; give it to none, or start one alone")
+    # As many threads in all as there are cores; read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    for stage in ("stages.precompute", "stages.train"):
+        importlib.import_module(stage)
+    import torch.distributed as dist
+
+    # The processes meet here. It is this process that listens, and the system that chooses the port, so nobody else
+    # can take it in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    meeting = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    status = _Processes(count, words, meeting).wait()
+    if status:
+        raise click.exceptions.Exit(status)
+
+
+class _Processes:
+    """The processes of one launch, and what has become of them."""
+
+    def __init__(self, count: int, words: Sequence[str], meeting: Mapping[str, str]) -> None:
+        # A fork starts at once, with the libraries imported; this process does nothing else with them.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._running: list[Any] = []
+        self._asked = False
+        self._status = 0
+        self._deadline: float | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._hand_on)
+        # A signal that comes while they start waits until all are there to get it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for rank in range(count):
+                environment = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = context.Process(target=_run_command, args=(["refshard", *words], environment))
+                process.start()
+                self._running.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def wait(self) -> int:
+        """Wait for all to end; gives the exit status of the first that failed, 0 if none did."""
+        while self._running:
+            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            wait([process.sentinel for process in self._running], left)
+            # Of two that ended at once, one that was killed is more likely the cause than what the other said.
+            for process in sorted(self._running, key=lambda process: process.exitcode or 0):
+                if process.exitcode is not None:
+                    self._running.remove(process)
+                    self._note(process)
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                for process in self._running:
+                    process.kill()
+        return self._status
+
+    def _note(self, process: Any) -> None:
+        """Take notice of one that has ended; the first that failed decides what becomes of all."""
+        if process.exitcode == 0:
+            return
+        if process.exitcode < 0 and self._deadline is None:
+            click.echo(
+                f"refshard: process {process.pid} was ended by {signal.Signals(-process.exitcode).name}; the others "
+                "are asked to stop",
+                err=True,
+            )
+        # A process that was killed reports the signal as a negative number.
+        status = process.exitcode if process.exitcode > 0 else 128 - process.exitcode
+        self._status = self._status or status
+        if self._asked and status == _UNFINISHED:
+            # It did as asked, and so will the others, which may still be saving.
+            return
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _SECONDS_TO_END
+            if not self._asked:
+                self._send(signal.SIGTERM)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def _run_command(words: list[str], environment: Mapping[str, str]) -> None:
+    for number in STOP_SIGNALS:
+        # Until the stage has handlers of its own there is nothing to save.
+        signal.signal(number, lambda *_: os._exit(_UNFINISHED))
+    # A terminal's Ctrl-C goes to its whole group, and would come a second time from the launcher.
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    leave_with_parent(_UNFINISHED)
+    os.environ.update(environment)
+    sys.argv = words
+    importlib.import_module("stages.cli").run()

@@ -1,0 +1,198 @@
+"""One command as several processes: what they end with, what reaches them, and what is left when one is gone."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import refshard
+from faults.watched import Watched
+
+from pipeline.checkpoints import newest_step
+from pipeline.errors import ConfigError
+from pipeline.signals import STOP_SIGNALS
+from stages import cli, launch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _launched(behaviours: Sequence[Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Launch processes that behave so; gives the launch's exit status."""
+
+    def behave(words: list[str], environment: dict[str, str]) -> None:
+        behaviours[int(environment["RANK"])]()
+
+    monkeypatch.setattr(launch, "_run_command", behave)
+    monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)
+    before = psutil.Process().children()
+    status = launch._Processes(len(behaviours), [], {}).wait()
+    assert psutil.Process().children() == before
+    return status
+
+
+def _ends(status: int) -> Callable[[], None]:
+    return lambda: os._exit(status)
+
+
+def _hangs() -> None:
+    """As one that waits for another in a collective: no signal that can be heeded ends it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def _is_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "status"),
+    [
+        ((_ends(0), _ends(0)), 0),
+        ((_ends(0), _ends(78)), 78),
+        ((_ends(65), _hangs), 65),
+        ((_hangs, _ends(75)), 75),
+        ((_hangs, _is_killed), 128 + 9),
+    ],
+    ids=["all done", "one refused", "one failed, one hangs", "one left unasked, one hangs", "one killed, one hangs"],
+)
+def test_a_launch_ends_with_the_status_of_the_first_that_failed_and_waits_for_none_that_hangs(
+    behaviours: tuple[Callable[[], None], ...], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _launched(behaviours, monkeypatch) == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_every_process_gets_every_signal_once_and_all_the_time_that_it_takes_to_save(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saves(name: str, seconds: float) -> Callable[[], None]:
+        def behave() -> None:
+            got: list[int] = []
+            for each in STOP_SIGNALS:
+                signal.signal(each, lambda number, frame: got.append(number))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            while not got:
+                time.sleep(0.01)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(0.01)
+            (tmp_path / name).write_text(repr([int(each) for each in got]))
+            os._exit(75)
+
+        return behave
+
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    # The second takes longer than those have that fail.
+    assert _launched((saves("quick", 0), saves("slow", 1)), monkeypatch) == 75
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("quick", "slow"), repr([int(number)])
+    )
+
+
+def test_a_signal_while_the_processes_start_reaches_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first signals its launcher as soon as it is there, when the others are not."""
+
+    def behave() -> None:
+        end = time.monotonic() + 5
+        while signal.SIGTERM not in signal.sigpending() and time.monotonic() < end:
+            time.sleep(0.01)
+        os._exit(75 if signal.SIGTERM in signal.sigpending() else 1)
+
+    def signals() -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        behave()
+
+    assert _launched((signals, behave, behave, behave), monkeypatch) == 75
+
+
+def test_the_words_of_the_command_are_handed_on_without_the_number() -> None:
+    words = ["--debug", "train", "--config", "a b.yaml", "--processes", "2", "-o", "train.seed=1", "--processes=3"]
+    assert cli._without_processes(words) == ["--debug", "train", "--config", "a b.yaml", "-o", "train.seed=1"]
+
+
+def test_processes_of_processes_and_of_a_moving_reference_are_refused(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--config", str(make_run(reference={"sync": {"steps": 2}})), "--processes", "2"]
+    with pytest.raises(ConfigError, match="--processes 2: a run whose reference moves"):
+        cli.main.main(words, standalone_mode=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--processes: this process is one of several already"):
+        launch.run(2, [])
+
+
+def _ranks(launcher: Watched) -> list[psutil.Process]:
+    return psutil.Process(launcher.pid).children()
+
+
+def _gone(processes: list[psutil.Process], seconds: float = 15) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def test_two_processes_write_what_one_writes_and_keep_its_exit_status(make_run: Callable[..., Path]) -> None:
+    config = make_run()
+    folder = config.parent
+    refshard("precompute", "--config", config)
+    two = Watched("precompute", "--config", config, "--processes", 2, "-o", f"precompute.output={folder / 'two'}")
+    assert two.finish() == 0, two.err
+    files = {file.relative_to(folder / "two"): file.read_bytes() for file in (folder / "two").rglob("*.*")}
+    assert files == {path: (folder / "shards" / path).read_bytes() for path in files}
+    assert len(files) == 5
+    other = Watched("precompute", "--config", config, "--processes", 2, "-o", "reference.dtype=bfloat16")
+    assert other.finish() == 78
+    assert "holds the shards of another run. It differs in reference.dtype" in other.err
+    overwrite = Watched("precompute", "--config", config, "--processes", 2, "--overwrite")
+    assert overwrite.finish() == 2
+    assert "--overwrite: of several processes each would delete what the others have begun" in overwrite.err
+
+
+def test_a_launched_training_saves_when_asked_and_leaves_nothing_behind_when_killed(
+    make_run: Callable[..., Path],
+) -> None:
+    config = make_run(train={"max_steps": 2000, "per_device_train_batch_size": 2, "save_strategy": "no"})
+    refshard("precompute", "--config", config)
+    output = config.parent / "policy"
+    words = ("train", "--config", config, "--processes", 2)
+
+    def started() -> Watched:
+        launcher = Watched(*words)
+        assert launcher.wait_until(lambda: "'loss'" in launcher.out), launcher.err
+        assert len(_ranks(launcher)) == 2
+        # A terminal's Ctrl-C, which a whole group gets, must not come to them twice.
+        assert all(os.getpgid(rank.pid) == rank.pid for rank in _ranks(launcher))
+        return launcher
+
+    launcher = started()
+    launcher.signal(signal.SIGTERM)
+    assert launcher.finish() == 75, launcher.err
+    saved = newest_step(output)
+    assert saved > 0
+
+    launcher = started()
+    ranks = _ranks(launcher)
+    ranks[1].kill()
+    assert launcher.finish(60) == 128 + 9, launcher.err
+    assert "was ended by SIGKILL" in launcher.err
+    assert _gone(ranks)
+
+    launcher = started()
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    assert _gone(ranks)
+    assert newest_step(output) == saved
