@@ -113,6 +113,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
         # The library declares a word, its old way of saying how; YAML's yes and no are meant.
         settings["fsdp"] = _is_on(settings["fsdp"]) or None
+    _check_launcher(settings)
     try:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -123,7 +124,12 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    _check_launcher(made)
+    if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each would train the whole run by itself, into one folder.
+        raise ConfigError(
+            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
+            "processes on CPUs, set train.use_cpu: true"
+        )
     _check_fsdp(made, config)
     _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
@@ -149,16 +155,10 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     return made
 
 
-def _check_launcher(made: transformers.TrainingArguments) -> None:
-    """Refuse what a launcher was told and the settings were not: one of them would be the one that is not heard."""
-    if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Each would train the whole run by itself, into one folder.
-        raise ConfigError(
-            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
-            "processes on CPUs, set train.use_cpu: true"
-        )
+def _check_launcher(settings: Mapping[str, Any]) -> None:
+    """Refuse what accelerate was told and the settings were not: one of the two would be the one that is not heard."""
     for key, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not getattr(made, key):
+        if _is_on(os.environ.get(f"ACCELERATE_USE_{name.upper()}")) and not settings.get(key):
             raise ConfigError(
                 f"train.{key}: accelerate launch was told to use {name}, but the settings were not; set train.{key}, "
                 "and leave it out of accelerate's own settings"

@@ -390,10 +390,10 @@ def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: 
 def test_a_launcher_that_the_settings_know_nothing_of_is_refused(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
-    arguments = training_arguments(load_config(make_run()))
+    config = load_config(make_run(train={"use_cpu": False}))
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
-        pipeline.trainer._check_launcher(arguments)
+        training_arguments(config)
 
 
 @pytest.mark.parametrize(("word", "fsdp"), [("true", True), ("false", None), ("null", None)])
