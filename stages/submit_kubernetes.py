@@ -40,7 +40,7 @@ def run(config: Config, *, workers: int | None = None, into: Path | None = None,
     if workers is not None:
         config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, workers=workers))
     folder = (into or Path(output_of(config)).expanduser() / "jobs").absolute()
-    files = _manifests(config, folder)
+    files = _manifests(config)
     write_job_files(folder, files)
     click.echo(f"Manifests: {folder}")
     if submit:
@@ -52,9 +52,8 @@ def run(config: Config, *, workers: int | None = None, into: Path | None = None,
 _SUBMIT = "submit.sh"
 
 
-def _manifests(config: Config, folder: Path) -> dict[str, str]:
+def _manifests(config: Config) -> dict[str, str]:
     """Give the text of each file by its name."""
-    check_text(str(folder), "--into")
     cluster, kubernetes, run = config.cluster, config.cluster.kubernetes, name_of_run(config)
     _check(config)
     settings, text = settings_file(config)
@@ -104,7 +103,6 @@ def _manifests(config: Config, folder: Path) -> dict[str, str]:
         }
     submit = render(
         "kubernetes-submit.sh.jinja",
-        folder=str(folder),
         objects=[name.removesuffix(".yaml") for name in files],
         jobs=list(jobs),
     )
