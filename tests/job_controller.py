@@ -5,6 +5,8 @@ and after a grace SIGKILL, disruptions, two pods of one index at once. What it d
 containers, so a volume is a folder of this machine at the very path where it is mounted, and the program is not PID 1.
 """
 
+import functools
+import json
 import os
 import re
 import signal
@@ -156,12 +158,8 @@ class Cluster:
     def apply(self, manifest: dict[str, Any], *, dry_run: bool = False) -> str:
         """Make an object or leave it as it is; what must not change is not changed."""
         kind, name = manifest["kind"], manifest["metadata"]["name"]
-        try:
-            kubernetes_validate.validate(manifest, "1.37", strict=True)
-        except kubernetes_validate.ValidationError as error:
-            raise RefusedError(f"{kind} {name} is invalid: {error.message}") from error
-        if wrong := complaints(manifest):
-            raise RefusedError(f"{kind} {name} is invalid: {'; '.join(wrong)}")
+        if wrong := _wrong(json.dumps(manifest)):
+            raise RefusedError(f"{kind} {name} is invalid: {wrong}")
         there = self.objects.get((kind, name))
         if there is not None and there != manifest:
             raise RefusedError(f"{kind} {name} is invalid: field is immutable")
@@ -322,6 +320,15 @@ cat "$request.err" >&2
 exit "$(cat "$request.status")"
 """
 _SLEEP = "#!/bin/sh\nexec /bin/sleep 0.05\n"
+
+
+@functools.cache
+def _wrong(manifest: str) -> str:
+    try:
+        kubernetes_validate.validate(json.loads(manifest), "1.37", strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return str(error.message)
+    return "; ".join(complaints(json.loads(manifest)))
 
 
 def _start(job: str, index: int, words: list[str], folder: Path, environment: Mapping[str, str]) -> Process:
