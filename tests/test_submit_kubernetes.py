@@ -121,6 +121,7 @@ def test_the_jobs_run_the_two_stages_on_one_copy_of_the_settings(render: Callabl
     assert container(files["train.yaml"])["command"] == ["refshard", "train", *program[2:]]
     spec = files["precompute.yaml"]["spec"]
     assert [spec[key] for key in ("completionMode", "completions", "parallelism")] == ["Indexed", 8, 8]
+    assert spec["podReplacementPolicy"] == "Failed"
     assert files["settings.yaml"]["immutable"] is True
     for name in ("precompute", "finish", "train"):
         pod = files[f"{name}.yaml"]["spec"]["template"]["spec"]
@@ -268,6 +269,18 @@ def test_a_hostile_folder_is_only_a_name(tmp_path: Path, make_run: Callable[...,
         read = load_config(Path(words[words.index("--config") + 1]))
         assert (read.train["output_dir"], read.precompute.output) == (name, name)
     assert not list(tmp_path.rglob("x"))
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b", "a\x85  b", "\t|\n  - x: {", "é\ufeff", " # x", "{{ 1 }}", "\U0001f600", "'\""]
+)
+def test_the_settings_arrive_as_they_were_whatever_is_in_them(
+    render: Callable[..., Any], tmp_path: Path, text: str
+) -> None:
+    files = render(data={"columns": {"prompt": text}}, reference={"declared": text})
+    (tmp_path / "copy.yaml").write_text(files["settings.yaml"]["data"]["settings.yaml"])
+    copied = load_config(tmp_path / "copy.yaml")
+    assert (copied.data.columns, copied.reference.declared) == ({"prompt": text}, text)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -619,6 +632,7 @@ def test_pods_killed_and_evicted_at_random_come_to_the_same(volume: Path, tmp_pa
             assert submitted.wait(120) == 0
             last = cluster.wait_for(lambda: cluster.jobs.get("runs-dpo-train"))
             assert cluster.wait_for(lambda job=last: job.ended) == "Complete"
+            assert any(pod.status for job in cluster.jobs.values() for pod in job.pods)
         assert (volume / "runs" / "dpo" / "model.safetensors").read_bytes() == undisturbed
 
 
