@@ -244,7 +244,17 @@ def test_no_token_is_in_a_file(render: Callable[..., Any], monkeypatch: pytest.M
 
 # What is hostile
 
-HOSTILE = ["$(touch x)", "`touch x`", "a'; touch x; '", 'a" && touch x && "', "$HOME ${x}", "*?[a]", "-rf", "é: {}"]
+HOSTILE = [
+    "$(touch x)",
+    "`touch x`",
+    "a'; touch x; '",
+    'a" && touch x && "',
+    "$HOME ${x}",
+    "*?[a]",
+    "-rf",
+    "é: {}",
+    "a #b",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -329,6 +339,20 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "image of today": ("lint", lambda job: container(job).update(image="refshard:latest")),
     "deadline": ("lint", lambda job: job["spec"].update(activeDeadlineSeconds=3600)),
     "variable that is none": ("lint", lambda job: container(job)["command"].append("$(touch x)")),
+    "codes and conditions": ("lint", lambda job: _rule(job, 1).update(onPodConditions=[])),
+    "one index fails of none": (
+        "lint", lambda job: [job["spec"].pop(key) for key in ("backoffLimitPerIndex", "maxFailedIndexes")],
+    ),
+    "two volumes of one name": ("lint", lambda job: _pod(job)["volumes"].append(_pod(job)["volumes"][0])),
+    "two mounts at one place": ("lint", lambda job: container(job)["volumeMounts"][0].update(mountPath="/dev/shm")),
+    "colon in a mount": ("lint", lambda job: container(job)["volumeMounts"][0].update(mountPath="/a:b")),
+    "more than its limit": (
+        "lint", lambda job: container(job)["resources"].update(requests={"memory": "2Gi"}, limits={"memory": "2G"}),
+    ),
+    "half a GPU": ("lint", lambda job: container(job)["resources"].update(limits={"nvidia.com/gpu": "500m"})),
+    "GPU without a limit": (
+        "lint", lambda job: container(job)["resources"].update(requests={"nvidia.com/gpu": 1}, limits={}),
+    ),
     "behind a shell": ("lint", lambda job: container(job).update(command=["sh", "-c", "refshard precompute"])),
 }  # fmt: skip
 
@@ -587,6 +611,25 @@ def test_killed_doubled_and_evicted_the_pods_come_to_what_the_plain_commands_com
         assert _submit(tmp_path / "jobs", cluster).returncode == 0
         assert _jobs(cluster) == before
     assert _contents(volume) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_moving_reference_goes_on_after_an_eviction(volume: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    write_config(tmp_path / "run.yaml", **settings, reference={"sync": {"steps": 20, "mixup_alpha": 0.6}})
+    plain = tmp_path / "plain"
+    shutil.copytree(volume, plain)
+    assert Command("train", "--config", tmp_path / "run.yaml", folder=plain).wait(60) == 0
+    with Cluster(tmp_path / "cluster") as cluster:
+        assert _submit(_rendered(tmp_path), cluster).returncode == 0
+        checkpoint = volume / "runs" / "dpo" / "checkpoint-25" / "refshard-commit.json"
+        cluster.wait_for(checkpoint.exists)
+        (pod,) = cluster.pods("runs-dpo-train")
+        cluster.disrupt(pod)
+        assert cluster.wait_for(lambda: cluster.jobs["runs-dpo-train"].ended) == "Complete"
+        assert [pod.status for pod in cluster.pods("runs-dpo-train")] == [75, 0]
+    weights = Path("runs", "dpo", "model.safetensors")
+    assert (volume / weights).read_bytes() == (plain / weights).read_bytes()
 
 
 @pytest.mark.slow
