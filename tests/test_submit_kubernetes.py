@@ -622,7 +622,7 @@ def test_a_moving_reference_goes_on_after_an_eviction(volume: Path, tmp_path: Pa
     assert Command("train", "--config", tmp_path / "run.yaml", folder=plain).wait(60) == 0
     with Cluster(tmp_path / "cluster") as cluster:
         assert _submit(_rendered(tmp_path), cluster).returncode == 0
-        checkpoint = volume / "runs" / "dpo" / "checkpoint-25" / "refshard-commit.json"
+        checkpoint = volume / "runs" / "dpo" / "checkpoint-5" / "refshard-commit.json"
         cluster.wait_for(checkpoint.exists)
         (pod,) = cluster.pods("runs-dpo-train")
         cluster.disrupt(pod)
