@@ -381,7 +381,7 @@ class JobConfig:
     cpus: int | None = None
     """CPU cores of each process; the scheduler's default if left out."""
     memory: str | None = None
-    """Memory on each machine, in the scheduler's words: `200G` for Slurm, `200Gi` for Kubernetes."""
+    """Memory on each machine: `200G`, which is 200 GiB for either scheduler; a number alone is in MiB."""
     time: str | None = None
     """Time limit: `90` minutes, `4:00:00`, `2-00:00:00`. What is not done by then is put in the queue again."""
 
@@ -414,7 +414,7 @@ class KubernetesConfig:
     namespace: str | None = None
     """Namespace; that of the current context if left out."""
     claim: str | None = None
-    """A persistent volume claim that is there; one is rendered if left out."""
+    """A persistent volume claim that is there, which may hold data and models; one is rendered if left out."""
     size: str = "100Gi"
     """Size of the claim that is rendered."""
     storage_class: str | None = None

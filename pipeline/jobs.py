@@ -60,7 +60,7 @@ def settings_file(config: Config) -> tuple[str, str]:
     return f"settings-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, /, **values: Any) -> str:
     """Fill in a template of `stages/jobs`.
 
     In templates `quote` makes one word of a shell of a value, and `words` a command; `tojson`, which is YAML too,

@@ -18,12 +18,13 @@ _FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.insp
 
 
 class Command:
-    """A `refshard` command that runs."""
+    """A `refshard` command that runs, in a working folder and an environment."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
         self.words = ["refshard", *map(str, arguments)]
         self._said = tempfile.TemporaryDirectory()
-        self._process = _FORKS.Process(target=_run, args=(self.words, self._said.name, dict(os.environ)))
+        environment = dict(os.environ if environment is None else environment)
+        self._process = _FORKS.Process(target=_run, args=(self.words, self._said.name, environment, folder))
         self._process.start()
 
     @property
@@ -69,8 +70,9 @@ def redirected(folder: str, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
-    redirected(folder, environment)
+def _run(words: list[str], said_in: str, environment: dict[str, str], folder: Path) -> None:
+    redirected(said_in, environment)
+    os.chdir(folder)
     sys.argv = words
     from stages.cli import run
 
