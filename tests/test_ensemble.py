@@ -256,3 +256,23 @@ def test_what_does_not_go_with_a_split_reference_is_refused_before_anything_is_l
 
     with pytest.raises(ConfigError, match=message):
         load_config(config, [SPLIT, *overrides])
+
+
+def test_a_sample_is_scored_again_by_a_reference_that_is_spread_where_there_are_several_gpus(
+    config: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import models
+    from stages import verify
+
+    real, places = models.load_reference, []
+
+    def load(config: Any, device: torch.device) -> Any:
+        places.append(config.precompute.device_map)
+        monkeypatch.undo()
+        return real(config, device)
+
+    for gpus in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(models, "load_reference", load)
+        verify.run(str(config.parent / "shards"), model=str(model_folder), sample=4, clean=False)
+    assert places == [None, "auto"]
