@@ -159,7 +159,8 @@ def _script(
     asked = {
         "cpus-per-task": job.cpus,
         "gpus-per-node": job.gpus_of_node or None,
-        "mem": job.memory,
+        # Slurm's G is Kubernetes' Gi.
+        "mem": job.memory and job.memory.removesuffix("i"),
         "time": job.time,
         "partition": cluster.partition,
         "account": cluster.account,

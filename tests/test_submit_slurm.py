@@ -78,7 +78,7 @@ def test_what_the_cluster_section_asks_for_is_what_the_files_ask_for(make_run: C
                 "options": ["--qos=high"],
                 "grace": 300,
                 "precompute": {"cpus": 4, "memory": "32G", "time": "2:00:00"},
-                "train": {"nodes": 2, "processes": 8, "cpus": 6, "time": "1-00:00:00"},
+                "train": {"nodes": 2, "processes": 8, "cpus": 6, "memory": "400Gi", "time": "1-00:00:00"},
             }
         ),
         "--workers",
@@ -89,7 +89,14 @@ def test_what_the_cluster_section_asks_for_is_what_the_files_ask_for(make_run: C
     array, train = directives(folder / "precompute.sh"), directives(folder / "train.sh")
     common = {"--partition=a100", "--account=team-a", "--qos=high", "--signal=B:USR1@300", "--requeue"}
     assert {*common, "--array=0-5", "--gpus-per-node=1", "--cpus-per-task=4", "--mem=32G", "--time=2:00:00"} <= {*array}
-    ranks = {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--time=1-00:00:00"}
+    ranks = {
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=6",
+        "--mem=400G",
+        "--time=1-00:00:00",
+    }
     assert {*common, *ranks, "--kill-on-invalid-dep=yes", "--open-mode=append"} <= {*train}
     assert not any(option.startswith("--array") for option in [*train, *directives(folder / "finish.sh")])
 
