@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from types import FrameType
@@ -69,12 +70,13 @@ class _Processes:
         # A fork starts at once, with the libraries imported; this process does nothing else with them.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._running: list[Any] = []
-        self._asked = False
+        self._asked = self._all_there = False
+        self._received: deque[int] = deque()
         self._status = 0
         self._deadline: float | None = None
         for number in STOP_SIGNALS:
-            signal.signal(number, self._hand_on)
-        # A signal that comes while they start waits until all are there to get it.
+            signal.signal(number, self._receive)
+        # For the processes, which have this one's handlers until they have set their own.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for rank in range(count):
@@ -84,6 +86,8 @@ class _Processes:
                 self._running.append(process)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self._all_there = True
+        self._hand_on()
 
     def wait(self) -> int:
         """Wait for all to end; gives the exit status of the first that failed, 0 if none did."""
@@ -121,9 +125,17 @@ class _Processes:
             if not self._asked:
                 self._send(signal.SIGTERM)
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        self._send(number)
+        self._received.append(number)
+        # One that comes while they start waits until all are there to get it. A blocked signal would not wait: it is
+        # this thread's alone that is blocked, and the libraries have others.
+        if self._all_there:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        while self._received:
+            self._send(self._received.popleft())
 
     def _send(self, number: int) -> None:
         for process in list(self._running):
