@@ -178,7 +178,7 @@ def _job(
         command=command,
         mount=kubernetes.mount,
         # In the value of a variable, $(NAME) stands for another variable.
-        hub_cache=posixpath.join(kubernetes.mount, ".cache/huggingface").replace("$", "$$"),
+        cache=posixpath.join(kubernetes.mount, ".cache").replace("$", "$$"),
         secret=kubernetes.secret,
         # No limit on the cores: it would slow down what may use idle ones.
         requests=memory | ({} if job.cpus is None else {"cpu": str(job.cpus * job.processes)}),

@@ -656,8 +656,6 @@ def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkey
     monkeypatch.setattr(scoring, "token_logps", read)
     monkeypatch.setattr(scoring, "token_statistics", read)
     for statistics in (False, True):
-        found = scoring._read_off(
-            causal, torch.zeros(1, 5, 8), torch.tensor([1, 3]), torch.tensor([7, 8]), statistics, False
-        )
+        found = scoring._read_off(causal, torch.zeros(2, 8), torch.tensor([7, 8]), statistics=statistics, squares=False)
         assert found["logps"] is not None and found["logps"].device.type == "cpu"
     assert seen == [{"meta"}, {"meta"}]

@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import refshard, simple_rows, write_config, write_jsonl
+from faults.tally import tally
 from job_controller import Cluster, RefusedError, jsonpath
 from kubernetes_lint import complaints
 from processes import Command
@@ -275,7 +276,7 @@ def test_a_hostile_folder_is_only_a_name(tmp_path: Path, make_run: Callable[...,
         assert isinstance(started, _Scripted)
         words, working_folder, environment = started.last
         assert str(working_folder) == mount
-        assert environment["HF_HOME"] == f"{mount}/.cache/huggingface"
+        assert environment["XDG_CACHE_HOME"] == f"{mount}/.cache"
         read = load_config(Path(words[words.index("--config") + 1]))
         assert (read.train["output_dir"], read.precompute.output) == (name, name)
     assert not list(tmp_path.rglob("x"))
@@ -611,6 +612,9 @@ def test_killed_doubled_and_evicted_the_pods_come_to_what_the_plain_commands_com
         assert _submit(tmp_path / "jobs", cluster).returncode == 0
         assert _jobs(cluster) == before
     assert _contents(volume) == undisturbed
+    tally(
+        "pods killed, doubled and evicted, emulated", 4, outcome="shards and weights of the plain commands, to the bit"
+    )
 
 
 @pytest.mark.slow
@@ -644,6 +648,7 @@ def test_a_mistake_of_the_user_ends_the_run_at_once_and_stage_two_never_starts(v
         assert "failed with exit code 2 matching FailJob rule" in line
         assert _jobs(cluster).keys() == {"precompute"}
         assert _jobs(cluster)["precompute"] <= 2
+    tally("wrong settings in a Job, emulated", 1, outcome="2 at once; stage two never started")
 
 
 @pytest.mark.nightly
@@ -675,8 +680,10 @@ def test_pods_killed_and_evicted_at_random_come_to_the_same(volume: Path, tmp_pa
             assert submitted.wait(120) == 0
             last = cluster.wait_for(lambda: cluster.jobs.get("runs-dpo-train"))
             assert cluster.wait_for(lambda job=last: job.ended) == "Complete"
-            assert any(pod.status for job in cluster.jobs.values() for pod in job.pods)
+            ended = sum(bool(pod.status) for job in cluster.jobs.values() for pod in job.pods)
+            assert ended
         assert (volume / "runs" / "dpo" / "model.safetensors").read_bytes() == undisturbed
+        tally("pods killed and evicted at random, emulated", ended, outcome="weights of the plain commands, to the bit")
 
 
 def _rendered(tmp_path: Path) -> Path:

@@ -231,15 +231,15 @@ MUTATIONS = [
     Mutation(
         "the owner looked up before each file of a save",
         "pipeline/trainer.py",
-        "        if self._attempt is not None and self.is_world_process_zero():",
-        "        if False:",
+        "        if self._attempt is not None:\n            self._attempt.check()",
+        "        pass",
         "tests/test_checkpoints.py",
     ),
     Mutation(
         "optimizer and schedule at the checkpoint's step",
         "pipeline/trainer.py",
-        "            self._check_loaded(Path(checkpoint))",
-        "            pass",
+        "        self._check_loaded(folder)",
+        "",
         "tests/test_preemption.py -k different_steps",
     ),
     Mutation(
@@ -283,6 +283,20 @@ MUTATIONS = [
         '[ -z "$program" ] || kill -USR1 "$program" 2> /dev/null',
         "true",
         "tests/test_submit_slurm.py",
+    ),
+    Mutation(
+        "a disruption of a pod that does not count",
+        "stages/jobs/kubernetes-job.yaml.jinja",
+        "- action: Ignore",
+        "- action: Count",
+        "tests/test_submit_kubernetes.py",
+    ),
+    Mutation(
+        "a Job that wrong settings end at once",
+        "stages/jobs/kubernetes-job.yaml.jinja",
+        "values: [2, 65, 78]",
+        "values: [99]",
+        "tests/test_submit_kubernetes.py",
     ),
     Mutation(
         "stage two only after the check of stage one",

@@ -120,7 +120,7 @@ def page(results: dict[str, Any]) -> str:
         "## Not tried",
         "",
         "A real power cut (only every disk that one could leave, as above), network file systems, S3 other than moto's "
-        "server, checkpoints of FSDP and DeepSpeed, several machines, GPUs.",
+        "server, a cluster of Kubernetes, machines other than this one, GPUs.",
         "",
     ]
     return "\n".join(lines)
