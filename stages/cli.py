@@ -329,6 +329,9 @@ def _without_processes(words: list[str]) -> list[str]:
 def run() -> None:
     """Run the command; end with DESIGN's exit statuses and one line per error."""
     debug = "--debug" in sys.argv[1:]
+    # Whether there are GPUs is asked at many an import. Asked in torch's usual way, it would leave the forks of this
+    # process without any (torch.cuda.is_available's own documentation).
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # A path on Linux need not be text; one that is not must not end the run that shows it. And a job's log is read
     # while the job runs.
     if isinstance(sys.stdout, io.TextIOWrapper):

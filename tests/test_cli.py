@@ -61,3 +61,23 @@ def test_a_flag_is_set_by_a_signal_or_by_the_time() -> None:
     later.request()
     assert later
     assert not now.is_urgent
+
+
+def test_asking_for_gpus_leaves_them_to_forks() -> None:
+    """With this set, torch asks NVML and not CUDA, which does not outlive a fork once it was asked."""
+    code = """
+import sys
+sys.argv = ["refshard", "--version"]
+from stages.cli import run
+try:
+    run()
+except SystemExit:
+    import torch
+    assert torch.cuda._nvml_based_avail()
+    print("by NVML")
+"""
+    environment = {name: value for name, value in os.environ.items() if "NVML" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment
+    )
+    assert done.stdout.endswith("by NVML\n"), done.stderr
