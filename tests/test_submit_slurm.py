@@ -249,6 +249,9 @@ def test_a_warned_job_tells_its_program_and_asks_to_be_started_again(scripts: Pa
     # The warning came before the program could do anything about it.
     assert played.warned(scripts / "train.sh", 0, WAIT="dies") == 75
     assert played.asked == ["requeue 7", "sleep 600"]
+    # srun has ended the ranks that were left.
+    assert played.warned(scripts / "train.sh", 137, WAIT="yes") == 75
+    assert played.asked == ["requeue 7", "sleep 600"]
     # It was finished all the same.
     assert played.warned(scripts / "train.sh", 0, WAIT="yes") == 0
     assert played.asked == []
