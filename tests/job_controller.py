@@ -262,9 +262,11 @@ class Cluster:
             environment[variable["name"]] = _expanded(variable["value"], environment)
         settings = next(volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
         mounted = self._folder / settings
-        mounted.mkdir(exist_ok=True)
-        for file, text in self.objects["ConfigMap", settings]["data"].items():
-            (mounted / file).write_text(text)
+        if not mounted.exists():
+            # Written once: other pods may be reading it.
+            mounted.mkdir()
+            for file, text in self.objects["ConfigMap", settings]["data"].items():
+                (mounted / file).write_text(text)
         words = [_expanded(word, environment).replace("/etc/refshard", str(mounted)) for word in container["command"]]
         process = self._start(name, index, words, Path(container["workingDir"]), environment)
         return Pod(name, index, process, pod["terminationGracePeriodSeconds"] * self._second)
