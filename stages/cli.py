@@ -247,7 +247,7 @@ def submit() -> None:
     """
 
 
-@submit.command("slurm")
+@submit.command("slurm", short_help="Job files for Slurm.")
 @_CONFIG
 @_OVERRIDES
 @_WORKERS
@@ -263,7 +263,7 @@ def submit_slurm(
     stage.run(config, workers=workers, into=into, submit=submit_now)
 
 
-@submit.command("k8s")
+@submit.command("k8s", short_help="Manifests for Kubernetes.")
 @_CONFIG
 @_OVERRIDES
 @_WORKERS

@@ -176,6 +176,8 @@ def _script(
         container=(cluster.container or "").strip(),
         program=program,
         ranks=job.processes if several else 0,
+        # srun does not take it over from sbatch (since 22.05), and would leave each rank one core.
+        cpus=job.cpus,
         share=share,
         next=following,
         restarts=cluster.restarts,
