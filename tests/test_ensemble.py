@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +79,36 @@ def test_the_processes_of_a_launch_need_nothing_of_each_other_and_write_what_one
         assert len(list((folder / "two").rglob("part-*"))) == parts
     assert "Worker 1/2 is done; 3 units of other workers are still missing." not in process.out
     assert _files(folder / "two") == _files(folder / "shards")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        pytest.param(
+            [
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes=2",
+                "--num_machines=1",
+                "--mixed_precision=no",
+            ],
+            marks=pytest.mark.nightly,
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_a_launcher_starts_workers_that_write_what_one_writes(config: Path, launcher: list[str]) -> None:
+    words = ["precompute", "--config", config, "-o", f"precompute.output={config.parent / 'launched'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "stages.cli", *map(str, words)],
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _files(config.parent / "launched") == _files(config.parent / "shards")
 
 
 def test_a_reference_that_is_spread_over_devices_is_the_same_reference(config: Path) -> None:
