@@ -663,7 +663,7 @@ def test_pods_killed_and_evicted_at_random_come_to_the_same(volume: Path, tmp_pa
     for command in ("train",) if sync else ("precompute", "train"):
         assert Command(command, "--config", tmp_path / "run.yaml", folder=plain).wait() == 0
     undisturbed = (plain / "runs" / "dpo" / "model.safetensors").read_bytes()
-    chance = random.Random(0)
+    chance, ended = random.Random(0), 0
     for round_ in range(4):
         shutil.rmtree(volume / "runs", ignore_errors=True)
         with Cluster(tmp_path / f"cluster-{round_}", twice=frozenset({round_ % 2})) as cluster:
@@ -680,10 +680,11 @@ def test_pods_killed_and_evicted_at_random_come_to_the_same(volume: Path, tmp_pa
             assert submitted.wait(120) == 0
             last = cluster.wait_for(lambda: cluster.jobs.get("runs-dpo-train"))
             assert cluster.wait_for(lambda job=last: job.ended) == "Complete"
-            ended = sum(bool(pod.status) for job in cluster.jobs.values() for pod in job.pods)
-            assert ended
+            ended += sum(bool(pod.status) for job in cluster.jobs.values() for pod in job.pods)
         assert (volume / "runs" / "dpo" / "model.safetensors").read_bytes() == undisturbed
-        tally("pods killed and evicted at random, emulated", ended, outcome="weights of the plain commands, to the bit")
+    # In a round that was over soon, there may have been none.
+    assert ended
+    tally("pods killed and evicted at random, emulated", ended, outcome="weights of the plain commands, to the bit")
 
 
 def _rendered(tmp_path: Path) -> Path:
