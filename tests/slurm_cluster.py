@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-WHY_NOT = ", ".join(name for name in DAEMONS if shutil.which(name, path=_PATH) is None)
+WHY_NOT = ", ".join(name for name in NEEDED if shutil.which(name, path=_PATH) is None)
 
 _CONF = """\
 ClusterName=tests
