@@ -121,7 +121,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     if made.n_gpu > 1:
         raise ConfigError(
-            "train: several GPUs are visible to one process; start with torchrun or accelerate launch, or set "
+            "train: several GPUs are visible to one process; start one for each (refshard train --processes N), or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
     if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
