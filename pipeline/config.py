@@ -523,6 +523,8 @@ def _check_sync(config: "Config") -> None:
     """Refuse what can't go together with a reference that moves."""
     if config.policy.quantization is not None:
         raise ValueError("policy.quantization: quantized weights can't be mixed with the reference (reference.sync)")
+    if config.cluster.train.nodes * config.cluster.train.processes > 1:
+        raise ValueError("cluster.train.processes: a reference that moves (reference.sync) is trained by one process")
     if str(config.train.get("on_missing", "stop")) == "drop":
         raise ValueError("train.on_missing: drop would change which pairs a window has (reference.sync)")
     for key in ("load_best_model_at_end", "push_to_hub"):

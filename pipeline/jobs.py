@@ -19,7 +19,7 @@ from pipeline.config import ClusterConfig, Config, settings_text
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import replace_file
 
-__all__ = ["check_text", "name_of_run", "output_of", "render", "settings_file", "write_job_files"]
+__all__ = ["check_text", "job_folder", "name_of_run", "output_of", "render", "settings_file", "write_job_files"]
 
 
 def output_of(config: Config) -> str:
@@ -44,6 +44,11 @@ def check_text(text: str, where: str) -> None:
     """
     if not text.isprintable():
         raise ConfigError(f"{where}: {text!r} holds characters that do not print, which no job file may")
+
+
+def job_folder(config: Config, into: Path | None) -> Path:
+    """Give the folder that the job files go to, from the root: the one that is named, or `jobs` beside the policy."""
+    return (into or Path(output_of(config)).expanduser() / "jobs").absolute()
 
 
 def name_of_run(config: Config) -> str:

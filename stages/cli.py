@@ -239,6 +239,10 @@ _INTO = click.option(
 )
 
 
+def _with_workers(overrides: tuple[str, ...], workers: int | None) -> tuple[str, ...]:
+    return overrides if workers is None else (*overrides, f"cluster.workers={workers}")
+
+
 @main.group(short_help="Make job files for a scheduler.")
 def submit() -> None:
     """Make the job files of both stages for a scheduler, and submit them with --submit.
@@ -257,10 +261,10 @@ def submit_slurm(
     config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
 ) -> None:
     """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, _with_workers(overrides, workers))
     from stages import submit_slurm as stage
 
-    stage.run(config, workers=workers, into=into, submit=submit_now)
+    stage.run(config, into=into, submit=submit_now)
 
 
 @submit.command("k8s", short_help="Manifests for Kubernetes.")
@@ -273,10 +277,10 @@ def submit_kubernetes(
     config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
 ) -> None:
     """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, _with_workers(overrides, workers))
     from stages import submit_kubernetes as stage
 
-    stage.run(config, workers=workers, into=into, submit=submit_now)
+    stage.run(config, into=into, submit=submit_now)
 
 
 @main.group(short_help="The embedded default: make it, sum it up.")

@@ -6,7 +6,6 @@ Kubernetes has no dependencies between Jobs, and a pod that waited would hold it
 the shards' and checkpoints' own: two pods of one index may run, a pod may be killed at any time.
 """
 
-import dataclasses
 import posixpath
 import re
 import shlex
@@ -19,17 +18,16 @@ import yaml
 
 from pipeline.config import Config, JobConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.jobs import check_text, name_of_run, output_of, render, settings_file, write_job_files
+from pipeline.jobs import check_text, job_folder, name_of_run, output_of, render, settings_file, write_job_files
 
 __all__ = ["run"]
 
 
-def run(config: Config, *, workers: int | None = None, into: Path | None = None, submit: bool = False) -> None:
+def run(config: Config, *, into: Path | None = None, submit: bool = False) -> None:
     """Write the manifests; submit them if asked to, which waits until stage two has begun.
 
     Args:
         config: The run's settings. Relative paths in them start at the volume, `cluster.kubernetes.mount`.
-        workers: Indexes of stage one's Job; what `cluster.workers` says if left out.
         into: Folder of the manifests; `jobs` in the policy's folder, from here, if left out.
         submit: Hand them to Kubernetes.
 
@@ -37,9 +35,7 @@ def run(config: Config, *, workers: int | None = None, into: Path | None = None,
         ConfigError: The settings can't be run like this, kubectl refuses them, or stage one failed.
         StorageError: The files can't be written.
     """
-    if workers is not None:
-        config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, workers=workers))
-    folder = (into or Path(output_of(config)).expanduser() / "jobs").absolute()
+    folder = job_folder(config, into)
     files = _manifests(config)
     write_job_files(folder, files)
     click.echo(f"Manifests: {folder}")
@@ -130,8 +126,6 @@ def _check(config: Config) -> None:
             "cluster.train.nodes: a Job of Kubernetes trains on one node. For more of them use refshard submit slurm, "
             "or run train.yaml's command under JobSet or Kubeflow Trainer"
         )
-    if config.reference.sync is not None and cluster.train.processes > 1:
-        raise ConfigError("cluster.train.processes: a reference that moves (reference.sync) is trained by one process")
     kept = {"train.output_dir": output_of(config)}
     if "://" not in config.precompute.output:
         kept["precompute.output"] = config.precompute.output

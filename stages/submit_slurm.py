@@ -17,17 +17,16 @@ import click
 
 from pipeline.config import ClusterConfig, Config, JobConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.jobs import check_text, name_of_run, output_of, render, settings_file, write_job_files
+from pipeline.jobs import check_text, job_folder, name_of_run, output_of, render, settings_file, write_job_files
 
 __all__ = ["run"]
 
 
-def run(config: Config, *, workers: int | None = None, into: Path | None = None, submit: bool = False) -> None:
+def run(config: Config, *, into: Path | None = None, submit: bool = False) -> None:
     """Write the job files; submit them if asked to.
 
     Args:
         config: The run's settings.
-        workers: Tasks of the array; what `cluster.workers` says if left out.
         into: Folder of the job files; `jobs` in the policy's folder if left out.
         submit: Hand them to Slurm.
 
@@ -35,9 +34,7 @@ def run(config: Config, *, workers: int | None = None, into: Path | None = None,
         ConfigError: The settings can't be run like this, or sbatch refuses them.
         StorageError: The files can't be written.
     """
-    if workers is not None:
-        config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, workers=workers))
-    folder = (into or Path(output_of(config)).expanduser() / "jobs").absolute()
+    folder = job_folder(config, into)
     files = _job_files(config, folder)
     write_job_files(folder, files)
     click.echo(f"Job files: {folder}")
@@ -61,8 +58,6 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
         )
     check_text(str(Path.cwd()), "the working folder")
     cluster, moves = config.cluster, config.reference.sync is not None
-    if moves and cluster.train.nodes * cluster.train.processes > 1:
-        raise ConfigError("cluster.train.processes: a reference that moves (reference.sync) is trained by one process")
     settings, text = settings_file(config)
     words = [*_program(cluster), "precompute", "--config", str(folder / settings)]
     precompute = _script(
