@@ -195,7 +195,7 @@ def _finish_on_device() -> None:
     A process hands its GPU a whole pass without waiting, so that it would call a step done whose sums the others have
     not come to; the next step's would then be added up with those.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
