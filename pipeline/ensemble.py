@@ -119,7 +119,10 @@ class Ensemble:
         """
         failure: Exception | None = None
         try:
-            result = step()
+            try:
+                result = step()
+            finally:
+                _finish_on_device()
         except Exception as error:
             failure = error
         own = _DONE if failure is None else _OUT_OF_MEMORY if is_out_of_memory(failure) else _FAILED
@@ -184,6 +187,16 @@ class Led:
         """Run the pass that the leader runs now. Raises as `Ensemble.together` does."""
         with torch.inference_mode():
             ensemble.together(lambda: model(**{name: _on(value, device) for name, value in inputs.items()}))
+
+
+def _finish_on_device() -> None:
+    """Wait for a GPU to do what it was given, sums over the processes included.
+
+    A process hands its GPU a whole pass without waiting, so that it would call a step done whose sums the others have
+    not come to; the next step's would then be added up with those.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _on(value: Any, device: torch.device) -> Any:

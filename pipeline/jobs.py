@@ -52,10 +52,16 @@ def job_folder(config: Config, into: Path | None) -> Path:
 
 
 def name_of_run(config: Config) -> str:
-    """Give the name of the run's jobs: the last two folders of its output, as a DNS label of at most 40 characters."""
+    """Give the name of the run's jobs: the last two folders of its output, as a DNS label of at most 40 characters.
+
+    Of what is longer, a digest is the end: runs that are tried side by side may differ at their ends alone, and two
+    Jobs of Kubernetes can't have one name.
+    """
     folders = [part for part in Path(output_of(config)).parts if part not in ("/", "..", ".")]
     name = re.sub(r"[^a-z0-9]+", "-", "-".join(folders[-2:]).lower()).strip("-")
-    return name[:40].strip("-") or "refshard"
+    if len(name) > 40:
+        name = f"{name[:31].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name or "refshard"
 
 
 def settings_file(config: Config) -> tuple[str, str]:

@@ -121,8 +121,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
         parameter = parameters[index]
-        if isinstance(parameter, DTensor):
-            saved["state"][index] = {name: _spread(value, parameter) for name, value in values.items()}
+        saved["state"][index] = {name: _spread(value, parameter) for name, value in values.items()}
     optimizer.load_state_dict(saved)
 
 
@@ -158,10 +157,13 @@ def _piece(value: Any, whole: bool, rank: int) -> Any:
     return value
 
 
-def _spread(value: Any, parameter: DTensor) -> Any:
-    """Give this process its part of a whole tensor of the optimizer's state; a single number stays as it is."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+def _spread(value: Any, parameter: torch.Tensor) -> Any:
+    """Give this process its part of a whole tensor of the optimizer's state; a single number is everybody's."""
+    if not isinstance(value, torch.Tensor):
         return value
+    if value.ndim == 0 or not isinstance(parameter, DTensor):
+        # A copy, since what is mapped would keep hold of the file, which NFS then can't delete with its checkpoint.
+        return value.clone()
     mesh = parameter.device_mesh
     # Statistics of another shape than their parameter's (Adafactor's rows and columns) are small.
     placements = parameter.placements if value.shape == parameter.shape else [Replicate()] * mesh.ndim

@@ -4,13 +4,14 @@ point.
 
 import os
 import signal
+import sys
 import threading
 import time
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, get_context, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "watch_signals", "work_unsignalled"]
+__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "process_context", "watch_signals", "work_unsignalled"]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
@@ -83,6 +84,18 @@ def work_unsignalled(closing: Any) -> None:
     # Libraries look after the parent between two items only, and wait for their queue to be read before they leave:
     # without a reader, forever, once an item is larger than the pipe.
     leave_with_parent(1)
+
+
+def process_context() -> Any:
+    """Say how to start processes that run a stage, once the libraries are imported.
+
+    A fork starts at once, with the libraries imported; the process that forks does nothing else with them. But the
+    import of bitsandbytes, which peft's brings along, begins to use the GPUs, and a fork of that can't use them.
+    """
+    import torch
+
+    forks = sys.platform == "linux" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return get_context("fork" if forks else "spawn")
 
 
 def leave_with_parent(status: int) -> None:

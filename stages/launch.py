@@ -7,7 +7,6 @@ every signal goes to every process, nothing but the scheduler hurries them, and 
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import click
 
 from pipeline.errors import ConfigError, UnfinishedError
-from pipeline.signals import STOP_SIGNALS, leave_with_parent
+from pipeline.signals import STOP_SIGNALS, leave_with_parent, process_context
 
 __all__ = ["run"]
 
@@ -67,8 +66,7 @@ class _Processes:
     """The processes of one launch, and what has become of them."""
 
     def __init__(self, count: int, words: Sequence[str], meeting: Mapping[str, str]) -> None:
-        # A fork starts at once, with the libraries imported; this process does nothing else with them.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context = process_context()
         self._running: list[Any] = []
         self._asked = self._all_there = False
         self._received: deque[int] = deque()
@@ -134,8 +132,10 @@ class _Processes:
             self._hand_on()
 
     def _hand_on(self) -> None:
-        while self._received:
-            self._send(self._received.popleft())
+        # Another signal may come at any time, and hand on what is there before this one does.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._send(self._received.popleft())
 
     def _send(self, number: int) -> None:
         for process in list(self._running):

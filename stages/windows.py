@@ -9,14 +9,12 @@ when: the same command goes on. A scheduler can run the two commands in turn its
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -25,7 +23,7 @@ from pipeline.config import Config, training_settings
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
 from pipeline.shards import delete_store
-from pipeline.signals import StopFlag, leave_with_parent, watch_signals
+from pipeline.signals import StopFlag, leave_with_parent, process_context, watch_signals
 
 __all__ = ["run"]
 
@@ -78,9 +76,7 @@ def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,))
     """Run a command in a process of its own and hand signals on to it."""
     if flag:
         raise UnfinishedError("stopped as asked; all that was done is saved. Run the same command again")
-    # A fork starts at once, with the libraries imported; this process does nothing else with them.
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    process = context.Process(target=_run_command, args=(["refshard", *words],))
+    process = process_context().Process(target=_run_command, args=(["refshard", *words],))
     process.start()
     told = False
     while process.is_alive():

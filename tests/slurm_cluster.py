@@ -50,6 +50,8 @@ PreemptMode=REQUEUE
 {user_signal}
 JobRequeue=1
 KillWait=5
+# As some clusters have it: what srun is not told otherwise, it does to the ranks that are left after the first.
+WaitTime=2
 MinJobAge=86400
 ReturnToService=2
 SlurmctldTimeout=30

@@ -245,6 +245,38 @@ def test_memory_that_ran_out_in_one_while_the_other_waits_for_it_ends_both_with_
     assert "another process of this launch has ended" in errors[0]
 
 
+def _one_of_one(monkeypatch: pytest.MonkeyPatch) -> Ensemble:
+    """A launch of one process, as far as it is told."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.ensemble.processes_of_launch", lambda: (0, 2))
+    return Ensemble(StopFlag())
+
+
+def test_a_step_is_done_when_the_gpu_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is handed a whole pass at once: a sum that another process never came to would meet the next step's."""
+    ensemble, events = _one_of_one(monkeypatch), list[str]()
+    try:
+        worst = ensemble._worst
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
+        monkeypatch.setattr(ensemble, "_worst", lambda *how: (events.append("said"), worst(*how))[1])
+
+        def step() -> None:
+            events.append("begun")
+
+        def fails() -> None:
+            step()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        ensemble.together(step)
+        with pytest.raises(torch.OutOfMemoryError):
+            ensemble.together(fails)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert events == ["begun", "waited", "said"] * 2
+
+
 # What can't be split
 
 

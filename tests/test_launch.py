@@ -2,19 +2,23 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import refshard
 from faults.watched import Watched
 
 from pipeline.checkpoints import newest_step
 from pipeline.errors import ConfigError
-from pipeline.signals import STOP_SIGNALS
+from pipeline.signals import STOP_SIGNALS, process_context
 from stages import cli, launch
 
 pytestmark = pytest.mark.slow
@@ -167,6 +171,47 @@ def test_two_processes_write_what_one_writes_and_keep_its_exit_status(make_run: 
     overwrite = Watched("precompute", "--config", config, "--processes", 2, "--overwrite")
     assert overwrite.finish() == 2
     assert "--overwrite: of several processes each would delete what the others have begun" in overwrite.err
+
+
+# As if the import of a library had begun to use a GPU. The last words are the command's.
+_GPU_IN_USE = """
+import sys, torch
+torch.cuda.is_initialized = lambda: True
+from pipeline.signals import process_context
+from stages import cli
+assert process_context().get_start_method() == "spawn"
+sys.argv[0] = "refshard"
+cli.run()
+"""
+
+
+def test_a_signal_that_comes_while_another_is_handed_on_is_no_error() -> None:
+    class Interrupted(deque[int]):
+        """The next signal's handler runs in between, and hands on all that is there."""
+
+        def __len__(self) -> int:
+            count = super().__len__()
+            self.clear()
+            return count
+
+    processes = launch._Processes.__new__(launch._Processes)
+    processes._running, processes._received = [], Interrupted([signal.SIGTERM])
+    processes._hand_on()
+
+
+@pytest.mark.parametrize(("in_use", "way"), [(False, "fork"), (True, "spawn")])
+def test_processes_are_no_forks_of_one_that_uses_gpus(in_use: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    assert process_context().get_start_method() == way
+
+
+@pytest.mark.nightly
+def test_where_an_import_has_begun_to_use_the_gpus_processes_are_no_forks(make_run: Callable[..., Path]) -> None:
+    config = make_run()
+    words = ["precompute", "--config", str(config), "--processes", "2"]
+    done = subprocess.run([sys.executable, "-c", _GPU_IN_USE, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refshard("verify", config.parent / "shards")
 
 
 def test_a_launched_training_saves_when_asked_and_leaves_nothing_behind_when_killed(

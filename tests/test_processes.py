@@ -1,5 +1,6 @@
 """Stage two in several processes: DDP, FSDP2 and DeepSpeed give what one process gives, and go on from each other."""
 
+import gc
 import json
 import os
 import shutil
@@ -444,6 +445,24 @@ def test_shares_are_put_together_whatever_their_sizes(tmp_path: Path) -> None:
         assert state["step"] == 4
         for name, tensors in whole.items():
             assert torch.equal(state[name], tensors[index])
+    _lets_go_of(tmp_path)
+
+
+def test_a_state_that_is_loaded_lets_go_of_its_file(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(300, 20))
+    parameter.grad = torch.ones(300, 20)
+    before, after = (torch.optim.AdamW([parameter], lr=0.5) for _ in range(2))
+    before.step()
+    torch.save(before.state_dict(), tmp_path / "optimizer.pt")
+    load_optimizer(after, tmp_path)
+    assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
+    _lets_go_of(tmp_path)
+
+
+def _lets_go_of(folder: Path) -> None:
+    """Checkpoints are deleted while the run goes on, and a mapped file stays, under NFS by another name."""
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

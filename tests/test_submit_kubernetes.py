@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
@@ -23,6 +24,7 @@ from processes import Command
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.jobs import name_of_run
 from stages import submit_kubernetes
 
 IMAGE = "registry.example:5000/refshard:1.0"
@@ -176,6 +178,19 @@ def test_a_pod_leaves_by_itself_within_its_time(render: Callable[..., Any], limi
     from stages.cli import _parse_stop_after
 
     assert _parse_stop_after(None, None, left) is not None  # type: ignore[arg-type]
+
+
+def test_runs_whose_names_differ_at_their_ends_alone_have_jobs_of_their_own() -> None:
+    names = []
+    for end in ("5e-7", "1e-6"):
+        config: Any = SimpleNamespace(
+            train={"output_dir": f"experiments/zephyr-7b-ultrafeedback-dpo-beta-0.1-lr-{end}"}
+        )
+        names.append(name_of_run(config))
+    assert names[0] != names[1]
+    for name in names:
+        assert name.startswith("experiments-zephyr-7b-")
+        assert len(name) <= 40
 
 
 @pytest.mark.parametrize(("memory", "quantity"), [("64Gi", "64Gi"), ("64000", "64000Mi"), ("2048K", "2048Ki")])

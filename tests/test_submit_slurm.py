@@ -172,6 +172,7 @@ touch "$LOG/started"
 for _ in {1..600}; do /bin/sleep 0.05; done
 """,
     "scontrol": 'echo "$@" >> "$LOG/asked"\nexit "${REFUSED:-0}"\n',
+    "squeue": 'echo "${STATE:-RUNNING None}"\n',
     "sbatch": 'echo "$@" >> "$LOG/asked"\necho "$((100 + $(wc -l < "$LOG/asked")));main"\n',
     "sleep": 'echo "sleep $*" >> "$LOG/asked"\n',
 }
@@ -270,6 +271,17 @@ def test_a_job_is_not_started_again_for_ever(scripts: Path, played: Played) -> N
 def test_a_job_that_slurm_does_not_take_back_leaves_at_once(scripts: Path, played: Played) -> None:
     assert played.start(scripts / "train.sh", 75, REFUSED="1").wait(20) == 75
     assert played.asked == ["requeue 7"]
+
+
+def test_a_job_that_was_cancelled_does_not_ask_to_come_back(scripts: Path, played: Played) -> None:
+    assert played.warned(scripts / "train.sh", 75, WAIT="yes", STATE="COMPLETING None") == 75
+    assert played.asked == []
+    # What came of the warning took longer than it left time for.
+    assert played.warned(scripts / "train.sh", 75, WAIT="yes", STATE="COMPLETING TimeLimit") == 75
+    assert played.asked == ["requeue 7", "sleep 600"]
+    # Slurm does not answer.
+    assert played.warned(scripts / "train.sh", 75, WAIT="yes", STATE=" ") == 75
+    assert played.asked == ["requeue 7", "sleep 600"]
 
 
 def test_a_trained_window_submits_the_next_one_until_the_run_is_finished(
@@ -375,6 +387,31 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     assert weights(odd / "policy") == weights(tmp_path / "other")
     assert not list(tmp_path.rglob("x"))
     tally("a task of an array killed; Slurm's warning in the middle of training", 2, outcome=SAME)
+
+
+@slow
+@needs_slurm
+def test_a_cancelled_job_stays_so_and_ranks_may_take_longer_than_the_first(
+    slurm: Slurm, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "refshard").write_text(f"""#!/bin/bash
+trap 'sleep 1; exit 75' USR1 TERM
+cd {tmp_path} || exit
+case $1-${{RANK:-alone}} in
+  train-0) for _ in {{1..40}}; do sleep 0.1; done ;;
+  precompute-alone) [ -e started ] || {{ touch started; for _ in {{1..400}}; do sleep 0.1; done; }} ;;
+esac
+""")
+    (tmp_path / "refshard").chmod(0o755)
+    cluster = {"setup": f"PATH={tmp_path}:$PATH", "precompute": {"gpus": 0}, "train": {"gpus": 0, "processes": 2}}
+    folder = submit(make_run(cluster=cluster))
+    ranks = slurm.run("sbatch", "--parsable", str(folder / "train.sh")).strip()
+    one = slurm.run("sbatch", "--parsable", str(folder / "finish.sh")).strip()
+    wait_for((tmp_path / "started").exists, folder)
+    slurm.run("scancel", one)
+    # It comes back as another start, which would be done at once.
+    assert slurm.wait(one) == "CANCELLED", logs(folder)
+    assert slurm.wait(ranks) == "COMPLETED", logs(folder)
 
 
 @slow
