@@ -98,7 +98,7 @@ def test_what_the_cluster_section_asks_for_is_what_the_files_ask_for(make_run: C
         "--time=1-00:00:00",
     }
     assert {*common, *ranks, "--kill-on-invalid-dep=yes", "--open-mode=append"} <= {*train}
-    assert "  srun --kill-on-bad-exit=1 --cpus-per-task=6\n" in (folder / "train.sh").read_text()
+    assert "  srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=6\n" in (folder / "train.sh").read_text()
     assert not any(option.startswith("--array") for option in [*train, *directives(folder / "finish.sh")])
 
 
