@@ -182,23 +182,23 @@ class Played:
     """Starts a job file as Slurm does, where program and commands are played and note what they are asked."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         for name, text in PLAYED.items():
             (folder / name).write_text(f"#!/bin/bash\n{text}")
             (folder / name).chmod(0o755)
 
     def start(self, script: Path, status: int, **variables: str) -> "subprocess.Popen[bytes]":
         task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "3"}
-        environment = {"PATH": f"{self._folder}:{os.environ['PATH']}", "LOG": str(self._folder), "STATUS": str(status)}
-        (self._folder / "asked").unlink(missing_ok=True)
-        (self._folder / "started").unlink(missing_ok=True)
+        environment = {"PATH": f"{self.folder}:{os.environ['PATH']}", "LOG": str(self.folder), "STATUS": str(status)}
+        (self.folder / "asked").unlink(missing_ok=True)
+        (self.folder / "started").unlink(missing_ok=True)
         return subprocess.Popen(["bash", script], env={**os.environ, **task, **environment, **variables})
 
     def warned(self, script: Path, status: int, **variables: str) -> int:
         """Run a job that Slurm warns once its program runs."""
         job = self.start(script, status, **variables)
         end = time.monotonic() + 20
-        while not (self._folder / "started").exists():
+        while not (self.folder / "started").exists():
             assert time.monotonic() < end
             time.sleep(0.01)
         job.send_signal(signal.SIGUSR1)
@@ -206,7 +206,7 @@ class Played:
 
     @property
     def asked(self) -> list[str]:
-        file = self._folder / "asked"
+        file = self.folder / "asked"
         return file.read_text().splitlines() if file.exists() else []
 
 
@@ -300,6 +300,14 @@ def test_a_trained_window_submits_the_next_one_until_the_run_is_finished(
     (tmp_path / "policy" / "run.json").write_text("{}")
     assert played.start(folder / "train.sh", 0).wait(20) == 0
     assert played.asked == []
+
+
+def test_what_a_job_that_submits_has_is_not_handed_on(scripts: Path, played: Played) -> None:
+    """srun would ask for it as well, and refuses a size of memory for each core beside one for each node."""
+    (played.folder / "sbatch").write_text('#!/bin/sh\nenv | grep ^SLURM_ >> "$LOG/asked"\necho 1\n')
+    job = played.start(scripts / "submit.sh", 0, SLURM_MEM_PER_CPU="50", SLURM_CONF="/etc/slurm.conf")
+    assert job.wait(20) == 0
+    assert played.asked == ["SLURM_CONF=/etc/slurm.conf"] * 3
 
 
 # On a real Slurm
