@@ -618,7 +618,8 @@ def training_settings(config: Config) -> dict[str, Any]:
     """Check the `train` section against `transformers.TrainingArguments` and convert its values.
 
     Our defaults differ from the library's where DPO needs it: learning_rate 1e-6 (DPO's usual order for full
-    fine-tuning), logging every 10 steps, no experiment tracker unless named.
+    fine-tuning), logging every 10 steps, no experiment tracker unless named, and six hours for processes to wait for
+    the one that joins the data, which takes longer than the library's half an hour for millions of pairs.
 
     Raises:
         ConfigError: An unknown field, a wrong type, or a field that refshard itself must set.
@@ -628,7 +629,12 @@ def training_settings(config: Config) -> dict[str, Any]:
 
     hints = typing.get_type_hints(TrainingArguments)
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    settings: dict[str, Any] = {"learning_rate": 1e-6, "logging_steps": 10, "report_to": "none"}
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-6,
+        "logging_steps": 10,
+        "report_to": "none",
+        "ddp_timeout": 6 * 3600,
+    }
     for key, value in config.train.items():
         where = f"train.{key}"
         if key in OWN_TRAIN_FIELDS:

@@ -199,6 +199,8 @@ def _submit(folder: Path) -> None:
         raise StorageError(f"sh can't be started ({error.strerror})") from error
     if done.returncode == 127:
         raise ConfigError("sbatch: no such command here; submit on a machine that has Slurm's, from the folder above")
+    submitted = ", ".join(done.stdout.split("\n")[:-1])
     if done.returncode:
-        raise ConfigError(f"sbatch refused a job of {folder}: {done.stderr.strip()}")
-    click.echo(f"Submitted: {done.stdout.strip()}")
+        there = f"; submitted before that: {submitted}, to be cancelled with scancel" if submitted else ""
+        raise ConfigError(f"sbatch refused a job of {folder}: {done.stderr.strip()}{there}")
+    click.echo(f"Submitted: {submitted}")

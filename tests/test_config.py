@@ -695,6 +695,7 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         "learning_rate": 1e-6,
         "logging_steps": 10,
         "report_to": "none",
+        "ddp_timeout": 21600,
     }
 
 
