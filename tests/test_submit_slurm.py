@@ -552,20 +552,25 @@ def test_a_trainer_that_slurm_lost_sight_of_is_overtaken_by_the_next(
     tmp_path: Path,
     undisturbed: list[str],
 ) -> None:
-    *_, train = launch(long_run())
+    _, finish, train = launch(long_run())
     folder = tmp_path / "policy" / "jobs"
-    log = log_of(train, folder) if slurm.wait(_[1]) == "COMPLETED" else folder
+    assert slurm.wait(finish) == "COMPLETED", logs(folder)
+    log = log_of(train, folder)
     wait_for(lambda: "'loss'" in log.read_text(), folder)
     node = int(slurm.run("squeue", "-ho", "%N", "-j", train).strip().removeprefix("n"))
     (old,) = slurm.programs("train", SLURM_JOB_ID=train)
+    attempts = tmp_path / "policy" / "attempts"
+    # It must not be done before the next one begins.
+    os.kill(old, signal.SIGSTOP)
     slurm.kill_daemon(f"slurmd-{node}")
     slurm.run("scontrol", "update", f"nodename=n{node}", "state=down", "reason=test")
     try:
+        wait_for(lambda: len(list(attempts.iterdir())) == 2, folder)
+        os.kill(old, signal.SIGCONT)
         assert slurm.wait(train, 240) == "COMPLETED", logs(folder)
         assert slurm.restarts(train) == 1
         wait_for(lambda: not Path(f"/proc/{old}").exists(), folder)
         assert weights(tmp_path / "policy") == undisturbed[0]
-        assert len(list((tmp_path / "policy" / "attempts").iterdir())) == 2
         tally("a node declared dead while its trainer lives on", 1, outcome=f"the older one overtaken; {SAME}")
     finally:
         slurm.start_node(node)
