@@ -6,7 +6,6 @@ Safety is the shards' and checkpoints' own, whatever the scheduler does: two cop
 be killed, and the check does what killed tasks left undone.
 """
 
-import dataclasses
 import shlex
 import subprocess
 import sys
@@ -59,38 +58,15 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
     check_text(str(Path.cwd()), "the working folder")
     cluster, moves = config.cluster, config.reference.sync is not None
     settings, text = settings_file(config)
-    words = [*_program(cluster), "precompute", "--config", str(folder / settings)]
-    precompute = _script(
-        config,
-        folder,
-        "precompute",
-        cluster.precompute,
-        about="Stage one: this task's share of the units. By hand: sbatch precompute.sh; --array=0-N with another N "
-        "does as well.",
-        program=words,
-        share="$SLURM_ARRAY_TASK_ID/$((SLURM_ARRAY_TASK_MAX + 1))",
-        array=f"0-{cluster.workers - 1}",
-    )
-    finish = _script(
-        config,
-        folder,
-        "finish",
-        cluster.precompute,
-        about="Stage one is complete when this ends well: it does what killed tasks left undone, usually nothing.",
-        program=words,
-    )
-    train = [*_program(cluster), "train", "--config", str(folder / settings)]
+    program = _program(cluster)
+    precompute = [*program, "precompute", "--config", str(folder / settings)]
+    train = [*program, "train", "--config", str(folder / settings)]
     if moves and cluster.workers == 1:
         # One job alternates between the stages by itself, and waits in the queue once.
-        jobs = [_Job("train", after="")]
         about = "Both stages in turn, while the reference moves."
-        scripts = {"train.sh": _script(config, folder, "train", cluster.train, about=about, program=train)}
+        scripts = {"train": _script(config, folder, "train", cluster.train, about=about, program=train)}
+        waits_for = {"train": ""}
     else:
-        jobs = [
-            _Job("precompute", after=""),
-            _Job("finish", after="afterany:$precompute"),
-            _Job("train", after="afterok:$finish"),
-        ]
         about = "Stage two. It checks by itself that stage one is complete."
         following = None
         if moves:
@@ -102,26 +78,37 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
                 "script": str(folder / _SUBMIT),
             }
         scripts = {
-            "precompute.sh": precompute,
-            "finish.sh": finish,
-            "train.sh": _script(
-                config, folder, "train", cluster.train, about=about, program=train, following=following
+            "precompute": _script(
+                config,
+                folder,
+                "precompute",
+                cluster.precompute,
+                about="Stage one: this task's share of the units. By hand: sbatch precompute.sh; --array=0-N with "
+                "another N does as well.",
+                program=precompute,
+                share="$SLURM_ARRAY_TASK_ID/$((SLURM_ARRAY_TASK_MAX + 1))",
+                array=f"0-{cluster.workers - 1}",
             ),
+            "finish": _script(
+                config,
+                folder,
+                "finish",
+                cluster.precompute,
+                about="Stage one is complete when this ends well: it does what killed tasks left undone, usually "
+                "nothing.",
+                program=precompute,
+            ),
+            "train": _script(config, folder, "train", cluster.train, about=about, program=train, following=following),
         }
+        # As sbatch's --dependency has it.
+        waits_for = {"precompute": "", "finish": "afterany:$precompute", "train": "afterok:$finish"}
     submit = render(
         "slurm-submit.sh.jinja",
         about="Each job waits for the one before it. Submitted again, the jobs do what is missing.",
         folder=str(folder),
-        jobs=[{"name": job.name, "script": f"{job.name}.sh", "after": job.after} for job in jobs],
+        jobs=waits_for,
     )
-    return {settings: text, **scripts, _SUBMIT: submit}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    name: str
-    after: str
-    """What it waits for, as sbatch's --dependency has it."""
+    return {settings: text, **{f"{name}.sh": text for name, text in scripts.items()}, _SUBMIT: submit}
 
 
 def _script(

@@ -349,6 +349,13 @@ def log_of(job: str, folder: Path) -> Path:
     return next(iter(folder.glob(f"*-{job}.log")))
 
 
+def wait_for_steps(job: str, folder: Path) -> Path:
+    """Wait until a training has taken steps; gives its log."""
+    log = log_of(job, folder)
+    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    return log
+
+
 def weights(policy: Path) -> str:
     return hashlib.sha256((policy / "model.safetensors").read_bytes()).hexdigest()
 
@@ -385,8 +392,7 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     assert [states[f"{array}_{task}"] for task in range(4)] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
     assert parts(odd / "shards" / "train") == parts(tmp_path / "other-shards" / "train")
 
-    log = log_of(train, folder)
-    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    log = wait_for_steps(train, folder)
     slurm.run("scancel", "--signal=USR1", "--batch", train)
     assert slurm.wait(train) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
@@ -515,8 +521,7 @@ def test_jobs_that_more_urgent_ones_push_out_come_back_and_finish(
     assert slurm.wait(finish) == "COMPLETED", logs(folder)
     assert [slurm.states()[f"{array}_{task}"] for task in range(2)] == ["COMPLETED"] * 2
     assert max(slurm.restarts(f"{array}_{task}") for task in range(2)) >= 1
-    log = log_of(train, folder)
-    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    log = wait_for_steps(train, folder)
     slurm.run(*urgent)
     assert slurm.wait(train, 240) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
@@ -555,8 +560,7 @@ def test_a_trainer_that_slurm_lost_sight_of_is_overtaken_by_the_next(
     _, finish, train = launch(long_run())
     folder = tmp_path / "policy" / "jobs"
     assert slurm.wait(finish) == "COMPLETED", logs(folder)
-    log = log_of(train, folder)
-    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    wait_for_steps(train, folder)
     node = int(slurm.run("squeue", "-ho", "%N", "-j", train).strip().removeprefix("n"))
     (old,) = slurm.programs("train", SLURM_JOB_ID=train)
     attempts = tmp_path / "policy" / "attempts"
@@ -589,8 +593,7 @@ def test_jobs_do_not_notice_that_slurms_own_daemons_die(
     _, finish, train = launch(long_run())
     folder = tmp_path / "policy" / "jobs"
     assert slurm.wait(finish) == "COMPLETED", logs(folder)
-    log = log_of(train, folder)
-    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    wait_for_steps(train, folder)
     # What the controller knows is on the disk after some seconds.
     time.sleep(6)
     node = int(slurm.run("squeue", "-ho", "%N", "-j", train).strip().removeprefix("n"))

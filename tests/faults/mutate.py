@@ -301,8 +301,8 @@ MUTATIONS = [
     Mutation(
         "stage two only after the check of stage one",
         "stages/submit_slurm.py",
-        'after="afterok:$finish"',
-        'after="afterany:$finish"',
+        '"train": "afterok:$finish"',
+        '"train": "afterany:$finish"',
         "tests/test_submit_slurm.py",
     ),
 ]
