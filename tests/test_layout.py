@@ -50,6 +50,7 @@ PIPELINE = [
     "windows",
     "card",
     "reviews",
+    "pages",
 ]
 STAGES = [
     "cli",
