@@ -22,6 +22,7 @@ from pipeline.config import Config, as_dict
 from pipeline.digests import read_sha256, sha256_of_files
 from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.processes import largest, on_main_process
+from pipeline.records import delete_records
 from pipeline.signals import StopFlag
 from pipeline.sources import data_files, open_source
 from pipeline.storage import read_json, sync_tree, write_json
@@ -156,6 +157,7 @@ def is_recorded(run_folder: Path) -> bool:
 def delete_run(run_folder: Path) -> None:
     """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
     (run_folder / RUN).unlink(missing_ok=True)
+    delete_records(run_folder)
     for folder in (*checkpoint_folders(run_folder).values(), *run_folder.glob("references")):
         shutil.rmtree(folder)
 

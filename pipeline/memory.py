@@ -1,6 +1,8 @@
 """How many tokens of a batch fit the device's memory, and what to do when they did not."""
 
 import gc
+import resource
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ from pipeline.packing import make_batch
 from pipeline.scoring import input_device, score
 from pipeline.tokens import TokenizedPair
 
-__all__ = ["free_memory", "is_out_of_memory", "tokens_that_fit"]
+__all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "tokens_that_fit"]
 
 # More tokens at once make a CPU slower, whose caches they leave; a fixed number makes every run the same to the bit.
 _ON_CPU = 2048
@@ -59,3 +61,15 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were held at most since the process began: on its GPU, or, without one, by the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def name_of_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

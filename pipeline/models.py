@@ -5,6 +5,7 @@ everything after works on that folder, so a model from the hub and its copy on d
 are read from safetensors only: other formats can run code when they are loaded.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "NamedModel",
+    "at_checkpoint",
     "declared_reference",
     "disable_dropout",
     "find_adapter",
@@ -355,6 +357,17 @@ def load_policy(config: Config) -> Any:
     if policy.ia3 is not None:
         return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
     return model
+
+
+def at_checkpoint(config: Config, folder: Path) -> Config:
+    """Give the settings with the policy as it is saved in a folder: a checkpoint, or a finished run."""
+    policy = config.policy
+    if policy.has_adapter:
+        policy = dataclasses.replace(policy, adapter=str(folder), lora=None, ia3=None)
+    else:
+        # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
+        policy = dataclasses.replace(policy, model=str(folder), revision=None, dtype="auto")
+    return dataclasses.replace(config, policy=policy)
 
 
 def load_plain(config: Config) -> Any:

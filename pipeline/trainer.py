@@ -25,6 +25,7 @@ from pipeline.losses import PairLoss, Pairs, total_loss, wpo_weights
 from pipeline.offload import ActivationOffload
 from pipeline.packing import Batch, make_batch
 from pipeline.processes import on_main_process
+from pipeline.recording import Margins
 from pipeline.scoring import Scores, score, weighted_sums
 from pipeline.sharded import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.signals import work_unsignalled
@@ -248,6 +249,7 @@ class PairTrainer(transformers.Trainer):
         activation_offload: Have what backward needs wait in the CPU's memory.
         attempt: This start of the run; it saves only as long as the run's folder is its own.
         load_policy: Loads the policy as a checkpoint has it, for the best one of a run under FSDP.
+        margins: Takes what each pair has come to.
     """
 
     model: torch.nn.Module
@@ -259,11 +261,13 @@ class PairTrainer(transformers.Trainer):
         activation_offload: bool = False,
         attempt: Attempt | None = None,
         load_policy: Callable[[Path], Any] | None = None,
+        margins: Margins | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._attempt = attempt
         self._load_policy = load_policy
+        self._margins = margins
         # Workers that are left to the process's end are told to end then, and must know that it is meant.
         self._closing: Any = multiprocessing.RawValue("b", 0)
         # Not atexit: a process that was itself started by multiprocessing does not come there.
@@ -339,7 +343,11 @@ class PairTrainer(transformers.Trainer):
         # Loaders draw a seed when they start. Training's random numbers must not depend on how often it is measured.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            return super().evaluate(*arguments, **options)
+            metrics = super().evaluate(*arguments, **options)
+        if self._margins is not None:
+            prefix = next(key[: -len("_runtime")] for key in metrics if key.endswith("_runtime"))
+            self._margins.finish_set(prefix, self.state.global_step)
+        return metrics
 
     def finish_evaluation(self, checkpoint: Path) -> None:
         """Evaluate, if the checkpoint that training goes on from was saved when a stop request had ended that."""
@@ -365,6 +373,8 @@ class PairTrainer(transformers.Trainer):
             if entry["step"] != step or not any(key.startswith("eval_") for key in entry)
         ]
         self._totals["eval"].clear()
+        if self._margins is not None:
+            self._margins.forget()
         self.model.train()
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
@@ -519,9 +529,11 @@ class PairTrainer(transformers.Trainer):
         # trained on, and counted; held-out ones are not. (In training the library fetches a step's micro-batches at
         # once, and accelerate would take each of them for the last.)
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        stacked = gather(torch.stack(list(columns.values()), dim=1))
+        stacked = gather(torch.stack(list(columns.values()), dim=1)).double().cpu()
+        if self._margins is not None:
+            self._margins.add(dict(zip(columns, stacked.unbind(dim=1), strict=True)), training=mode == "train")
         totals = self._totals[mode]
-        for name, total in zip(columns, stacked.double().sum(dim=0).tolist(), strict=True):
+        for name, total in zip(columns, stacked.sum(dim=0).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + total
         totals["pairs"] = totals.get("pairs", 0.0) + stacked.shape[0]
         if mode == "train":

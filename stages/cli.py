@@ -13,6 +13,7 @@ import click
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, RefshardError, one_line
+from pipeline.progress import JSON_LOGS, emit, start_json
 
 __all__ = ["main", "run"]
 
@@ -70,6 +71,22 @@ _STOP_AFTER = click.option(
 )
 
 
+def _start_json(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        start_json()
+
+
+_JSON_LOGS = click.option(
+    "--json-logs",
+    is_flag=True,
+    envvar=JSON_LOGS,
+    is_eager=True,
+    expose_value=False,
+    callback=_start_json,
+    help=f"Print one JSON object a line on stdout, for machines. {JSON_LOGS}=1 does the same.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="refshard")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -104,6 +121,7 @@ def main(debug: bool) -> None:
 )
 @_PROCESSES
 @_STOP_AFTER
+@_JSON_LOGS
 @click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
 def precompute(
     config_file: Path,
@@ -132,6 +150,7 @@ def precompute(
 @_OVERRIDES
 @_PROCESSES
 @_STOP_AFTER
+@_JSON_LOGS
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
 @click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
 def train(
@@ -355,6 +374,7 @@ def run() -> None:
             traceback.print_exc()
         click.echo(f"refshard: {one_line(str(error))}", err=True)
         status = error.exit_status
+        emit("error", {"text": one_line(str(error)), "status": status})
     except Exception as error:
         if debug:
             traceback.print_exc()

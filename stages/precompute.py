@@ -11,17 +11,15 @@ they hold one reference together (`precompute.tp_plan`): then the first of them 
 
 import functools
 import hashlib
-import sys
-import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from tqdm import tqdm
 from transformers import TrainingArguments
 
 from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
@@ -34,7 +32,7 @@ from pipeline.folders import Folder, open_folder
 from pipeline.gate import check_dtypes
 from pipeline.intake import KeptPair, Ledger
 from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
-from pipeline.memory import free_memory, is_out_of_memory, tokens_that_fit
+from pipeline.memory import free_memory, is_out_of_memory, name_of_device, peak_memory, tokens_that_fit
 from pipeline.models import (
     declared_reference,
     load_reference,
@@ -44,6 +42,8 @@ from pipeline.models import (
     reference_sources,
 )
 from pipeline.order import order_of_run
+from pipeline.progress import Progress, emit
+from pipeline.records import write_cost
 from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, not_packed, prepare, score_pairs
 from pipeline.shards import (
@@ -381,8 +381,8 @@ def _score_split(
         is_done=functools.partial(part_exists, folder),
         num_loaders=count_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
     )
-    progress = _Progress(name, to_do)
-    with queue as units, _Writer(folder, config, fingerprint) as writer:
+    accounts = _accounts(config, name, worker, to_do)
+    with queue as units, accounts as count, _Writer(folder, config, fingerprint) as writer:
         for unit in units:
             if part_exists(folder, unit.number):
                 # Another copy of this worker was first, since the unit was read.
@@ -392,10 +392,42 @@ def _score_split(
             scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
             _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)
-            progress.advance(unit.ledger.rows, sum(_num_tokens(p) for p in unit.pairs))
-    progress.close()
+            count(unit)
     _check_unchanged(source, stamps)
     return len(finish_store(folder, queue.num_units))
+
+
+@contextmanager
+def _accounts(
+    config: Config, name: str, worker: tuple[int, int], to_do: int | None
+) -> Iterator[Callable[[Unit], None]]:
+    """Show how far a set is, and write down what it took, however it ends. Gives what to call for each unit."""
+    device = pick_device()
+    progress, pairs, tokens = Progress(name, to_do, "pairs"), 0, 0
+
+    def count(unit: Unit) -> None:
+        nonlocal pairs, tokens
+        pairs += len(unit.pairs)
+        tokens += sum(_num_tokens(pair) for pair in unit.pairs)
+        rate = tokens / progress.seconds
+        progress.advance(unit.ledger.rows, {"tokens/s": rate, "memory": peak_memory(device)})
+
+    try:
+        yield count
+    finally:
+        progress.close()
+        if pairs:
+            cost = {
+                "set": name,
+                "worker": f"{worker[0]}/{worker[1]}",
+                "seconds": progress.seconds,
+                "pairs": pairs,
+                "tokens": tokens,
+                "memory_bytes": peak_memory(device),
+                "device": name_of_device(device),
+            }
+            write_cost(open_folder(config.precompute.output), cost)
+            emit("end", cost)
 
 
 def _score_unit(
@@ -479,42 +511,6 @@ def _rows_to_do(total: int | None, config: Config, folder: Folder, worker: tuple
     mine = range(worker[0], -(-total // size), worker[1])
     there = parts_there(folder)
     return sum(min(size, total - unit * size) for unit in mine if unit not in there)
-
-
-class _Progress:
-    """A bar on a terminal; a line now and then in a log."""
-
-    _SECONDS_BETWEEN_LINES = 30.0
-
-    def __init__(self, name: str, rows: int | None) -> None:
-        self._name, self._total = name, rows
-        self._done = self._tokens = 0
-        self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=rows, desc=name, unit=" pairs", disable=not sys.stderr.isatty() or rows == 0)
-
-    def advance(self, rows: int, tokens: int) -> None:
-        self._done += rows
-        self._tokens += tokens
-        now = time.monotonic()
-        self._bar.set_postfix_str(f"{self._tokens / (now - self._start):,.0f} tokens/s", refresh=False)
-        self._bar.update(rows)
-        if self._bar.disable and now - self._last_line > self._SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            self._print_line(now)
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._bar.disable and self._done:
-            self._print_line(time.monotonic())
-
-    def _print_line(self, now: float) -> None:
-        rate = self._done / (now - self._start)
-        of = f" of {self._total:,}" if self._total else ""
-        left = f", {(self._total - self._done) / rate:,.0f} s left" if self._total else ""
-        tokens = self._tokens / (now - self._start)
-        click.echo(
-            f"{self._name}: {self._done:,}{of} pairs, {rate:,.1f} pairs/s, {tokens:,.0f} tokens/s{left}", err=True
-        )
 
 
 def _report_finished(folder: Folder, name: str) -> None:

@@ -4,7 +4,6 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 """
 
 import contextlib
-import dataclasses
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 import datasets
+import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import PartialState
@@ -38,9 +38,11 @@ from pipeline.gate import Gate, GateCallback, policy_dtype
 from pipeline.intake import KeptPair, Ledger
 from pipeline.join import TokenLogps, check_identity, join, load_reference_table
 from pipeline.loading import load_pairs
-from pipeline.models import load_policy, load_tokenizer, policy_settings
+from pipeline.models import at_checkpoint, load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
 from pipeline.processes import on_main_process
+from pipeline.recording import Margins, RecordCallback
+from pipeline.records import RunLog, read_costs, write_inputs
 from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import StopFlag, watch_signals
@@ -134,20 +136,29 @@ def _train(
         stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
     joined = output / JOINED / attempt.name
     on_missing = str(settings.get("on_missing", "stop"))
-    on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
+    joins = on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
     sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
     # DeepSpeed loads its own form of the weights by itself.
     comes_with_weights = checkpoint is not None and (finished or not arguments.deepspeed)
     policy, packed = _load_policy(
-        _at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
+        at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
     )
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
     # A run that goes on has been measured at its start.
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
     commit = CommitCallback(identity, flag, attempt=attempt, keep=keep, going_on_from=checkpoint)
-    callbacks: list[Any] = []
+    margins = Margins(output, next(iter(config.data.eval)) if len(config.data.eval) == 1 else None)
+    record = RecordCallback(
+        RunLog(output, attempt.number),
+        margins,
+        pairs={name: len(dataset) for name, dataset in sets.items()},
+        batch_pairs=(
+            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * state.num_processes
+        ),
+    )
+    callbacks: list[Any] = [record]
     if "train" in stores:
         gate = _gate(config, settings_of_window, settings, stores["train"], window)
         callbacks.append(GateCallback(gate, lambda text: _say(state, text), commit.leave_if_asked))
@@ -159,7 +170,8 @@ def _train(
         loss=config.loss,
         activation_offload=bool(settings.get("activation_offload", False)),
         attempt=attempt,
-        load_policy=lambda folder: load_policy(_at_checkpoint(config, folder)),
+        load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
+        margins=margins if state.is_main_process else None,
         model=policy,
         args=arguments,
         data_collator=make_collator(
@@ -175,6 +187,9 @@ def _train(
     )
     for callback in callbacks:
         callback.trainer = trainer
+    for librarys_own in (transformers.ProgressCallback, transformers.PrinterCallback):
+        trainer.remove_callback(librarys_own)
+    on_main_process(lambda: write_inputs(output, _inputs(config, stores, joins, sets, policy)))
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}{_with_other_processes(checkpoint, policy, state)}")
     try:
@@ -359,17 +374,6 @@ def _is_trained(checkpoint: Path) -> bool:
     return bool(state["global_step"] >= state["max_steps"])
 
 
-def _at_checkpoint(config: Config, checkpoint: Path) -> Config:
-    """The settings with the policy as the checkpoint has it."""
-    policy = config.policy
-    if policy.has_adapter:
-        policy = dataclasses.replace(policy, adapter=str(checkpoint), lora=None, ia3=None)
-    else:
-        # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
-        policy = dataclasses.replace(policy, model=str(checkpoint), revision=None, dtype="auto")
-    return dataclasses.replace(config, policy=policy)
-
-
 def _fingerprints(config: Config, stores: Mapping[str, Store], tokenizer: Any) -> dict[str, str]:
     if config.reference.sync is None:
         return {name: store.fingerprint for name, store in stores.items()}
@@ -444,7 +448,9 @@ def _join_all(
     on_missing: str,
     window: Window | None,
     flag: StopFlag,
-) -> None:
+) -> dict[str, dict[str, Any]]:
+    """Join every set to its store, in a file of its own; give what became of its rows, by set."""
+    joins = {}
     token_file = _token_file(joined)
     for name in ("train", *config.data.eval):
         source = open_source(config.data, config.data.eval.get(name))
@@ -458,6 +464,12 @@ def _join_all(
             token_file=token_file,
         )
         report = join(pairs, table, _joined_file(joined, name), keep_missing=window is not None)
+        joins[name] = {
+            "dataset": describe(source),
+            "ledger": ledger.as_dict(),
+            "matched": report.matched,
+            "missing": report.missing,
+        }
         if window is not None:
             # Only a window's pairs are scored; one that is missing stops its step.
             click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window.number}")
@@ -475,6 +487,44 @@ def _join_all(
             raise DataError(
                 f"{describe(source)}: none of its {ledger.kept:,} pairs is in {store.folder}; nothing to train on"
             )
+    return joins
+
+
+def _inputs(
+    config: Config,
+    stores: Mapping[str, Store],
+    joins: Mapping[str, dict[str, Any]],
+    sets: Mapping[str, datasets.Dataset],
+    policy: Any,
+) -> dict[str, Any]:
+    """What this start of the run begins with, for people who look at it later."""
+    store = stores["train"] if "train" in stores else next(iter(stores.values()))
+    manifest = store.manifest
+    described = {}
+    for name, joined in joins.items():
+        lengths = {
+            side: int(pc.sum(pc.list_value_length(sets[name].data.table[f"{side}_ids"])).as_py() or 0)
+            for side in ("prompt", "chosen", "rejected")
+        }
+        described[name] = {**joined, "tokens": lengths}
+        if name in stores:
+            described[name] |= {"store": str(stores[name].folder), "noise": dict(stores[name].index["noise"])}
+    return {
+        "reference": {
+            "name": _reference_text(config, store),
+            "identity": manifest["identity"]["reference"],
+            "fingerprint": store.fingerprint,
+        },
+        "policy": {
+            "model": config.policy.model,
+            "adapter": _adapter_text(config),
+            "dtype": config.policy.dtype,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "trained_parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        },
+        "sets": described,
+        "stage_one": read_costs(open_folder(config.precompute.output)),
+    }
 
 
 def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
@@ -522,21 +572,7 @@ def _write_card(
 ) -> None:
     # The last window of all may have held-out sets alone.
     store = stores["train"] if "train" in stores else next(iter(stores.values()))
-    policy, declared = config.policy, store.manifest["declared"]
-    adapter = None
-    if policy.lora:
-        adapter = f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
-    elif policy.ia3:
-        adapter = f"IA3, on {policy.ia3.target_modules or 'the layers usual for its architecture'}"
-    elif policy.adapter:
-        adapter = f"adapter {policy.adapter}"
-    reference = config.reference.declared or config.reference.model or policy.model
-    if declared.get("reference_adapter"):
-        reference += f" with adapter {declared['reference_adapter']}"
-    if config.reference.sync is not None:
-        # What the last window had is a folder that is gone by now.
-        sync = config.reference.sync
-        reference += f", moved toward the policy every {sync.steps} steps (alpha {sync.mixup_alpha:g})"
+    policy = config.policy
     shown = (
         "learning_rate",
         "per_device_train_batch_size",
@@ -548,12 +584,12 @@ def _write_card(
     card = model_card(
         name=output.name,
         base_model=policy.model,
-        reference=reference,
+        reference=_reference_text(config, store),
         fingerprint=store.fingerprint,
         dataset=describe(open_source(config.data)),
         pairs=pairs,
         loss=as_dict(config)["loss"],
-        adapter=adapter,
+        adapter=_adapter_text(config),
         training={key: settings[key] for key in shown if key in settings},
         metrics={key: value for key, value in metrics.items() if not _is_timing(key)},
         versions=library_versions(),
@@ -561,3 +597,24 @@ def _write_card(
         hub_dataset=config.data.path if open_source(config.data).format == "hub" else None,
     )
     replace_file(output / "README.md", card.encode("utf-8", errors="replace"))
+
+
+def _adapter_text(config: Config) -> str | None:
+    policy = config.policy
+    if policy.lora:
+        return f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
+    if policy.ia3:
+        return f"IA3, on {policy.ia3.target_modules or 'the layers usual for its architecture'}"
+    return f"adapter {policy.adapter}" if policy.adapter else None
+
+
+def _reference_text(config: Config, store: Store) -> str:
+    reference = config.reference.declared or config.reference.model or config.policy.model
+    declared = store.manifest["declared"]
+    if declared.get("reference_adapter"):
+        reference += f" with adapter {declared['reference_adapter']}"
+    if config.reference.sync is not None:
+        # What the last window had is a folder that is gone by now.
+        sync = config.reference.sync
+        reference += f", moved toward the policy every {sync.steps} steps (alpha {sync.mixup_alpha:g})"
+    return reference
