@@ -66,7 +66,7 @@ def chart(figure: Any, *, label: str) -> Markup:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     """Make a table; cells that are numbers are set to the right, and Markup stays as it is."""
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in header)
+    head = Markup("").join(Markup("<th>{}</th>").format(_text(name)) for name in header)
     lines = Markup("").join(
         Markup("<tr>{}</tr>").format(Markup("").join(_cell(value) for value in row)) for row in rows
     )
@@ -86,7 +86,7 @@ def _cell(value: object) -> Markup:
 def facts(pairs: Mapping[str, object]) -> Markup:
     """Make a list of names and what they are."""
     items = Markup("").join(
-        Markup("<dt>{}</dt><dd>{}</dd>").format(name, _text(value)) for name, value in pairs.items()
+        Markup("<dt>{}</dt><dd>{}</dd>").format(_text(name), _text(value)) for name, value in pairs.items()
     )
     return Markup("<dl>{}</dl>").format(items)
 
@@ -110,8 +110,9 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         library = get_plotlyjs()
     template = (resources.files("pipeline") / "page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["printable"] = printable
     return environment.from_string(template).render(
-        title=printable(title), subtitle=printable(subtitle), sections=sections, library=Markup(library)
+        title=title, subtitle=subtitle, sections=sections, library=Markup(library)
     )
 
 

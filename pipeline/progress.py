@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import click
 from tqdm import tqdm
@@ -74,6 +74,14 @@ def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Point(NamedTuple):
+    """What was done when."""
+
+    time: float
+    done: int
+    tokens: int
+
+
 class Progress:
     """How far one stage is.
 
@@ -86,35 +94,50 @@ class Progress:
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._name, self._total, self._unit = name, total, unit
-        self._done = self._done_before = done
+        self._start = self._latest = _Point(time.monotonic(), done, 0)
+        # Rates are counted from the end of the first piece, which also pays for threads, kernels and caches.
+        self._first: _Point | None = None
         self._values: dict[str, float] = {}
-        self._start = time.monotonic()
         # The first line comes soon, so that one sees whether it works; the others seldom.
         self._last_line = -math.inf
-        shown = sys.stderr.isatty() and not says_json() and total != done
-        self._bar = tqdm(total=total, initial=done, desc=name, unit=f" {unit}", disable=not shown, dynamic_ncols=True)
+        self._last_said: int | None = None
+        self._rewrites = sys.stderr.isatty() and not says_json() and total != done
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
+        )
 
     @property
     def seconds(self) -> float:
         """Since it began."""
-        return time.monotonic() - self._start
+        return time.monotonic() - self._start.time
 
-    def advance(self, count: int, values: Mapping[str, float]) -> None:
+    @property
+    def tokens(self) -> int:
+        """Of what was done since it began."""
+        return self._latest.tokens
+
+    def advance(self, count: int, *, tokens: int, memory: int) -> None:
         """Count what was done, and say it if it is time to.
 
         Args:
             count: How many more are done.
-            values: What to show beside: `tokens/s`, `memory` in bytes, `loss`, `margin`, ...
+            tokens: How many tokens these had.
+            memory: The process's peak so far, bytes.
         """
-        self._done += count
-        self._values.update(values)
-        self._bar.set_postfix_str(", ".join(_shown(self._values)), refresh=False)
+        self._latest = _Point(time.monotonic(), self._latest.done + count, self._latest.tokens + tokens)
+        self._first = self._first or self._latest
         self._bar.update(count)
+        self.show({"tokens/s": self._rates()[1], "memory": memory})
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Have the line show these from now on: `loss`, `margin`, ..."""
+        self._values |= values
+        self._bar.set_postfix_str(", ".join(_shown(self._values)), refresh=False)
         self.pulse()
 
     def pulse(self, doing: str = "") -> None:
         """Show that something goes on, though nothing more is done yet."""
-        if not self._bar.disable:
+        if self._rewrites:
             self._bar.set_description_str(f"{self._name} ({doing})" if doing else self._name)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._write_line(doing)
@@ -128,13 +151,20 @@ class Progress:
     def close(self) -> None:
         """Write the last line."""
         self._bar.close()
-        if self._bar.disable and self._done > self._done_before:
+        if not self._rewrites and self._latest.done not in (self._start.done, self._last_said):
             self._write_line("")
 
+    def _rates(self) -> tuple[float, float]:
+        """Done and tokens, each per second."""
+        first, latest = self._first, self._latest
+        since = first if first is not None and latest.done > first.done else self._start
+        seconds = max(latest.time - since.time, 1e-9)
+        return (latest.done - since.done) / seconds, (latest.tokens - since.tokens) / seconds
+
     def _write_line(self, doing: str) -> None:
-        self._last_line = time.monotonic()
-        rate = (self._done - self._done_before) / max(self.seconds, 1e-9)
-        left = (self._total - self._done) / rate if self._total is not None and rate > 0 else None
+        done, rate = self._latest.done, self._rates()[0]
+        self._last_line, self._last_said = time.monotonic(), done
+        left = (self._total - done) / rate if self._total is not None and rate > 0 else None
         if says_json():
             emit(
                 "progress",
@@ -142,7 +172,7 @@ class Progress:
                     "stage": self._name,
                     "doing": doing,
                     "unit": self._unit,
-                    "done": self._done,
+                    "done": done,
                     "total": self._total,
                     "per_second": rate,
                     "seconds_left": left,
@@ -151,7 +181,7 @@ class Progress:
             )
             return
         of = f" of {self._total:,}" if self._total else ""
-        parts = [f"{self._done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s", *_shown(self._values)]
+        parts = [f"{done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s", *_shown(self._values)]
         if left:
             parts.append(f"{tqdm.format_interval(left)} left")
         if doing:

@@ -107,9 +107,9 @@ class RecordCallback(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is None:
             return
-        rate = (state.num_input_tokens_seen - self._tokens) / self._progress.seconds
-        count, self._step = state.global_step - self._step, state.global_step
-        self._progress.advance(count, {"tokens/s": rate, "memory": peak_memory(args.device)})
+        steps, tokens = state.global_step - self._step, state.num_input_tokens_seen - self._tokens
+        self._step, self._tokens = state.global_step, state.num_input_tokens_seen
+        self._progress.advance(steps, tokens=tokens, memory=peak_memory(args.device))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._progress is None:
@@ -120,7 +120,7 @@ class RecordCallback(transformers.TrainerCallback):
         self._add(kind, {"step": state.global_step, "epoch": state.epoch, **measured, **numbers})
         if "loss" in logs:
             shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-            self._progress.advance(0, {name: logs[key] for name, key in shown.items() if key in logs})
+            self._progress.show({name: logs[key] for name, key in shown.items() if key in logs})
         elif prefix := next((key[: -len("loss")] for key in logs if key.endswith("_loss") and kind == "log"), None):
             self._progress.say(_evaluation_line(prefix, logs, state.global_step))
 

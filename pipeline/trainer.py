@@ -120,6 +120,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     except (ValueError, TypeError, ImportError, OSError) as error:
         # OSError: a file of fsdp_config or deepspeed that is not there.
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+    # Without an accelerator there is nothing to pin for, and the loader would say so for every set.
+    made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:
         raise ConfigError(
             "train: several GPUs are visible to one process; start one for each (refshard train --processes N), or set "

@@ -355,6 +355,10 @@ def run() -> None:
     # Whether there are GPUs is asked at many an import. Asked in torch's usual way, it would leave the forks of this
     # process without any (torch.cuda.is_available's own documentation).
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if not sys.stderr.isatty():
+        # The libraries' bars are made of carriage returns, which a log keeps, all of them in one line.
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     # A path on Linux need not be text; one that is not must not end the run that shows it. And a job's log is read
     # while the job runs.
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -403,14 +403,13 @@ def _accounts(
 ) -> Iterator[Callable[[Unit], None]]:
     """Show how far a set is, and write down what it took, however it ends. Gives what to call for each unit."""
     device = pick_device()
-    progress, pairs, tokens = Progress(name, to_do, "pairs"), 0, 0
+    progress, pairs = Progress(name, to_do, "pairs"), 0
 
     def count(unit: Unit) -> None:
-        nonlocal pairs, tokens
+        nonlocal pairs
         pairs += len(unit.pairs)
-        tokens += sum(_num_tokens(pair) for pair in unit.pairs)
-        rate = tokens / progress.seconds
-        progress.advance(unit.ledger.rows, {"tokens/s": rate, "memory": peak_memory(device)})
+        tokens = sum(_num_tokens(pair) for pair in unit.pairs)
+        progress.advance(unit.ledger.rows, tokens=tokens, memory=peak_memory(device))
 
     try:
         yield count
@@ -422,7 +421,7 @@ def _accounts(
                 "worker": f"{worker[0]}/{worker[1]}",
                 "seconds": progress.seconds,
                 "pairs": pairs,
-                "tokens": tokens,
+                "tokens": progress.tokens,
                 "memory_bytes": peak_memory(device),
                 "device": name_of_device(device),
             }

@@ -13,6 +13,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+# As the command itself sets it before it imports the libraries, which the forks find imported.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect", "s3fs"])
 

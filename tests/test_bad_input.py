@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Path]
 
 ROOT = Path(__file__).parents[1]
-PROGRESS = re.compile(r"\s*$|.*\d+%\|.*|.*\d+it \[.*|[\w-]+: [\d,]+( of [\d,]+)? pairs, .* tokens/s.*|warning: .*")
+PROGRESS = re.compile(
+    r"\s*$|.*\d+%\|.*|.*\d+it \[.*|[\w-]+: [\d,]+( of [\d,]+)? (pairs|steps), .* tokens/s.*|step [\d,]+: held-out .*|warning: .*"
+)
 GOOD = simple_rows(4)
 
 
