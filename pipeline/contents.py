@@ -29,7 +29,7 @@ from pipeline.shards import (
     read_part,
 )
 
-__all__ = ["Contents", "describe", "identity_facts", "read_contents"]
+__all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
 
 T = TypeVar("T")
 
@@ -281,3 +281,9 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
         f"{entry['duplicates']:,} are duplicates of another",
     }
     return found
+
+
+def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
+    """Give the command that shows one pair of a store; stores are named after their sets."""
+    name = str(entry["store"]).rstrip("/").rpartition("/")[2]
+    return f"refshard explain --config F{'' if name == 'train' else f' --set {name}'} --row {row}"

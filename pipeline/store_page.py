@@ -8,7 +8,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from pipeline import ranking
-from pipeline.contents import Contents, identity_facts
+from pipeline.contents import Contents, explain_command, identity_facts
 from pipeline.pages import COLORS, Section, chart, facts, page, table
 
 __all__ = ["store_page"]
@@ -17,6 +17,8 @@ _CHOSEN, _REJECTED = COLORS[2], COLORS[1]
 
 _DENSITY = [[0.0, "rgba(66,105,208,0.15)"], [0.5, "rgba(66,105,208,0.95)"], [1.0, "rgba(217,119,6,1)"]]
 """Seen on a light and on a dark page"""
+
+_LEGEND: dict[str, Any] = {"legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}}
 
 
 def store_page(where: str, stores: Sequence[Contents], described: Sequence[Mapping[str, Any]]) -> str:
@@ -66,7 +68,7 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
         )
     yield Section(
         title="Pairs to look at",
-        note="The reference is no judge: look at a pair, with refshard explain --config F --row N, before you drop it.",
+        note=f"The reference is no judge: look at a pair, with {explain_command(entry, 'N')}, before you drop it.",
         body=_suspicious(entry["suspicious"]),
     )
 
@@ -75,11 +77,16 @@ def _charts(*charts: Markup) -> Markup:
     return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
 
 
-def _bars(found: ranking.Histogram, colors: Sequence[str], title: str, unit: str) -> Any:
+def _titled(figure: Any, title: str, label: str, **layout: Any) -> Markup:
+    figure.update_layout(title=title, **layout)
+    return chart(figure, label=label)
+
+
+def _bars(found: ranking.Histogram, colors: Sequence[str]) -> Any:
     import plotly.graph_objects as go
 
     width = found.edges[1] - found.edges[0]
-    figure = go.Figure(
+    return go.Figure(
         go.Bar(
             x=found.edges[:-1] + width / 2,
             y=found.counts,
@@ -89,8 +96,6 @@ def _bars(found: ranking.Histogram, colors: Sequence[str], title: str, unit: str
             hovertemplate="%{customdata[0]:.4~g} to %{customdata[1]:.4~g}: %{y:,} pairs<extra></extra>",
         )
     )
-    figure.update_layout(title=title, xaxis_title=unit, yaxis_title="pairs", showlegend=False, bargap=0)
-    return figure
 
 
 def _margins(store: Contents, *, per_token: bool = False) -> Markup:
@@ -98,12 +103,15 @@ def _margins(store: Contents, *, per_token: bool = False) -> Markup:
     found = ranking.histogram(values, 50)
     colors = [_REJECTED if low < 0 else _CHOSEN for low in found.edges[:-1]]
     title = "Margin per token" if per_token else "Margin"
-    figure = _bars(found, colors, title, "nats a token" if per_token else "nats")
-    outside = found.below + found.above
-    return chart(
-        figure,
-        label=f"Histogram of the reference's {title.lower()}: left of 0 it prefers the rejected completion; "
-        f"{outside:,} pairs lie outside",
+    return _titled(
+        _bars(found, colors),
+        title,
+        f"Histogram of the reference's {title.lower()}: left of 0 it prefers the rejected completion; "
+        f"{found.below + found.above:,} pairs lie outside",
+        xaxis_title="nats a token" if per_token else "nats",
+        yaxis_title="pairs",
+        showlegend=False,
+        bargap=0,
     )
 
 
@@ -118,12 +126,16 @@ def _lengths(store: Contents) -> Markup:
         ("rejected", pairs.rejected_tokens, _REJECTED),
     ):
         counts, _ = np.histogram(tokens, edges)
-        figure.add_scatter(x=edges[:-1], y=counts, name=name, mode="lines", line={"shape": "hv", "color": color})
-    figure.update_layout(title="Tokens of a completion", xaxis_title="tokens", yaxis_title="pairs", **_LEGEND)
-    return chart(figure, label="Histogram of the lengths of chosen and rejected completions")
-
-
-_LEGEND: dict[str, Any] = {"legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}}
+        steps = [*counts.tolist(), int(counts[-1])]
+        figure.add_scatter(x=edges, y=steps, name=name, mode="lines", line={"shape": "hv", "color": color})
+    return _titled(
+        figure,
+        "Tokens of a completion",
+        "Histogram of the lengths of chosen and rejected completions",
+        xaxis_title="tokens",
+        yaxis_title="pairs",
+        **_LEGEND,
+    )
 
 
 def _margin_by_length(store: Contents) -> Markup:
@@ -148,13 +160,12 @@ def _margin_by_length(store: Contents) -> Markup:
             colorbar={"title": "pairs", "tickvals": np.log10(ticks).tolist(), "ticktext": [f"{t:,}" for t in ticks]},
         )
     )
-    figure.update_layout(
-        title="Margin by difference in length",
+    return _titled(
+        figure,
+        "Margin by difference in length",
+        f"Pairs by margin and by difference in length; {found.outside:,} pairs lie outside the picture",
         xaxis_title="tokens by which the chosen one is longer",
         yaxis_title="margin, nats",
-    )
-    return chart(
-        figure, label=f"Pairs by margin and by difference in length; {found.outside:,} pairs lie outside the picture"
     )
 
 
@@ -210,8 +221,15 @@ def _lines(
             text=store.files,
             hovertemplate="%{text}: %{y:.4~g}<extra></extra>",
         )
-    figure.update_layout(title=title, xaxis_title="part", yaxis_title=unit, showlegend=len(series) > 1, **_LEGEND)
-    return chart(figure, label=f"{title}, part by part")
+    return _titled(
+        figure,
+        title,
+        f"{title}, part by part",
+        xaxis_title="part",
+        yaxis_title=unit,
+        showlegend=len(series) > 1,
+        **_LEGEND,
+    )
 
 
 def _suspicious(found: Mapping[str, Any]) -> Markup:
@@ -223,7 +241,7 @@ def _suspicious(found: Mapping[str, Any]) -> Markup:
             + _pairs(found["likely_mislabelled"])
         )
     if duplicates["count"]:
-        lines = [[example["again_in_row"], example["row"]] for example in duplicates["examples"]]
+        lines = [[str(example["again_in_row"]), str(example["row"])] for example in duplicates["examples"]]
         blocks.append(
             _said(f"{duplicates['count']:,} duplicates: pairs with the key of an earlier one.")
             + table(["row", "is row"], lines)
@@ -249,8 +267,8 @@ def _said(text: str) -> Markup:
 
 
 def _pairs(examples: Sequence[Mapping[str, Any]]) -> Markup:
-    header = ["row", "margin a token", "margin", "prompt tokens"]
-    header += ["chosen tokens", "nats", "rejected tokens", "nats"]
-    names = ["row", "margin_per_token", "margin", "prompt_tokens"]
+    header = ["row", "margin a token", "margin", "prompt tokens", "chosen tokens", "nats", "rejected tokens", "nats"]
+    names = ["margin_per_token", "margin", "prompt_tokens"]
     names += ["chosen_tokens", "ref_chosen_logps", "rejected_tokens", "ref_rejected_logps"]
-    return table(header, [[example[name] for name in names] for example in examples])
+    # A row's number as it is typed, without commas.
+    return table(header, [[str(example["row"]), *(example[name] for name in names)] for example in examples])

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline import ranking
-from pipeline.contents import Contents, describe, identity_facts, read_contents
+from pipeline.contents import Contents, describe, explain_command, identity_facts, read_contents
 from pipeline.errors import UnfinishedError, printable
 from pipeline.shards import find_stores
 
@@ -162,9 +162,7 @@ def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
             *_pairs_table([pair for both in swapped["examples"][: _EXAMPLES // 2] for pair in both]),
         ]
     if rows:
-        name = entry["store"].rstrip("/").rpartition("/")[2]
-        option = "" if name == "train" else f" --set {name}"
-        yield [f"  To look at a pair as the models see it: refshard explain --config F{option} --row {rows[0]}"]
+        yield [f"  To look at a pair as the models see it: {explain_command(entry, rows[0])}"]
 
 
 def _pairs_table(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
