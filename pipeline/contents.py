@@ -286,4 +286,5 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
 def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
     """Give the command that shows one pair of a store; stores are named after their sets."""
     name = str(entry["store"]).rstrip("/").rpartition("/")[2]
-    return f"refshard explain --config F{'' if name == 'train' else f' --set {name}'} --row {row}"
+    option = "" if name in ("train", ".", "..") else f" --set {name}"
+    return f"refshard explain --config F{option} --row {row}"
