@@ -3,6 +3,7 @@
 Needs pyarrow and numpy only. A store that is unfinished is read as far as it goes.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -286,5 +287,5 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
 def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
     """Give the command that shows one pair of a store; stores are named after their sets."""
     name = str(entry["store"]).rstrip("/").rpartition("/")[2]
-    option = "" if name in ("train", ".", "..") else f" --set {name}"
+    option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
     return f"refshard explain --config F{option} --row {row}"
