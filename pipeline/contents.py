@@ -28,6 +28,7 @@ from pipeline.shards import (
     read_content,
     read_manifest,
     read_part,
+    schema,
 )
 
 __all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
@@ -82,15 +83,16 @@ def read_contents(folder: Folder) -> Contents:
     except UnfinishedError as error:
         return _read_unfinished(folder, manifest, error)
     parts = store.parts
+    files = [str(part["file"]) for part in parts]
     tables = _at_once(lambda number: read_part(store, number, _COLUMNS), range(len(parts)))
     return Contents(
         folder=folder,
         manifest=manifest,
         totals=store.index["totals"],
         noise=store.noise,
-        files=[str(part["file"]) for part in parts],
+        files=files,
         bytes=sum(int(part["bytes"]) for part in parts),
-        pairs=_to_columns(folder, tables),
+        pairs=_to_columns(folder, files, tables),
         unfinished=None,
     )
 
@@ -104,6 +106,7 @@ def _read_unfinished(folder: Folder, manifest: Mapping[str, Any], error: Unfinis
         part = check_part(folder, unit, content, manifest)
         return part.table.select(list(_COLUMNS)), part.ledger.as_dict(), part.noise, len(content)
 
+    files = [part_name(unit) for unit in units]
     found = _at_once(read, units)
     totals, noise = Ledger(), NoiseFloor()
     for _, ledger, noise_of_part, _ in found:
@@ -114,9 +117,9 @@ def _read_unfinished(folder: Folder, manifest: Mapping[str, Any], error: Unfinis
         manifest=manifest,
         totals=totals.as_dict(),
         noise=noise,
-        files=[part_name(unit) for unit in units],
+        files=files,
         bytes=sum(size for *_, size in found),
-        pairs=_to_columns(folder, [table for table, *_ in found]),
+        pairs=_to_columns(folder, files, [table for table, *_ in found]),
         unfinished=error,
     )
 
@@ -130,12 +133,20 @@ def _at_once(read: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
         readers.shutdown(cancel_futures=True)
 
 
-def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
-    def column(name: str, dtype: type) -> npt.NDArray[Any]:
-        return np.concatenate([np.empty(0, dtype), *(table[name].to_numpy().astype(dtype) for table in tables)])
+def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]) -> PairColumns:
+    plain = schema(token_logps=False)
+    for file, table in zip(files, tables, strict=True):
+        if not table.schema.equals(plain):
+            raise DataError(f"{folder.place(file)}: its columns are not those of a part. Run refshard verify {folder}")
+    # pandas, which empty_table and to_numpy import, takes longer than all the rest.
+    together = pa.concat_tables([pa.Table.from_batches([], plain), *tables])
+
+    def column(name: str, dtype: Any) -> npt.NDArray[Any]:
+        values = together[name].cast(pa.from_numpy_dtype(dtype)).combine_chunks()
+        return np.frombuffer(values.buffers()[1], dtype)[values.offset :][: len(values)]
 
     pairs = PairColumns(
-        keys=np.concatenate([np.empty(0, "S16"), *map(pair_keys, tables)]),
+        keys=pair_keys(together),
         rows=column("row", np.int64),
         parts=np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
         prompt_tokens=column("prompt_tokens", np.int64),
@@ -144,11 +155,11 @@ def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
         chosen_logps=column("ref_chosen_logps", np.float64),
         rejected_logps=column("ref_rejected_logps", np.float64),
     )
-    whole = np.isfinite(pairs.chosen_logps) & np.isfinite(pairs.rejected_logps)
-    whole &= (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
-    if not whole.all():
+    fit = np.isfinite(pairs.chosen_logps) & np.isfinite(pairs.rejected_logps)
+    fit &= (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
+    if not fit.all():
         raise DataError(
-            f"{folder}: row {pairs.rows[~whole][0]} has no tokens, or a log-prob that is not finite. "
+            f"{folder}: row {pairs.rows[~fit][0]} has no tokens, or a log-prob that is not finite. "
             f"refshard verify {folder} names all that is wrong"
         )
     return pairs

@@ -224,9 +224,12 @@ def same_on_both_sides(pairs: PairColumns) -> Integers:
 
 
 def worst(pairs: PairColumns, most: int) -> Integers:
-    """Give the indexes of the pairs with the most negative margins per token, the most negative first."""
+    """Give the indexes of the pairs with the most negative margins per token, the most negative first.
+
+    Only pairs whose margin is negative in sum as well: where the two disagree, the lengths alone may be why.
+    """
     values = margins_per_token(pairs)
-    negative = np.flatnonzero(values < 0)
+    negative = np.flatnonzero((values < 0) & (margins(pairs) < 0))
     if len(negative) > most:
         # All that tie with the last one wanted stay in, so that the order below decides.
         negative = negative[values[negative] <= np.partition(values[negative], most - 1)[most - 1]]

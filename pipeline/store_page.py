@@ -237,7 +237,7 @@ def _suspicious(found: Mapping[str, Any]) -> Markup:
     blocks = []
     if found["likely_mislabelled"]:
         blocks.append(
-            _said("Likely mislabelled: per token the reference finds the rejected completion more likely by far.")
+            _said("Likely mislabelled: the reference finds the rejected completion more likely, in sum and per token.")
             + _pairs(found["likely_mislabelled"])
         )
     if duplicates["count"]:
