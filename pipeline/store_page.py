@@ -18,6 +18,9 @@ _CHOSEN, _REJECTED = COLORS[2], COLORS[1]
 _DENSITY = [[0.0, "rgba(66,105,208,0.15)"], [0.5, "rgba(66,105,208,0.95)"], [1.0, "rgba(217,119,6,1)"]]
 """Seen on a light and on a dark page"""
 
+_HEIGHT = 360
+"""Of a chart, pixels"""
+
 _LEGEND: dict[str, Any] = {"legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}}
 
 
@@ -78,7 +81,7 @@ def _charts(*charts: Markup) -> Markup:
 
 
 def _titled(figure: Any, title: str, label: str, **layout: Any) -> Markup:
-    figure.update_layout(title=title, **layout)
+    figure.update_layout(title=title, height=_HEIGHT, **layout)
     return chart(figure, label=label)
 
 
@@ -110,6 +113,7 @@ def _margins(store: Contents, *, per_token: bool = False) -> Markup:
         f"{found.below + found.above:,} pairs lie outside",
         xaxis_title="nats a token" if per_token else "nats",
         yaxis_title="pairs",
+        yaxis_tickformat=",",
         showlegend=False,
         bargap=0,
     )
@@ -134,6 +138,7 @@ def _lengths(store: Contents) -> Markup:
         "Histogram of the lengths of chosen and rejected completions",
         xaxis_title="tokens",
         yaxis_title="pairs",
+        yaxis_tickformat=",",
         **_LEGEND,
     )
 

@@ -134,8 +134,8 @@ def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
     if worst := found["likely_mislabelled"]:
         rows.append(worst[0]["row"])
         yield [
-            "  Likely mislabelled, or what the reference knows least about: it finds the rejected completion more likely,",
-            "  in sum and, by the most, per token. It is no judge, so look at a pair before you drop it.",
+            "  Likely mislabelled, or what the reference knows least: it finds the rejected completion more likely, in",
+            "  sum and, by the most, per token. It is no judge, so look at a pair before you drop it.",
             *_pairs_table(worst[:_EXAMPLES]),
         ]
     if found["duplicates"]["count"]:
