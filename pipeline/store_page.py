@@ -51,7 +51,8 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
         note=(
             f"It prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs "
             f"({margin['share_chosen_preferred_per_token']:.1%} per token). Margin: log p(chosen) - log p(rejected) "
-            "under the reference; per token, the difference of the completions' means."
+            "under the reference; per token, the difference of the completions' means. Left of 0, in orange, are the "
+            "pairs of which it prefers the rejected one."
         ),
         body=_charts(_margins(store), _margins(store, per_token=True)),
     )
@@ -150,7 +151,7 @@ def _margin_by_length(store: Contents) -> Markup:
     # Few cells hold most of the pairs.
     shade = np.where(found.counts > 0, np.log10(np.maximum(found.counts, 1)), np.nan)
     most = int(found.counts.max())
-    ticks = [10**power for power in range(len(str(most)))]
+    ticks = sorted({10**power for power in range(len(str(most)))} | ({most} if most < 10 else set()))
     figure = go.Figure(
         go.Heatmap(
             x=found.across,
@@ -188,8 +189,8 @@ def _longer(bias: Mapping[str, Any]) -> Markup:
     if bias["correlation"] is None or bias["correlation_per_token"] is None:
         return made
     return made + Markup("<p>{}</p>").format(
-        f"Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+.2f} "
-        f"({bias['correlation_per_token']:+.2f} per token)."
+        f"Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+z.2f} "
+        f"({bias['correlation_per_token']:+z.2f} per token)."
     )
 
 

@@ -100,8 +100,8 @@ def _preferences(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {side:22}{found['pairs']:>12,}{whole:>18}{per_token:>12}"
     if bias["correlation"] is not None and bias["correlation_per_token"] is not None:
         yield (
-            f"  Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+.2f} "
-            f"({bias['correlation_per_token']:+.2f} per token)."
+            f"  Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+z.2f} "
+            f"({bias['correlation_per_token']:+z.2f} per token)."
         )
 
 
