@@ -201,11 +201,22 @@ def verify(shards: str, model: str | None, sample: int, clean: bool) -> None:
 @main.command(short_help="Show what shards hold.")
 @click.argument("shards")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def inspect(shards: str, as_json: bool) -> None:
-    """Show what SHARDS, a store or a folder of stores, holds: reference, counts, lengths, margins."""
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write a page with pictures, which opens from disk.",
+)
+def inspect(shards: str, as_json: bool, page: Path | None) -> None:
+    """Show what SHARDS, a store or a folder of stores (also s3://...), holds.
+
+    Who the reference is, counts, lengths, how the reference itself ranks the pairs, and the pairs to look at: likely
+    mislabelled, there twice, likely swapped. Exit status: 75 where shards are unfinished; what is there is shown.
+    """
     from stages import inspect as stage
 
-    stage.run(shards, as_json=as_json)
+    stage.run(shards, as_json=as_json, page=page)
 
 
 @main.command("import", short_help="Bring reference log-probs from a file.")

@@ -1,143 +1,194 @@
-"""What is in a store: who the reference is, counts, lengths, how the reference itself ranks the pairs.
+"""What is in a store: who the reference is, counts, lengths, how it ranks the pairs itself, which of them look wrong.
 
-Needs pyarrow and numpy only, so it answers on any machine, at once.
+Needs pyarrow and numpy only (and Plotly for the page), so it answers on any machine, in seconds for a million pairs.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 
+from pipeline import ranking
+from pipeline.contents import Contents, describe, explain_command, identity_facts, read_contents
 from pipeline.errors import UnfinishedError, printable
-from pipeline.intake import Ledger
-from pipeline.shards import Store, find_stores, open_store, read_parts
+from pipeline.shards import find_stores
 
-__all__ = ["describe_store", "run"]
+__all__ = ["run"]
 
-_COLUMNS = (
-    "pair_key",
-    "prompt_tokens",
-    "chosen_tokens",
-    "rejected_tokens",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
-_PERCENTILES = (5, 25, 50, 75, 95)
+_EXAMPLES = 10
+"""Of each kind of suspicious pairs; JSON and the page have more"""
+
+_BAR = 40
+"""Columns of the longest bar"""
 
 
-def run(where: str, *, as_json: bool) -> None:
-    """Print what one store holds, or each store of an output folder."""
-    unfinished: list[str] = []
-    described = []
-    for folder in find_stores(where):
-        try:
-            described.append(describe_store(open_store(folder)))
-        except UnfinishedError as error:
-            unfinished.append(str(error))
+def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
+    """Print what one store holds, or each store of an output folder.
+
+    Args:
+        where: Folder or URL.
+        as_json: Print JSON instead of text.
+        page: Also write an HTML page with pictures to this file.
+
+    Raises:
+        ConfigError: A page is asked for, and Plotly is not installed.
+        DataError: No store there, or a damaged one.
+        UnfinishedError: A store is unfinished; what it has so far is shown before.
+    """
+    if page is not None:
+        from pipeline.pages import check_charts
+
+        check_charts()
+    stores = [read_contents(folder) for folder in find_stores(where)]
+    described = [describe(store) for store in stores]
     if as_json:
         click.echo(json.dumps(described, indent=1))
     else:
-        click.echo("\n\n".join(_as_text(entry) for entry in described))
-    if unfinished:
+        click.echo("\n\n".join(_as_text(entry, store) for entry, store in zip(described, stores, strict=True)))
+    if page is not None:
+        from pipeline.pages import write_page
+        from pipeline.store_page import store_page
+
+        write_page(page, store_page(where, stores, described))
+        if not as_json:
+            click.echo(f"\nPictures: {printable(str(page))}")
+    if unfinished := [str(store.unfinished) for store in stores if store.unfinished is not None]:
         raise UnfinishedError("; ".join(unfinished))
 
 
-def describe_store(store: Store) -> dict[str, Any]:
-    """Read a store's columns (not its token logps) and sum them up. Every part's digest is checked on the way."""
-    parts = list(read_parts(store, _COLUMNS))
-    columns = {name: np.concatenate([part[name].to_numpy() for part in parts]) for name in _COLUMNS[1:]}
-    keys = {key for part in parts for key in part["pair_key"].to_pylist()}
-    pairs = len(columns["prompt_tokens"])
-    margins = columns["ref_chosen_logps"].astype(np.float64) - columns["ref_rejected_logps"].astype(np.float64)
-    per_token = {
-        side: columns[f"ref_{side}_logps"].astype(np.float64) / columns[f"{side}_tokens"]
-        for side in ("chosen", "rejected")
-    }
-    return {
-        "store": str(store.folder),
-        "fingerprint": store.fingerprint,
-        "identity": store.manifest["identity"],
-        "declared": store.manifest["declared"],
-        "totals": store.index["totals"],
-        "noise": store.index["noise"],
-        "parts": len(store.parts),
-        "bytes": sum(int(part["bytes"]) for part in store.parts),
-        "pairs": pairs,
-        "duplicates": pairs - len(keys),
-        "tokens": {
-            side: _percentiles(columns[f"{side}_tokens"]) | {"total": int(columns[f"{side}_tokens"].sum())}
-            for side in ("prompt", "chosen", "rejected")
-        },
-        "reference_margin": {
-            **_percentiles(margins),
-            "mean": float(margins.mean()) if pairs else None,
-            "share_chosen_preferred": _share_positive(margins),
-            "share_chosen_preferred_per_token": _share_positive(per_token["chosen"] - per_token["rejected"]),
-        },
-        "share_chosen_longer": _share_positive(columns["chosen_tokens"].astype(np.int64) - columns["rejected_tokens"]),
-    }
-
-
-def _percentiles(values: npt.NDArray[Any]) -> dict[str, float]:
-    if len(values) == 0:
-        return {}
-    return {f"p{p}": float(v) for p, v in zip(_PERCENTILES, np.percentile(values, _PERCENTILES), strict=True)}
-
-
-def _share_positive(values: npt.NDArray[Any]) -> float | None:
-    """Share above 0; a tie counts one half."""
-    return float((values > 0).mean() + 0.5 * (values == 0).mean()) if len(values) else None
-
-
-def _described_reference(reference: Mapping[str, Any]) -> str:
-    if "declared" in reference:
-        return "declared by name, weights unknown"
-    quantization = f", {reference['quantization']['bits']} bits" if reference.get("quantization") else ""
-    return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
-
-
-def _described_noise(noise: Mapping[str, Any]) -> str:
-    if not noise["tokens"]:
-        return "not measured"
-    return f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most ({noise['tokens']:,} tokens scored twice)"
-
-
-def _as_text(entry: Mapping[str, Any]) -> str:
-    identity, declared = entry["identity"], entry["declared"]
-    totals = Ledger()
-    totals.add(dict(entry["totals"]))
-    reference, tokenization = identity["reference"], identity["tokenization"]
-    stored = "stored" if tokenization["token_logps"] else "not stored"
-    lines = [
-        entry["store"],
-        f"  reference     {declared.get('reference', 'unknown')} ({_described_reference(reference)})",
-    ]
-    if declared.get("reference_adapter") and reference.get("adapter"):
-        lines.append(f"  adapter       {declared['reference_adapter']} ({reference['adapter'][:12]})")
-    lines += [
-        f"  dataset       {declared.get('dataset', 'unknown')}",
-        f"  fingerprint   {entry['fingerprint']}",
-        f"  max_length    {tokenization['max_length']}, token logps {stored}",
-        f"  noise floor   {_described_noise(entry['noise'])}",
-        f"  rows          {totals.summary()}",
-        f"  pairs         {entry['pairs']:,} in {entry['parts']} parts, {entry['bytes'] / 2**20:,.1f} MiB; "
-        f"{entry['duplicates']:,} are duplicates of another",
-    ]
+def _as_text(entry: Mapping[str, Any], store: Contents) -> str:
+    lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished: what is there so far)")]
+    lines += [f"  {name:<13} {said}" for name, said in identity_facts(entry).items()]
     if entry["pairs"]:
-        margin = entry["reference_margin"]
-        header = "".join(f"{f'{p}%':>10}" for p in _PERCENTILES)
-        lines += ["", f"  {'':22}{header}"]
-        for name, values in (*entry["tokens"].items(), ("margin, nats", margin)):
-            label = name if name.startswith("margin") else f"{name} tokens"
-            lines.append(f"  {label:22}" + "".join(f"{values[f'p{p}']:>10,.1f}" for p in _PERCENTILES))
-        lines += [
-            "",
-            f"  The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the "
-            f"pairs ({margin['share_chosen_preferred_per_token']:.1%} per token); the chosen one is longer in "
-            f"{entry['share_chosen_longer']:.1%}.",
-            "  margin = log p(chosen) - log p(rejected) under the reference.",
-        ]
+        lines += ["", *_percentiles(entry), "", *_preferences(entry), "", *_bars(store)]
+        lines += [line for block in _suspicious(entry) for line in ("", *block)]
     return "\n".join(map(printable, lines))
+
+
+def _percentiles(entry: Mapping[str, Any]) -> Iterator[str]:
+    yield f"  {'':22}" + "".join(f"{f'{p}%':>10}" for p in ranking.PERCENTILES) + f"{'mean':>10}"
+    rows = [
+        (f"{name} tokens", values | {"mean": values["total"] / entry["pairs"]}, 1)
+        for name, values in entry["tokens"].items()
+    ]
+    rows += [
+        ("margin, nats", entry["reference_margin"], 1),
+        ("margin, nats a token", entry["reference_margin_per_token"], 3),
+    ]
+    for label, values, digits in rows:
+        shown = [*(values[f"p{p}"] for p in ranking.PERCENTILES), values["mean"]]
+        yield f"  {label:22}" + "".join(f"{value:>10,.{digits}f}" for value in shown)
+
+
+def _preferences(entry: Mapping[str, Any]) -> Iterator[str]:
+    margin, bias = entry["reference_margin"], entry["length_bias"]
+    yield (
+        f"  The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the "
+        f"pairs ({margin['share_chosen_preferred_per_token']:.1%} per token); the chosen one is longer in "
+        f"{entry['share_chosen_longer']:.1%}."
+    )
+    yield "  margin = log p(chosen) - log p(rejected) under the reference; per token: of the completions' means."
+    yield ""
+    yield f"  {'longer completion':22}{'pairs':>12}{'prefers chosen':>18}{'per token':>12}"
+    for side, found in bias["longer"].items():
+        shares = [found["share_chosen_preferred"], found["share_chosen_preferred_per_token"]]
+        whole, per_token = ("-" if share is None else f"{share:.1%}" for share in shares)
+        yield f"  {side:22}{found['pairs']:>12,}{whole:>18}{per_token:>12}"
+    if bias["correlation"] is not None and bias["correlation_per_token"] is not None:
+        yield (
+            f"  Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+z.2f} "
+            f"({bias['correlation_per_token']:+z.2f} per token)."
+        )
+
+
+def _bars(store: Contents) -> Iterator[str]:
+    """Draw the histogram of margins with blocks on a terminal that has them, else with #."""
+    found = ranking.histogram(ranking.margins(store.pairs), 16)
+    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    largest = max(1, int(found.counts.max()))
+    # As many digits as the bins' width needs.
+    digits = max(0, -math.floor(math.log10(found.edges[1] - found.edges[0])))
+    yield f"  {'margin, nats':>23}{'pairs':>12}"
+    for low, high, count in zip(found.edges[:-1], found.edges[1:], found.counts.tolist(), strict=True):
+        bar = _bar(count / largest, blocks=blocks)
+        yield f"  {low:>10,.{digits}f} to {high:>9,.{digits}f}{count:>12,}  {bar}".rstrip()
+    if found.below or found.above:
+        yield f"  {found.below:,} pairs are below, {found.above:,} above."
+
+
+def _bar(share: float, *, blocks: bool) -> str:
+    """A bar of a share of the longest one; where there is anything, something is seen."""
+    if not blocks:
+        return "#" * (max(1, round(share * _BAR)) if share else 0)
+    eighths = max(1, round(share * _BAR * 8)) if share else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
+    found = entry["suspicious"]
+    rows: list[int] = []
+    if worst := found["likely_mislabelled"]:
+        rows.append(worst[0]["row"])
+        yield [
+            "  Likely mislabelled, or what the reference knows least: it finds the rejected completion more likely, in",
+            "  sum and, by the most, per token. It is no judge, so look at a pair before you drop it.",
+            *_pairs_table(worst[:_EXAMPLES]),
+        ]
+    if found["duplicates"]["count"]:
+        examples = found["duplicates"]["examples"]
+        rows.append(examples[0]["again_in_row"])
+        yield [
+            f"  {found['duplicates']['count']:,} duplicates (the key of an earlier pair): "
+            + ", ".join(f"row {e['again_in_row']} is row {e['row']}" for e in examples[:_EXAMPLES])
+            + _more(found["duplicates"]["count"])
+        ]
+    if found["same_on_both_sides"]["count"]:
+        same = found["same_on_both_sides"]
+        yield [
+            f"  {same['count']:,} with the same completion on both sides, as scored (equal lengths and sums): row "
+            + ", ".join(map(str, same["rows"][:_EXAMPLES]))
+            + _more(same["count"])
+        ]
+    if found["likely_swapped"]["count"]:
+        swapped = found["likely_swapped"]
+        yield [
+            f"  {swapped['count']:,} likely swapped: an earlier pair's three lengths, and its sums within "
+            f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen",
+            f"  and rejected changed over.{_of_chance(swapped)}",
+            *_pairs_table([pair for both in swapped["examples"][: _EXAMPLES // 2] for pair in both]),
+        ]
+    if rows:
+        yield [f"  To look at a pair as the models see it: {explain_command(entry, rows[0])}"]
+
+
+def _pairs_table(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield (
+        f"  {'row':>12}{'margin a token':>16}{'margin':>12}{'prompt tokens':>15}{'chosen tokens, nats':>22}"
+        f"{'rejected tokens, nats':>23}"
+    )
+    for pair in examples:
+        chosen, rejected = (
+            f"{pair[f'{side}_tokens']:,} {pair[f'ref_{side}_logps']:>11,.3f}" for side in ("chosen", "rejected")
+        )
+        yield (
+            f"  {pair['row']:>12}{pair['margin_per_token']:>16,.3f}{pair['margin']:>12,.2f}{pair['prompt_tokens']:>15,}"
+            f"{chosen:>22}{rejected:>23}"
+        )
+
+
+def _more(count: int) -> str:
+    return f" and {count - _EXAMPLES:,} more" if count > _EXAMPLES else ""
+
+
+def _of_chance(swapped: Mapping[str, Any]) -> str:
+    """Say how much of it may be chance: as much as coincides where nothing is changed over."""
+    if not swapped["coincide_in_the_same_order"]:
+        return ""
+    return (
+        f" {swapped['coincide_in_the_same_order']:,} others coincide in the same order, so about as many of these "
+        "may be chance."
+    )

@@ -38,6 +38,8 @@ PIPELINE = [
     "ensemble",
     "shards",
     "verify",
+    "ranking",
+    "contents",
     "reuse",
     "join",
     "processes",
@@ -54,6 +56,7 @@ PIPELINE = [
     "card",
     "reviews",
     "pages",
+    "store_page",
 ]
 STAGES = [
     "cli",
@@ -96,6 +99,8 @@ ANSWERS_WITHOUT_TORCH = [
     "pipeline.records",
     "pipeline.shards",
     "pipeline.verify",
+    "pipeline.ranking",
+    "pipeline.contents",
     "pipeline.reuse",
     "pipeline.reviews",
     "stages.cli",

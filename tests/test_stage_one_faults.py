@@ -3,6 +3,7 @@
 The kills are in test_kills, the store's own faults in test_store_faults, memory that ran out in test_memory.
 """
 
+import json
 import multiprocessing
 import random
 import re
@@ -48,6 +49,9 @@ def test_stores_on_an_object_store_serve_every_command_as_those_in_a_folder_do(
             assert {file: there.read(file) for file in there.names()} == contents(here)
         refshard("train", *remote)
         assert "24 in 3 parts" in refshard("inspect", url).stdout
+        there, here = (json.loads(refshard("inspect", where, "--json").stdout) for where in (url, tmp_path / "shards"))
+        assert [entry.pop("store") for entry in there] == [f"{url}/test", f"{url}/train"]
+        assert there == [{key: entry[key] for key in entry if key != "store"} for entry in here]
         assert refshard("verify", url).stdout.count("  whole ") == 2
         # What is scored there is copied into a store here.
         copied = ["-o", f"precompute.reuse=[{url}/train]", "-o", f"precompute.output={tmp_path / 'copied'}"]
