@@ -45,23 +45,33 @@ def check_charts() -> None:
     assert plotly.graph_objects
 
 
-def chart(figure: Any, *, label: str) -> Markup:
-    """Put a Plotly figure on a page; `label` says in words what it shows, for those who can't see it."""
-    # Colours of text, axes and grid are the page's, by its style sheet; those of the lines are the figure's.
+def chart(figure: Any, *, label: str, title: str = "") -> Markup:
+    """Put a Plotly figure on a page.
+
+    Args:
+        figure: Without colors of text, axes and grid, which are the page's, by its style sheet.
+        label: What it shows, in words, for those who can't see it.
+        title: Above the figure; in HTML, since a title of Plotly's own is cut off on a narrow screen.
+    """
     figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        margin={"l": 64, "r": 16, "t": 44, "b": 48},
+        margin={"l": 56, "r": 16, "t": 12 if title else 44, "b": 48},
         colorway=COLORS,
+        # By way of the style sheet too; the library would choose black or white by what it takes for the background.
+        hoverlabel={"font": {"size": 12}, "namelength": 40},
     )
+    figure.update_xaxes(automargin=True, title_standoff=8)
+    figure.update_yaxes(automargin=True, title_standoff=8)
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         config={"displaylogo": False, "responsive": True, "showTips": False},
     )
-    return Markup('<figure role="img" aria-label="{}">{}</figure>').format(label, Markup(drawn))
+    caption = Markup("<figcaption>{}</figcaption>").format(_text(title)) if title else Markup("")
+    return Markup('<figure role="img" aria-label="{}">{}{}</figure>').format(printable(label), caption, Markup(drawn))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
