@@ -156,7 +156,7 @@ def line_chart(
     if level is not None:
         shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level[0], "y1": level[0], **_FAINT})
         figure.add_annotation(
-            xref="paper", x=1, xanchor="right", y=level[0], yanchor="bottom", text=_text(level[1]), showarrow=False
+            xref="paper", x=1, xanchor="right", y=level[0], yanchor="top", text=_text(level[1]), showarrow=False
         )
     _lay_out(figure, x_title, y_title, shapes=shapes, hovermode="x unified")
     if bounds is not None:
@@ -241,8 +241,20 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
     figure.update_layout(showlegend=False, height=460)
-    figure.update_xaxes(rangemode="tozero", zeroline=True)
+    # Room for the errors and for the names, which the library does not leave.
+    figure.update_xaxes(range=_padded([0.0, *(v for p in points for v in _ends(p.x, p.x_error))]), zeroline=True)
+    figure.update_yaxes(range=_padded([v for p in points for v in _ends(p.y, p.y_error)]))
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
+
+
+def _ends(value: float, error: float | None) -> tuple[float, float]:
+    return value - (error or 0.0), value + (error or 0.0)
+
+
+def _padded(values: Sequence[float]) -> list[float | None]:
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or 0.5
+    return _rounded([low - room, high + room])
 
 
 def _error(error: float | None, color: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from pipeline.errors import ConfigError, StorageError, printable
 from pipeline.storage import replace_file
 
-__all__ = ["COLORS", "Section", "chart", "check_charts", "facts", "page", "table", "write_page"]
+__all__ = ["COLORS", "Section", "beside", "chart", "check_charts", "facts", "page", "table", "write_page"]
 
 COLORS = ("#4269d0", "#d97706", "#3a9d6e", "#c2417c", "#7c5cd6", "#0d8fa8", "#8d6e4f", "#6b7787")
 """Of the lines of charts, in order; each is told from both backgrounds and from its neighbours."""
@@ -60,18 +60,24 @@ def chart(figure: Any, *, label: str, title: str = "") -> Markup:
         font={"family": "system-ui, sans-serif", "size": 13},
         margin={"l": 56, "r": 16, "t": 12 if title else 44, "b": 48},
         colorway=COLORS,
-        # By way of the style sheet too; the library would choose black or white by what it takes for the background.
         hoverlabel={"font": {"size": 12}, "namelength": 40},
     )
-    figure.update_xaxes(automargin=True, title_standoff=8)
-    figure.update_yaxes(automargin=True, title_standoff=8)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        # The library's prefixes, 300µ for 0.0003, belong to units that it does not know.
+        update(automargin=True, title_standoff=8, exponentformat="e")
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        config={"displaylogo": False, "responsive": True, "showTips": False},
+        # Its buttons would lie over the curves; dragging zooms, and a double click shows all again.
+        config={"displayModeBar": False, "responsive": True, "showTips": False},
     )
     caption = Markup("<figcaption>{}</figcaption>").format(_text(title)) if title else Markup("")
     return Markup('<figure role="img" aria-label="{}">{}{}</figure>').format(printable(label), caption, Markup(drawn))
+
+
+def beside(charts: Sequence[Markup]) -> Markup:
+    """Put charts beside each other, as many in a line as there is room for."""
+    return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:

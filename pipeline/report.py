@@ -6,61 +6,36 @@ down, but means, standard errors and differences of it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from os.path import commonpath
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.charts import Line, Point, histogram_chart, line_chart, point_chart, style_of
+from pipeline.charts import Point, histogram_chart, point_chart
+from pipeline.comparison import Shown, common_folder, differing_settings, flatten, show_runs
+from pipeline.curves import curves_of_many, curves_of_one, held_out_sets
 from pipeline.errors import printable
-from pipeline.pages import COLORS, Section, facts, page, table
-from pipeline.runs import Generation, MarginRows, Run
+from pipeline.estimates import estimate, estimate_kl, estimate_reward
+from pipeline.pages import COLORS, Section, beside, facts, page, table
+from pipeline.runs import MarginRows, Run, part
 
-__all__ = ["Estimate", "differing_settings", "estimate_kl", "estimate_reward", "name_runs", "report_page"]
+__all__ = ["report_page"]
 
 _GRAY = COLORS[-1]
-_LN_2 = math.log(2)
 
 _Described = TypeVar("_Described")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error."""
-
-    mean: float
-    error: float | None
-    """None for a single value"""
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """A run as the page shows it."""
-
-    run: Run
-    name: str
-    color: str
-    dash: str
-
-
 def report_page(runs: Sequence[Run], *, title: str = "") -> str:
     """Make the page of one or more runs; the title is theirs if left out."""
-    names = name_runs(runs)
-    shown = [_Shown(run, name, *style_of(i)) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
+    shown = show_runs(runs)
     sections = [
         _summary(shown),
         *_frontier(shown),
-        *(_curves_of_one(shown[0]) if len(shown) == 1 else _curves_of_many(shown)),
+        *(curves_of_one(shown[0]) if len(shown) == 1 else curves_of_many(shown)),
         *_margins(shown),
         _generations(shown),
         *_data(shown),
@@ -69,88 +44,16 @@ def report_page(runs: Sequence[Run], *, title: str = "") -> str:
         *_settings(shown),
     ]
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    where = _common_folder(runs)
+    where = common_folder(runs)
     if not title:
         title = f"Run {runs[0].folder.name}" if len(runs) == 1 else f"{len(runs)} runs in {where.name or where}"
     return page(title, sections, subtitle=f"{where}, as it was on {made}")
 
 
-# Names of runs ------------------------------------------------------------------------------------------------------
-
-
-# Where a run is written, shown and started says nothing about what it learns.
-_NOT_COMPARED = ("cluster.", "train.output_dir", "train.logging_dir", "train.run_name", "train.hub_", "train.report_to")
-_FIRST = ("loss.", "train.learning_rate", "policy.", "reference.")
-_MOST_IN_NAME = 3
-
-
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """List the settings that are not the same in all runs: by key, the value in each run, as text.
-
-    Settings of the loss come first. A run whose settings can't be read is left out of the comparison, and shows "?".
-    """
-    flat = [_flatten(run.settings) for run in runs]
-    known = [settings for settings in flat if settings]
-    keys = sorted({key for settings in known for key in settings}, key=lambda key: (_rank(key), key))
-    return {
-        key: [_value_text(settings.get(key)) if settings else "?" for settings in flat]
-        for key in keys
-        if not key.startswith(_NOT_COMPARED) and len({_value_text(settings.get(key)) for settings in known}) > 1
-    }
-
-
-def _rank(key: str) -> int:
-    return next((i for i, start in enumerate(_FIRST) if key.startswith(start)), len(_FIRST))
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flatten(item, f"{prefix}{key}."))
-        elif item is not None:
-            flat[f"{prefix}{key}"] = item
-    return flat
-
-
-def _value_text(value: Any) -> str:
-    """Text of a setting; numbers that YAML left as words (`3e-4`) read as numbers do."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float | str):
-        try:
-            return f"{float(value):g}"
-        except ValueError:
-            return str(value)
-    return ", ".join(map(_value_text, value)) if isinstance(value, list) else str(value)
-
-
-def name_runs(runs: Sequence[Run]) -> list[str]:
-    """Name each run by what sets it apart: settings that differ, the folder where they don't tell."""
-    common = _common_folder(runs)
-    folders = [str(run.folder.absolute().relative_to(common)) for run in runs]
-    folders = [run.folder.name if name == "." else name for run, name in zip(runs, folders, strict=True)]
-    differing = [(key, values) for key, values in differing_settings(runs).items() if _rank(key) < len(_FIRST)]
-    differing = differing or list(differing_settings(runs).items())
-    if len(runs) == 1 or not differing or len(differing) > _MOST_IN_NAME:
-        return folders
-    names = [", ".join(f"{key.split('.')[-1]}={values[i]}" for key, values in differing) for i in range(len(runs))]
-    return [
-        f"{name} ({folder})" if names.count(name) > 1 or not run.settings else name
-        for name, folder, run in zip(names, folders, runs, strict=True)
-    ]
-
-
-def _common_folder(runs: Sequence[Run]) -> Path:
-    return Path(commonpath([run.folder.absolute() for run in runs]))
-
-
 # Summary ------------------------------------------------------------------------------------------------------------
 
 
-def _summary(shown: Sequence[_Shown]) -> Section:
+def _summary(shown: Sequence[Shown]) -> Section:
     remarks = [f"{one.name}: {remark}" if len(shown) > 1 else remark for one in shown for remark in one.run.remarks]
     if len({_fingerprint(one.run) for one in shown} - {None}) > 1:
         remarks.append("the runs have different references: KL, shifts and rewards are each against its own")
@@ -186,14 +89,14 @@ def _summary_of_one(run: Run) -> Markup:
 _HELD_OUT_NUMBERS = {"loss": "loss", "accuracy": "rewards/accuracies", "reward margin": "rewards/margins"}
 
 
-def _summary_of_many(shown: Sequence[_Shown]) -> Markup:
+def _summary_of_many(shown: Sequence[Shown]) -> Markup:
     differing = differing_settings([one.run for one in shown])
     columns: dict[str, list[object]] = {"run": [_swatch(one) for one in shown]}
     columns |= {key: list(values) for key, values in differing.items()}
     columns["folder"] = [one.run.folder.name for one in shown]
     columns["state"] = [_state(one.run) for one in shown]
     columns["training loss"] = [one.run.curve("loss").last for one in shown]
-    for name in _sets(shown):
+    for name in held_out_sets(shown):
         prefixes = [one.run.held_out().get(name) for one in shown]
         for word, metric in _HELD_OUT_NUMBERS.items():
             columns[f"{name}: {word}"] = [
@@ -234,34 +137,13 @@ def _loss_text(run: Run) -> str | None:
     return f"{' + '.join(types)}, beta {loss['beta']:g}"
 
 
-def _swatch(one: _Shown) -> Markup:
-    return Markup('<span class="swatch" style="background:{}"></span>{}').format(one.color, printable(one.name))
-
-
-def _sets(shown: Sequence[_Shown]) -> list[str]:
-    """Names of the held-out sets, of all runs."""
-    return list(dict.fromkeys(name for one in shown for name in one.run.held_out()))
+def _swatch(one: Shown) -> Markup:
+    return Markup('<span class="run"><span class="swatch" style="background:{}"></span>{}</span>').format(
+        one.color, printable(one.name)
+    )
 
 
 # Reward against KL --------------------------------------------------------------------------------------------------
-
-
-def estimate_kl(generations: Sequence[Generation]) -> Estimate:
-    """Estimate KL(policy || reference), nats per reply: the policy's replies, its log-prob less the reference's."""
-    return _estimate([g.policy.policy_logps - g.policy.ref_logps for g in generations])
-
-
-def estimate_reward(generations: Sequence[Generation], side: str) -> Estimate | None:
-    """Average the rewards of one side's replies, `reference` or `policy`; None where there are none."""
-    replies = [g.reference if side == "reference" else g.policy for g in generations]
-    rewards = [reply.reward for reply in replies if reply.reward is not None]
-    return _estimate(rewards) if rewards else None
-
-
-def _estimate(values: Sequence[float]) -> Estimate:
-    count = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
-    return Estimate(float(np.mean(values)), error, count)
 
 
 _KL_NOTE = (
@@ -270,19 +152,21 @@ _KL_NOTE = (
 )
 
 
-def _frontier(shown: Sequence[_Shown]) -> list[Section]:
+def _frontier(shown: Sequence[Shown]) -> list[Section]:
     drawn = [one for one in shown if one.run.generations]
     title = "Reward against KL"
     if not drawn:
         if len(shown) == 1:
             return []
-        return [Section(title=title, body=_how_to_generate(shown), note="There is no KL without replies.")]
+        return [
+            Section(title=title, body=Markup(""), note="There is no KL without replies of the policies: see below.")
+        ]
     rewards = [estimate_reward(one.run.generations, "policy") for one in drawn]
     notes = [_KL_NOTE, *_sampling_remarks(drawn)]
     points = []
     if all(reward is not None for reward in rewards):
         judges = {g.reward_by or "unknown" for one in drawn for g in one.run.generations}
-        y_title = f"mean reward of replies, by {' / '.join(sorted(judges))}"
+        y_title, judged = "mean reward of replies", f" ({' / '.join(sorted(judges))})"
         ys = [(reward.mean, reward.error) for reward in rewards if reward is not None]
         before = estimate_reward(drawn[0].run.generations, "reference")
         if before is not None:
@@ -290,7 +174,7 @@ def _frontier(shown: Sequence[_Shown]) -> list[Section]:
     elif len(drawn) == 1:
         return []
     else:
-        y_title, ys = _accuracies(drawn)
+        (y_title, ys), judged = _accuracies(drawn), ""
         notes.append(f"The replies have no rewards, so {y_title} stands for them.")
     for one, (y, y_error) in zip(drawn, ys, strict=True):
         kl = estimate_kl(one.run.generations)
@@ -298,27 +182,30 @@ def _frontier(shown: Sequence[_Shown]) -> list[Section]:
         points.append(Point(name=name, x=kl.mean, y=y, x_error=kl.error, y_error=y_error, color=one.color))
     points = [point for point in points if math.isfinite(point.y)]
     body = point_chart(
-        f"{y_title} against KL", points, x_title="KL(policy ‖ reference), nats per reply", y_title=y_title
+        f"{y_title.capitalize()}{judged} against KL",
+        points,
+        x_title="KL(policy ‖ reference), nats per reply",
+        y_title=y_title,
     )
     body += _how_to_generate([one for one in shown if not one.run.generations])
     return [Section(title=title, body=body, note=" ".join(notes))]
 
 
-def _accuracies(drawn: Sequence[_Shown]) -> tuple[str, list[tuple[float, float | None]]]:
+def _accuracies(drawn: Sequence[Shown]) -> tuple[str, list[tuple[float, float | None]]]:
     """Accuracy of each run with its standard error, held-out where all have one set in common; and what it is."""
-    common = [name for name in _sets(drawn) if all(name in one.run.held_out() for one in drawn)]
+    common = [name for name in held_out_sets(drawn) if all(name in one.run.held_out() for one in drawn)]
     found: list[tuple[float, float | None]] = []
     for one in drawn:
         prefix = one.run.held_out()[common[0]] if common else ""
         accuracy = one.run.curve(f"{prefix}rewards/accuracies").last
-        pairs = _part(one.run.inputs, "sets", common[0]).get("matched") if common else None
+        pairs = part(one.run.inputs, "sets", common[0]).get("matched") if common else None
         known = accuracy is not None and isinstance(pairs, int) and pairs > 1
         error = math.sqrt(accuracy * (1 - accuracy) / pairs) if known and accuracy is not None and pairs else None
         found.append((math.nan if accuracy is None else accuracy, error))
     return (f"accuracy on held-out pairs ({common[0]})" if common else "accuracy on training pairs, last logged"), found
 
 
-def _sampling_remarks(drawn: Sequence[_Shown]) -> list[str]:
+def _sampling_remarks(drawn: Sequence[Shown]) -> list[str]:
     temperatures = {g.temperature for one in drawn for g in one.run.generations} - {None, 1.0}
     remarks = []
     if temperatures:
@@ -332,7 +219,7 @@ def _sampling_remarks(drawn: Sequence[_Shown]) -> list[str]:
     return remarks
 
 
-def _how_to_generate(shown: Sequence[_Shown]) -> Markup:
+def _how_to_generate(shown: Sequence[Shown]) -> Markup:
     if not shown:
         return Markup("")
     commands = "\n".join(f"refshard generate {one.run.folder}" for one in shown)
@@ -341,170 +228,10 @@ def _how_to_generate(shown: Sequence[_Shown]) -> Markup:
     )
 
 
-# Curves -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Panel:
-    """One chart of a run."""
-
-    title: str
-    unit: str
-    series: Mapping[str, str]
-    """Metrics by name; no name where there is one only."""
-    held_out: bool = True
-    bounds: tuple[float, float] | None = None
-    level: tuple[float, str] | None = None
-    smoothed: bool = True
-
-
-_ACCURACY = _Panel(
-    title="Accuracy: share of pairs with a margin above 0",
-    unit="share of pairs",
-    series={"": "rewards/accuracies"},
-    bounds=(0, 1),
-    level=(0.5, "chance"),
-)
-_PANELS = (
-    _ACCURACY,
-    _Panel(title="Reward margin", unit="chosen less rejected reward", series={"": "rewards/margins"}),
-    _Panel(
-        title="Rewards: beta times the log-prob shift",
-        unit="reward, beta × nats",
-        series={"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
-    ),
-    _Panel(
-        title="Log-prob shift: policy less reference",
-        unit="nats per completion",
-        series={"chosen": "logps/chosen_shift", "rejected": "logps/rejected_shift"},
-    ),
-    _Panel(
-        title="Drift on the data's tokens",
-        unit="k3, nats per token",
-        series={"chosen": "kl/chosen", "rejected": "kl/rejected"},
-    ),
-    _Panel(title="Entropy of the policy", unit="nats per token", series={"": "entropy"}),
-    _Panel(title="Gradient norm", unit="norm, before clipping", series={"": "grad_norm"}, held_out=False),
-    _Panel(title="Learning rate", unit="learning rate", series={"": "learning_rate"}, held_out=False, smoothed=False),
-)
-
-_CURVES_NOTE = (
-    "Each point is a mean over the pairs since the last log. Pale: as logged; strong: the mean of its neighbours."
-)
-_DRIFT_NOTE = (
-    "Drift is exp(d) - 1 - d with d the reference's less the policy's log-prob of a token, on completions that neither "
-    "of them wrote: 0 where they agree, but not their KL, for which the policy's own replies are needed."
-)
-
-
-def _panels(shown: Sequence[_Shown]) -> list[_Panel]:
-    plain = all((one.run.settings.get("loss") or {}).get("type") in ("sigmoid", ["sigmoid"]) for one in shown)
-    level = (_LN_2, "ln 2: policy = reference") if plain else None
-    return [_Panel(title="Loss", unit="loss", series={"": "loss"}, level=level), *_PANELS]
-
-
-def _curves_of_one(one: _Shown) -> list[Section]:
-    run = one.run
-    held_out = run.held_out()
-    charts = []
-    marks = _moves_of_reference(run)
-    for panel in _panels([one]):
-        lines = []
-        for i, (series, metric) in enumerate(panel.series.items()):
-            lines.append(_line(run, metric, series or "training", COLORS[i], "solid", panel.smoothed))
-            for j, (name, prefix) in enumerate(held_out.items() if panel.held_out else ()):
-                # A metric of one curve has a color for each set, one of two curves a dash for each set.
-                color = COLORS[i] if series else COLORS[j + 1]
-                _, dash = _SET_STYLES[j % len(_SET_STYLES)]
-                shown_as = f"{series}, {name}" if series else name
-                lines.append(_line(run, prefix + metric, shown_as, color, dash, smoothed=False))
-        charts.append(_chart(panel, lines, marks))
-    notes = [_CURVES_NOTE]
-    if held_out:
-        notes.append(f"Held-out pairs: {', '.join(held_out)}.")
-    if marks:
-        notes.append("Dotted upright lines: the reference moved, and rewards are against the new one from there on.")
-    return _curves("Curves", charts, notes)
-
-
-_SET_STYLES = (("", "dash"), ("", "dot"), ("", "dashdot"))
-
-
-def _moves_of_reference(run: Run) -> list[int]:
-    sync = _part(run.settings, "reference", "sync")
-    steps = sync.get("steps")
-    if not isinstance(steps, int) or run.step // steps > 60:
-        return []
-    return list(range(steps, run.step, steps))
-
-
-def _curves_of_many(shown: Sequence[_Shown]) -> list[Section]:
-    notes = [_CURVES_NOTE, *_cautions(shown)]
-    panels = _panels(shown)
-    sections = _curves("Training pairs", [c for panel in panels for c in _overlaid(shown, panel, None)], notes)
-    for name in _sets(shown):
-        charts = [c for panel in panels if panel.held_out for c in _overlaid(shown, panel, name)]
-        sections += _curves(f"Held-out pairs: {name}", charts, _cautions(shown))
-    return sections
-
-
-def _overlaid(shown: Sequence[_Shown], panel: _Panel, set_name: str | None) -> list[Markup]:
-    """Charts of a panel's metrics, one each, with a curve for each run: of training, or of a held-out set."""
-    charts = []
-    for series, metric in panel.series.items():
-        lines = []
-        for one in shown:
-            prefix = "" if set_name is None else one.run.held_out().get(set_name)
-            if prefix is not None:
-                smoothed = panel.smoothed and set_name is None
-                lines.append(_line(one.run, prefix + metric, one.name, one.color, one.dash, smoothed))
-        title = f"{panel.title}, {series}" if series else panel.title
-        charts.append(_chart(panel, lines, title=title))
-    return charts
-
-
-def _cautions(shown: Sequence[_Shown]) -> list[str]:
-    differing = differing_settings([one.run for one in shown])
-    cautions = []
-    if "loss.beta" in differing:
-        cautions.append(
-            "Rewards and margins are in units of beta, which differs: compare accuracy and log-prob shifts instead."
-        )
-    if any(key.startswith("loss.") for key in differing):
-        cautions.append("Losses of different settings have different scales.")
-    return cautions
-
-
-def _line(run: Run, metric: str, name: str, color: str, dash: str, smoothed: bool) -> Line:
-    curve = run.curve(metric)
-    return Line(name=name, x=curve.steps, y=curve.values, color=color, dash=dash, smoothed=smoothed)
-
-
-def _chart(panel: _Panel, lines: Sequence[Line], marks: Sequence[int] = (), *, title: str = "") -> Markup:
-    if not any(line.x for line in lines):
-        return Markup("")
-    return line_chart(
-        title or panel.title, lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=marks
-    )
-
-
-def _curves(title: str, charts: Sequence[Markup], notes: Sequence[str]) -> list[Section]:
-    there = [drawn for drawn in charts if drawn]
-    if not there:
-        return []
-    if any("Drift" in drawn for drawn in there):
-        notes = [*notes, _DRIFT_NOTE]
-    return [Section(title=title, body=_grid(there), note=" ".join(notes))]
-
-
-def _grid(charts: Sequence[Markup]) -> Markup:
-    return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
-
-
 # Margins ------------------------------------------------------------------------------------------------------------
 
 
-def _margins(shown: Sequence[_Shown]) -> list[Section]:
+def _margins(shown: Sequence[Shown]) -> list[Section]:
     sets = list(dict.fromkeys(name for one in shown for name in one.run.margins))
     if not sets:
         return []
@@ -521,10 +248,10 @@ def _margins(shown: Sequence[_Shown]) -> list[Section]:
         "The outermost bins also hold what lies beyond, one pair in a hundred at most. A tie counts as half. "
         "Of the training pairs the last ones that were trained on."
     )
-    return [Section(title="Margins before and after", body=_grid(charts) + table(header, rows), note=note)]
+    return [Section(title="Margins before and after", body=beside(charts) + table(header, rows), note=note)]
 
 
-def _margin_chart(name: str, measured: Sequence[tuple[_Shown, MarginRows]], num_runs: int) -> Markup:
+def _margin_chart(name: str, measured: Sequence[tuple[Shown, MarginRows]], num_runs: int) -> Markup:
     references = [margins.columns["ref_margin"] for _, margins in measured]
     same = all(np.array_equal(np.sort(references[0]), np.sort(other)) for other in references[1:])
     columns = []
@@ -538,7 +265,7 @@ def _margin_chart(name: str, measured: Sequence[tuple[_Shown, MarginRows]], num_
     return histogram_chart(title, columns, x_title="margin, nats", of="pairs")
 
 
-def _margin_row(name: str, one: _Shown, margins: MarginRows, num_runs: int) -> list[object]:
+def _margin_row(name: str, one: Shown, margins: MarginRows, num_runs: int) -> list[object]:
     columns = margins.columns
     return [
         name,
@@ -562,7 +289,7 @@ _MOST_PROMPTS = 20
 _MOST_CHARACTERS = 8000
 
 
-def _generations(shown: Sequence[_Shown]) -> Section:
+def _generations(shown: Sequence[Shown]) -> Section:
     title = "Replies before and after"
     drawn = [one for one in shown if one.run.generations]
     if not drawn:
@@ -585,7 +312,7 @@ def _generations(shown: Sequence[_Shown]) -> Section:
     return Section(title=title, body=body, note=note)
 
 
-def _reply_row(one: _Shown, side: str, num_runs: int) -> list[object]:
+def _reply_row(one: Shown, side: str, num_runs: int) -> list[object]:
     generations = one.run.generations
     replies = [g.reference if side == "reference" else g.policy for g in generations]
     reward = estimate_reward(generations, side)
@@ -593,10 +320,10 @@ def _reply_row(one: _Shown, side: str, num_runs: int) -> list[object]:
         *([_swatch(one)] if num_runs > 1 else []),
         side,
         len(replies),
-        str(_estimate([reply.num_tokens for reply in replies])),
+        str(estimate([reply.num_tokens for reply in replies])),
         "" if reward is None else str(reward),
-        str(_estimate([reply.policy_logps for reply in replies])),
-        str(_estimate([reply.ref_logps for reply in replies])),
+        str(estimate([reply.policy_logps for reply in replies])),
+        str(estimate([reply.ref_logps for reply in replies])),
         str(estimate_kl(generations)) if side == "policy" else "",
     ]
 
@@ -609,10 +336,10 @@ def _reward_chart(run: Run) -> Markup:
         columns.append((name, np.array(rewards, dtype=np.float64), color, dash))
     if not any(len(values) for _, values, _, _ in columns):
         return Markup("")
-    return _grid([histogram_chart("Rewards of replies", columns, x_title="reward", of="replies", bins=24)])
+    return beside([histogram_chart("Rewards of replies", columns, x_title="reward", of="replies", bins=24)])
 
 
-def _replies_to(prompt: tuple[str, int, str], drawn: Sequence[_Shown], num_runs: int) -> Markup:
+def _replies_to(prompt: tuple[str, int, str], drawn: Sequence[Shown], num_runs: int) -> Markup:
     """Show what the models reply to a prompt: the reference once, if all runs have the same reply of it."""
     set_name, row, text = prompt
     found = [(one, g) for one in drawn for g in one.run.generations if (g.set_name, g.row, g.prompt) == prompt]
@@ -631,7 +358,8 @@ def _replies_to(prompt: tuple[str, int, str], drawn: Sequence[_Shown], num_runs:
 
 def _card(name: str, color: str, reply: Any) -> Markup:
     reward = "" if reply.reward is None else f"reward {reply.reward:.4g}; "
-    numbers = f"{reward}{reply.num_tokens:,} tokens; log-prob {reply.policy_logps:.1f} policy, {reply.ref_logps:.1f} reference"
+    logps = f"log-prob {reply.policy_logps:.1f} policy, {reply.ref_logps:.1f} reference"
+    numbers = f"{reward}{reply.num_tokens:,} tokens; {logps}"
     return Markup(
         '<div><h4><span class="swatch" style="background:{}"></span>{}</h4><pre>{}</pre><p class="note">{}</p></div>'
     ).format(color, printable(name), _lines(reply.text), numbers)
@@ -646,7 +374,7 @@ def _lines(text: str) -> str:
 # Data, identity, cost -----------------------------------------------------------------------------------------------
 
 
-def _data(shown: Sequence[_Shown]) -> list[Section]:
+def _data(shown: Sequence[Shown]) -> list[Section]:
     tables = _by_equal(shown, _data_rows)
     if not tables:
         return []
@@ -662,10 +390,10 @@ def _data(shown: Sequence[_Shown]) -> list[Section]:
 
 def _data_rows(run: Run) -> list[list[object]]:
     rows: list[list[object]] = []
-    for name, given in _part(run.inputs, "sets").items():
+    for name, given in part(run.inputs, "sets").items():
         if not isinstance(given, Mapping):
             continue
-        ledger, tokens, noise = (_part(given, key) for key in ("ledger", "tokens", "noise"))
+        ledger, tokens, noise = (part(given, key) for key in ("ledger", "tokens", "noise"))
         measured = noise.get("tokens")
         rows.append(
             [
@@ -690,7 +418,7 @@ def _counts(counts: object) -> str:
     return ", ".join(f"{count:,} {str(reason).replace('_', ' ')}" for reason, count in counts.items())
 
 
-def _identity(shown: Sequence[_Shown]) -> list[Section]:
+def _identity(shown: Sequence[Shown]) -> list[Section]:
     groups = _by_equal(shown, lambda run: _identity_facts(run.inputs))
     if not groups:
         return []
@@ -701,11 +429,11 @@ def _identity(shown: Sequence[_Shown]) -> list[Section]:
 
 
 def _identity_facts(inputs: Mapping[str, Any]) -> dict[str, object]:
-    reference, policy = _part(inputs, "reference"), _part(inputs, "policy")
+    reference, policy = part(inputs, "reference"), part(inputs, "policy")
     if not reference and not policy:
         return {}
     found: dict[str, object] = {"reference": reference.get("name"), "fingerprint": reference.get("fingerprint")}
-    found |= {f"reference, {key}": value for key, value in _flatten(_part(reference, "identity")).items()}
+    found |= {f"reference, {key}": value for key, value in flatten(part(reference, "identity")).items()}
     found |= {"policy started from": policy.get("model"), "policy, adapter": policy.get("adapter") or "none"}
     total, trained = policy.get("parameters"), policy.get("trained_parameters")
     if isinstance(total, int) and isinstance(trained, int):
@@ -716,10 +444,10 @@ def _identity_facts(inputs: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _fingerprint(run: Run) -> object:
-    return _part(run.inputs, "reference").get("fingerprint")
+    return part(run.inputs, "reference").get("fingerprint")
 
 
-def _by_equal(shown: Sequence[_Shown], describe: Callable[[Run], _Described]) -> list[tuple[str, _Described]]:
+def _by_equal(shown: Sequence[Shown], describe: Callable[[Run], _Described]) -> list[tuple[str, _Described]]:
     """Describe runs; those that are described the same, together, under their names. No names where all are one."""
     groups: list[tuple[list[str], _Described]] = []
     for one in shown:
@@ -736,7 +464,7 @@ def _by_equal(shown: Sequence[_Shown], describe: Callable[[Run], _Described]) ->
     return [("; ".join(names), described) for names, described in groups]
 
 
-def _cost(shown: Sequence[_Shown]) -> Section:
+def _cost(shown: Sequence[Shown]) -> Section:
     header = ["stage one", "workers", "pairs", "tokens", "time of all workers", "tokens/s of a worker"]
     header += ["peak memory of a worker", "device"]
     body = Markup("")
@@ -779,7 +507,7 @@ def _stage_one_row(name: str, costs: Sequence[Mapping[str, Any]]) -> list[object
     ]
 
 
-def _stage_two_row(one: _Shown, num_runs: int) -> list[object]:
+def _stage_two_row(one: Shown, num_runs: int) -> list[object]:
     starts = one.run.starts
     tokens = one.run.curve("num_tokens").last
     again = sum(max(before.last_step - after.step, 0) for before, after in pairwise(starts))
@@ -808,7 +536,7 @@ def _memory(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size else "not measured"
 
 
-def _settings(shown: Sequence[_Shown]) -> list[Section]:
+def _settings(shown: Sequence[Shown]) -> list[Section]:
     parts = []
     for one in shown:
         if one.run.settings:
@@ -824,13 +552,3 @@ def _settings(shown: Sequence[_Shown]) -> list[Section]:
     if not parts:
         return []
     return [Section(title="Settings", body=Markup("").join(parts), note="As the run saved them, defaults filled in.")]
-
-
-def _part(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """A mapping within a mapping; an empty one where there is none."""
-    for key in keys:
-        found = tree.get(key)
-        if not isinstance(found, Mapping):
-            return {}
-        tree = found
-    return tree

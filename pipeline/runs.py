@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.records import GENERATIONS, INPUTS, LOG, MARGIN_COLUMNS, MARGINS
 from pipeline.storage import read_json
 
-__all__ = ["Curve", "Generation", "MarginRows", "Record", "Reply", "Run", "Start", "read_run"]
+__all__ = ["Curve", "Generation", "MarginRows", "Record", "Reply", "Run", "Start", "part", "read_run"]
 
 SETTINGS, RECORD = "refshard.yaml", "run.json"
 
@@ -150,6 +150,16 @@ class Run:
         names = list(self.settings.get("data", {}).get("eval") or {})
         only = names[0] if len(names) == 1 else "held-out"
         return {prefix.removeprefix("eval").strip("_") or only: prefix for prefix in prefixes}
+
+
+def part(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Give a mapping within a mapping; an empty one where there is none."""
+    for key in keys:
+        found = tree.get(key)
+        if not isinstance(found, Mapping):
+            return {}
+        tree = found
+    return tree
 
 
 def read_run(folder: Path) -> Run:

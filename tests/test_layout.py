@@ -56,6 +56,9 @@ PIPELINE = [
     "pages",
     "charts",
     "runs",
+    "estimates",
+    "comparison",
+    "curves",
     "report",
 ]
 STAGES = [
