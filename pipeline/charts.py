@@ -170,7 +170,7 @@ _FAINT = {"line": {"color": _GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
 
 
 def histogram_chart(
-    title: str, columns: Sequence[tuple[str, npt.NDArray[Any], str, str]], *, x_title: str, of: str, bins: int = 48
+    title: str, columns: Sequence[tuple[str, npt.NDArray[Any], str, str]], *, x_title: str, of: str
 ) -> Markup:
     """Draw how values are spread, all columns in the same bins.
 
@@ -178,17 +178,16 @@ def histogram_chart(
         title: Above the chart.
         columns: Name, values, color and dash of each.
         x_title: With the unit.
-        of: What the values are of, in the plural: pairs, replies.
-        bins: How many. The outermost also count what lies beyond, at most one value in a hundred.
+        of: What the values are of, in the plural: pairs, replies. The outermost bins also count what lies beyond, at
+            most one value in a hundred.
     """
     import plotly.graph_objects as go
 
     finite = [values[np.isfinite(values)].astype(np.float64) for _, values, _, _ in columns]
-    low, high = _range_of(np.concatenate(finite))
-    edges = np.linspace(low, high, bins + 1)
+    edges = _edges(np.concatenate(finite))
     figure = go.Figure()
     for (name, _, color, dash), values in zip(columns, finite, strict=True):
-        counts, _ = np.histogram(np.clip(values, low, high), edges)
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         shares = counts / max(len(values), 1)
         figure.add_scatter(
             x=_rounded(edges.tolist()),
@@ -206,13 +205,20 @@ def histogram_chart(
     return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}")
 
 
-def _range_of(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Choose the bins: one for each whole number where all values are, else more of them the more values there are."""
     if not len(values):
-        return -1.0, 1.0
-    low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
+        return np.array([-1.0, 1.0])
+    low, high = values.min(), values.max()
+    if high - low <= _MOST_BINS and (values == np.round(values)).all():
+        return np.arange(low - 0.5, high + 1.0)
+    low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    return low, high
+    return np.linspace(low, high, int(np.clip(3 * len(values) ** (1 / 3), 10, _MOST_BINS)) + 1)
+
+
+_MOST_BINS = 60
 
 
 def _pale(color: str) -> str:
@@ -232,7 +238,7 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
             name=_text(point.name),
             mode="markers+text",
             text=[_text(point.name)],
-            textposition="top center",
+            textposition="top right",
             cliponaxis=False,
             marker={"size": 9, "color": point.color},
             error_x=_error(point.x_error, point.color),

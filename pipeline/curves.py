@@ -35,7 +35,7 @@ _PANELS = (
         title="Accuracy: share of pairs with a margin above 0",
         unit="share of pairs",
         series={"": "rewards/accuracies"},
-        bounds=(0, 1),
+        bounds=(0, 1.02),
         level=(0.5, "chance"),
     ),
     _Panel(title="Reward margin", unit="chosen less rejected reward", series={"": "rewards/margins"}),

@@ -81,8 +81,12 @@ def beside(charts: Sequence[Markup]) -> Markup:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """Make a table; cells that are numbers are set to the right, and Markup stays as it is."""
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in header)
+    """Make a table; columns of numbers, and of whatever else is no text, are set to the right; Markup stays as it is."""
+    numbers = [any(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    head = Markup("").join(
+        Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(name)
+        for name, number in zip(header, numbers, strict=True)
+    )
     lines = Markup("").join(
         Markup("<tr>{}</tr>").format(Markup("").join(_cell(value) for value in row)) for row in rows
     )
@@ -91,11 +95,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     )
 
 
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool | str | None)
+
+
 def _cell(value: object) -> Markup:
-    if isinstance(value, bool | str | None):
+    if not _is_number(value):
         return Markup("<td>{}</td>").format(_text(value))
     return Markup('<td class="number">{}</td>').format(
-        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
     )
 
 

@@ -103,11 +103,8 @@ def _summary_of_many(shown: Sequence[Shown]) -> Markup:
                 None if prefix is None else one.run.curve(prefix + metric).last
                 for one, prefix in zip(shown, prefixes, strict=True)
             ]
-    columns["KL, nats per reply"] = [
-        str(estimate_kl(one.run.generations)) if one.run.generations else None for one in shown
-    ]
-    rewards = [estimate_reward(one.run.generations, "policy") for one in shown]
-    columns["reward of replies"] = [None if reward is None else str(reward) for reward in rewards]
+    columns["KL, nats per reply"] = [estimate_kl(one.run.generations) if one.run.generations else None for one in shown]
+    columns["reward of replies"] = [estimate_reward(one.run.generations, "policy") for one in shown]
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     return table(list(columns), list(zip(*columns.values(), strict=True)))
 
@@ -315,16 +312,15 @@ def _generations(shown: Sequence[Shown]) -> Section:
 def _reply_row(one: Shown, side: str, num_runs: int) -> list[object]:
     generations = one.run.generations
     replies = [g.reference if side == "reference" else g.policy for g in generations]
-    reward = estimate_reward(generations, side)
     return [
         *([_swatch(one)] if num_runs > 1 else []),
         side,
         len(replies),
-        str(estimate([reply.num_tokens for reply in replies])),
-        "" if reward is None else str(reward),
-        str(estimate([reply.policy_logps for reply in replies])),
-        str(estimate([reply.ref_logps for reply in replies])),
-        str(estimate_kl(generations)) if side == "policy" else "",
+        estimate([reply.num_tokens for reply in replies]),
+        estimate_reward(generations, side),
+        estimate([reply.policy_logps for reply in replies]),
+        estimate([reply.ref_logps for reply in replies]),
+        estimate_kl(generations) if side == "policy" else None,
     ]
 
 
@@ -336,7 +332,7 @@ def _reward_chart(run: Run) -> Markup:
         columns.append((name, np.array(rewards, dtype=np.float64), color, dash))
     if not any(len(values) for _, values, _, _ in columns):
         return Markup("")
-    return beside([histogram_chart("Rewards of replies", columns, x_title="reward", of="replies", bins=24)])
+    return beside([histogram_chart("Rewards of replies", columns, x_title="reward", of="replies")])
 
 
 def _replies_to(prompt: tuple[str, int, str], drawn: Sequence[Shown], num_runs: int) -> Markup:
