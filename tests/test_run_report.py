@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def write_generations(folder: Path, pairs: list[tuple[dict[str, Any], dict[str, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """Two runs of different beta on the same shards, through the real commands."""
+    """A run, through the real commands."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_jsonl(folder / "pairs.jsonl", simple_rows(24))
     held_out = write_jsonl(folder / "test.jsonl", simple_rows(9, start=100))
@@ -62,6 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pat
         folder / "run.yaml",
         data={"path": str(data), "max_length": 128, "eval": {"test": {"path": str(held_out)}}},
         policy={"model": str(model_folder)},
+        loss={"beta": 0.5},
         precompute={"output": str(folder / "shards"), "rows_per_shard": 8, "tokens_per_batch": 512},
         train={
             "per_device_train_batch_size": 4,
@@ -74,15 +76,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pat
             "use_cpu": True,
         },
     )
-    refshard("precompute", "--config", config, "-o", f"train.output_dir={folder / 'none'}")
-    for beta in ("0.1", "0.5"):
-        output = folder / "sweep" / f"beta-{beta}"
-        refshard("train", "--config", config, "-o", f"loss.beta={beta}", "-o", f"train.output_dir={output}")
+    output = f"train.output_dir={folder / 'run'}"
+    refshard("precompute", "--config", config, "-o", output)
+    refshard("train", "--config", config, "-o", output)
     return folder
 
 
 def test_curves_and_margins_of_a_run_are_those_of_its_training(trained: Path) -> None:
-    run = trained / "sweep" / "beta-0.5"
+    run = trained / "run"
     told = refshard("report", run)
     assert str(run / "report.html") in told.stdout
     page = (run / "report.html").read_text()
@@ -145,21 +146,28 @@ def test_curves_and_margins_of_a_run_are_those_of_its_training(trained: Path) ->
     assert f"refshard generate {run}" in page
 
 
-def test_runs_of_a_sweep_are_told_apart_by_what_differs(trained: Path) -> None:
-    runs = sorted((trained / "sweep").glob("beta-*"))
-    for run, (shift, rewards) in zip(runs, ((2.0, (1.0, 3.0)), (4.0, (5.0, 5.0))), strict=True):
+@pytest.fixture
+def sweep(trained: Path, tmp_path: Path) -> list[Path]:
+    """The run twice, with two betas in its settings, and replies that are made up."""
+    runs = []
+    for beta, shift, rewards in ((0.1, 2.0, (1.0, 3.0)), (0.5, 4.0, (5.0, 5.0))):
+        run = tmp_path / "sweep" / f"beta-{beta}"
+        shutil.copytree(trained / "run", run)
+        settings = (run / "refshard.yaml").read_text()
+        (run / "refshard.yaml").write_text(settings.replace("  beta: 0.5\n", f"  beta: {beta}\n"))
         write_generations(run, [({"reward": r - 2}, {"policy_logps": -9.0 + shift, "reward": r}) for r in rewards])
-    try:
-        refshard("report", *runs, runs[0])
-    finally:
-        for run in runs:
-            (run / "generations.jsonl").unlink()
-    page = (trained / "sweep" / "report.html").read_text()
+        runs.append(run)
+    return runs
+
+
+def test_runs_of_a_sweep_are_told_apart_by_what_differs(sweep: list[Path]) -> None:
+    refshard("report", *sweep, sweep[0])
+    page = (sweep[0].parent / "report.html").read_text()
     summary = [dict(zip(rows[0], row, strict=True)) for rows in [rows_of(page, "Summary")] for row in rows[1:]]
     assert [row["run"] for row in summary] == ["beta=0.1", "beta=0.5"]
     assert [row["loss.beta"] for row in summary] == ["0.1", "0.5"]
     assert [row["reward of replies"] for row in summary] == ["2 ± 1", "5 ± 0"]
-    for run, row in zip(runs, summary, strict=True):
+    for run, row in zip(sweep, summary, strict=True):
         metrics = json.loads((run / "run.json").read_text())["metrics"]
         assert float(row["test: accuracy"]) == pytest.approx(metrics["eval_rewards/accuracies"], rel=1e-3)
     charts = figures(page)
@@ -174,7 +182,8 @@ def test_runs_of_a_sweep_are_told_apart_by_what_differs(trained: Path) -> None:
     before = [trace for trace in charts["Margins of held-out pairs: test"][0] if "reference" in trace["name"]]
     assert len(before) == 1
     assert "Rewards and margins are in units of beta, which differs" in page
-    assert {trace["name"] for trace in charts["Loss"][0]} == {"beta=0.1", "beta=0.5"}
+    for title in ("Loss", "Loss (test)"):
+        assert [trace["name"] for trace in charts[title][0]] == ["beta=0.1", "beta=0.5"]
 
 
 def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) -> None:
@@ -325,10 +334,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_real_browser_draws_the_page_wide_and_narrow_light_and_dark(trained: Path, tmp_path: Path) -> None:
-    runs = [read_run(run) for run in sorted((trained / "sweep").glob("beta-*"))]
+def test_a_real_browser_draws_the_page_wide_and_narrow_light_and_dark(sweep: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    text = report_page(runs)
+    text = report_page([read_run(run) for run in sweep])
     charts = figures(text)
     file.write_text(text)
     with Browser() as browser:
