@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from pipeline.config import DataConfig
 from pipeline.errors import BadRow, ConfigError, RefshardError, UnfinishedError
 from pipeline.fingerprint import differences
@@ -109,13 +111,13 @@ class Completion:
         return len(self.tokens) - len(self.scored)
 
     def sum(self, kind: Literal["stored", "recomputed", "policy", "reference", "shift"]) -> float | None:
-        """Sum over the scored tokens, nats; None where one is not known."""
+        """Sum over the scored tokens, nats; None where one is not known, or none is scored."""
         if kind == "stored" or (kind == "reference" and self.tokens[0].recomputed is None):
             return self.stored_sum
         if kind == "shift":
             return _minus(self.sum("policy"), self.sum("reference"))
         values = [getattr(token, kind) for token in self.scored]
-        return None if None in values else math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+        return None if not values or None in values else _sum(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,7 @@ def find_row(source: Source, number: int) -> Row:
 
 def explain_row(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, set_name: str) -> Explanation:
     """Say what becomes of a row in both stages: kept or dropped and why, its tokens and which of them are scored."""
-    place = {"set_name": set_name, "row": row.number, "place": row.place, "max_length": data.max_length}
+    place: dict[str, Any] = {"set_name": set_name, "row": row.number, "place": row.place, "max_length": data.max_length}
     ledger = Ledger()
     kept = list(kept_pairs([row], tokenizer, dataclasses.replace(data, on_bad_row="skip"), ledger))
     if ledger.skipped:
@@ -364,7 +366,7 @@ def with_stored(pair: Explanation, stored: StoredPair) -> Explanation:
         values = list(stored.token_logps.get(side, ()))[:count]
         total: float | None = stored.sums[side]
         if length != count:
-            total = math.fsum(values) if len(values) == count else None
+            total = _sum(values) if len(values) == count else None
             remarks.append(
                 f"{side}: the store has {length} tokens of it, this run scores {count}"
                 + ("" if total is not None else ", so the sums are of different texts")
@@ -430,3 +432,8 @@ def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
 
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Add log-probs as both stages do: in float64, rounded once to float32."""
+    return float(np.array(values, dtype=np.float64).sum().astype(np.float32))

@@ -249,7 +249,7 @@ _SUMS: dict[str, Callable[[Completion], float | None]] = {
 
 
 def _sums(found: _Findings) -> tuple[list[str], list[list[str]]]:
-    """The table of sums, nats: chosen, rejected and their difference; columns of which nothing is known are left out."""
+    """The table of sums, nats: chosen, rejected, their difference. Columns of which nothing is known are left out."""
     sides = [found.pair.completions[side] for side in ("chosen", "rejected")] if found.pair.completions else []
     columns: dict[str, list[float | None]] = {}
     for name, read in _SUMS.items():
@@ -432,7 +432,7 @@ def _details(completion: Completion) -> Markup:
 def _as_json(found: _Findings) -> dict[str, Any]:
     pair = found.pair
     gap = None if found.gap is None else {**vars(found.gap), "agrees": found.gap.agrees}
-    return _finite(
+    described: dict[str, Any] = _finite(
         {
             **{name: getattr(pair, name) for name in ("set_name", "row", "place", "key", "max_length")},
             "dropped": None if pair.dropped is None else {"reason": pair.dropped, "why": pair.why},
@@ -453,6 +453,7 @@ def _as_json(found: _Findings) -> dict[str, Any]:
             },
         }
     )
+    return described
 
 
 def _finite(value: Any) -> Any:
