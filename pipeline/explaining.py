@@ -24,6 +24,7 @@ from pipeline.pairs import Pair, to_pair
 from pipeline.pieces import shown, token_bytes
 from pipeline.shards import (
     NoiseFloor,
+    Store,
     check_part,
     open_store,
     pair_keys,
@@ -31,6 +32,7 @@ from pipeline.shards import (
     parts_there,
     read_content,
     read_manifest,
+    read_part,
 )
 from pipeline.sources import Row, Source, describe, read_rows
 from pipeline.tokens import TokenizedPair, pair_key, tokenize, truncate
@@ -309,15 +311,15 @@ def find_stored(
     remarks = []
     try:
         manifest = read_manifest(folder)
-        noise = None
+        store = None
         try:
-            noise = open_store(folder).noise
+            store = open_store(folder)
         except UnfinishedError as error:
             remarks.append(str(error))
         found = differences(manifest["identity"], identity, joining=True)
         if found:
             remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
-        stored = _search(folder, manifest, bytes.fromhex(key), row, noise)
+        stored = _search(folder, manifest, store, bytes.fromhex(key), row)
     except RefshardError as error:
         return None, (*remarks, str(error))
     if stored is None:
@@ -328,17 +330,22 @@ def find_stored(
 
 
 def _search(
-    folder: Folder, manifest: Mapping[str, Any], key: bytes, row: int, noise: NoiseFloor | None
+    folder: Folder, manifest: Mapping[str, Any], store: Store | None, key: bytes, row: int
 ) -> StoredPair | None:
     for unit in _likely_first(sorted(parts_there(folder)), manifest["plan"], row):
-        part = check_part(
-            folder, unit, read_content(folder, part_name(unit), "Run refshard precompute again"), manifest
-        )
+        name = part_name(unit)
+        if store is None:
+            part = check_part(folder, unit, read_content(folder, name, "Run refshard precompute again"), manifest)
+            table, noise = part.table, part.noise
+        elif unit < len(store.parts):
+            table, noise = read_part(store, unit), store.noise
+        else:
+            continue
         # numpy's strings of bytes drop trailing zeros.
-        hits = (pair_keys(part.table) == key.rstrip(b"\0")).nonzero()[0]
+        hits = (pair_keys(table) == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):
             continue
-        found = part.table.slice(int(hits[0]), 1).to_pylist()[0]
+        found = table.slice(int(hits[0]), 1).to_pylist()[0]
         token_logps = {side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found}
         return StoredPair(
             place=folder.place(part_name(unit)),
@@ -346,7 +353,7 @@ def _search(
             sums={side: found[f"ref_{side}_logps"] for side in SIDES},
             lengths={side: found[f"{side}_tokens"] for side in SIDES},
             token_logps=token_logps,
-            noise=part.noise if noise is None else noise,
+            noise=noise,
         )
     return None
 

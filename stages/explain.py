@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -399,7 +400,7 @@ def _page(found: _Findings) -> str:
         sections.append(pages.Section(title="What the row says", body=pages.facts(pair.columns)))
     header, rows = _sums(found)
     if rows:
-        numbers = [[row[0], *(Markup(cell) for cell in row[1:])] for row in rows]
+        numbers = [[row[0], *map(_as_number, row[1:])] for row in rows]
         sections.append(pages.Section(title="Log-probs of the completions", body=pages.table(header, numbers)))
     if pair.prompt:
         prompt = on_page([_cell(token, None) for token in pair.prompt], of_logps())
@@ -425,8 +426,13 @@ def _map_sections(pair: Explanation) -> Iterator[pages.Section]:
 
 def _details(completion: Completion) -> Markup:
     header, rows = _token_table(completion.tokens)
-    cells = [[row[0], Markup("{}").format(row[1]), row[2], *(Markup(cell) for cell in row[3:])] for row in rows]
+    cells = [[row[0], _as_number(row[1]), row[2], *map(_as_number, row[3:])] for row in rows]
     return Markup("<details><summary>As a table</summary>{}</details>").format(pages.table(header, cells))
+
+
+def _as_number(text: str) -> Decimal | None:
+    """What a page's table sets to the right, with just these digits."""
+    return Decimal(text) if text else None
 
 
 def _as_json(found: _Findings) -> dict[str, Any]:
