@@ -99,6 +99,7 @@ def main(debug: bool) -> None:
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
     refshard report runs/policy               one page with all that a run has come to; several runs: side by side
+    refshard explain --config run.yaml --row 7   one pair: its tokens, what is scored, each log-prob
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
@@ -246,6 +247,59 @@ def report(runs: tuple[Path, ...], output: Path | None, open_page: str) -> None:
     from stages import report as stage
 
     stage.run(runs, output=output, open_page=open_page == "yes")
+
+
+@main.command(short_help="Show one pair as the models see it.")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as messages and shards say."
+)
+@click.option("--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names.")
+@click.option("--no-model", is_flag=True, help="Show what is stored, and do not load the reference to score again.")
+@click.option(
+    "--policy",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also score with a trained policy: a finished run's folder, or a checkpoint.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write a page.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--full", is_flag=True, help="Print a long prompt whole.")
+@click.option(
+    "--color/--no-color", "colors", default=None, help="Paint tokens, or print tables; by default as the output is."
+)
+def explain(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    row: int,
+    set_name: str,
+    no_model: bool,
+    policy: Path | None,
+    html: Path | None,
+    as_json: bool,
+    full: bool,
+    colors: bool | None,
+) -> None:
+    """Show one pair as the models see it: its tokens, which of them are scored, what is cut, why it is dropped.
+
+    Each scored token has its log-prob, as the shards have it and as the reference gives it now; in a terminal, and on
+    a page, it is its colour. With --policy also how far the policy has moved each token from the reference.
+    """
+    config = load_config(config_file, overrides)
+    from stages import explain as stage
+
+    stage.run(
+        config,
+        row=row,
+        set_name=set_name,
+        recompute=not no_model,
+        policy=policy,
+        html=html,
+        as_json=as_json,
+        full=full,
+        colors=colors,
+    )
 
 
 @main.command("import", short_help="Bring reference log-probs from a file.")
