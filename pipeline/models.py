@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, Quantization
+from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
 from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import read_json
@@ -28,6 +28,7 @@ __all__ = [
     "at_checkpoint",
     "declared_reference",
     "disable_dropout",
+    "empty_model",
     "find_adapter",
     "find_model",
     "load_plain",
@@ -357,6 +358,45 @@ def load_policy(config: Config) -> Any:
     if policy.ia3 is not None:
         return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
     return model
+
+
+def empty_model(settings: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
+    """Make a model without weights, on the meta device, which takes neither memory nor files.
+
+    Args:
+        settings: Its transformers config.
+        policy: Says which adapter is trained on it.
+
+    Returns:
+        The plain model; and, of its adapter, the number of trained parameters and its rank (0 for IA3).
+
+    Raises:
+        ConfigError: The library makes no causal language model of it, or the adapter does not fit.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except _UNUSABLE as error:
+        raise ConfigError(f"policy.model: can't be made from its config.json: {_first_line(error)}") from error
+    if policy is None or not policy.has_adapter:
+        return model, None
+    if policy.adapter is not None:
+        from peft import PeftConfig
+
+        adapter: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
+        adapter.inference_mode = False
+    else:
+        adapter = _lora_config(policy.lora) if policy.lora is not None else _ia3_config(policy.ia3 or Ia3Settings())
+    # The plain model is not to be changed: it is what the weights are counted in.
+    with torch.device("meta"):
+        wrapped = _with_fresh_adapter(
+            AutoModelForCausalLM.from_config(settings, trust_remote_code=False), adapter, "policy"
+        )
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return model, (trained, int(getattr(adapter, "r", 0) or 0))
 
 
 def at_checkpoint(config: Config, folder: Path) -> Config:

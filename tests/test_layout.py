@@ -21,6 +21,7 @@ PIPELINE = [
     "records",
     "digests",
     "config",
+    "hardware",
     "jobs",
     "sources",
     "pairs",
@@ -35,6 +36,7 @@ PIPELINE = [
     "head",
     "scoring",
     "memory",
+    "estimate",
     "ensemble",
     "shards",
     "verify",
@@ -84,6 +86,7 @@ TOP_LEVEL = {
 }
 ANSWERS_WITHOUT_TORCH = [
     "pipeline.config",
+    "pipeline.hardware",
     "pipeline.jobs",
     "pipeline.sources",
     "pipeline.pairs",
