@@ -73,9 +73,9 @@ class Survey:
     """What batches of `batch_pairs` pairs compute, two padded rows for each, cut from the rows in their order"""
     highest_id: int = -1
     """Of all tokens of kept pairs"""
-    keys: array[int] = field(default_factory=lambda: array("Q"))
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
     """Of each kept pair, the first 8 bytes of its key"""
-    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
     """Of each kept pair, 8 bytes that stand for its prompt"""
     _groups: dict[int, dict[int, int]] = field(default_factory=dict)
     """Of the open unit: by prompt, its tokens under 0 and those of each completion"""

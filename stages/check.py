@@ -30,10 +30,10 @@ from pipeline.folders import open_folder
 from pipeline.gate import check_dtypes
 from pipeline.hardware import GB, Hardware, hardware_named
 from pipeline.intake import Ledger
+from pipeline.join import check_identity
 from pipeline.loading import survey_pairs
 from pipeline.models import load_tokenizer, model_settings, pick_device, resolve_dtype
 from pipeline.probe import Probe, probe_layer, this_hardware
-from pipeline.join import check_identity
 from pipeline.shards import MANIFEST, Store, is_finished, open_store, pair_keys, parts_there, read_manifest, read_parts
 from pipeline.sources import Source, count_rows, describe, open_source
 from pipeline.survey import PERCENTILES, REASONS, Survey, percentiles
@@ -323,7 +323,7 @@ def _set_as_text(name: str, entry: Mapping[str, Any], config: Config) -> list[st
             f"  computed      {tokens['shared']:,} tokens with shared prompts, {tokens['unshared']:,} without "
             f"(saves {1 - tokens['shared'] / tokens['unshared']:.0%}), {tokens['padded']:,} in padded batches of "
             f"{tokens['padded_batch_pairs']} pairs (saves {1 - tokens['shared'] / tokens['padded']:.0%})",
-            f"  equal         {entry['duplicates']:,} pairs are duplicates of another; {entry['prompts']['distinct']:,} "
+            f"  equal         {entry['duplicates']:,} pairs are duplicates; {entry['prompts']['distinct']:,} "
             f"distinct prompts, {entry['prompts']['shared']:,} of them in several pairs, at most "
             f"{entry['prompts']['largest']:,}",
         ]
@@ -354,7 +354,7 @@ def _estimate_as_text(entry: Mapping[str, Any]) -> list[str]:
     if entry["probe"] is not None:
         probe = entry["probe"]
         lines.append(
-            f"  Measured here: one layer of the model reaches {probe['forward'] / 1e9:,.0f} billion operations a second "
+            f"  Measured here: one layer of the model reaches {probe['forward'] / 1e9:,.0f} GFLOP/s "
             f"forward, {probe['training'] / 1e9:,.0f} in training ({probe['device']}). The rest is arithmetic."
         )
     elif hardware.tflops_16bit is None:
@@ -436,7 +436,7 @@ def _problems(
             problems.append(
                 DataError(
                     f"{missing:,} of {ledger.kept:,} pairs of {describe(entry.source)} have no reference logps in "
-                    f"{stores[name]['folder']}: the dataset has changed since they were scored. Run refshard precompute "
+                    f"{stores[name]['folder']}: the dataset has changed since they were scored. Score again "
                     "into a new precompute.output, or train without these pairs: train.on_missing: drop"
                 )
             )
