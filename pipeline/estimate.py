@@ -310,8 +310,8 @@ def _stage_one(
     tokens = max(widest, min(tokens, computed))
     scored = sum(s.completion_tokens for s in sets)
     # One pair in 64 is scored twice, which measures the noise.
-    flops = (
-        65 / 64 * sum(forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s)) for s in sets)
+    flops = (passes * 65 / 64) * sum(
+        forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s)) for s in sets
     )
     memory = {
         "weights": weights,
