@@ -98,6 +98,7 @@ def main(debug: bool) -> None:
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
+    refshard generate runs/policy             replies of policy and reference, and the KL between them
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
@@ -179,6 +180,62 @@ def train(
     from stages import train as stage
 
     stage.run(config, overwrite=overwrite, stop_at=stop_at)
+
+
+_RUN = click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+_MAX_TOKENS = click.option(
+    "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest reply."
+)
+_REWARD_MODEL = click.option(
+    "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
+)
+
+
+@main.command(short_help="Replies of a run's policy and reference.")
+@_RUN
+@click.option("--prompts", default=16, show_default=True, type=click.IntRange(min=1), help="How many prompts.")
+@click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
+@_MAX_TOKENS
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="At 1 the replies estimate the KL from the reference; at any other it is biased. 0: likeliest tokens.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers, which both models share.")
+@_REWARD_MODEL
+@_STOP_AFTER
+@_JSON_LOGS
+def generate(
+    run_folder: Path,
+    prompts: int,
+    set_name: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    reward_model: str | None,
+    stop_at: float | None,
+) -> None:
+    """Have the policy of RUN, a train.output_dir, and its reference reply to prompts of the run's own data.
+
+    Writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
+    --reward-model, their rewards; `refshard report` shows them. Of a run that goes on, the policy is its newest whole
+    checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
+    folder says.
+    """
+    from stages import generate as stage
+
+    stage.run(
+        run_folder,
+        num_prompts=prompts,
+        set_name=set_name,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        reward_model=reward_model,
+        stop_at=stop_at,
+    )
 
 
 @main.command(short_help="Check that shards are whole.")
