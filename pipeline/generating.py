@@ -178,7 +178,7 @@ def _generation(sampling: Sampling, max_tokens: int, stops: Sequence[int], pad_i
     if sampling.temperature > 0:
         # Left out, top_k would be 50.
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    return transformers.GenerationConfig(
+    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_tokens, eos_token_id=list(stops) or None, pad_token_id=pad_id, **how
     )
 
