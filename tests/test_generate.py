@@ -97,3 +97,82 @@ def test_replies_are_the_models_own_and_their_log_probs_those_of_a_plain_forward
         for ids in [greedy(reference, prompt, 12)]
     ]
     assert np.mean(drawn) < np.mean(likeliest) - 0.5
+
+
+def test_an_adapter_is_loaded_once_from_the_newest_whole_checkpoint_and_a_reward_model_judges(
+    make_run: MakeRun, tmp_path: Path, tokenizer: Any, model_folder: Path
+) -> None:
+    config = make_run(
+        policy={"lora": {"r": 4}}, train={"learning_rate": "5e-2", "save_strategy": "steps", "save_steps": 2}
+    )
+    train(config)
+    run = tmp_path / "policy"
+    # As if it still went on, and had begun another save.
+    (run / "run.json").unlink()
+    (run / "checkpoint-9").mkdir()
+    transformers.set_seed(5)
+    judge = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**{**json.loads((model_folder / "config.json").read_text()), "num_labels": 1})
+    ).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+
+    said = refshard(
+        "generate", run, "--prompts", 3, "--max-tokens", 9, "--temperature", 0, "--reward-model", tmp_path / "judge"
+    ).stdout
+    assert said.count("Loading the policy") == 1
+    assert "Loading the reference" not in said
+    assert "after step 4" in said
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    policy = peft.PeftModel.from_pretrained(base, run / "checkpoint-4").eval()
+    rows = replies_of(run)
+    for row in rows:
+        assert (row["set"], row["step"], row["reward_by"]) == ("train", 4, str(tmp_path / "judge"))
+        prompt = tokenizer(row["prompt"][3:])["input_ids"]
+        with policy.disable_adapter():
+            written = {"reference": greedy(policy, prompt, 9)}
+        written["policy"] = greedy(policy, prompt, 9)
+        for who, ids in written.items():
+            assert row[who]["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert row[who]["policy_logps"] == pytest.approx(plain_logps(policy, prompt, ids), abs=1e-3)
+            with policy.disable_adapter():
+                assert row[who]["ref_logps"] == pytest.approx(plain_logps(policy, prompt, ids), abs=1e-3)
+        for who in ("policy", "reference"):
+            with torch.no_grad():
+                read = tokenizer(row["prompt"][3:] + row[who]["text"], return_tensors="pt")
+                assert row[who]["reward"] == pytest.approx(float(judge(**read).logits), abs=1e-4)
+    assert any(row["policy"]["text"] != row["reference"]["text"] for row in rows)
+    mean = np.mean([row["policy"]["reward"] for row in rows])
+    assert f"{mean:.3g} after" in said
+
+
+def test_a_policy_that_learned_nothing_writes_what_its_reference_writes_and_its_kl_is_0(
+    make_run: MakeRun, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = make_model(tmp_path / "model", tokenizer, seed=2)
+    config = make_run(policy={"model": str(model)}, train={"learning_rate": 0.0, "max_steps": 1})
+    run = tmp_path / "policy"
+    refshard("generate", tmp_path, check=2)
+    train(config)
+    assert "there are train" in refshard("generate", run, "--set", "test", check=2).stderr
+    assert "KL from the reference" in refshard("generate", run, "--max-tokens", 16).stdout
+    rows = replies_of(run)
+    assert len({row["reference"]["text"] for row in rows}) == len(rows) == 16
+    for row in rows:
+        assert row["policy"] == pytest.approx(row["reference"], abs=1e-3)
+    kl, error = estimate_kl(rows)
+    assert abs(kl) < 1e-4
+    assert error < 1e-4
+
+    slow = Command("generate", run, "--prompts", 24, "--max-tokens", 1900)
+    deadline = time.monotonic() + 200
+    while "Loading the reference" not in slow.said()[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    slow.signal(signal.SIGTERM)
+    assert slow.wait() == 75
+    assert replies_of(run) == rows
+    assert not list(run.glob("*.tmp*"))
+
+    make_model(model, tokenizer, seed=3)
+    changed = refshard("generate", run, check=78)
+    assert "other weights" in changed.stderr
