@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from pipeline.errors import ConfigError, StorageError, printable
 from pipeline.storage import replace_file
 
-__all__ = ["COLORS", "Section", "chart", "check_charts", "facts", "page", "table", "write_page"]
+__all__ = ["COLORS", "Section", "beside", "chart", "check_charts", "facts", "page", "table", "write_page"]
 
 COLORS = ("#4269d0", "#d97706", "#3a9d6e", "#c2417c", "#7c5cd6", "#0d8fa8", "#8d6e4f", "#6b7787")
 """Of the lines of charts, in order; each is told from both backgrounds and from its neighbours."""
@@ -45,28 +45,48 @@ def check_charts() -> None:
     assert plotly.graph_objects
 
 
-def chart(figure: Any, *, label: str) -> Markup:
-    """Put a Plotly figure on a page; `label` says in words what it shows, for those who can't see it."""
-    # Colours of text, axes and grid are the page's, by its style sheet; those of the lines are the figure's.
+def chart(figure: Any, *, label: str, title: str = "") -> Markup:
+    """Put a Plotly figure on a page.
+
+    Args:
+        figure: Without colors of text, axes and grid, which are the page's, by its style sheet.
+        label: What it shows, in words, for those who can't see it.
+        title: Above the figure; in HTML, since a title of Plotly's own is cut off on a narrow screen.
+    """
     figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        margin={"l": 64, "r": 16, "t": 44, "b": 48},
+        margin={"l": 56, "r": 16, "t": 12 if title else 44, "b": 48},
         colorway=COLORS,
+        hoverlabel={"font": {"size": 12}, "namelength": 40},
     )
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        # The library's prefixes, 300µ for 0.0003, belong to units that it does not know.
+        update(automargin=True, title_standoff=8, exponentformat="e")
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        config={"displaylogo": False, "responsive": True, "showTips": False},
+        # Its buttons would lie over the curves; dragging zooms, and a double click shows all again.
+        config={"displayModeBar": False, "responsive": True, "showTips": False},
     )
-    return Markup('<figure role="img" aria-label="{}">{}</figure>').format(label, Markup(drawn))
+    caption = Markup("<figcaption>{}</figcaption>").format(_text(title)) if title else Markup("")
+    return Markup('<figure role="img" aria-label="{}">{}{}</figure>').format(printable(label), caption, Markup(drawn))
+
+
+def beside(charts: Sequence[Markup]) -> Markup:
+    """Put charts beside each other, as many in a line as there is room for."""
+    return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """Make a table; cells that are numbers are set to the right, and Markup stays as it is."""
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in header)
+    """Make a table; columns of numbers, and of whatever else is no text, are set to the right; Markup stays as it is."""
+    numbers = [any(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    head = Markup("").join(
+        Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(name)
+        for name, number in zip(header, numbers, strict=True)
+    )
     lines = Markup("").join(
         Markup("<tr>{}</tr>").format(Markup("").join(_cell(value) for value in row)) for row in rows
     )
@@ -75,11 +95,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     )
 
 
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool | str | None)
+
+
 def _cell(value: object) -> Markup:
-    if isinstance(value, bool | str | None):
+    if not _is_number(value):
         return Markup("<td>{}</td>").format(_text(value))
     return Markup('<td class="number">{}</td>').format(
-        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
     )
 
 

@@ -99,6 +99,7 @@ def main(debug: bool) -> None:
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
     refshard generate runs/policy             replies of policy and reference, and the KL between them
+    refshard report runs/policy               one page with all that a run has come to; several runs: side by side
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
@@ -263,6 +264,34 @@ def inspect(shards: str, as_json: bool) -> None:
     from stages import inspect as stage
 
     stage.run(shards, as_json=as_json)
+
+
+@main.command(short_help="One page of one run, or of several side by side.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
+)
+@click.option(
+    "--open",
+    "open_page",
+    type=click.Choice(["yes", "no"]),
+    default="no",
+    show_default=True,
+    help="Show it in the browser.",
+)
+def report(runs: tuple[Path, ...], output: Path | None, open_page: str) -> None:
+    """Make a page of RUN, the folder of a run (train.output_dir), finished or still going on.
+
+    Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; of several runs one above the
+    other, told apart by the settings that differ. One file of some 5 MB, most of it the charts' library: it needs no
+    network and fetches nothing.
+    """
+    from stages import report as stage
+
+    stage.run(runs, output=output, open_page=open_page == "yes")
 
 
 @main.command("import", short_help="Bring reference log-probs from a file.")
