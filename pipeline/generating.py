@@ -6,9 +6,9 @@ estimates the KL divergence from the reference without bias.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.intake import Ledger, kept_pairs
 from pipeline.memory import tokens_that_fit
 from pipeline.models import find_model, policy_settings
 from pipeline.pairs import Message, to_pair
+from pipeline.runs import Generation
 from pipeline.scoring import input_device, score_pairs
 from pipeline.signals import StopFlag
 from pipeline.sources import Source, count_rows, read_rows
@@ -34,6 +35,7 @@ __all__ = [
     "Sampling",
     "choose_prompts",
     "draw_replies",
+    "generation_row",
     "leave_if_asked",
     "score_replies",
     "stop_ids",
@@ -222,6 +224,11 @@ def score_replies(
     scored = score_pairs(model, pairs, tokens_per_batch=tokens_that_fit(model, packed), pad_id=pad_id, packed=packed)
     sums = {i: (math.fsum(one.tolist()), math.fsum(other.tolist())) for i, one, other in scored}
     return [[sums[i][side] for i in range(len(pairs))] for side in range(len(replies))]
+
+
+def generation_row(generation: Generation) -> Mapping[str, Any]:
+    """Give a line of a run's generations.jsonl, as `runs.read_run` reads it."""
+    return {"set" if name == "set_name" else name: value for name, value in asdict(generation).items()}
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,8 @@ __all__ = [
     "LOG",
     "MARGINS",
     "MARGIN_COLUMNS",
-    "Reply",
     "RunLog",
     "delete_records",
-    "estimate_kl",
-    "generation_row",
     "read_costs",
     "write_cost",
     "write_generations",
@@ -104,68 +100,6 @@ def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.f
     except OSError as error:
         raise StorageError(f"{folder}: can't be made ({error.strerror or error})") from error
     replace_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A reply, and what both models make of it."""
-
-    text: str
-    num_tokens: int
-    """With the token that ended it"""
-    ref_logps: float
-    """Nats, summed over its tokens"""
-    policy_logps: float
-    reward: float | None
-
-
-def generation_row(
-    *,
-    set_name: str,
-    row: int,
-    prompt: str,
-    step: int,
-    temperature: float,
-    max_tokens: int,
-    reward_by: str | None,
-    reference: Reply,
-    policy: Reply,
-) -> dict[str, Any]:
-    """Put the replies of reference and policy to one prompt together, as they are written.
-
-    Args:
-        set_name: Of the set that the prompt is of: train, or a held-out one.
-        row: Position of its pair in the source.
-        prompt: As the model saw it, special tokens included.
-        step: After which the policy stood so.
-        temperature: At which both were drawn.
-        max_tokens: Of a reply.
-        reward_by: Who gave the rewards; None where nobody did.
-        reference: The reference's reply.
-        policy: The policy's.
-    """
-    return {
-        "set": set_name,
-        "row": row,
-        "prompt": prompt,
-        "step": step,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "reward_by": reward_by,
-        "reference": asdict(reference),
-        "policy": asdict(policy),
-    }
-
-
-def estimate_kl(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Estimate KL(policy || reference) of a reply from the policy's replies: nats, with its standard error.
-
-    The mean of `log policy - log reference` over replies that the policy drew at temperature 1 has the divergence as
-    its expectation. The error of a single reply is not known: NaN.
-    """
-    ratios = np.array([row["policy"]["policy_logps"] - row["policy"]["ref_logps"] for row in rows])
-    error = ratios.std(ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
-    return float(ratios.mean()), float(error)
 
 
 def write_generations(run_folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

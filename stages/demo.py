@@ -29,15 +29,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import records, reviews
+from pipeline import reviews, runs
 from pipeline.checkpoints import RUN, is_recorded
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
-from pipeline.generating import score_replies, without_progress_bar
+from pipeline.generating import generation_row, score_replies, without_progress_bar
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
+from pipeline.records import write_generations
 from pipeline.scoring import check_scoring
 from pipeline.scoring import prepare as prepare_scoring
 from pipeline.shards import open_store
@@ -170,7 +171,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    records.write_generations(run_folder, _generations(config, tokenizer, run_folder, samples))
+    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples)))
     replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures
@@ -228,12 +229,12 @@ def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: lis
     return Samples(before, after, before_policy_logps, _logps(load_reference(), after))
 
 
-def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samples) -> list[dict[str, Any]]:
-    """The replies in the form that `refshard generate` writes, with their true rewards."""
+def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samples) -> list[runs.Generation]:
+    """The replies as `refshard generate` has them, with their true rewards."""
     step = int(read_json(run_folder / RUN)["step"])
 
-    def reply(drawn: Reply, ref_logps: float, policy_logps: float) -> records.Reply:
-        return records.Reply(
+    def reply(drawn: Reply, ref_logps: float, policy_logps: float) -> runs.Reply:
+        return runs.Reply(
             text=drawn.text,
             num_tokens=len(drawn.ids),
             ref_logps=ref_logps,
@@ -242,7 +243,7 @@ def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samp
         )
 
     return [
-        records.generation_row(
+        runs.Generation(
             set_name=next(iter(config.data.eval)),
             row=row,
             prompt=tokenizer.decode(before.prompt_ids),

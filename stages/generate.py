@@ -17,6 +17,7 @@ import click
 from pipeline.checkpoints import RUN, is_recorded, newest_whole
 from pipeline.config import Config, ReferenceConfig, load_config, training_settings
 from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
+from pipeline.estimates import estimate_kl, estimate_reward
 from pipeline.fingerprint import identity_of_reference, kinship
 from pipeline.gate import policy_dtype
 from pipeline.generating import (
@@ -24,6 +25,7 @@ from pipeline.generating import (
     Sampling,
     choose_prompts,
     draw_replies,
+    generation_row,
     leave_if_asked,
     score_replies,
     stop_ids,
@@ -32,16 +34,15 @@ from pipeline.generating import (
 from pipeline.memory import free_memory
 from pipeline.models import load_reference, load_tokenizer, pick_device, reference_dtype
 from pipeline.progress import Progress
-from pipeline.records import GENERATIONS, INPUTS, Reply, estimate_kl, generation_row, write_generations
+from pipeline.records import GENERATIONS, INPUTS, write_generations
 from pipeline.rewarding import load_reward_model
+from pipeline.runs import SETTINGS, Generation, Reply
 from pipeline.scoring import check_scoring, prepare
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import describe, open_source
 from pipeline.storage import read_json
 
 __all__ = ["run"]
-
-_SETTINGS = "refshard.yaml"
 
 T = TypeVar("T")
 
@@ -102,8 +103,8 @@ def run(
         ]
         for who in drawn
     }
-    rows = [
-        generation_row(
+    generations = [
+        Generation(
             set_name=name,
             row=prompt.row,
             prompt=tokenizer.decode(prompt.ids),
@@ -116,8 +117,8 @@ def run(
         )
         for prompt, reference, policy in zip(prompts, replies["reference"], replies["policy"], strict=True)
     ]
-    write_generations(run_folder, rows)
-    _say_result(rows, run_folder, step, name)
+    write_generations(run_folder, map(generation_row, generations))
+    _say_result(generations, run_folder, step)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class _Replies:
 
 
 def _settings_of(run_folder: Path) -> Config:
-    file = run_folder / _SETTINGS
+    file = run_folder / SETTINGS
     if not file.exists():
-        raise ConfigError(f"{run_folder}: holds no {_SETTINGS}, so it is no run's folder; name a train.output_dir")
+        raise ConfigError(f"{run_folder}: holds no {SETTINGS}, so it is no run's folder; name a train.output_dir")
     config = load_config(file)
     if config.reference.declared is not None:
         raise ConfigError(
@@ -299,15 +300,14 @@ def _rewards(
     return found
 
 
-def _say_result(rows: Sequence[dict[str, Any]], run_folder: Path, step: int, name: str) -> None:
-    kl, error = estimate_kl(rows)
-    told = (
-        f"{len(rows)} prompts of {name}, policy after step {step:,}: KL from the reference {kl:.3g} ± {error:.2g} nats"
-    )
-    if rows[0]["temperature"] != 1:
+def _say_result(generations: Sequence[Generation], run_folder: Path, step: int) -> None:
+    first = generations[0]
+    told = f"{len(generations)} prompts of {first.set_name}, policy after step {step:,}: KL from the reference "
+    told += f"{estimate_kl(generations)} nats"
+    if first.temperature != 1:
         told += " (biased: not drawn at temperature 1)"
-    if rows[0]["reward_by"] is not None:
-        means = [sum(row[who]["reward"] for row in rows) / len(rows) for who in ("reference", "policy")]
-        told += f"; mean reward {means[0]:.3g} before, {means[1]:.3g} after"
+    before, after = (estimate_reward(generations, side) for side in ("reference", "policy"))
+    if after is not None:
+        told += f"; mean reward {before} before, {after} after"
     click.echo(told)
     click.echo(f"Replies are in {run_folder / GENERATIONS}; refshard report {run_folder} shows them")

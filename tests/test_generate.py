@@ -16,7 +16,8 @@ import transformers
 from conftest import make_model, refshard, simple_rows, write_jsonl
 from processes import Command
 
-from pipeline.records import estimate_kl
+from pipeline.estimates import estimate_kl
+from pipeline.runs import read_run
 
 MakeRun = Callable[..., Path]
 
@@ -87,7 +88,7 @@ def test_replies_are_the_models_own_and_their_log_probs_those_of_a_plain_forward
     said = refshard("generate", run, "--set", "train", "--prompts", 24, "--max-tokens", 12, "--seed", 1).stdout
     rows = replies_of(run)
     ratios = [row["policy"]["policy_logps"] - row["policy"]["ref_logps"] for row in rows]
-    assert f"{np.mean(ratios):.3g} ± {np.std(ratios, ddof=1) / math.sqrt(24):.2g} nats" in said
+    assert f"{np.mean(ratios):.4g} ± {np.std(ratios, ddof=1) / math.sqrt(24):.2g} nats" in said
     assert [row["set"] for row in rows] == ["train"] * 24
     # Of a model this sharp the likeliest token alone would be far likelier.
     drawn = [row["reference"]["ref_logps"] / row["reference"]["num_tokens"] for row in rows]
@@ -143,7 +144,7 @@ def test_an_adapter_is_loaded_once_from_the_newest_whole_checkpoint_and_a_reward
                 assert row[who]["reward"] == pytest.approx(float(judge(**read).logits), abs=1e-4)
     assert any(row["policy"]["text"] != row["reference"]["text"] for row in rows)
     mean = np.mean([row["policy"]["reward"] for row in rows])
-    assert f"{mean:.3g} after" in said
+    assert f"{mean:.4g} ± " in said
 
 
 def test_a_policy_that_learned_nothing_writes_what_its_reference_writes_and_its_kl_is_0(
@@ -160,9 +161,9 @@ def test_a_policy_that_learned_nothing_writes_what_its_reference_writes_and_its_
     assert len({row["reference"]["text"] for row in rows}) == len(rows) == 16
     for row in rows:
         assert row["policy"] == pytest.approx(row["reference"], abs=1e-3)
-    kl, error = estimate_kl(rows)
-    assert abs(kl) < 1e-4
-    assert error < 1e-4
+    kl = estimate_kl(read_run(run).generations)
+    assert abs(kl.mean) < 1e-4
+    assert kl.count == 16
 
     slow = Command("generate", run, "--prompts", 24, "--max-tokens", 1900)
     deadline = time.monotonic() + 200
