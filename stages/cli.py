@@ -98,6 +98,7 @@ def main(debug: bool) -> None:
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
+    refshard sweep --config run.yaml --over loss.beta=0.05,0.1,0.5      several policies on the same shards
     refshard generate runs/policy             replies of policy and reference, and the KL between them
     refshard report runs/policy               one page with all that a run has come to; several runs: side by side
     refshard import FILE --config run.yaml    reference log-probs from a file
@@ -190,6 +191,64 @@ _MAX_TOKENS = click.option(
 _REWARD_MODEL = click.option(
     "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
 )
+
+
+@main.command(short_help="Train several policies on one set of shards.")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--over",
+    multiple=True,
+    required=True,
+    metavar="KEY=V1,V2,...",
+    help="A setting, and the values that it takes, like loss.beta=0.05,0.1,0.5. Repeatable: every combination is run.",
+)
+@_PROCESSES
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the runs' folders and of report.html; train.output_dir if left out.",
+)
+@click.option(
+    "--prompts",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Prompts that each policy and the reference reply to at the end; 0: none, and no KL.",
+)
+@_MAX_TOKENS
+@_REWARD_MODEL
+@_STOP_AFTER
+@_JSON_LOGS
+def sweep(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    over: tuple[str, ...],
+    processes: int,
+    into: Path | None,
+    prompts: int,
+    max_tokens: int,
+    reward_model: str | None,
+    stop_at: float | None,
+) -> None:
+    """Train a policy for every combination of values, all on the same shards, and compare them on one page.
+
+    Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
+    (DIR/beta-0.1). Run again, the sweep does only what is missing. A run that fails does not stop the others.
+    """
+    from stages import sweep as stage
+
+    stage.run(
+        config_file,
+        overrides,
+        over,
+        replies=stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model),
+        processes=processes,
+        into=into,
+        debug="--debug" in sys.argv,
+        stop_at=stop_at,
+    )
 
 
 @main.command(short_help="Replies of a run's policy and reference.")
