@@ -98,7 +98,7 @@ def main(debug: bool) -> None:
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
-    refshard sweep --config run.yaml --over loss.beta=0.05,0.1,0.5      several policies on the same shards
+    refshard sweep --over loss.beta=0.1,0.5   several policies on the same shards
     refshard generate runs/policy             replies of policy and reference, and the KL between them
     refshard report runs/policy               one page with all that a run has come to; several runs: side by side
     refshard import FILE --config run.yaml    reference log-probs from a file

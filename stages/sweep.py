@@ -18,7 +18,7 @@ from pipeline.checkpoints import RUN, is_recorded
 from pipeline.commands import run_command
 from pipeline.comparison import show_runs
 from pipeline.config import Config, load_config, training_settings
-from pipeline.errors import ConfigError, RefshardError, StorageError, UnfinishedError
+from pipeline.errors import ConfigError, StorageError, UnfinishedError
 from pipeline.estimates import estimate_kl, estimate_reward
 from pipeline.fingerprint import differences, identity_of_run
 from pipeline.folders import open_folder
@@ -165,7 +165,7 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
         found = differences(shared, identity_of_run(one.config, load_tokenizer(one.config)), joining=True)
         if found:
             raise ConfigError(
-                f"{what}: this run would need shards of its own, and a sweep trains on one set of them, scored with the "
+                f"{what}: this run would need shards of its own, and a sweep has one set of them, scored with the "
                 f"settings without --over. They would differ in {'; '.join(found)}"
             )
         if unscored := one.config.data.eval.keys() - base.data.eval.keys():
