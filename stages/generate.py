@@ -275,7 +275,7 @@ def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
     click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
     with without_progress_bar():
         model: Any = load_reference(config, pick_device())
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.is_floating_point()):
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if _is_here(weight)):
         raise DataError(f"the {what}'s weights are not all numbers; if that is the policy, its training has diverged")
     prepare(model)
     try:
@@ -283,6 +283,11 @@ def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
     finally:
         del model
         free_memory()
+
+
+def _is_here(weight: Any) -> bool:
+    """Whether a weight is a number that can be looked at: not in few bits, and not kept off the device."""
+    return bool(weight.is_floating_point()) and weight.device.type != "meta"
 
 
 def _rewards(
