@@ -231,6 +231,7 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    middle = max(point.x for point in points) / 2
     for point in points:
         figure.add_scatter(
             x=_rounded([point.x]),
@@ -238,7 +239,8 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
             name=_text(point.name),
             mode="markers+text",
             text=[_text(point.name)],
-            textposition="top right",
+            # Inward, where there is room on a narrow screen too.
+            textposition="top left" if point.x > middle > 0 else "top right",
             cliponaxis=False,
             marker={"size": 9, "color": point.color},
             error_x=_error(point.x_error, point.color),

@@ -124,6 +124,7 @@ def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> li
                 smoothed = panel.smoothed and set_name is None
                 lines.append(_line(one.run, prefix + metric, one.name, one.color, one.dash, smoothed))
         title = f"{panel.title}, {series}" if series else panel.title
+        title = title if set_name is None else f"{title} ({set_name})"
         charts.append(_chart(panel, lines, title=title))
     return charts
 

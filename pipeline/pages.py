@@ -81,7 +81,7 @@ def beside(charts: Sequence[Markup]) -> Markup:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """Make a table; columns of numbers, and of whatever else is no text, are set to the right; Markup stays as it is."""
+    """Make a table; columns of what is no text are set to the right, numbers written for people; Markup stays."""
     numbers = [any(_is_number(row[i]) for row in rows) for i in range(len(header))]
     head = Markup("").join(
         Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(name)

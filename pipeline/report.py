@@ -93,8 +93,6 @@ def _summary_of_many(shown: Sequence[Shown]) -> Markup:
     differing = differing_settings([one.run for one in shown])
     columns: dict[str, list[object]] = {"run": [_swatch(one) for one in shown]}
     columns |= {key: list(values) for key, values in differing.items()}
-    columns["folder"] = [one.run.folder.name for one in shown]
-    columns["state"] = [_state(one.run) for one in shown]
     columns["training loss"] = [one.run.curve("loss").last for one in shown]
     for name in held_out_sets(shown):
         prefixes = [one.run.held_out().get(name) for one in shown]
@@ -105,6 +103,8 @@ def _summary_of_many(shown: Sequence[Shown]) -> Markup:
             ]
     columns["KL, nats per reply"] = [estimate_kl(one.run.generations) if one.run.generations else None for one in shown]
     columns["reward of replies"] = [estimate_reward(one.run.generations, "policy") for one in shown]
+    columns["state"] = [_state(one.run) for one in shown]
+    columns["folder"] = [one.run.folder.name for one in shown]
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     return table(list(columns), list(zip(*columns.values(), strict=True)))
 
@@ -282,7 +282,8 @@ def _share_above_zero(values: Any) -> float:
 # Generations --------------------------------------------------------------------------------------------------------
 
 
-_MOST_PROMPTS = 20
+_OPEN_PROMPTS, _MOST_PROMPTS = 5, 25
+"""Of the first prompts so many are open to the eye, and so many on the page at all."""
 _MOST_CHARACTERS = 8000
 
 
@@ -298,10 +299,14 @@ def _generations(shown: Sequence[Shown]) -> Section:
     body = table(header, rows)
     if len(drawn) == 1:
         body += _reward_chart(drawn[0].run)
-    body += Markup("").join(_replies_to(prompt, drawn, len(shown)) for prompt in prompts[:_MOST_PROMPTS])
-    if len(prompts) > _MOST_PROMPTS:
-        body += Markup("<p>The first {} prompts of {:,}; generations.jsonl has them all.</p>").format(
-            _MOST_PROMPTS, len(prompts)
+    replies = [_replies_to(prompt, drawn, len(shown)) for prompt in prompts[:_MOST_PROMPTS]]
+    body += Markup("").join(replies[:_OPEN_PROMPTS])
+    if len(replies) > _OPEN_PROMPTS:
+        body += Markup("<details><summary>{:,} more prompts of {:,}{}</summary>{}</details>").format(
+            len(replies) - _OPEN_PROMPTS,
+            len(prompts),
+            "; generations.jsonl has them all" if len(prompts) > len(replies) else "",
+            Markup("").join(replies[_OPEN_PROMPTS:]),
         )
     judges = sorted({g.reward_by for one in drawn for g in one.run.generations if g.reward_by})
     note = f"Rewards by {', '.join(judges)}. " if judges else "No reward model has judged them. "

@@ -221,7 +221,7 @@ def _read_log(file: Path, remarks: list[str]) -> tuple[list[dict[str, Any]], tup
         elif text.strip():
             broken += 1
     if broken:
-        remarks.append(f"{broken:,} lines of {LOG} can't be read, as a kill in the middle of one leaves it")
+        remarks.append(f"{LOG}: {broken:,} of {broken + len(lines):,} lines can't be read, as a kill leaves them")
     times = [line["time"] for line in lines if _number(line.get("time")) is not None]
     return lines, (min(times), max(times)) if times else (None, None)
 
@@ -369,7 +369,7 @@ def _read_generations(file: Path, remarks: list[str]) -> list[Generation]:
         elif text.strip():
             broken += 1
     if broken:
-        remarks.append(f"{broken:,} lines of {GENERATIONS} can't be read and are left out")
+        remarks.append(f"{GENERATIONS}: {broken:,} of {broken + len(generations):,} lines can't be read")
     return generations
 
 

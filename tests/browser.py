@@ -61,18 +61,26 @@ class Browser:
         self._profile.cleanup()
 
     def show(self, file: Path, *, width: int, dark: bool) -> None:
-        """Load a page from disk and wait until it is there, in a window of so many pixels."""
+        """Load a page from disk, in a window of so many pixels, and wait until it is there."""
         self.said.clear()
         self.requests.clear()
         self._loaded = False
-        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.look(width=width, dark=dark)
         self._ask("Page.navigate", url=file.absolute().as_uri())
         while not self._loaded:
             self._next()
-        # One more frame: charts are fitted to their places once the page is there.
-        self.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
+        self._settle()
+
+    def look(self, *, width: int, dark: bool) -> None:
+        """Change the window and the reader's preference."""
+        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the frame in which charts are fitted to their places; they take a tenth of a second to begin."""
+        self.run("new Promise((done) => setTimeout(() => requestAnimationFrame(() => setTimeout(done, 50)), 250))")
 
     def run(self, script: str) -> Any:
         """Give what an expression comes to in the page."""
