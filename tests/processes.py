@@ -14,7 +14,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect", "s3fs"])
+_FORKS.set_forkserver_preload(
+    ["stages.precompute", "stages.train", "stages.inspect", "stages.sweep", "stages.generate", "s3fs"]
+)
 
 
 class Command:

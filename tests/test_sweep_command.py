@@ -1,6 +1,8 @@
 """`refshard sweep`: several policies on shards that are scored once, whatever kills it, and a page of all of them."""
 
 import json
+import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +13,9 @@ import pytest
 from conftest import refshard, simple_rows, write_jsonl
 from processes import Command
 from test_laws import digests
+
+from pipeline.errors import ConfigError
+from stages import sweep
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +44,7 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    first = (into / "beta-0.05" / "run.json").stat().st_mtime_ns
+    first = [(into / "beta-0.05" / name).stat().st_mtime_ns for name in ("run.json", "generations.jsonl")]
     assert not (into / "beta-0.1" / "run.json").exists()
     scored = digests(tmp_path / "shards")
 
@@ -47,7 +52,7 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     assert digests(tmp_path / "shards") == scored
     costs = [json.loads(file.read_text()) for file in (tmp_path / "shards" / "costs").glob("*.json")]
     assert sorted((cost["set"], cost["pairs"]) for cost in costs) == [("test", 8), ("train", 24)]
-    assert (into / "beta-0.05" / "run.json").stat().st_mtime_ns == first
+    assert [(into / "beta-0.05" / name).stat().st_mtime_ns for name in ("run.json", "generations.jsonl")] == first
     assert "Going on from" in done.stdout
     refshard("train", "--config", config, "-o", "loss.beta=0.5", "-o", f"train.output_dir={tmp_path / 'alone'}")
     assert losses(into / "beta-0.5") == losses(tmp_path / "alone")
@@ -67,17 +72,13 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     page = (into / "report.html").read_text()
     assert all(f"beta={beta}" in page for beta in ends)
 
-    replies = [(into / f"beta-{beta}" / "generations.jsonl").stat().st_mtime_ns for beta in ends]
-    again = refshard(*words)
-    assert again.stdout.count("finished already") == 3
-    assert [(into / f"beta-{beta}" / "generations.jsonl").stat().st_mtime_ns for beta in ends] == replies
-
 
 def test_a_sweep_that_is_asked_to_stop_saves_says_75_and_goes_on(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(train={"max_steps": 400, "save_strategy": "steps", "save_steps": 400})
-    words = ["sweep", "--config", config, "--over", "train.seed=1,2", "--prompts", 0]
+    # A shorter cut is served by the same shards.
+    words = ["sweep", "--config", config, "--over", "data.max_length=36,128", "--prompts", 0]
     stopped = Command(*words)
-    runs = [tmp_path / "policy" / f"seed-{seed}" for seed in (1, 2)]
+    runs = [tmp_path / "policy" / f"max_length-{length}" for length in (36, 128)]
     deadline = time.monotonic() + 300
     while not (runs[0] / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -109,28 +110,27 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
         ("train.output_dir=a,b", "--into says where"),
         ("loss.beta=0.1,1e-1", "are the same settings"),
         ("loss.beta=0.1,-1", "loss.beta: above 0"),
-        ("loss.betta=0.1,0.2", "did you mean beta"),
+        ("train.learning_rat=0.1,0.2", "did you mean learning_rate"),
     ],
 )
 def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
     make_run: MakeRun, tmp_path: Path, over: str, said: str
 ) -> None:
-    config = make_run()
-    assert said in refshard("sweep", "--config", config, "--over", over, check=2).stderr
+    replies = sweep.Replies(num_prompts=0, max_tokens=1, reward_model=None)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        sweep.run(make_run(), [], [over], replies=replies)
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "policy").exists()
 
 
-def test_shorter_cuts_and_moving_references_are_swept_too(make_run: MakeRun, tmp_path: Path) -> None:
-    config = make_run(train={"max_steps": 2, "save_strategy": "steps", "save_steps": 2})
-    over = ["--over", "data.max_length=36,128", "--prompts", 0]
-    refshard("sweep", "--config", config, *over)
-    shards = digests(tmp_path / "shards")
-    moving = ["--over", "reference.sync={steps: 1},null", "-o", f"train.output_dir={tmp_path / 'moving'}"]
-    done = refshard("sweep", "--config", config, *moving, "--prompts", 2, "--max-tokens", 4)
+def test_a_reference_that_moves_has_the_shards_of_each_run_to_itself(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(train={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    words = ["sweep", "--config", config, "--over", "reference.sync={steps: 1, mixup_alpha: 1}"]
+    done = refshard(*words, "--prompts", 2, "--max-tokens", 4)
+    run = tmp_path / "policy" / "sync-steps-1+mixup_alpha-1"
+    # A copied policy is the reference of every window's first step.
+    assert losses(run) == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert (run / "shards").exists()
+    assert not (tmp_path / "shards").exists()
     assert "The reference moved in training" in done.stdout
-    assert digests(tmp_path / "shards") == shards
-    assert losses(tmp_path / "moving" / "sync-null") == losses(tmp_path / "policy" / "max_length-128")
-    moved = losses(tmp_path / "moving" / "sync-steps-1")
-    assert moved[0] == losses(tmp_path / "moving" / "sync-null")[0]
-    assert moved[1] != losses(tmp_path / "moving" / "sync-null")[1]
+    assert len((run / "generations.jsonl").read_text().splitlines()) == 2
