@@ -39,6 +39,7 @@ __all__ = [
     "find_checkpoint",
     "is_recorded",
     "newest_step",
+    "newest_whole",
     "refuse_other_run",
     "run_identity",
 ]
@@ -147,6 +148,14 @@ def newest_step(run_folder: Path) -> int:
     """Step of the newest committed checkpoint, 0 if there is none. Only looks; its files are not checked."""
     committed = (step for step, folder in checkpoint_folders(run_folder).items() if (folder / MARKER).exists())
     return max(committed, default=0)
+
+
+def newest_whole(run_folder: Path) -> tuple[int, Path] | None:
+    """Give the step and the folder of the newest checkpoint whose marker and files hold. Only looks."""
+    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
+        if _problem(folder, step) is None:
+            return step, folder
+    return None
 
 
 def is_recorded(run_folder: Path) -> bool:

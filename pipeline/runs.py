@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.records import GENERATIONS, INPUTS, LOG, MARGIN_COLUMNS, MARGINS
 from pipeline.storage import read_json
 
-__all__ = ["Curve", "Generation", "MarginRows", "Record", "Reply", "Run", "Start", "part", "read_run"]
+__all__ = ["SETTINGS", "Curve", "Generation", "MarginRows", "Record", "Reply", "Run", "Start", "part", "read_run"]
 
 SETTINGS, RECORD = "refshard.yaml", "run.json"
 

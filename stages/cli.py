@@ -99,6 +99,8 @@ def main(debug: bool) -> None:
     refshard check --config run.yaml          rows, tokens, time, memory and disk, before a GPU is booked
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
+    refshard sweep --over loss.beta=0.1,0.5   several policies on the same shards
+    refshard generate runs/policy             replies of policy and reference, and the KL between them
     refshard report runs/policy               one page with all that a run has come to; several runs: side by side
     refshard explain --config run.yaml --row 7   one pair: its tokens, what is scored, each log-prob
     refshard import FILE --config run.yaml    reference log-probs from a file
@@ -235,6 +237,120 @@ def check(
 
     limits = stage.Limits(max_dropped=max_dropped, max_cut=max_cut, max_memory=max_memory, max_hours=max_hours)
     stage.run(config, hardware=hardware, rows=rows, limits=limits, as_json=as_json)
+
+
+_RUN = click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+_MAX_TOKENS = click.option(
+    "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest reply."
+)
+_REWARD_MODEL = click.option(
+    "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
+)
+
+
+@main.command(short_help="Train several policies on one set of shards.")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--over",
+    multiple=True,
+    required=True,
+    metavar="KEY=V1,V2,...",
+    help="A setting, and the values that it takes, like loss.beta=0.05,0.1,0.5. Repeatable: every combination is run.",
+)
+@_PROCESSES
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the runs' folders and of report.html; train.output_dir if left out.",
+)
+@click.option(
+    "--prompts",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Prompts that each policy and the reference reply to at the end; 0: none, and no KL.",
+)
+@_MAX_TOKENS
+@_REWARD_MODEL
+@_STOP_AFTER
+@_JSON_LOGS
+def sweep(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    over: tuple[str, ...],
+    processes: int,
+    into: Path | None,
+    prompts: int,
+    max_tokens: int,
+    reward_model: str | None,
+    stop_at: float | None,
+) -> None:
+    """Train a policy for every combination of values, all on the same shards, and compare them on one page.
+
+    Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
+    (DIR/beta-0.1). Run again, the sweep does only what is missing. A run that fails does not stop the others.
+    """
+    from stages import sweep as stage
+
+    stage.run(
+        config_file,
+        overrides,
+        over,
+        replies=stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model),
+        processes=processes,
+        into=into,
+        debug="--debug" in sys.argv,
+        stop_at=stop_at,
+    )
+
+
+@main.command(short_help="Replies of a run's policy and reference.")
+@_RUN
+@click.option("--prompts", default=16, show_default=True, type=click.IntRange(min=1), help="How many prompts.")
+@click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
+@_MAX_TOKENS
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="At 1 the replies estimate the KL from the reference; at any other it is biased. 0: likeliest tokens.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers, which both models share.")
+@_REWARD_MODEL
+@_STOP_AFTER
+@_JSON_LOGS
+def generate(
+    run_folder: Path,
+    prompts: int,
+    set_name: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    reward_model: str | None,
+    stop_at: float | None,
+) -> None:
+    """Have the policy of RUN, a train.output_dir, and its reference reply to prompts of the run's own data.
+
+    Writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
+    --reward-model, their rewards; `refshard report` shows them. Of a run that goes on, the policy is its newest whole
+    checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
+    folder says.
+    """
+    from stages import generate as stage
+
+    stage.run(
+        run_folder,
+        num_prompts=prompts,
+        set_name=set_name,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        reward_model=reward_model,
+        stop_at=stop_at,
+    )
 
 
 @main.command(short_help="Check that shards are whole.")

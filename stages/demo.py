@@ -28,20 +28,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
-from pipeline import reviews
+from pipeline import reviews, runs
+from pipeline.checkpoints import RUN, is_recorded
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
+from pipeline.generating import generation_row, score_replies, without_progress_bar
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
-from pipeline.scoring import check_scoring, score_pairs
+from pipeline.records import write_generations
+from pipeline.scoring import check_scoring
 from pipeline.scoring import prepare as prepare_scoring
 from pipeline.shards import open_store
 from pipeline.sources import open_source, read_rows
-from pipeline.storage import replace_file
+from pipeline.storage import read_json, replace_file
 from pipeline.tokens import TokenizedPair
 
 __all__ = ["Reply", "Samples", "Settings", "draw_replies", "prepare", "summary"]
@@ -139,6 +141,8 @@ class Samples:
     """Drawn from the reference"""
     after: list[Reply]
     """Drawn from the policy"""
+    before_policy_logps: list[float]
+    """What the policy gives the reference's replies, nats"""
     after_ref_logps: list[float]
     """What the reference gives the policy's replies, nats"""
 
@@ -147,7 +151,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
     """Print what training did, each figure beside what was possible, and save the figures with the run.
 
     Held-out accuracy comes from the policy's log-probs and the shards; true reward, grammar and KL from replies that
-    both models draw to the held-out prompts.
+    both models draw to the held-out prompts, which become the run's generations.
 
     Args:
         folder: The prepared folder.
@@ -158,15 +162,16 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         UnfinishedError: The run has not finished.
     """
     run_folder = Path(str(config.train["output_dir"]))
-    if not (run_folder / "run.json").exists():
+    if not is_recorded(run_folder):
         raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)
     held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    with _two_threads(), _no_progress_bar():
+    with _two_threads(), without_progress_bar():
         margins = _held_out_margins(config, tokenizer, run_folder)
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
+    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples)))
     replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures
@@ -193,26 +198,64 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
 
 def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
     """Logps of each pair's chosen and rejected completion."""
+    prompts, chosen, rejected = (
+        [getattr(p, f"{side}_ids") for p in pairs] for side in ("prompt", "chosen", "rejected")
+    )
     prepare_scoring(model)
     packed = check_scoring(model, "policy.model")
-    scored = score_pairs(model, pairs, tokens_per_batch=2048, pad_id=0, packed=packed)
-    sums = {i: (math.fsum(chosen.tolist()), math.fsum(rejected.tolist())) for i, chosen, rejected in scored}
-    return [sums[i] for i in range(len(pairs))]
+    return list(zip(*score_replies(model, prompts, chosen, rejected, packed=packed, pad_id=0), strict=True))
+
+
+def _logps(model: Any, replies: Sequence[Reply]) -> list[float]:
+    """Logps of replies."""
+    twins = [
+        TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in replies
+    ]
+    return [logps for logps, _ in _sums(model, twins)]
 
 
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
     """Draw from both models, one of them in memory at a time."""
     max_tokens = Settings().max_tokens
+
+    def load_reference() -> Any:
+        return LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model, use_safetensors=True)
+
+    before = draw_replies(load_reference(), tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
     after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
+    before_policy_logps = _logps(policy, before)
     del policy
-    reference = LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model, use_safetensors=True)
-    before = draw_replies(reference, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    # A reply is both sides of its pair, and computed once.
-    twins = [
-        TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in after
+    return Samples(before, after, before_policy_logps, _logps(load_reference(), after))
+
+
+def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samples) -> list[runs.Generation]:
+    """The replies as `refshard generate` has them, with their true rewards."""
+    step = int(read_json(run_folder / RUN)["step"])
+
+    def reply(drawn: Reply, ref_logps: float, policy_logps: float) -> runs.Reply:
+        return runs.Reply(
+            text=drawn.text,
+            num_tokens=len(drawn.ids),
+            ref_logps=ref_logps,
+            policy_logps=policy_logps,
+            reward=float(drawn.reward),
+        )
+
+    return [
+        runs.Generation(
+            set_name=next(iter(config.data.eval)),
+            row=row,
+            prompt=tokenizer.decode(before.prompt_ids),
+            step=step,
+            temperature=1.0,
+            max_tokens=Settings().max_tokens,
+            reward_by="true reward of the demo",
+            reference=reply(before, before.logps, samples.before_policy_logps[row]),
+            policy=reply(after, samples.after_ref_logps[row], after.logps),
+        )
+        for row, (before, after) in enumerate(zip(samples.before, samples.after, strict=True))
     ]
-    return Samples(before, after, [logps for logps, _ in _sums(reference, twins)])
 
 
 def _figures(
@@ -392,7 +435,7 @@ def _reply_loss(model: Any, rows: Sequence[list[int]], prompt_lengths: Sequence[
 
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    with _no_progress_bar():
+    with without_progress_bar():
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     temporary.chmod(0o755)  # mkdtemp's 0700 would keep a group's other members out
@@ -503,15 +546,3 @@ def _draw_batch(
         length = ids.index(eos_id) + 1 if eos_id in ids else len(ids)
         replies.append((ids[:length], logps_sum))
     return replies
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Save without transformers' progress bar, which outlives the moment that a model this small takes."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

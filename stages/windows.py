@@ -7,23 +7,20 @@ when: the same command goes on. A scheduler can run the two commands in turn its
 `refshard precompute --config F`, then `refshard train --config F --one-window`.
 """
 
-import contextlib
 import importlib
-import os
 import shutil
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from pipeline.checkpoints import delete_run, is_recorded, newest_step
+from pipeline.commands import run_command
 from pipeline.config import Config, training_settings
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
 from pipeline.shards import delete_store
-from pipeline.signals import StopFlag, leave_with_parent, process_context, watch_signals
+from pipeline.signals import StopFlag, watch_signals
 
 __all__ = ["run"]
 
@@ -73,27 +70,8 @@ def run(
 
 
 def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,)) -> int:
-    """Run a command in a process of its own and hand signals on to it."""
-    if flag:
-        raise UnfinishedError("stopped as asked; all that was done is saved. Run the same command again")
-    process = process_context().Process(target=_run_command, args=(["refshard", *words],))
-    process.start()
-    told = False
-    while process.is_alive():
-        process.join(0.2)
-        if flag and not told and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-            told = True
-    status = process.exitcode or 0
+    """Run a command in a process of its own; a status that is not accepted ends this one with it."""
+    status = run_command(importlib.import_module("stages.cli").run, words, flag)
     if status not in accept:
-        # A process that was killed reports the signal as a negative number.
-        raise click.exceptions.Exit(status if status > 0 else 128 - status)
+        raise click.exceptions.Exit(status)
     return status
-
-
-def _run_command(words: list[str]) -> None:
-    # Without the one who would start the next command, going on would only get in a rerun's way.
-    leave_with_parent(_UNFINISHED)
-    sys.argv = words
-    importlib.import_module("stages.cli").run()

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["stages.precompute", "stages.train", "stages.inspect", "s3fs"])
+_FORKS.set_forkserver_preload(
+    ["stages.precompute", "stages.train", "stages.inspect", "stages.sweep", "stages.generate", "s3fs"]
+)
 
 
 class Command:

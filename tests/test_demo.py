@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import refshard
 
+from pipeline.estimates import estimate_kl
+from pipeline.reviews import true_reward
+from pipeline.runs import read_run
+
 RECIPE = Path(__file__).parents[1] / "stages" / "recipes" / "default.yaml"
 
 
@@ -40,6 +44,16 @@ def test_the_embedded_default_learns_the_true_ranking_and_stays_near_the_referen
     metrics = json.loads((tmp_path / "policy" / "run.json").read_text())["metrics"]
     assert figures["accuracy"] == pytest.approx(metrics["eval_rewards/accuracies"], abs=0.005)
     assert figures["margin"] == pytest.approx(metrics["eval_rewards/margins"], abs=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "policy" / "generations.jsonl").read_text().splitlines()]
+    assert len(rows) == 400
+    assert {(row["set"], row["step"]) for row in rows} == {("heldout", 250)}
+    for row in rows:
+        for who in ("reference", "policy"):
+            assert row[who]["reward"] == true_reward(row[who]["text"])
+    assert figures["reward_after"] == pytest.approx(sum(row["policy"]["reward"] for row in rows) / 400)
+    assert figures["kl"] == pytest.approx(estimate_kl(read_run(tmp_path / "policy").generations).mean, abs=1e-3)
+    # Towards the reference it is a divergence too.
+    assert sum(row["reference"]["ref_logps"] - row["reference"]["policy_logps"] for row in rows) > 0
     assert told.count("before (") == told.count("after  (") == 2
     for place in ("shards", "policy"):
         assert str(tmp_path / place) in told

@@ -1,0 +1,318 @@
+"""Replies of a run's policy and of its reference to the same prompts, with what both models make of each reply.
+
+    reference draws -> policy draws, scores both -> reference scores both -> reward model
+
+One model is in memory at a time. Where the reference is the policy with its adapter switched off, one is loaded in all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.checkpoints import RUN, is_recorded, newest_whole
+from pipeline.config import Config, ReferenceConfig, load_config, training_settings
+from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
+from pipeline.estimates import estimate_kl, estimate_reward
+from pipeline.fingerprint import identity_of_reference, kinship
+from pipeline.gate import policy_dtype
+from pipeline.generating import (
+    Prompt,
+    Sampling,
+    choose_prompts,
+    draw_replies,
+    generation_row,
+    leave_if_asked,
+    score_replies,
+    stop_ids,
+    without_progress_bar,
+)
+from pipeline.memory import free_memory
+from pipeline.models import load_reference, load_tokenizer, pick_device, reference_dtype
+from pipeline.progress import Progress
+from pipeline.records import GENERATIONS, INPUTS, write_generations
+from pipeline.rewarding import load_reward_model
+from pipeline.runs import SETTINGS, Generation, Reply
+from pipeline.scoring import check_scoring, prepare
+from pipeline.signals import StopFlag, watch_signals
+from pipeline.sources import describe, open_source
+from pipeline.storage import read_json
+
+__all__ = ["run"]
+
+T = TypeVar("T")
+
+
+def run(
+    run_folder: Path,
+    *,
+    num_prompts: int,
+    set_name: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    reward_model: str | None,
+    stop_at: float | None = None,
+) -> None:
+    """Draw replies, score them, and write them to the run's folder.
+
+    Args:
+        run_folder: Of a run that is finished, or has saved a checkpoint.
+        num_prompts: How many prompts, spread evenly over the set.
+        set_name: `train`, or a set that data.eval names; the first of those, if None, and `train` where there is none.
+        max_tokens: Of a reply.
+        temperature: 1 for the models' own distributions, 0 for the likeliest tokens.
+        seed: Of the random numbers, which both models share.
+        reward_model: Folder or hub name of a sequence classifier that gives rewards.
+        stop_at: When to stop, on `time.monotonic`'s clock.
+
+    Raises:
+        ConfigError: There is no run, no such set, or a model that can't write or score replies.
+        IdentityError: The reference is not that which the run was trained against.
+        UnfinishedError: Nothing was saved yet; or asked to stop, and nothing is written.
+    """
+    flag = watch_signals(stop_at)
+    config = _settings_of(run_folder)
+    step, folder = _saved_policy(run_folder)
+    _check_reference(config, run_folder)
+    name = set_name or next(iter(config.data.eval), "train")
+    if name != "train" and name not in config.data.eval:
+        raise ConfigError(f"--set {name}: no such set; there are {', '.join(('train', *config.data.eval))}")
+    tokenizer: Any = load_tokenizer(config)
+    source = open_source(config.data, config.data.eval.get(name))
+    prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
+    if not prompts:
+        raise ConfigError(f"--set {name}: no row of {describe(source)} is a pair, so there is no prompt")
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    drawn = _draw(config, folder, prompts, sampling, tokenizer, flag)
+
+    texts = {
+        who: [tokenizer.decode(ids, skip_special_tokens=True) for ids in replies.ids] for who, replies in drawn.items()
+    }
+    rewards = _rewards(reward_model, prompts, texts, flag)
+    replies = {
+        who: [
+            Reply(text=text, num_tokens=len(ids), ref_logps=ref, policy_logps=policy, reward=reward)
+            for text, ids, ref, policy, reward in zip(
+                texts[who], drawn[who].ids, drawn[who].ref_logps, drawn[who].policy_logps, rewards[who], strict=True
+            )
+        ]
+        for who in drawn
+    }
+    generations = [
+        Generation(
+            set_name=name,
+            row=prompt.row,
+            prompt=tokenizer.decode(prompt.ids),
+            step=step,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            reward_by=reward_model,
+            reference=reference,
+            policy=policy,
+        )
+        for prompt, reference, policy in zip(prompts, replies["reference"], replies["policy"], strict=True)
+    ]
+    write_generations(run_folder, map(generation_row, generations))
+    _say_result(generations, run_folder, step)
+
+
+@dataclass(frozen=True)
+class _Replies:
+    """What one model wrote, a reply a prompt, and both models' logps of it."""
+
+    ids: list[list[int]]
+    ref_logps: list[float]
+    policy_logps: list[float]
+
+
+def _settings_of(run_folder: Path) -> Config:
+    file = run_folder / SETTINGS
+    if not file.exists():
+        raise ConfigError(f"{run_folder}: holds no {SETTINGS}, so it is no run's folder; name a train.output_dir")
+    config = load_config(file)
+    if config.reference.declared is not None:
+        raise ConfigError(
+            f"{run_folder}: its reference is known by name alone (reference.declared: {config.reference.declared}), "
+            "so it can't write or score replies"
+        )
+    if config.precompute.tp_plan is not None:
+        # This is one process, in which all GPUs hold a model's layers in turn.
+        config = dataclasses.replace(
+            config, precompute=dataclasses.replace(config.precompute, tp_plan=None, device_map="auto")
+        )
+    return config
+
+
+def _saved_policy(run_folder: Path) -> tuple[int, Path]:
+    """Step and folder of the policy: the finished one, or the newest whole checkpoint."""
+    if is_recorded(run_folder):
+        return int(read_json(run_folder / RUN)["step"]), run_folder
+    saved = newest_whole(run_folder)
+    if saved is None:
+        raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
+    return saved
+
+
+def _check_reference(config: Config, run_folder: Path) -> None:
+    """Make sure that the reference is the one that the run wrote down, where it did."""
+    if config.reference.sync is not None:
+        click.echo("The reference moved in training (reference.sync); here it is the one that training began with")
+        return
+    if not (run_folder / INPUTS).exists():
+        return
+    stored, now = read_json(run_folder / INPUTS)["reference"]["identity"], identity_of_reference(config)
+    found = [key for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
+    if found:
+        raise IdentityError(
+            f"{run_folder}: the reference that its settings name is not the one that it was trained against; other "
+            f"{', '.join(found)}. Restore it"
+        )
+
+
+def _policy_as_reference(config: Config, folder: Path) -> Config:
+    """Settings whose reference is the trained policy: frozen, in the dtype that it computed in, spread over GPUs alike.
+
+    Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
+    """
+    policy = config.policy
+    dtype: Any = policy_dtype(config, training_settings(config))
+    if policy.has_adapter:
+        reference = ReferenceConfig(
+            model=policy.model,
+            revision=policy.revision,
+            adapter=str(folder),
+            dtype=dtype,
+            quantization=policy.quantization,
+        )
+    else:
+        reference = ReferenceConfig(model=str(folder), dtype=dtype)
+    return dataclasses.replace(config, reference=reference)
+
+
+def _draw(
+    config: Config, folder: Path, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any, flag: StopFlag
+) -> dict[str, _Replies]:
+    """Have both models write and score, one of them in memory at a time."""
+    trained = _policy_as_reference(config, folder)
+    work = _Work(
+        prompts=[prompt.ids for prompt in prompts],
+        sampling=sampling,
+        stops=stop_ids(config, tokenizer),
+        pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        flag=flag,
+        progress=Progress("generate", 2 * len(prompts), "replies"),
+    )
+    try:
+        if kinship(config).adapters_off and reference_dtype(config) == reference_dtype(trained):
+            theirs, ours, ref_logps, policy_logps = _with_model(trained, "policy", partial(_do_all, work))
+        else:
+            theirs = _with_model(config, "reference", lambda model, packed: work.draw(model))
+            ours, policy_logps = _with_model(trained, "policy", partial(_draw_and_score, work, theirs))
+            ref_logps = _with_model(config, "reference", lambda model, packed: work.score(model, packed, ours, theirs))
+    finally:
+        work.progress.close()
+    return {
+        "policy": _Replies(ours, ref_logps[0], policy_logps[0]),
+        "reference": _Replies(theirs, ref_logps[1], policy_logps[1]),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is asked of each model alike."""
+
+    prompts: list[list[int]]
+    sampling: Sampling
+    stops: list[int]
+    pad_id: int
+    flag: StopFlag
+    progress: Progress
+
+    def draw(self, model: Any) -> list[list[int]]:
+        """Have a model write a reply to each prompt."""
+        return draw_replies(
+            model,
+            self.prompts,
+            self.sampling,
+            stops=self.stops,
+            pad_id=self.pad_id,
+            flag=self.flag,
+            count=lambda replies: self.progress.advance(replies, {}),
+        )
+
+    def score(self, model: Any, packed: bool, ours: list[list[int]], theirs: list[list[int]]) -> list[list[float]]:
+        """Give a model's logps of the policy's and of the reference's replies."""
+        leave_if_asked(self.flag)
+        return score_replies(model, self.prompts, ours, theirs, packed=packed, pad_id=self.pad_id)
+
+
+def _draw_and_score(
+    work: _Work, theirs: list[list[int]], model: Any, packed: bool
+) -> tuple[list[list[int]], list[list[float]]]:
+    ours = work.draw(model)
+    return ours, work.score(model, packed, ours, theirs)
+
+
+def _do_all(
+    work: _Work, model: Any, packed: bool
+) -> tuple[list[list[int]], list[list[int]], list[list[float]], list[list[float]]]:
+    """Do both models' part with one, whose adapter is switched off for the reference's."""
+    with model.disable_adapter():
+        theirs = work.draw(model)
+    ours, policy_logps = _draw_and_score(work, theirs, model, packed)
+    with model.disable_adapter():
+        return theirs, ours, work.score(model, packed, ours, theirs), policy_logps
+
+
+def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
+    """Load the reference that the settings name, have it work, and let go of it."""
+    named = config.reference
+    click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
+    with without_progress_bar():
+        model: Any = load_reference(config, pick_device())
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if _is_here(weight)):
+        raise DataError(f"the {what}'s weights are not all numbers; if that is the policy, its training has diverged")
+    prepare(model)
+    try:
+        return work(model, check_scoring(model, f"the {what}"))
+    finally:
+        del model
+        free_memory()
+
+
+def _is_here(weight: Any) -> bool:
+    """Whether a weight is a number that can be looked at: not in few bits, and not kept off the device."""
+    return bool(weight.is_floating_point()) and weight.device.type != "meta"
+
+
+def _rewards(
+    reward_model: str | None, prompts: Sequence[Prompt], texts: dict[str, list[str]], flag: StopFlag
+) -> dict[str, list[float | None]]:
+    if reward_model is None:
+        return {who: [None] * len(prompts) for who in texts}
+    click.echo(f"Loading the reward model {reward_model} ...")
+    reward = load_reward_model(reward_model, pick_device())
+    found: dict[str, list[float | None]] = {who: [] for who in texts}
+    for i, prompt in enumerate(prompts):
+        leave_if_asked(flag)
+        for who, value in zip(texts, reward(prompt.content, [texts[who][i] for who in texts]), strict=True):
+            found[who].append(value)
+    return found
+
+
+def _say_result(generations: Sequence[Generation], run_folder: Path, step: int) -> None:
+    first = generations[0]
+    told = f"{len(generations)} prompts of {first.set_name}, policy after step {step:,}: KL from the reference "
+    told += f"{estimate_kl(generations)} nats"
+    if first.temperature != 1:
+        told += " (biased: not drawn at temperature 1)"
+    before, after = (estimate_reward(generations, side) for side in ("reference", "policy"))
+    if after is not None:
+        told += f"; mean reward {before} before, {after} after"
+    click.echo(told)
+    click.echo(f"Replies are in {run_folder / GENERATIONS}; refshard report {run_folder} shows them")
