@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
-import inspect
+import json
 import re
 import shlex
+import shutil
 import types
 import typing
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 import trl
-from conftest import make_run, refshard, simple_rows  # noqa: F401  make_run is a fixture
+from conftest import refshard, simple_rows, write_config, write_jsonl
 from test_layout import PIPELINE, STAGES
 
 from pipeline.config import (
@@ -273,9 +276,19 @@ def test_every_option_of_dpoconfig_is_in_the_table_once() -> None:
 
 
 def test_every_argument_of_the_trainer_and_every_option_of_the_command_is_in_its_table() -> None:
-    assert mapped("DPOTrainer").keys() == inspect.signature(trl.DPOTrainer.__init__).parameters.keys() - {"self"}
+    assert mapped("DPOTrainer").keys() == arguments_of_trainer()
     options = [f.name for kind in (trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(kind)]
     assert mapped("`trl dpo`").keys() == {f"--{name}" for name in options}
+
+
+def arguments_of_trainer() -> set[str]:
+    """Arguments of DPOTrainer, read from its source, whose import takes seconds."""
+    source = Path(trl.__file__).parent / "trainer" / "dpo_trainer.py"
+    [trainer] = [
+        node for node in ast.parse(source.read_text("utf-8")).body if getattr(node, "name", "") == "DPOTrainer"
+    ]
+    [made] = [node for node in trainer.body if getattr(node, "name", "") == "__init__"]
+    return {argument.arg for argument in made.args.args} - {"self"}
 
 
 @pytest.mark.parametrize("first", ["DPOConfig", "DPOTrainer", "`trl dpo`"])
@@ -321,7 +334,7 @@ def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> N
     assert arguments.pop("precompute_ref_log_probs") is True
     names = mapped("DPOConfig")
     for name, value in arguments.items():
-        found: Any = training[name] if name in training else config
+        found: Any = training.get(name, config)
         if found is config:
             for key in names[name][0].split("."):
                 found = getattr(found, key)
@@ -340,3 +353,178 @@ def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> N
 
 def test_own_fields_of_train_have_the_defaults_that_are_compared() -> None:
     assert own_defaults().keys() == OWN_TRAIN_FIELDS.keys()
+
+
+# --- The shard format ---
+
+FORMAT = "docs/shard-format.md"
+PLACE = "runs/default/shards"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A store that the real command made, and the pairs in it as transformers scores them."""
+
+    folder: Path
+    rows: list[dict[str, str]]
+    ids: list[tuple[list[int], list[int], list[int]]]
+    """Of prompt, chosen, rejected"""
+    logps: list[tuple[list[float], list[float]]]
+    """Token logps of chosen and rejected"""
+
+    @property
+    def margins(self) -> np.ndarray:
+        return np.array([sum(chosen) - sum(rejected) for chosen, rejected in self.logps])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, tokenizer: Any) -> Scored:
+    folder, rows = tmp_path_factory.mktemp("format"), simple_rows(20)
+    config = write_config(
+        folder / "run.yaml",
+        data={"path": str(write_jsonl(folder / "pairs.jsonl", [*rows, {"prompt": "?"}])), "on_bad_row": "skip"},
+        policy={"model": str(model_folder)},
+        precompute={"output": str(folder / PLACE), "rows_per_shard": 8, "tokens_per_batch": 512},
+    )
+    refshard("precompute", "--config", config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+
+    def after(prompt: list[int], text: str) -> tuple[list[int], list[float]]:
+        whole = tokenizer(text + tokenizer.eos_token)["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        with torch.no_grad():
+            logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        return whole[len(prompt) :], [logps[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))]
+
+    ids, logps = [], []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        (chosen, of_chosen), (rejected, of_rejected) = (
+            after(prompt, row["prompt"] + row[s]) for s in ("chosen", "rejected")
+        )
+        ids.append((prompt, chosen, rejected))
+        logps.append((of_chosen, of_rejected))
+    return Scored(folder, rows, ids, logps)
+
+
+def ran(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(block, FORMAT, "exec"), names)
+    return names
+
+
+def block_with(word: str) -> str:
+    [block] = [block for block in blocks_in(FORMAT, "python") if word in block]
+    return block
+
+
+@pytest.mark.parametrize("library", ["duckdb", "polars", "pandas"])
+def test_readers_give_what_transformers_gives(scored: Scored, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scored.folder)
+    [block] = [b for b in blocks_in(FORMAT, "python") if f"import {library}" in b and "most_wrong" in b]
+    found = ran(block)
+    margins = scored.margins
+    assert found["pairs"] == len(margins) == 20
+    assert 0 < found["agrees"] < 1 and found["agrees"] == pytest.approx((margins > 0).mean())
+    assert found["most_wrong"] == margins.argmin()
+
+
+def test_the_lists_are_token_log_probs_in_nats(scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scored.folder)
+    tokens = [value for chosen, _ in scored.logps for value in chosen]
+    assert ran(block_with("per_token"))["per_token"] == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_the_key_made_by_hand_is_the_stores(scored: Scored) -> None:
+    block = block_with("def pair_key")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    by_hand = ran(block)["pair_key"]
+    keys = [row["pair_key"] for part in parts(scored) for row in part.to_pylist()]
+    assert keys == [by_hand(*ids) for ids in scored.ids]
+    prompt, chosen, rejected = scored.ids[0]
+    assert by_hand([*prompt, chosen[0]], chosen[1:], rejected) != keys[0]
+
+
+def parts(scored: Scored) -> list[pa.Table]:
+    return [pq.read_table(file) for file in sorted((scored.folder / PLACE / "train").glob("part-*.parquet"))]
+
+
+def test_seals_are_as_the_page_says_and_a_changed_value_breaks_each(
+    scored: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(scored.folder / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    seals, digest = block_with("def sha256_of"), block_with("expected = footer.pop")
+    ran(seals)
+    ran(digest)
+    store = tmp_path / PLACE / "train"
+    for name, old, new in (
+        ("manifest.json", '"split": "train"', '"split": "test"'),
+        ("index.json", '"kept": 20', '"kept": 19'),
+    ):
+        text = (store / name).read_text()
+        assert old in text
+        (store / name).write_text(text.replace(old, new))
+        with pytest.raises(AssertionError):
+            ran(seals)
+        (store / name).write_text(text)
+    part = pq.read_table(store / "part-00000.parquet")
+    changed = part.set_column(1, part.schema.field("row"), pa.array([7, *part["row"].to_pylist()[1:]], pa.int64()))
+    pq.write_table(changed, store / "part-00000.parquet")
+    for block in (seals, digest):
+        with pytest.raises(AssertionError):
+            ran(block)
+
+
+def test_the_tables_of_the_format_name_what_is_in_the_files_and_nothing_else(scored: Scored) -> None:
+    store = scored.folder / PLACE / "train"
+    for part in parts(scored):
+        assert [[name, kind] for name, kind, _ in table(FORMAT, "column")] == [
+            [f"`{field.name}`", str(field.type)] for field in part.schema
+        ]
+        assert not any(field.nullable for field in part.schema)
+        assert {code_of(key)[0] for key, _ in table(FORMAT, "key")} == {key.decode() for key in part.schema.metadata}
+    manifest, index = (json.loads((store / name).read_text()) for name in ("manifest.json", "index.json"))
+    of_manifest, of_index = [
+        [line.split("|")[1].strip(" `") for line in found.splitlines()]
+        for found in re.findall(r"^\| field \| \|\n\|---\|---\|\n((?:\|.*\n)+)", read(FORMAT), re.MULTILINE)
+    ]
+    assert set(of_manifest) == {*manifest, *(f"identity.{name}" for name in manifest["identity"])}
+    assert set(of_index) == set(index)
+    said = read(FORMAT)
+    for inner in (*manifest["identity"].values(), manifest["plan"], *index["parts"], index["totals"], index["noise"]):
+        assert not isinstance(inner, dict) or all(f"`{name}`" in said for name in inner)
+    [line] = (store / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() == {"row", "place", "reason", "message"}
+
+
+# --- Contributing ---
+
+HOW_TO = "docs/contributing.md"
+
+
+def test_the_tree_lists_every_module_in_its_order() -> None:
+    tree = next(block for kind, block in blocks(read(HOW_TO)) if kind == "shell" and "pipeline/ " in block)
+    of_parts, of_stages = tree[tree.index("pipeline/ ") : tree.index("tests/ ")].split("stages/ ")
+    assert re.findall(r"^  (\w+)\.py ", of_parts, re.MULTILINE) == PIPELINE
+    assert set(re.findall(r"^  (\w+)\.py ", of_stages, re.MULTILINE)) == set(STAGES)
+
+
+def test_every_law_names_tests() -> None:
+    laws = [line.strip("|").split(" | ") for line in read(HOW_TO).splitlines() if line.startswith("| L")]
+    assert [row[0].strip() for row in laws] == [f"L{n}" for n in range(1, 12)]
+    assert all("tests/" in row[2] or row[2].strip() == "the same" for row in laws)
+
+
+def test_the_example_of_a_loss_is_its_formula() -> None:
+    [block] = [block for block in blocks_in(HOW_TO, "python") if "def dpop" in block]
+    dpop = ran(block)["dpop"]
+    # Chosen has become less likely by 1 nat: -log sigmoid(0.1 (1 - 5)); more likely: plain DPO.
+    found = dpop(torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 0.0]), beta=0.1, lam=5.0)
+    assert found.tolist() == pytest.approx([np.log1p(np.exp(0.4)), np.log1p(np.exp(-0.1))])
+
+
+def test_the_examples_of_a_family_and_of_a_dataset_form_are_true() -> None:
+    family, form = (block for block in blocks_in(HOW_TO, "python") if "def dpop" not in block)
+    assert family.strip() in read("tests/test_architectures.py")
+    exec(compile(form, HOW_TO, "exec"), {"to_pair": to_pair})
