@@ -30,6 +30,7 @@ from pipeline.config import (
     load_config,
     training_settings,
 )
+from pipeline.errors import ConfigError
 from pipeline.pairs import to_pair
 from stages.cli import main
 
@@ -198,20 +199,45 @@ def problems_of(words: list[str], *, whole: bool) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_that_a_page_names_exists(name: str, known: dict[str, Any]) -> None:
+    assert not unknown_settings(read(name), known)
+
+
+def unknown_settings(text: str, known: dict[str, Any]) -> list[str]:
+    """Dotted keys in a page's inline code, and after -o, that no settings have."""
     sections = "|".join(f.name for f in dataclasses.fields(Config))
-    found = re.findall(
-        rf"(?:^|[\s,(])((?:{sections})\.[a-z_][\w.]*)(?![\w/]*\.(?:py|sh|md))", "\n".join(spans(read(name)))
-    )
-    found += re.findall(r"-o ((?:\w+\.)+\w+)=", read(name))
-    files = {"py", "sh", "jsonl", "parquet", "md", "yaml", "json"}
-    keys = {key.rstrip(".") for key in found if key.rsplit(".", 1)[-1] not in files}
-    open_ended = {"data.columns", "train.fsdp_config", "cluster.kubernetes.node_selector"}
-    unknown = [
-        key
-        for key in keys
-        if key not in known and key.rpartition(".")[0] not in open_ended and not re.fullmatch(r"data\.eval\.\w+", key)
+    found = re.findall(rf"(?:^|[\s,(])((?:{sections})\.[a-z_][\w.]*)", "\n".join(spans(text)))
+    found += re.findall(r"-o ((?:\w+\.)+\w+)=", text)
+    keys = {key.rstrip(".") for key in found if key.rsplit(".", 1)[-1] not in ("py", "sh", "jsonl", "parquet", "md")}
+    # Names of the user's own, and mappings of which the library knows the keys.
+    own = re.compile(r"(data\.columns|data\.eval|train\.fsdp_config|cluster\.kubernetes\.node_selector)\.\w+")
+    return sorted(key for key in keys if key not in known and not own.fullmatch(key))
+
+
+def test_what_does_not_exist_is_found(known: dict[str, Any], tmp_path: Path) -> None:
+    for words in (
+        "refshard trian --config F",
+        "refshard train --config F --one-windows",
+        "refshard train -o loss.beta=1",
+        "refshard inspect",
+        "refshard inspect one two",
+        "refshard submit slurm --config",
+    ):
+        assert problems_of(words.split(), whole=True), words
+    assert not problems_of("refshard submit k8s --config F --workers 3 --submit".split(), whole=True)
+    assert problems_of("refshard verify --model".split(), whole=False) == []
+    assert problems_of("refshard verify --modal M".split(), whole=False)
+    assert unknown_settings("`loss.betta: 1`, `train.lerning_rate`, -o data.pth=x, `train.py`, `loss.beta`", known) == [
+        "data.pth",
+        "loss.betta",
+        "train.lerning_rate",
     ]
-    assert not unknown
+    with pytest.raises(ConfigError, match="betta"):
+        completed(tmp_path, "loss: {betta: 1}")
+    assert anchors("# One, two\n```\n# no\n```\n## `a_b`: c-d") == {"one-two", "a_b-c-d"}
+    assert list(blocks("a\n\n    refshard x\n    y\n\nb\n```yaml\nk: v\n```\n")) == [
+        ("yaml", "k: v\n"),
+        ("shell", "refshard x\ny\n"),
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""Every loss and option trains as TRL's DPOTrainer does, to rounding: the table in docs/losses.md, held to its bar (L3)."""
+"""Every loss and option trains as TRL's DPOTrainer does, to rounding: docs/losses.md's table, held to its bar (L3)."""
 
 import dataclasses
 from typing import Any, get_args
