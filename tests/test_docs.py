@@ -382,6 +382,19 @@ def test_own_fields_of_train_have_the_defaults_that_are_compared() -> None:
     assert own_defaults().keys() == OWN_TRAIN_FIELDS.keys()
 
 
+def test_the_trainer_that_reads_exported_columns_is_the_one_that_is_tested() -> None:
+    [shown] = [block for block in blocks_in("docs/guide.md", "python") if "class ReadsColumns" in block]
+    tested = read("tests/test_import_export.py")
+    both = [
+        next(n for n in ast.walk(ast.parse(text)) if getattr(n, "name", "") == "ReadsColumns")
+        for text in (shown, tested)
+    ]
+    methods = [[n for n in found.body if isinstance(n, ast.FunctionDef)] for found in both]
+    said = [[(m.name, [a.arg for a in m.args.args], ast.unparse(m.body)) for m in found] for found in methods]
+    assert said[0] == said[1]
+    assert ast.unparse(both[0].bases[0]) == ast.unparse(both[1].bases[0])
+
+
 # --- The shard format ---
 
 FORMAT = "docs/shard-format.md"
