@@ -18,7 +18,7 @@ The largest is over the ten steps; the mean is over the ten steps of one metric.
 of any of them, and the mean of the one whose mean is worst.
 
     python tests/parity_table.py            print the table
-    python tests/parity_table.py --write    and put it into README.md, between its two markers
+    python tests/parity_table.py --write    and put it into docs/losses.md, between its two markers
 """
 
 import argparse
@@ -49,7 +49,7 @@ from pipeline.shards import open_store
 from pipeline.sources import open_source, read_rows
 from pipeline.trainer import PairTrainer, balance_weight, make_collator
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 OPENING, CLOSING = "<!-- parity table -->", "<!-- end of parity table -->"
 
 STEPS, BATCH_PAIRS, SEED, MAX_LENGTH = 10, 8, 42, 128
@@ -427,7 +427,7 @@ and TRL 0. `tests/parity_table.py` makes this table, and `tests/test_loss_parity
 
 
 def names_in(text: str) -> list[str] | None:
-    """Names of the cases in a README's table, in order; None where it has no markers."""
+    """Names of the cases in the table of a page, in order; None where it has no markers."""
     found = _BLOCK.search(text)
     return found and [line.split(" | ")[0].removeprefix("| ") for line in found[2].splitlines() if line[:3] == "| `"]
 
@@ -442,10 +442,10 @@ _BLOCK = re.compile(f"({re.escape(OPENING)}\n)(.*?)({re.escape(CLOSING)})", re.D
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare refshard's training with TRL's, loss by loss.")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md, between its markers")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/losses.md, between its markers")
     write = parser.parse_args().write
-    if write and names_in(README.read_text(encoding="utf-8")) is None:
-        sys.exit(f"{README}: has no lines {OPENING} and {CLOSING} to write between")
+    if write and names_in(PAGE.read_text(encoding="utf-8")) is None:
+        sys.exit(f"{PAGE}: has no lines {OPENING} and {CLOSING} to write between")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results: list[tuple[Case, Gaps | None, float]] = []
@@ -465,9 +465,9 @@ def main() -> None:
             )
     made = table(results)
     print(made)
-    new = put_into(README.read_text(encoding="utf-8"), made)
+    new = put_into(PAGE.read_text(encoding="utf-8"), made)
     if write and new is not None:
-        README.write_text(new, encoding="utf-8")
+        PAGE.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_sums_alone_refuse_what_needs_tokens(scored: tuple[Path, list[dict[str, 
 
 
 class ReadsColumns(trl.DPOTrainer):
-    """The README's: TRL's trainer, taking the reference log-probs from the dataset instead of scoring."""
+    """The guide's: TRL's trainer, taking the reference log-probs from the dataset instead of scoring."""
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset

@@ -1,4 +1,4 @@
-"""Every loss and option trains as TRL's DPOTrainer does, to rounding: the table in the README, held to its bar (L3)."""
+"""Every loss and option trains as TRL's DPOTrainer does, to rounding: docs/losses.md's table, held to its bar (L3)."""
 
 import dataclasses
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from parity_table import (
     LARGEST_BAR,
     MOVED_BAR,
     OPENING,
-    README,
+    PAGE,
     Bench,
     Case,
     measure,
@@ -88,10 +88,10 @@ def test_the_cases_name_every_loss_once_and_no_case_twice() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_the_readme_lists_exactly_the_scripts_cases() -> None:
-    listed = names_in(README.read_text(encoding="utf-8"))
+def test_the_page_lists_exactly_the_scripts_cases() -> None:
+    listed = names_in(PAGE.read_text(encoding="utf-8"))
     if listed is None:
-        pytest.skip("the README has no place for the table")
+        pytest.skip("the page has no place for the table")
     assert listed == [case.name for case in CASES]
 
 
