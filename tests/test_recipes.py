@@ -73,7 +73,7 @@ def test_the_commands_at_the_head_are_commands_and_name_the_recipe_and_its_hardw
         context = click.Context(main)
         rest = words[1:]
         while isinstance(command, click.Group):
-            name, command, rest = command.resolve_command(context, rest)
+            _, command, rest = command.resolve_command(context, rest)
             assert command is not None
         # Options are read, nothing is run.
         parameters = command.make_context(words[1], list(rest)).params
@@ -258,6 +258,7 @@ def test_texts_that_become_a_conversation_are_scored_under_the_models_chat_templ
         "data.eval": "{}",
         "policy.model": make_model(tmp_path / "model", tokenizer),
         "policy.dtype": "float32",
+        "train.bf16": "false",
         "reference.dtype": "float32",
         "precompute.output": tmp_path / "shards",
     }
