@@ -14,7 +14,7 @@ import torch
 
 from pipeline.fused import liger_logps, liger_pays
 
-__all__ = ["Head", "TokenStatistics", "head_of", "token_logps", "token_statistics"]
+__all__ = ["Head", "TokenStatistics", "head_of", "positions_of_chunk", "token_logps", "token_statistics"]
 
 # Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
 _CHUNK_BYTES = 64 * 2**20
@@ -71,6 +71,12 @@ def head_of(model: Any) -> Head:
         scale=1.0 if scale is None else float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def positions_of_chunk(positions: int, vocabulary: int, *, on_gpu: bool) -> int:
+    """Say how many positions' logits are in memory at once."""
+    bytes_of_chunk = _CHUNK_BYTES_ON_GPU if on_gpu else _CHUNK_BYTES
+    return min(positions, max(_SMALLEST_CHUNK, bytes_of_chunk // (4 * vocabulary)))
 
 
 def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -154,8 +160,7 @@ class _Chunks:
         """Of the logits and all that is made of them"""
         self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
         self._bias, self._scale, self._softcap = bias, scale, softcap
-        bytes_of_chunk = _CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES_ON_GPU
-        self._size = min(len(hidden), max(_SMALLEST_CHUNK, bytes_of_chunk // (4 * len(weight))))
+        self._size = positions_of_chunk(len(hidden), len(weight), on_gpu=device != "cpu")
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Give each chunk's positions and its logits, [positions, vocabulary], which the next chunk overwrites."""

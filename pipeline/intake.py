@@ -13,6 +13,7 @@ from pipeline.config import DataConfig
 from pipeline.errors import BadRow
 from pipeline.pairs import to_pair
 from pipeline.sources import Row
+from pipeline.survey import Survey
 from pipeline.tokens import TokenizedPair, pair_key, tokenize, truncate
 
 if TYPE_CHECKING:
@@ -83,9 +84,13 @@ class Ledger:
 
 
 def kept_pairs(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
+    rows: Iterable[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    ledger: Ledger,
+    survey: Survey | None = None,
 ) -> Iterator[KeptPair]:
-    """Yield the pairs that can be scored, in the rows' order, and keep the books.
+    """Yield the pairs that can be scored, in the rows' order, and keep the books; a survey learns of every row too.
 
     Raises:
         BadRow: A row can't be a pair and `data.on_bad_row` is `stop`; the message names the way on.
@@ -93,7 +98,8 @@ def kept_pairs(
     for row in rows:
         ledger.rows += 1
         try:
-            whole = tokenize(to_pair(row.load(), data.columns, row.place), tokenizer, row.place)
+            pair = to_pair(row.load(), data.columns, row.place)
+            whole = tokenize(pair, tokenizer, row.place)
         except BadRow as error:
             if data.on_bad_row == "stop":
                 way_on = "Set data.on_bad_row: skip, or mend the row and start over with --overwrite"
@@ -102,14 +108,16 @@ def kept_pairs(
             ledger.skipped.append(
                 {"row": row.number, "place": row.place, "reason": error.reason, "message": str(error)}
             )
+            if survey is not None:
+                survey.refuse(row.place, row.number, error.reason, str(error))
             continue
         scored = truncate(whole, data.max_length)
-        if scored is None:
-            ledger.drop("prompt_too_long")
-            continue
         identical = whole.chosen_ids == whole.rejected_ids
-        if identical and data.on_identical == "drop":
-            ledger.drop("identical")
+        if scored is None or (identical and data.on_identical == "drop"):
+            reason = "prompt_too_long" if scored is None else "identical"
+            ledger.drop(reason)
+            if survey is not None:
+                survey.drop(row.place, row.number, reason, pair, whole)
             continue
         ledger.kept += 1
         ledger.noted.update(
@@ -122,7 +130,10 @@ def kept_pairs(
             )
             if holds
         )
-        yield KeptPair(row=row.number, place=row.place, key=pair_key(whole), pair=scored, truncated=scored is not whole)
+        key = pair_key(whole)
+        if survey is not None:
+            survey.keep(row.place, row.number, key, pair, whole, scored, tokenizer)
+        yield KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=scored is not whole)
 
 
 def kept_rows(

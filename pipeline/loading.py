@@ -29,11 +29,12 @@ from pipeline.errors import UnfinishedError
 from pipeline.intake import KeptPair, Ledger, kept_pairs
 from pipeline.signals import work_unsignalled
 from pipeline.sources import Row, Source, count_rows, read_rows
+from pipeline.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Unit", "UnitQueue", "count_loaders", "load_pairs"]
+__all__ = ["Unit", "UnitQueue", "count_loaders", "load_pairs", "survey_pairs"]
 
 # A process and its queue cost about a tenth of a second, in which a few hundred rows are tokenized.
 _FEW_ROWS = 512
@@ -52,7 +53,9 @@ class Unit:
     number: int
     """Position among all units of the source, from 0"""
     pairs: list[KeptPair]
+    """Left out of a unit with a survey"""
     ledger: Ledger
+    survey: Survey | None = None
 
 
 def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: int) -> int:
@@ -102,6 +105,7 @@ class UnitQueue:
         share: (I, N): give the units whose number leaves I when divided by N.
         is_done: Tells by its number that a unit is not needed any more; asked when its turn to be read comes.
         num_loaders: Processes that read and tokenize; 0: none but this one.
+        survey_batch: Survey each unit in place of its pairs; compare with padded batches of so many pairs.
     """
 
     num_units: int
@@ -118,6 +122,7 @@ class UnitQueue:
         share: tuple[int, int] = (0, 1),
         is_done: Callable[[int], bool] | None = None,
         num_loaders: int = 0,
+        survey_batch: int | None = None,
     ) -> None:
         # A fork starts in milliseconds, and loaders touch neither model nor device. Elsewhere it is not safe or absent.
         self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -130,6 +135,7 @@ class UnitQueue:
             wanted=wanted,
             share=share,
             is_done=is_done,
+            survey_batch=survey_batch,
             # Without a lock of its own: it is read in a signal handler.
             closing=self._context.RawValue("b", 0) if num_loaders else None,
         )
@@ -207,6 +213,37 @@ def load_pairs(
             yield from unit.pairs
 
 
+def survey_pairs(
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    ledger: Ledger,
+    *,
+    rows_per_unit: int,
+    batch_pairs: int,
+) -> Survey:
+    """Survey the pairs of a whole source, in loader processes; the ledger learns what `kept_pairs` would tell it.
+
+    Args:
+        source: Where the rows are.
+        tokenizer: Tokenizes them.
+        data: What is kept and how it is cut.
+        ledger: Keeps the books, but for the list of what was skipped.
+        rows_per_unit: Consecutive rows among which a prompt is computed once.
+        batch_pairs: Pairs of the padded batches that are compared with.
+    """
+    num_loaders = count_loaders(source, count_rows(source), rows_per_unit, most=_MOST_LOADERS)
+    whole = Survey(batch_pairs)
+    with UnitQueue(
+        source, tokenizer, data, rows_per_unit=rows_per_unit, num_loaders=num_loaders, survey_batch=batch_pairs
+    ) as units:
+        for unit in units:
+            assert unit.survey is not None
+            ledger.add(unit.ledger.as_dict())
+            whole.add(unit.survey)
+    return whole
+
+
 @dataclass(frozen=True)
 class _Skipped:
     """Stands where a unit would be that is done already, so that the units behind it keep their turns."""
@@ -241,10 +278,12 @@ class _UnitStream(IterableDataset[Any]):
         wanted: frozenset[int] | None,
         share: tuple[int, int],
         is_done: Callable[[int], bool] | None,
+        survey_batch: int | None,
         closing: Any,
     ) -> None:
         self._source, self._tokenizer, self._data = source, tokenizer, data
         self._rows_per_unit, self._wanted, self._share, self._is_done = rows_per_unit, wanted, share, is_done
+        self._survey_batch = survey_batch
         self.closing = closing
 
     def __iter__(self) -> Iterator[Any]:
@@ -267,10 +306,21 @@ class _UnitStream(IterableDataset[Any]):
             if self._is_done is not None and self._is_done(unit):
                 yield _Skipped()
                 continue
-            ledger = Ledger()
-            pairs = list(kept_pairs(rows, self._tokenizer, self._data, ledger))
-            yield Unit(number=unit, pairs=pairs, ledger=ledger)
+            yield self._read_unit(unit, rows)
         yield _End(unit + 1)
+
+    def _read_unit(self, number: int, rows: Iterator[Row]) -> Unit:
+        ledger = Ledger()
+        if self._survey_batch is None:
+            pairs = list(kept_pairs(rows, self._tokenizer, self._data, ledger))
+            return Unit(number=number, pairs=pairs, ledger=ledger)
+        survey = Survey(self._survey_batch)
+        for _ in kept_pairs(rows, self._tokenizer, self._data, ledger, survey):
+            pass
+        survey.close()
+        # Of a million bad rows the survey has a few examples.
+        ledger.skipped.clear()
+        return Unit(number=number, pairs=[], ledger=ledger, survey=survey)
 
     def _units(self) -> Iterator[tuple[int, Iterator[Row]]]:
         """Cut the source, or its wanted rows, into units, numbered from 0; unread rows are never decoded."""

@@ -12,7 +12,7 @@ from pipeline.packing import make_batch
 from pipeline.scoring import input_device, score
 from pipeline.tokens import TokenizedPair
 
-__all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "tokens_that_fit"]
+__all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "tokens_for", "tokens_that_fit"]
 
 # More tokens at once make a CPU slower, whose caches they leave; a fixed number makes every run the same to the bit.
 _ON_CPU = 2048
@@ -28,13 +28,23 @@ def tokens_that_fit(model: Any, packed: bool) -> int:
     """
     devices = list(dict.fromkeys(p.device for p in model.parameters() if p.device.type == "cuda"))
     if not devices:
-        return _ON_CPU
+        return tokens_for(None, 0)
     small, large = (_peaks(model, packed, tokens, devices) for tokens in (_FEWEST // 2, _FEWEST))
     free_memory()
-    tokens = _MOST
-    for device, less, more in zip(devices, small, large, strict=True):
-        per_token = max((more - less) / (_FEWEST // 2), 1.0)
-        tokens = min(tokens, int(_SHARE * torch.cuda.mem_get_info(device)[0] / per_token))
+    return min(
+        tokens_for(torch.cuda.mem_get_info(device)[0], (more - less) / (_FEWEST // 2))
+        for device, less, more in zip(devices, small, large, strict=True)
+    )
+
+
+def tokens_for(free: float | None, per_token: float) -> int:
+    """Choose the tokens of one forward pass for so many free bytes of a GPU, of which a token takes `per_token`.
+
+    None stands for a CPU.
+    """
+    if free is None:
+        return _ON_CPU
+    tokens = min(_MOST, int(_SHARE * free / max(per_token, 1.0)))
     return 1 << (max(_FEWEST, tokens).bit_length() - 1)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, Quantization
+from pipeline.config import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
 from pipeline.digests import sha256_of_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import read_json
@@ -28,12 +28,14 @@ __all__ = [
     "at_checkpoint",
     "declared_reference",
     "disable_dropout",
+    "empty_model",
     "find_adapter",
     "find_model",
     "load_plain",
     "load_policy",
     "load_reference",
     "load_tokenizer",
+    "model_settings",
     "pick_device",
     "policy_settings",
     "reference_dtype",
@@ -60,21 +62,25 @@ _UNUSABLE = (
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def find_model(name: str, revision: str | None, key: str) -> Path:
+def find_model(name: str, revision: str | None, key: str, *, weights: bool = True) -> Path:
     """Give the local folder of a model: the folder itself, or the hub's snapshot, fetched if needed.
 
     Args:
         name: Folder or hub name.
         revision: Branch, tag or commit on the hub; ignored for a folder.
         key: The setting that named it, for messages.
+        weights: Whether they are needed too; false fetches none of them.
 
     Raises:
         ConfigError: There is no such folder or hub model, or it is no safetensors model.
     """
-    folder = _find(name, revision, key, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
+    folder = _find(name, revision, key, [*patterns, "*.safetensors"] if weights else patterns)
     if not (folder / "config.json").exists():
         hint = "; it holds an adapter, name that with the key `adapter`" if (folder / ADAPTER_CONFIG).exists() else ""
         raise ConfigError(f"{key}: {name}: no config.json in it, so no model{hint}")
+    if not weights:
+        return folder
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
     _check_weight_index(folder / "model.safetensors.index.json", key)
@@ -148,8 +154,8 @@ class NamedModel:
     key: str
     """The setting that named it, for messages"""
 
-    def folder(self) -> Path:
-        return find_model(self.name, self.revision, self.key)
+    def folder(self, *, weights: bool = True) -> Path:
+        return find_model(self.name, self.revision, self.key, weights=weights)
 
 
 def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
@@ -231,11 +237,14 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     return settings, weights
 
 
-def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
-    """Load the policy's tokenizer, which tokenizes for both models in both stages."""
+def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokenizerBase":
+    """Load the policy's tokenizer, which tokenizes for both models in both stages.
+
+    Where `weights` is false, those of a hub model are not fetched along with it.
+    """
     from transformers import AutoTokenizer
 
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
+    folder = find_model(config.policy.model, config.policy.revision, "policy.model", weights=weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Rust library behind it raises nothing more special
@@ -359,6 +368,49 @@ def load_policy(config: Config) -> Any:
     return model
 
 
+def empty_model(settings: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
+    """Make a model without weights, on the meta device, which takes neither memory nor files.
+
+    Args:
+        settings: Its transformers config.
+        policy: Says which adapter is trained on it.
+
+    Returns:
+        The plain model; and, of its adapter, the number of trained parameters and its rank (0 for IA3).
+
+    Raises:
+        ConfigError: The library makes no causal language model of it, or the adapter does not fit.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = _from_config(settings)
+    except _UNUSABLE as error:
+        raise ConfigError(f"policy.model: can't be made from its config.json: {_first_line(error)}") from error
+    if policy is None or not policy.has_adapter:
+        return model, None
+    if policy.adapter is not None:
+        from peft import PeftConfig
+
+        adapter: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
+        adapter.inference_mode = False
+    else:
+        adapter = _lora_config(policy.lora) if policy.lora is not None else _ia3_config(policy.ia3 or Ia3Settings())
+    # The plain model is not to be changed: it is what the weights are counted in.
+    with torch.device("meta"):
+        wrapped = _with_fresh_adapter(_from_config(settings), adapter, "policy")
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return model, (trained, int(getattr(adapter, "r", 0) or 0))
+
+
+def _from_config(settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    library: Any = AutoModelForCausalLM
+    return library.from_config(settings, trust_remote_code=False)
+
+
 def at_checkpoint(config: Config, folder: Path) -> Config:
     """Give the settings with the policy as it is saved in a folder: a checkpoint, or a finished run."""
     policy = config.policy
@@ -389,10 +441,18 @@ def policy_settings(config: Config) -> Any:
     return _text_settings(NamedModel(config.policy.model, config.policy.revision, "policy.model"))
 
 
-def _text_settings(named: NamedModel) -> Any:
+def model_settings(config: Config) -> tuple[Any, Any]:
+    """Read the config.json of policy and reference, as `policy_settings` does; fetches no weights of hub models."""
+    policy = _text_settings(NamedModel(config.policy.model, config.policy.revision, "policy.model"), weights=False)
+    if config.reference.model is None or config.reference.declared is not None:
+        return policy, policy
+    return policy, _text_settings(reference_sources(config)[0], weights=False)
+
+
+def _text_settings(named: NamedModel, *, weights: bool = True) -> Any:
     from transformers import AutoConfig
 
-    folder = named.folder()
+    folder = named.folder(weights=weights)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except _UNUSABLE as error:

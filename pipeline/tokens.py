@@ -22,7 +22,7 @@ from pipeline.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "tokenize", "truncate"]
+__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "renders_prompt_alike", "tokenize", "truncate"]
 
 TOKENIZATION_VERSION = 1
 """Goes into every fingerprint; to be raised with any change here or in pairs.py that changes a token."""
@@ -144,6 +144,22 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
         reason = str(error) or type(error).__name__
         raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
     return ids[0], ids[1], ids[2]
+
+
+def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
+    """Tell whether a conversation's prompt, as text, is how both whole conversations begin.
+
+    Some templates write the prompt otherwise when an answer follows, and what differs is then scored as if it were the
+    answer's.
+    """
+    assert not isinstance(pair.prompt, str)
+    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {}), "tokenize": False}
+    with _time_limit():
+        prompt = tokenizer.apply_chat_template([*pair.prompt], add_generation_prompt=True, **arguments)
+        return all(
+            tokenizer.apply_chat_template([*pair.prompt, *completion], **arguments).startswith(prompt)
+            for completion in (pair.chosen, pair.rejected)
+        )
 
 
 _MOST_SECONDS = 60
