@@ -142,6 +142,8 @@ class Estimate:
     """None where the settings have no `train` section"""
     disk: Mapping[str, int]
     """Bytes, by what they are for"""
+    host_memory: int
+    """Bytes of the CPU's memory while the policy is loaded: every process holds it whole"""
 
     @property
     def total_disk(self) -> int:
@@ -227,7 +229,7 @@ def estimate(
         held_out: Of all held-out sets together.
         measured: Operations per second of one device, forward alone and with backward; taken instead of its peak.
     """
-    dtype = reference_dtype or ("bfloat16" if config.reference.dtype == "auto" else config.reference.dtype)
+    dtype = reference_dtype or _dtype_of(config.reference.dtype)
     train = None
     settings: dict[str, Any] = {}
     if config.train:
@@ -238,6 +240,7 @@ def estimate(
         precompute=_stage_one(config, reference or shapes, dtype, lengths, held_out, hardware, measured),
         train=train,
         disk=_disk(config, settings, shapes, lengths, held_out, train),
+        host_memory=hardware.count * _weight_bytes(shapes, _dtype_of(config.policy.dtype), config.policy.quantization),
     )
 
 
@@ -361,7 +364,7 @@ def _stage_two(
         flops += evaluations * forward_flops(
             shapes, held_out.packed_tokens, held_out.completion_tokens, _context_of(held_out)
         )
-    sixteen = autocast or _BYTES.get(policy.dtype, 4) == 2
+    sixteen = autocast or _BYTES.get(_dtype_of(policy.dtype), 4) == 2
     return StageEstimate(
         memory=memory,
         flops=flops,
@@ -384,7 +387,7 @@ def _training_memory(
     autocast: bool,
 ) -> dict[str, int]:
     policy = config.policy
-    dtype = "bfloat16" if policy.dtype == "auto" else policy.dtype
+    dtype = _dtype_of(policy.dtype)
     size = _BYTES.get(dtype, 4)
     sharded = hardware.count > 1 and bool(settings.get("fsdp") or settings.get("deepspeed"))
     devices = hardware.count if sharded else 1
@@ -433,6 +436,11 @@ def _training_memory(
         # The widest layer's weights as they are multiplied, again whole.
         memory["weights dequantized"] = product * shapes.hidden * shapes.intermediate
     return _held(memory)
+
+
+def _dtype_of(setting: str) -> str:
+    """What `auto` stands for in most checkpoints."""
+    return "bfloat16" if setting == "auto" else setting
 
 
 def _held(memory: Mapping[str, int]) -> dict[str, int]:

@@ -432,7 +432,7 @@ def load_plain(config: Config) -> Any:
 def reference_dtype(config: Config) -> Dtype:
     """Name the dtype that the reference is scored in. Fetches no weights."""
     named, _ = reference_sources(config)
-    settings = read_json(named.folder() / "config.json") if config.reference.dtype == "auto" else {}
+    settings = read_json(named.folder(weights=False) / "config.json") if config.reference.dtype == "auto" else {}
     return cast(Dtype, resolve_dtype(config.reference.dtype, settings))
 
 

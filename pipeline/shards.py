@@ -31,6 +31,7 @@ from pipeline.intake import Ledger
 from pipeline.storage import parse_json
 
 __all__ = [
+    "MANIFEST",
     "CheckedPart",
     "NoiseFloor",
     "ScoredPair",

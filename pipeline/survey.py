@@ -5,6 +5,7 @@ processes can each make their own. What it holds does not grow with the text: co
 length that occurs, and 16 bytes a pair by which duplicates and shared prompts are told.
 """
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -69,12 +70,12 @@ class Survey:
     shared_tokens: int = 0
     """What stage one computes: each prompt of a unit once"""
     padded_tokens: int = 0
-    """What batches of `batch_pairs` pairs compute, two padded rows for each, as they follow one another in the source"""
+    """What batches of `batch_pairs` pairs compute, two padded rows for each, cut from the rows in their order"""
     highest_id: int = -1
     """Of all tokens of kept pairs"""
-    keys: array[int] = field(default_factory=lambda: array("Q"))
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
     """Of each kept pair, the first 8 bytes of its key"""
-    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
     """Of each kept pair, 8 bytes that stand for its prompt"""
     _groups: dict[int, dict[int, int]] = field(default_factory=dict)
     """Of the open unit: by prompt, its tokens under 0 and those of each completion"""
@@ -218,7 +219,7 @@ def _beginnings(prompt: list[int], completion: list[int], bos: int | None, eos: 
 
 
 def _follows_itself(ids: list[int], token: int) -> bool:
-    return any(a == b == token for a, b in zip(ids, ids[1:], strict=False))
+    return any(a == b == token for a, b in itertools.pairwise(ids))
 
 
 def _digest(ids: list[int]) -> int:

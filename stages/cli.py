@@ -96,6 +96,7 @@ def main(debug: bool) -> None:
     \b
     refshard precompute --config run.yaml     reference log-probs into Parquet shards
     refshard train --config run.yaml          DPO on batches joined with those shards
+    refshard check --config run.yaml          rows, tokens, time, memory and disk, before a GPU is booked
     refshard inspect runs/shards              what the shards hold
     refshard verify runs/shards               whether they are whole
     refshard import FILE --config run.yaml    reference log-probs from a file
@@ -179,6 +180,59 @@ def train(
     from stages import train as stage
 
     stage.run(config, overwrite=overwrite, stop_at=stop_at)
+
+
+def _parse_memory(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|MB)", value.strip(), re.IGNORECASE)
+    if size is None:
+        raise click.BadParameter(f"{value!r}: expected a size like 24GB or 800MB")
+    return round(float(size[1]) * (10**9 if size[2].upper() == "GB" else 10**6))
+
+
+@main.command(short_help="What a run will take, before a GPU is booked.")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--hardware",
+    default="here",
+    show_default=True,
+    metavar="NAME",
+    help="What the run is planned for: 8xh100-80gb, a100-80gb, a100-40gb, h200-141gb, l40s-48gb, rtx4090-24gb, "
+    "t4-16gb, a memory (2x24GB), cpu, or here.",
+)
+@click.option("--rows", type=click.IntRange(min=1), metavar="N", help="Look at the first N rows of each set only.")
+@click.option(
+    "--max-dropped", type=click.FloatRange(0, 1), metavar="SHARE", help="Fail if more rows are dropped: 0.05."
+)
+@click.option(
+    "--max-cut", type=click.FloatRange(0, 1), metavar="SHARE", help="Fail if more pairs are cut at max_length."
+)
+@click.option("--max-memory", callback=_parse_memory, metavar="SIZE", help="Fail if a stage needs more of a GPU: 24GB.")
+@click.option("--max-hours", type=click.FloatRange(min=0), metavar="H", help="Fail if both stages take longer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def check(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    hardware: str,
+    rows: int | None,
+    max_dropped: float | None,
+    max_cut: float | None,
+    max_memory: int | None,
+    max_hours: float | None,
+    as_json: bool,
+) -> None:
+    """Say what becomes of the rows, what both stages will take, and what stage one has done already.
+
+    Needs no GPU and reads no weights. Exit status: 0; 65 rows are bad, or more are dropped or cut than allowed; 2 the
+    settings are impossible, or take more than allowed; 78 the shards that are there are of another reference.
+    """
+    config = load_config(config_file, overrides)
+    from stages import check as stage
+
+    limits = stage.Limits(max_dropped=max_dropped, max_cut=max_cut, max_memory=max_memory, max_hours=max_hours)
+    stage.run(config, hardware=hardware, rows=rows, limits=limits, as_json=as_json)
 
 
 @main.command(short_help="Check that shards are whole.")

@@ -1,0 +1,256 @@
+"""Estimates against what the library's own models have, keep and compute, and against closed forms."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import Config, DataConfig, LoraSettings, PolicyConfig, PrecomputeConfig, Quantization
+from pipeline.errors import ConfigError
+from pipeline.estimate import (
+    UTILISATION,
+    Estimate,
+    Lengths,
+    Shapes,
+    activation_bytes,
+    estimate,
+    forward_flops,
+    shapes_of,
+)
+from pipeline.hardware import Hardware, hardware_named
+from pipeline.packing import pack_pairs
+from pipeline.scoring import prepare, score
+from pipeline.tokens import TokenizedPair
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(**SIZES, num_hidden_layers=3),
+    "tied": transformers.Qwen2Config(**SIZES, num_hidden_layers=2, tie_word_embeddings=True),
+    "experts": transformers.MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2),
+    "not gated": transformers.GPT2Config(vocab_size=200, n_embd=64, n_layer=2, n_head=4),
+}
+LENGTHS = Lengths(
+    pairs=1000, prompt_tokens=200_000, chosen_tokens=100_000, rejected_tokens=60_000, longest_pair=900, usual_pair=700
+)
+# About what a model of 8 billion parameters has, in round numbers.
+EIGHT = Shapes(
+    layers=32,
+    hidden=4096,
+    intermediate=14336,
+    query=4096,
+    key_value=1024,
+    vocabulary=128_256,
+    parameters=8_000_000_000,
+    layer_parameters=7_000_000_000,
+    active_parameters=7_000_000_000,
+    trained_parameters=8_000_000_000,
+)
+ADAPTER: dict[str, int] = {"trained_parameters": 40_000_000, "rank": 16}
+
+
+def make_config(policy: dict[str, Any] | None = None, precompute: dict[str, Any] | None = None, **train: Any) -> Config:
+    return Config(
+        data=DataConfig(path="x"),
+        policy=PolicyConfig(model="m", **(policy or {})),
+        precompute=PrecomputeConfig(output="o", **(precompute or {})),
+        train={"output_dir": "o", **{key: str(value) for key, value in train.items()}},
+    )
+
+
+def made(config: Config, hardware: str = "h100-80gb", lengths: Lengths = LENGTHS, **changes: Any) -> Estimate:
+    return estimate(config, Shapes(**{**vars(EIGHT), **changes}), lengths, hardware_named(hardware))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_without_weights_as_the_library_has_them(family: str) -> None:
+    settings = FAMILIES[family]
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    shapes = shapes_of(settings)
+    assert shapes.parameters == shapes.trained_parameters == sum(p.numel() for p in model.parameters())
+    layers = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+    assert shapes.layer_parameters == sum(p.numel() for p in layers.parameters())
+    # Of four experts two are passed, each with three matrices.
+    idle = 2 * 2 * 3 * 128 * 352 if family == "experts" else 0
+    assert shapes.layer_parameters - shapes.active_parameters == idle
+
+
+def test_the_parameters_of_a_known_model_and_adapter_are_those_that_are_published() -> None:
+    settings = transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    assert shapes_of(settings).parameters == 494_032_768
+    shapes = shapes_of(FAMILIES["llama"], PolicyConfig(model="m", lora=LoraSettings(r=4)))
+    # Each factor pair has rank times the sum of both widths.
+    widths = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 352)
+    assert (shapes.trained_parameters, shapes.rank) == (3 * 4 * widths, 4)
+
+
+def _saved(dtype: torch.dtype, layers: int, *, lora: bool, autocast: bool) -> float:
+    """Bytes that one token of a packed pair leaves for backward, weights and their copies aside."""
+    settings = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers)
+    model: Any = transformers.LlamaForCausalLM(settings).to(dtype)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    prepare(model)
+    sides = [[3 + (step * i) % 90 for i in range(100)] for step in (1, 3, 7)]
+    batch = pack_pairs([TokenizedPair(prompt_ids=sides[0], chosen_ids=sides[1], rejected_ids=sides[2])])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(reversed(p.shape)) for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        score(model, batch)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("weights", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)], ids=["32", "mixed", "16"]
+)
+def test_a_layer_keeps_for_backward_what_is_estimated(
+    weights: Literal["float32", "bfloat16"], autocast: bool, lora: bool
+) -> None:
+    settings = transformers.LlamaConfig(**SIZES, num_hidden_layers=1)
+    shapes = shapes_of(settings, PolicyConfig(model="m", lora=LoraSettings(r=8) if lora else None))
+    one, three = (_saved(getattr(torch, weights), n, lora=lora, autocast=autocast) for n in (1, 3))
+    assert activation_bytes(shapes, weights, autocast=autocast) == pytest.approx((three - one) / 2, rel=0.08)
+
+
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_operations_are_those_that_torch_counts(family: str) -> None:
+    settings = FAMILIES[family]
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(64)[None])
+    # The library's whole square of scores: each token meets all 64.
+    estimated = forward_flops(shapes_of(settings), 64, 64, 64)
+    assert estimated == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_full_training_takes_sixteen_bytes_a_parameter_and_fsdp_shares_them() -> None:
+    """Weights, gradients and AdamW's two moments in float32: ZeRO, arXiv 1910.02054, section 3.1."""
+    alone = made(make_config()).train
+    assert alone is not None
+    state = {name: alone.memory[name] for name in ("weights", "gradients", "optimizer")}
+    assert state == {"weights": 32 * 10**9, "gradients": 32 * 10**9, "optimizer": 64 * 10**9}
+    shared = made(make_config(fsdp="true", bf16="true"), "8xh100-80gb").train
+    assert shared is not None
+    assert {name: shared.memory[name] for name in state} == {name: size / 8 for name, size in state.items()}
+    replicated = made(make_config(), "8xh100-80gb").train
+    assert replicated is not None
+    assert {name: replicated.memory[name] for name in state} == state
+    assert replicated.memory["buckets of DDP"] == 32 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"), [("adamw_torch", 64), ("sgd", 0), ("adamw_bnb_8bit", 16), ("adafactor", 0), ("adagrad", 32)]
+)
+def test_an_optimizer_has_the_states_that_it_has(optim: str, expected: int) -> None:
+    train = made(make_config(optim=optim)).train
+    assert train is not None
+    assert train.memory.get("optimizer", 0) == expected * 10**9
+
+
+@pytest.mark.parametrize(("double", "bits"), [(False, 4.5), (True, 4.127)])
+def test_weights_in_four_bits_and_an_adapter(double: bool, bits: float) -> None:
+    """QLoRA, arXiv 2305.14314, section 3: 0.5 bits a weight for scales, 0.127 with scales quantized in turn."""
+    quantized = {"quantization": Quantization(bits=4, double=double), "lora": LoraSettings(), "dtype": "bfloat16"}
+    both = made(make_config(quantized), **ADAPTER)
+    outside, adapter = 2 * 10**9, 4 * 40 * 10**6
+    assert both.train is not None
+    assert both.train.memory["weights"] == pytest.approx(7e9 * bits / 8 + outside + adapter, rel=1e-3)
+    assert both.train.memory["optimizer"] == 2 * adapter
+    assert both.precompute.memory["weights"] == pytest.approx(7e9 * bits / 8 + outside, rel=1e-3)
+
+
+def test_checkpointing_keeps_a_layers_input_and_computes_once_more() -> None:
+    plain, again = (made(make_config(gradient_checkpointing=on)).train for on in ("false", "true"))
+    assert plain is not None and again is not None
+    assert again.memory["activations"] < plain.memory["activations"] / 5
+    # Forward is a third of a step's work in the layers.
+    assert 1.2 < again.flops / plain.flops < 4 / 3
+
+
+def test_work_is_six_operations_a_weight_and_token_and_divides_among_gpus() -> None:
+    """arXiv 2001.08361, section 2.1, for the layers; the head sees completions alone, and runs forward twice."""
+    short = Lengths(
+        pairs=1000, prompt_tokens=2000, chosen_tokens=2000, rejected_tokens=2000, longest_pair=6, usual_pair=6
+    )
+    one = made(make_config(num_train_epochs=2, bf16="true"), "h100-80gb", short).train
+    four = made(make_config(num_train_epochs=2, bf16="true"), "4xh100-80gb", short).train
+    assert one is not None and four is not None and one.seconds is not None and four.seconds is not None
+    layers, head = 2 * 4000 * 6 * 7e9, 2 * 4000 * 8 * 128_256 * 4096
+    assert one.flops == pytest.approx(layers + head, rel=1e-3)
+    assert one.seconds[1] == pytest.approx(one.flops / (989e12 * UTILISATION[1]))
+    assert four.seconds[1] == pytest.approx(one.seconds[1] / 4)
+    assert one.seconds[0] < one.seconds[1] < one.seconds[2]
+    assert (one.steps, four.steps) == (250, 64)
+
+
+def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
+    measured = estimate(make_config(), EIGHT, LENGTHS, hardware_named("24GB"), measured=(2e9, 1e9))
+    assert measured.train is not None and measured.train.measured
+    assert measured.train.seconds is not None and measured.precompute.seconds is not None
+    assert measured.train.seconds[1] == pytest.approx(measured.train.flops / 0.9e9)
+    assert measured.precompute.seconds[1] == pytest.approx(measured.precompute.flops / 1.8e9)
+    unknown = made(make_config(), "24GB")
+    assert unknown.precompute.seconds is None
+
+
+def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:
+    workers, split = (made(make_config(None, {"tp_plan": plan}), "8xa100-80gb") for plan in (None, "auto"))
+    assert workers.precompute.memory["weights"] == 16 * 10**9
+    assert split.precompute.memory["weights"] == 2 * 10**9
+
+
+def test_checkpoints_are_counted_as_they_are_kept() -> None:
+    pairs = Lengths(**{**vars(LENGTHS), "pairs": 8000})
+    whole = 12 * 8 * 10**9
+    for settings, saves in (
+        ({"num_train_epochs": 1}, 2),
+        ({"num_train_epochs": 1, "save_strategy": "no"}, 0),
+        ({"num_train_epochs": 3, "save_strategy": "epoch"}, 3),
+        ({"num_train_epochs": 3, "save_total_limit": 2}, 3),
+    ):
+        assert made(make_config(**settings), lengths=pairs).disk["checkpoints"] == saves * whole
+    adapter = made(make_config({"lora": LoraSettings()}, num_train_epochs=1), lengths=pairs, **ADAPTER)
+    assert adapter.disk["checkpoints"] == 2 * 12 * 40 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "memory"),
+    [("8xH100-80GB", "8x h100-80gb", 80), ("t4-16gb", "t4-16gb", 16), ("2x24GB", "2x 24gb", 24)],
+)
+def test_hardware_is_read_as_people_write_it(text: str, label: str, memory: int) -> None:
+    found: Hardware = hardware_named(text)
+    assert (found.label, found.memory) == (label, memory * 10**9)
+
+
+@pytest.mark.parametrize("text", ["h100", "0xt4-16gb", "xt4-16gb", "-2xt4-16gb", ""])
+def test_unknown_hardware_is_refused_with_what_there_is(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"at least one device|a100-40gb"):
+        hardware_named(text)
