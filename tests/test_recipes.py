@@ -248,8 +248,8 @@ def test_the_form_of_the_recipes_set_gives_the_right_pairs(recipe: Recipe, tmp_p
 
 def test_texts_that_become_a_conversation_are_scored_under_the_models_chat_template(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+        "{% for m in messages %}[INST]{{ m.role }}[/INST]{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[INST]assistant[/INST]{% endif %}"
     )
     tokenizer = make_tokenizer(template=template)
     overrides = {
@@ -266,8 +266,8 @@ def test_texts_that_become_a_conversation_are_scored_under_the_models_chat_templ
     refshard("precompute", "--config", RECIPES / "llama_8b_lora_24gb.yaml", *words)
 
     rows = pq.read_table(tmp_path / "shards" / "train" / "part-00000.parquet").to_pylist()
-    for row, system in zip(rows, ("", "<|im_start|>system: Be brief.<|im_end|>"), strict=True):
-        prompt = system + "<|im_start|>user: Two plus two?<|im_end|><|im_start|>assistant: "
+    for row, system in zip(rows, ("", "[INST]system[/INST]Be brief.<|im_end|>"), strict=True):
+        prompt = system + "[INST]user[/INST]Two plus two?<|im_end|>[INST]assistant[/INST]"
         for name, answer in (("chosen", "Four."), ("rejected", "Five.")):
             whole = tokenizer(prompt + answer + "<|im_end|>", add_special_tokens=False).input_ids
             assert row["prompt_tokens"] + row[f"{name}_tokens"] == len(whole)
