@@ -109,7 +109,9 @@ class StageEstimate:
     """What one stage takes, about."""
 
     memory: Mapping[str, int]
-    """Bytes of the fullest device, by what holds them"""
+    """Bytes of the fullest device, by what holds them, at whatever time that is most"""
+    total_memory: int
+    """At the time when all together are most"""
     flops: float
     """Of all devices together"""
     seconds: tuple[float, float, float] | None
@@ -122,10 +124,6 @@ class StageEstimate:
     """Of the largest forward pass"""
     steps: int = 0
     """Optimizer steps, of stage two"""
-
-    @property
-    def total_memory(self) -> int:
-        return sum(self.memory.values())
 
     @property
     def memory_range(self) -> tuple[int, int]:
@@ -302,9 +300,9 @@ def _stage_one(
     tokens = config.precompute.tokens_per_batch
     if tokens is None:
         tokens = tokens_for(hardware.memory - weights - context, per_token) if hardware.is_gpu else tokens_for(None, 0)
-    tokens = max(tokens, widest)
     sets = [lengths, held_out] if held_out else [lengths]
     computed = sum(_tokens_of_stage_one(s) for s in sets)
+    tokens = max(widest, min(tokens, computed))
     scored = sum(s.completion_tokens for s in sets)
     # One pair in 64 is scored twice, which measures the noise.
     flops = (
@@ -318,6 +316,7 @@ def _stage_one(
     }
     return StageEstimate(
         memory=_held(memory),
+        total_memory=sum(memory.values()),
         flops=flops,
         seconds=_seconds(flops, hardware, measured and measured[0], sixteen=size == 2),
         tokens=computed,
@@ -365,8 +364,13 @@ def _stage_two(
             shapes, held_out.packed_tokens, held_out.completion_tokens, _context_of(held_out)
         )
     sixteen = autocast or _BYTES.get(_dtype_of(policy.dtype), 4) == 2
+    total = sum(memory.values())
+    if int(settings.get("gradient_accumulation_steps", 1)) == 1:
+        # Backward frees a layer's activations as it makes its gradients, so the larger of the two counts.
+        total -= min(memory.get("gradients", 0), memory.get("activations", 0))
     return StageEstimate(
         memory=memory,
+        total_memory=total,
         flops=flops,
         seconds=_seconds(flops, hardware, measured and measured[1], sixteen=sixteen),
         tokens=computed,

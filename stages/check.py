@@ -278,11 +278,7 @@ def _estimate_as_dict(estimated: Estimate, probe: Probe | None) -> dict[str, Any
         "memory_band": MEMORY_BAND,
         "utilisation": None if estimated.precompute.measured else UTILISATION,
         "probe": None if probe is None else dataclasses.asdict(probe),
-        "stages": {
-            name: dataclasses.asdict(stage) | {"total_memory": stage.total_memory}
-            for name, stage in stages.items()
-            if stage is not None
-        },
+        "stages": {name: dataclasses.asdict(stage) for name, stage in stages.items() if stage is not None},
         "host_memory": estimated.host_memory,
         "disk": dict(estimated.disk),
     }
@@ -338,7 +334,7 @@ def _estimate_as_text(entry: Mapping[str, Any]) -> list[str]:
     hardware = Hardware(**entry["hardware"])
     lines = [f"about, on {hardware.label} ({_gb(hardware.memory)} each; {hardware.source})"]
     for name, stage in entry["stages"].items():
-        made = StageEstimate(**{key: value for key, value in stage.items() if key != "total_memory"})
+        made = StageEstimate(**stage)
         low, high = made.memory_range
         parts = ", ".join(f"{part} {_gb(size)}" for part, size in sorted(made.memory.items(), key=lambda i: -i[1])[:4])
         verdict = "too much" if low > hardware.memory else "maybe too much" if high > hardware.memory else "fits"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_tokenizer, simple_rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
@@ -29,11 +29,11 @@ def take(
 ) -> tuple[Survey, Ledger, list[list[KeptPair]]]:
     """Survey rows as loaders do it, in units; also give the kept pairs of each unit."""
     whole, ledger, units = Survey(batch_pairs), Ledger(), []
-    settings = DataConfig(**{"path": "x", "max_length": 64, "on_bad_row": "skip", **data})
+    data_settings = DataConfig(**{"path": "x", "max_length": 64, "on_bad_row": "skip", **data})
     for start in range(0, len(rows), unit):
         part = Survey(batch_pairs)
         numbered = [Row(n, f"row {n}", lambda row=row: row) for n, row in enumerate(rows[start : start + unit], start)]
-        units.append(list(kept_pairs(numbered, tokenizer, settings, ledger, part)))
+        units.append(list(kept_pairs(numbered, tokenizer, data_settings, ledger, part)))
         part.close()
         # Between processes it travels so.
         whole.add(pickle.loads(pickle.dumps(part)))
@@ -73,15 +73,16 @@ LONG = {"prompt": "Two?", "chosen": " Yes." * 40, "rejected": " No."}
 )  # fmt: skip
 def test_what_a_pair_has_is_found_and_nothing_else(tokenizer: Any, row: dict[str, Any], found: set[str]) -> None:
     survey, ledger, _ = take([row, row], tokenizer)
-    assert dict(survey.found) == {reason: 2 for reason in found}
+    assert dict(survey.found) == dict.fromkeys(found, 2)
     assert found <= set(REASONS)
     assert {reason: [e.row for e in examples] for reason, examples in survey.examples.items()} == {
         reason: [0, 1] for reason in found
     }
-    # Whatever both books have, they agree on.
-    assert all(survey.found[remark] == count for remark, count in ledger.noted.items() if remark in REASONS)
     for remark in ("truncated", "identical", "identical_after_truncation"):
         assert survey.found[remark] == ledger.noted[remark]
+    # The ledger does not tell the two apart.
+    merged = "merged_at_the_prompt's_end"
+    assert survey.found[merged] + survey.found["template_differs"] == ledger.noted[merged]
 
 
 def test_a_beginning_is_not_missed_where_ends_are_marked_by_the_same_token() -> None:
@@ -127,6 +128,7 @@ def test_pairs_that_a_store_lacks_are_counted_by_key() -> None:
     assert survey.missing_from([]) == 10 and survey.missing_from([keys[::-1]]) == 0
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200))
 def test_percentiles_are_those_of_the_list(lengths: list[int]) -> None:
     counts = {length: lengths.count(length) for length in lengths}
@@ -135,6 +137,6 @@ def test_percentiles_are_those_of_the_list(lengths: list[int]) -> None:
 
 
 def test_a_survey_holds_sixteen_bytes_a_pair_and_a_few_examples() -> None:
-    few, many = (take([LONG] * count, WITH_BOS, unit=100)[0] for count in (100, 1100))
-    assert len(pickle.dumps(many)) - len(pickle.dumps(few)) < 16 * 1000 + 200
+    few, many = (take([LONG] * count, WITH_BOS, unit=20)[0] for count in (20, 220))
+    assert len(pickle.dumps(many)) - len(pickle.dumps(few)) < 16 * 200 + 200
     assert len(many.examples["truncated"]) == 3
