@@ -129,13 +129,6 @@ class Recipe:
             held_out=self.lengths(self.held_out),
         )
 
-    def host_memory(self) -> int:
-        """Bytes of the policy's weights in the machine's own memory: each process of stage two loads all of them."""
-        size = 4 if self.config.policy.dtype == "float32" else 2
-        # Quantized weights go to the GPU as they are read.
-        held = 0 if self.config.policy.quantization else self.shapes().parameters * size
-        return held * self.hardware.count
-
 
 def read_recipe(file: Path) -> Recipe | None:
     """Read a recipe; None for one whose head states no data: the embedded default, which runs on a laptop."""
@@ -167,17 +160,16 @@ def figures(recipe: Recipe) -> dict[str, str]:
     """What the head says of each stage, of the disk and of the host's memory, by the line's name."""
     found = recipe.estimate()
     assert found.train is not None
-    host = recipe.host_memory()
     return {
         "stage one": f"{gigabytes(found.precompute.total_memory)} a GPU, {_time(found.precompute)}",
         "stage two": f"{gigabytes(found.train.total_memory)} a GPU, {_time(found.train)}",
         "disk": gigabytes(found.total_disk),
-        "host memory": f"{gigabytes(host)} of weights" if host else "little: weights go to the GPU as they are read",
+        "host memory": f"{gigabytes(found.host_memory)} while the policy is loaded",
     }
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.0f} GB" if size >= 9.5e9 else f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:,.0f} GB" if size >= 9.5e9 else f"{size / 1e9:.1f} GB"
 
 
 def _time(stage: StageEstimate) -> str:
