@@ -74,7 +74,8 @@ class DataConfig:
     format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
     """Read from the path's ending if left out."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Renames, ours to theirs: `{prompt: question, chosen: answer_good}`."""
+    """Renames, ours to theirs: `{prompt: question, chosen: answer_good}`. In place of `prompt`, `user`, with `system`
+    where there is such a column, makes a conversation of texts: `{system: system, user: question}`."""
     max_length: int | None = 1024
     """Tokens of prompt and completion together; the end is cut. Null: no cut."""
     streaming: bool = False
@@ -95,11 +96,18 @@ class DataConfig:
                     f"eval.{set_name}: a set's name is a folder's name: letters, digits, - and _, not 'train'"
                 )
         for ours in self.columns:
-            if ours not in PAIR_COLUMNS:
-                raise ValueError(f"columns.{ours}: no such column of a pair{_nearest(ours, PAIR_COLUMNS)}")
+            if ours not in (*PAIR_COLUMNS, *SPOKEN_COLUMNS):
+                known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS)
+                raise ValueError(f"columns.{ours}: no such column of a pair{_nearest(ours, known)}")
+        if "user" in self.columns and "prompt" in self.columns:
+            raise ValueError("columns.user: set together with prompt; user makes a conversation of it, prompt does not")
+        if "system" in self.columns and "user" not in self.columns:
+            raise ValueError("columns.system: goes with user, the column of what the user says, in place of prompt")
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+SPOKEN_COLUMNS = ("system", "user")
+"""Texts that become the messages of the prompt; read only where `data.columns` names them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """One row of any preference dataset -> a pair: prompt, chosen, rejected.
 
 Three forms are accepted, those of TRL's dataset-format page: an explicit prompt, an implicit prompt (the shared
-start of chosen and rejected), and conversations (lists of messages), explicit or implicit.
+start of chosen and rejected), and conversations (lists of messages), explicit or implicit. A fourth is read where the
+settings name its columns: texts of what system and user say, and of two answers, which become a conversation.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import PAIR_COLUMNS
+from pipeline.config import PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.errors import BadRow
 from pipeline.sources import LARGEST_ROW
 
@@ -42,15 +43,18 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
 
     Args:
         row: The row's columns.
-        columns: Renames, from our column names to the row's.
+        columns: Renames, from our column names to the row's. With `user` among them, the prompt is a message of that
+            text, after one of the `system` column's text where that is named and not empty.
         place: Where the row stands, for messages.
 
     Raises:
         BadRow: A column is missing or of a wrong type, a completion is empty, no prompt is shared.
     """
     values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
+    values |= {name: row.get(columns[name]) for name in SPOKEN_COLUMNS if name in columns}
     # A prompt column that was named must be there: without it the shared start would silently take its place.
-    for name in ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected"):
+    named = [name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns]
+    for name in (*named, "chosen", "rejected"):
         if columns.get(name, name) not in row:
             raise BadRow(
                 "missing_column",
@@ -61,6 +65,9 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
     for name in ("chosen", "rejected"):
         _check_text(values[name], name, place)
     prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
+    if "user" in columns:
+        prompt = _spoken(values, place)
+        chosen, rejected = (_answer(values[name], name, place) for name in ("chosen", "rejected"))
     if is_conversational(chosen) != is_conversational(rejected):
         raise BadRow("wrong_type", f"{place}: one of chosen and rejected is text, the other a list of messages")
     if prompt is not None:
@@ -85,6 +92,33 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
         tools=_tools(values["tools"], place),
         chat_template_kwargs=_template_kwargs(values["chat_template_kwargs"], place),
     )
+
+
+def _spoken(values: Mapping[str, Any], place: str) -> list[Message]:
+    """Make the prompt's messages of the texts of system and user. No system text, no message of it."""
+    messages = []
+    for role in SPOKEN_COLUMNS:
+        text = values.get(role)
+        if role == "system" and (text is None or text == ""):
+            continue
+        if not isinstance(text, str):
+            raise BadRow("wrong_type", f"{place}: {role} must be text, found {_kind(text)}")
+        _check_text(text, role, place)
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def _answer(completion: Text, name: str, place: str) -> list[Message]:
+    """Make the assistant's message of a text; messages are left as they are, if they do not repeat the prompt."""
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    if completion[0]["role"] != "assistant":
+        raise BadRow(
+            "wrong_type",
+            f"{place}: {name} is a conversation of its own, which begins with {completion[0]['role']}; leave "
+            "data.columns.user and system out, its messages say who speaks",
+        )
+    return completion
 
 
 def _names(row: Mapping[str, Any], most: int = 20) -> str:
@@ -194,8 +228,13 @@ def _check_text(value: Any, name: str, place: str) -> None:
     if value == []:
         reason = "empty_prompt" if name == "prompt" else "empty_completion"
         raise BadRow(reason, f"{place}: {name} is an empty list of messages")
-    found = "null" if value is None else type(value).__name__
-    raise BadRow("wrong_type", f"{place}: {name} must be text or a list of {{role, content}} messages, found {found}")
+    raise BadRow(
+        "wrong_type", f"{place}: {name} must be text or a list of {{role, content}} messages, found {_kind(value)}"
+    )
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _is_empty(completion: Text) -> bool:

@@ -452,7 +452,7 @@ def _declared_wrongly(footer: pq.FileMetaData) -> str | None:
 
 def _read_parquet(source: Source) -> Iterator[Row]:
     number = 0
-    wanted = {source.columns.get(name, name) for name in PAIR_COLUMNS}
+    wanted = {source.columns.get(name, name) for name in PAIR_COLUMNS} | set(source.columns.values())
     needed = {source.columns.get(name, name) for name in ("chosen", "rejected")} | set(source.columns.values())
     for file in source.files:
         parquet = _parquet_file(file)

@@ -364,6 +364,8 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("precompute.output=", "precompute.output: expected text, found nothing"),
         ("data.split=~", "data.split: expected text, found nothing"),
         ("data.columns=prompt", "data.columns: expected a mapping, found 'prompt'"),
+        ("data.columns={system: s}", "data.columns.system: goes with user"),
+        ("data.columns={user: q, prompt: p}", "data.columns.user: set together with prompt"),
         ("data.columns.prompt=", "data.columns.prompt: expected text, found nothing"),
         ("data.eval=[test]", "data.eval: expected a mapping, found a list"),
         ("data.eval.test=[a]", "data.eval.test: expected settings (a mapping), found a list"),

@@ -91,6 +91,46 @@ def test_renamed_columns_are_found() -> None:
     assert read(row, {"prompt": "question", "chosen": "good", "rejected": "bad"}) == Pair(**TEXT)
 
 
+SPOKEN = {"system": "system", "user": "question"}
+ORCA = {"system": "Be brief.", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."}
+
+
+def test_texts_of_system_and_user_become_a_conversation_where_their_columns_are_named() -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, user("Two plus two?")]
+    assert read(ORCA, SPOKEN) == Pair(**{**CHAT, "prompt": prompt})
+    assert read({**ORCA, "chosen": CHAT["chosen"]}, SPOKEN) == Pair(**{**CHAT, "prompt": prompt})
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_a_system_text_that_is_empty_is_no_message(nothing: str | None) -> None:
+    assert read({**ORCA, "system": nothing}, SPOKEN) == Pair(**CHAT)
+
+
+def test_user_alone_makes_a_conversation_and_replaces_the_prompt_column() -> None:
+    row = {"prompt": "Two plus two?", "system": "not this", "chosen": "Four.", "rejected": "Five."}
+    assert read(row, {"user": "prompt"}) == Pair(**CHAT)
+    assert read({**row, "instruction": "Two plus two?", "prompt": 5}, {"user": "instruction"}) == Pair(**CHAT)
+
+
+def test_columns_of_speakers_mean_nothing_unless_they_are_named() -> None:
+    assert read({**TEXT, "system": "Be brief.", "user": "Someone"}) == Pair(**TEXT)
+
+
+def test_speakers_are_missed_by_name() -> None:
+    for name, column in SPOKEN.items():
+        with pytest.raises(BadRow, match=f"no column '{column}'"):
+            read({key: value for key, value in ORCA.items() if key != column}, SPOKEN)
+        if name == "user":
+            with pytest.raises(BadRow, match="user must be text, found null"):
+                read({**ORCA, column: None}, SPOKEN)
+    with pytest.raises(BadRow, match="chosen is a conversation of its own, which begins with user"):
+        read({**ORCA, "chosen": [user("Two plus two?"), assistant("Four.")]}, SPOKEN)
+    with pytest.raises(BadRow, match="chosen is empty"):
+        read({**ORCA, "chosen": " "}, SPOKEN)
+    with pytest.raises(BadRow, match="user holds half a surrogate pair"):
+        read({**ORCA, "question": "\ud83d"}, SPOKEN)
+
+
 def test_other_columns_are_ignored() -> None:
     assert read({**TEXT, "score": float("nan"), "id": "\ud83d"}) == Pair(**TEXT)
 
