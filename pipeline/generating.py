@@ -120,7 +120,7 @@ def draw_replies(
     stops: Sequence[int],
     pad_id: int,
     flag: StopFlag,
-    count: Callable[[int], None] = lambda replies: None,
+    count: Callable[[int, int], None] = lambda replies, tokens: None,
 ) -> list[list[int]]:
     """Draw one reply to each prompt; two models that are asked with one seed meet the same random numbers.
 
@@ -131,7 +131,7 @@ def draw_replies(
         stops: Tokens that end a reply.
         pad_id: What the shorter prompts of a batch are filled with, on their left.
         flag: Asks to stop.
-        count: Called with the number of replies that each batch has given.
+        count: Called with the number of replies that each batch has given, and of their tokens.
 
     Returns:
         Token ids of the replies, in the prompts' order, with the token that ended each; without one where a reply was
@@ -171,7 +171,7 @@ def draw_replies(
         for i, reply in zip(batch, drawn[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(reply, start=1) if token in stops), len(reply))
             replies[i] = reply[:end]
-        count(len(batch))
+        count(len(batch), sum(len(replies[i]) for i in batch))
     return [replies[i] for i in range(len(prompts))]
 
 

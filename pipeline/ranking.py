@@ -191,7 +191,8 @@ def _edges(values: npt.NDArray[Any], bins: int) -> Floats:
     width = next(step * power for step in (1, 2, 5, 10) if step * power >= least * (1 - 1e-9))
     first = int(np.floor(low / width))
     last = max(int(np.ceil(high / width)), first + 1)
-    return np.arange(first, last + 1, dtype=np.float64) * width
+    edges: Floats = np.arange(first, last + 1, dtype=np.float64) * width
+    return edges
 
 
 def first_of_each(keys: npt.NDArray[np.bytes_]) -> Integers:

@@ -399,15 +399,8 @@ def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     metavar="FILE",
     help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
 )
-@click.option(
-    "--open",
-    "open_page",
-    type=click.Choice(["yes", "no"]),
-    default="no",
-    show_default=True,
-    help="Show it in the browser.",
-)
-def report(runs: tuple[Path, ...], output: Path | None, open_page: str) -> None:
+@click.option("--open", "open_page", is_flag=True, help="Show it in the browser.")
+def report(runs: tuple[Path, ...], output: Path | None, open_page: bool) -> None:
     """Make a page of RUN, the folder of a run (train.output_dir), finished or still going on.
 
     Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; of several runs one above the
@@ -416,7 +409,7 @@ def report(runs: tuple[Path, ...], output: Path | None, open_page: str) -> None:
     """
     from stages import report as stage
 
-    stage.run(runs, output=output, open_page=open_page == "yes")
+    stage.run(runs, output=output, open_page=open_page)
 
 
 @main.command(short_help="Show one pair as the models see it.")

@@ -31,7 +31,7 @@ from pipeline.generating import (
     stop_ids,
     without_progress_bar,
 )
-from pipeline.memory import free_memory
+from pipeline.memory import free_memory, peak_memory
 from pipeline.models import load_reference, load_tokenizer, pick_device, reference_dtype
 from pipeline.progress import Progress
 from pipeline.records import GENERATIONS, INPUTS, write_generations
@@ -242,7 +242,9 @@ class _Work:
             stops=self.stops,
             pad_id=self.pad_id,
             flag=self.flag,
-            count=lambda replies: self.progress.advance(replies, {}),
+            count=lambda replies, tokens: self.progress.advance(
+                replies, tokens=tokens, memory=peak_memory(pick_device())
+            ),
         )
 
     def score(self, model: Any, packed: bool, ours: list[list[int]], theirs: list[list[int]]) -> list[list[float]]:
