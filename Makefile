@@ -38,6 +38,7 @@ precompute: $(VENV)/.installed
 train: precompute
 	$(BIN)/refshard train --config $(DEFAULT) $(ARGS)
 	$(BIN)/refshard demo summary $(DEMO) --config $(DEFAULT) $(ARGS)
+	$(BIN)/refshard report $(DEMO)/policy
 else
 precompute: $(VENV)/.installed
 	$(BIN)/refshard precompute --config $(CONFIG) $(ARGS)

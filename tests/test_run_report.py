@@ -198,7 +198,7 @@ def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) ->
         '{"kind": "log", "attempt": 2, "step": 6, "lo',
     ]
     write_log(run, lines)
-    refshard("report", run, "--output", tmp_path / "pages" / "run.html", "--open", "no")
+    refshard("report", run, "--output", tmp_path / "pages" / "run.html")
     page = (tmp_path / "pages" / "run.html").read_text()
     (trace,), layout = figures(page)["Loss"]
     assert (trace["x"], trace["y"]) == ([1, 2, 3, 5], [0.69, 0.68, None, 0.5])
