@@ -154,6 +154,16 @@ def make_run(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
     return make
 
 
+def bytes_of_stores(output: Path) -> dict[str, bytes]:
+    """All files of an output folder by their path in it, but for what its workers have cost, which is never alike."""
+    files = (file for file in sorted(output.rglob("*")) if file.is_file())
+    return {
+        name: file.read_bytes()
+        for name, file in ((file.relative_to(output).as_posix(), file) for file in files)
+        if not name.startswith("costs/")
+    }
+
+
 def forge_part(file: Path, table: pa.Table) -> None:
     """Write a part with other content as one who means it: with the digest of what it says now."""
     said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}

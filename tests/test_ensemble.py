@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, refshard, simple_rows
+from conftest import bytes_of_stores, make_model, refshard, simple_rows
 from faults.watched import Watched, start_ranks
 from processes import _FORKS, redirected, said
 
@@ -26,10 +26,6 @@ from pipeline.signals import StopFlag
 pytestmark = pytest.mark.slow
 
 SPLIT = "precompute.tp_plan=auto"
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.*"))}
 
 
 def _store(folder: Path) -> Store:
@@ -78,7 +74,7 @@ def test_the_processes_of_a_launch_need_nothing_of_each_other_and_write_what_one
         assert process.finish(60) == 0, process.err
         assert len(list((folder / "two").rglob("part-*"))) == parts
     assert "Worker 1/2 is done; 3 units of other workers are still missing." not in process.out
-    assert _files(folder / "two") == _files(folder / "shards")
+    assert bytes_of_stores(folder / "two") == bytes_of_stores(folder / "shards")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +104,7 @@ def test_a_launcher_starts_workers_that_write_what_one_writes(config: Path, laun
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert _files(config.parent / "launched") == _files(config.parent / "shards")
+    assert bytes_of_stores(config.parent / "launched") == bytes_of_stores(config.parent / "shards")
 
 
 def test_a_reference_that_is_spread_over_devices_is_the_same_reference(config: Path) -> None:

@@ -17,7 +17,7 @@ import datasets
 import psutil
 import pytest
 import torch
-from conftest import make_tokenizer, simple_rows, write_jsonl
+from conftest import bytes_of_stores, make_tokenizer, simple_rows, write_jsonl
 
 import pipeline.loading as module
 import stages.precompute
@@ -433,7 +433,7 @@ def _precompute(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num
     monkeypatch.setattr(stages.precompute, "count_loaders", lambda *_, **__: num_loaders)
     monkeypatch.setattr(module, "count_loaders", lambda *_, **__: num_loaders)
     stages.precompute.run(load_config(config, [f"precompute.output={output}"]))
-    return {file.relative_to(output).as_posix(): file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    return bytes_of_stores(output)
 
 
 def test_stage_one_writes_the_same_bytes_with_any_number_of_loaders(
