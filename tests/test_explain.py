@@ -159,7 +159,7 @@ def test_of_a_long_prompt_head_and_end_are_printed_and_all_of_it_when_asked_for(
     count = int(left_out[1].replace(",", ""))
     assert len(full.splitlines()) == len(short.splitlines()) - 1 + count
     assert "shown with" not in full
-    prompt = full.partition("\nprompt\n")[2].partition("\nchosen\n")[0].splitlines()[1:-1]
+    prompt = full.partition("\nprompt\n")[2].partition("\nchosen\n")[0].splitlines()[1:]
     kept = [line for line in short.partition("\nprompt\n")[2].splitlines() if "not scored" in line]
     assert [line.split() for line in kept[:24]] == [line.split() for line in prompt[:24]]
     assert [line.split() for line in kept[24:72]] == [line.split() for line in prompt[-48:]]
