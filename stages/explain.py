@@ -150,6 +150,8 @@ def _scored(
     if policy is not None:
         logps = _score(pair, pad_id, str(policy), lambda: _policy(config, policy), "--policy")
         pair = with_logps(pair, "policy", *logps)
+        if config.loss.ld_alpha is not None:
+            remarks = (*remarks, "loss.ld_alpha: sums and rewards here count every token in full")
     return dataclasses.replace(found, pair=pair, stored=stored, policy=policy, gap=gap, remarks=remarks)
 
 

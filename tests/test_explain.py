@@ -151,6 +151,20 @@ def test_a_dropped_row_says_why_with_its_tokens_or_its_text(scored: Path, tokeni
     assert "\x1b" not in said
 
 
+def test_of_a_long_prompt_head_and_end_are_printed_and_all_of_it_when_asked_for(scored: Path) -> None:
+    words = ("explain", "--config", scored / "run.yaml", "--row", FILLED_ROW)
+    short, full = refshard(*words).stdout, refshard(*words, "--full").stdout
+    left_out = re.search(r"^\.\.\. ([\d,]+) tokens, shown with --full \.\.\.$", short, re.MULTILINE)
+    assert left_out is not None
+    count = int(left_out[1].replace(",", ""))
+    assert len(full.splitlines()) == len(short.splitlines()) - 1 + count
+    assert "shown with" not in full
+    prompt = full.partition("\nprompt\n")[2].partition("\nchosen\n")[0].splitlines()[1:]
+    kept = [line for line in short.partition("\nprompt\n")[2].splitlines() if "not scored" in line]
+    assert [line.split() for line in kept[:24]] == [line.split() for line in prompt[:24]]
+    assert [line.split() for line in kept[24:72]] == [line.split() for line in prompt[-48:]]
+
+
 def test_another_reference_disagrees_and_is_named(scored: Path, other: Path) -> None:
     said = refshard("explain", "--config", scored / "run.yaml", "--row", 1, "-o", f"reference.model={other}").stdout
     assert re.search(
