@@ -174,6 +174,8 @@ def test_sums_may_differ_by_the_noise_of_their_tokens() -> None:
     assert found(apart) == []
     assert found(apart, noise=0.01) == [[0, 1]]
     assert found(apart, noise=0.001) == []
+    # A noise that cannot be: everything is as good as equal.
+    assert found(apart, noise=10**30) == [[0, 1]]
 
 
 def test_duplicates_are_looked_at_once_and_chance_is_counted() -> None:
