@@ -187,7 +187,7 @@ def _edges(values: npt.NDArray[Any], bins: int) -> Floats:
     if np.issubdtype(values.dtype, np.integer):
         # Finer bins of whole numbers would be empty by turns.
         least = max(least, 1.0)
-    power = 10.0 ** np.floor(np.log10(least))
+    power = 10.0 ** float(np.floor(np.log10(least)))
     width = next(step * power for step in (1, 2, 5, 10) if step * power >= least * (1 - 1e-9))
     first = int(np.floor(low / width))
     last = max(int(np.ceil(high / width)), first + 1)
@@ -248,7 +248,7 @@ def likely_swapped(pairs: PairColumns, first: Integers, noise: float) -> Swaps:
         first: As `first_of_each` gives it: of duplicates the first alone is looked at.
         noise: Mean difference of token logps that are scored twice, nats a token.
     """
-    tolerance = max(noise, _LEAST_NOISE)
+    tolerance = max(float(noise), _LEAST_NOISE)
     here = np.arange(len(pairs))
     lengths = np.stack([pairs.chosen_tokens, pairs.rejected_tokens])
     sums = np.stack([pairs.chosen_logps, pairs.rejected_logps])

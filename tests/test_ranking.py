@@ -174,6 +174,8 @@ def test_sums_may_differ_by_the_noise_of_their_tokens() -> None:
     assert found(apart) == []
     assert found(apart, noise=0.01) == [[0, 1]]
     assert found(apart, noise=0.001) == []
+    # A noise that cannot be: everything is as good as equal.
+    assert found(apart, noise=10**30) == [[0, 1]]
 
 
 def test_duplicates_are_looked_at_once_and_chance_is_counted() -> None:
@@ -214,7 +216,7 @@ def test_swaps_are_those_that_a_look_at_all_pairs_finds(noise: float) -> None:
 
     certain = {j for j in range(400) if ordered(j) for i in range(j) if ordered(i) and apart(i, j) <= 1 - 1e-6}
     matched = {j: i for i, j in swaps.indexes.tolist()}
-    assert len(certain) >= (2 if noise == 0 else 20)
+    assert len(certain) >= (2 if noise == 0 else 10)
     assert certain <= matched.keys()
     assert all(i < j and apart(i, j) <= 2 + 1e-6 for j, i in matched.items())
 
