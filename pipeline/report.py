@@ -390,6 +390,8 @@ def _data(shown: Sequence[Shown]) -> list[Section]:
         for name, rows in tables
     )
     note = "What became of the rows when the run last started. Joined: pairs that found their reference log-probs."
+    if any(part(one.run.settings, "reference", "sync") for one in shown):
+        note += " Where the reference moves, those of the last window."
     return [Section(title="Data", body=body, note=note)]
 
 
@@ -409,7 +411,8 @@ def _data_rows(run: Run) -> list[list[object]]:
                 _counts(ledger.get("dropped")),
                 _counts(ledger.get("noted")),
                 given.get("matched"),
-                given.get("missing"),
+                # Of a window all others are missing, as they should.
+                None if part(run.settings, "reference", "sync") else given.get("missing"),
                 *(tokens.get(side) for side in ("prompt", "chosen", "rejected")),
                 f"{noise['mean']:.2g}, {noise['largest']:.2g} at most" if measured else "not measured",
             ]

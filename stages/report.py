@@ -27,7 +27,7 @@ def run(folders: Sequence[Path], *, output: Path | None = None, open_page: bool 
         StorageError: The page can't be written.
     """
     check_charts()
-    runs = [read_run(folder) for folder in dict.fromkeys(folder.absolute() for folder in folders)]
+    runs = [read_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
     file = output or Path(commonpath([one.folder for one in runs])) / "report.html"
     text = report_page(runs)
     write_page(file, text)

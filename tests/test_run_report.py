@@ -14,6 +14,7 @@ from conftest import refshard, simple_rows, write_config, write_jsonl
 from test_runs import write_log, write_settings
 
 from pipeline.charts import histogram_chart, running_mean, thin
+from pipeline.comparison import differing_settings, show_runs
 from pipeline.report import report_page
 from pipeline.runs import read_run
 
@@ -362,3 +363,14 @@ def test_a_real_browser_draws_the_page_wide_and_narrow_light_and_dark(sweep: lis
         assert looks[False][4] != looks[True][4]
         browser.run("fetch('http://127.0.0.1:9/').catch(() => 0)")
         assert any("Content Security Policy" in text for text in browser.said)
+
+
+def test_runs_whose_settings_do_not_tell_them_apart_have_their_folders_names(tmp_path: Path) -> None:
+    betas = {"a": 0.1, "b": 0.1, "c": 0.5}
+    for (name, beta), rate in zip(betas.items(), ("3e-4", 0.0003, 3e-4), strict=True):
+        write_settings(tmp_path / name, loss={"beta": beta}, train={"learning_rate": rate, "output_dir": name})
+    runs = [read_run(tmp_path / name) for name in betas]
+    assert differing_settings(runs) == {"loss.beta": ["0.1", "0.1", "0.5"]}
+    assert [one.name for one in show_runs(runs)] == ["beta=0.1 (a)", "beta=0.1 (b)", "beta=0.5"]
+    assert [one.name for one in show_runs(runs[:2])] == ["a", "b"]
+    assert [one.name for one in show_runs(runs[:1])] == ["a"]
