@@ -279,7 +279,9 @@ def _lay_out(figure: Any, x_title: str, y_title: str, **layout: Any) -> None:
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left"},
         **layout,
     )
-    figure.update_xaxes(title={"text": _text(x_title)}, zeroline=False)
+    figure.update_xaxes(
+        title={"text": _text(x_title)}, zeroline=False, spikethickness=1, spikecolor=_GRAY, spikedash="dot"
+    )
     figure.update_yaxes(title={"text": _text(y_title)}, zeroline=True)
 
 

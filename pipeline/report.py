@@ -40,7 +40,7 @@ def report_page(runs: Sequence[Run], *, title: str = "") -> str:
         _generations(shown),
         *_data(shown),
         *_identity(shown),
-        _cost(shown),
+        *_cost(shown),
         *_settings(shown),
     ]
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -164,6 +164,8 @@ def _frontier(shown: Sequence[Shown]) -> list[Section]:
     if all(reward is not None for reward in rewards):
         judges = {g.reward_by or "unknown" for one in drawn for g in one.run.generations}
         y_title, judged = "mean reward of replies", f" ({' / '.join(sorted(judges))})"
+        if len(judges) > 1:
+            notes.append("The rewards are not all by the same judge, and are not to be compared.")
         ys = [(reward.mean, reward.error) for reward in rewards if reward is not None]
         before = estimate_reward(drawn[0].run.generations, "reference")
         if before is not None:
@@ -172,12 +174,14 @@ def _frontier(shown: Sequence[Shown]) -> list[Section]:
         return []
     else:
         (y_title, ys), judged = _accuracies(drawn), ""
-        notes.append(f"The replies have no rewards, so {y_title} stands for them.")
+        notes.append(f"Not all runs have rewards of their replies, so {y_title} stands for them.")
     for one, (y, y_error) in zip(drawn, ys, strict=True):
         kl = estimate_kl(one.run.generations)
         name = one.name if len(shown) > 1 else "policy"
         points.append(Point(name=name, x=kl.mean, y=y, x_error=kl.error, y_error=y_error, color=one.color))
     points = [point for point in points if math.isfinite(point.y)]
+    if not points:
+        return []
     body = point_chart(
         f"{y_title.capitalize()}{judged} against KL",
         points,
@@ -386,6 +390,8 @@ def _data(shown: Sequence[Shown]) -> list[Section]:
         for name, rows in tables
     )
     note = "What became of the rows when the run last started. Joined: pairs that found their reference log-probs."
+    if any(part(one.run.settings, "reference", "sync") for one in shown):
+        note += " Where the reference moves, those of the last window."
     return [Section(title="Data", body=body, note=note)]
 
 
@@ -405,7 +411,8 @@ def _data_rows(run: Run) -> list[list[object]]:
                 _counts(ledger.get("dropped")),
                 _counts(ledger.get("noted")),
                 given.get("matched"),
-                given.get("missing"),
+                # Of a window all others are missing, as they should.
+                None if part(run.settings, "reference", "sync") else given.get("missing"),
                 *(tokens.get(side) for side in ("prompt", "chosen", "rejected")),
                 f"{noise['mean']:.2g}, {noise['largest']:.2g} at most" if measured else "not measured",
             ]
@@ -465,7 +472,7 @@ def _by_equal(shown: Sequence[Shown], describe: Callable[[Run], _Described]) -> 
     return [("; ".join(names), described) for names, described in groups]
 
 
-def _cost(shown: Sequence[Shown]) -> Section:
+def _cost(shown: Sequence[Shown]) -> list[Section]:
     header = ["stage one", "workers", "pairs", "tokens", "time of all workers", "tokens/s of a worker"]
     header += ["peak memory of a worker", "device"]
     body = Markup("")
@@ -473,13 +480,14 @@ def _cost(shown: Sequence[Shown]) -> Section:
         body += (Markup("<h3>{}</h3>").format(printable(name)) if name else Markup("")) + table(header, rows)
     header = [*(["run"] if len(shown) > 1 else []), "stage two", "processes", "steps", "done twice", "tokens"]
     header += ["time", "peak memory", "device"]
-    body += table(header, [_stage_two_row(one, len(shown)) for one in shown if one.run.starts])
+    rows = [_stage_two_row(one, len(shown)) for one in shown if one.run.starts]
+    body += table(header, rows) if rows else Markup("")
     note = (
         "Stage one is shared by all runs on its shards. Time is that of scoring and training, evaluations included, "
         "without loading; memory is the GPU's where there is one, else that of the process, the first one of several. "
         "Tokens of a pair: prompt and chosen, prompt and rejected."
     )
-    return Section(title="Cost", body=body, note=note)
+    return [Section(title="Cost", body=body, note=note)] if body else []
 
 
 def _stage_one_rows(run: Run) -> list[list[object]]:

@@ -176,7 +176,7 @@ def read_run(folder: Path) -> Run:
     records = _counting(lines, starts)
     not_finite = sum(value is None for record in records for value in record.numbers.values())
     if not_finite:
-        remarks.append(f"{not_finite:,} logged values are not finite (NaN or infinite): the curves have gaps there")
+        remarks.append(f"values that are not finite (NaN or infinite): {not_finite:,}; the curves have gaps there")
     record = _read_optional(folder / RECORD, remarks)
     announced = [line["max_steps"] for line in lines if line["kind"] == "start" and _is_count(line.get("max_steps"))]
     return Run(

@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,8 @@ def _run(
     sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
     tokenizer = load_tokenizer(config)
     rows = None
+    # A window's own folder is deleted when its reference has moved; what it took is written down with the run's.
+    accounts_in = open_folder(config.precompute.output)
     if config.reference.sync is not None:
         arguments = training_arguments(config)
         if is_recorded(Path(str(arguments.output_dir))):
@@ -162,8 +164,20 @@ def _run(
         plan = _plan(config, source, reusable, wanted)
         fingerprint = create_store(folder, identity, plan, _declared(config, source))
         if not is_finished(folder):
+            accounts = functools.partial(_accounts, accounts_in, name, worker)
             others += _score_split(
-                config, name, source, stamps, wanted, folder, fingerprint, worker, reference, reusable, tokenizer, flag
+                config,
+                source,
+                stamps,
+                wanted,
+                folder,
+                fingerprint,
+                worker,
+                reference,
+                reusable,
+                tokenizer,
+                flag,
+                accounts,
             )
         if is_finished(folder):
             _report_finished(folder, name)
@@ -352,7 +366,6 @@ _MOST_LOADERS = 4
 
 def _score_split(
     config: Config,
-    name: str,
     source: Source,
     stamps: list[tuple[int, int]],
     wanted: frozenset[int] | None,
@@ -363,6 +376,7 @@ def _score_split(
     reusable: Reusable,
     tokenizer: "PreTrainedTokenizerBase",
     flag: StopFlag,
+    accounts: Callable[[int | None], AbstractContextManager[Callable[[Unit], None]]],
 ) -> int:
     """Score this worker's missing units of one split; gives the number of units that others still owe.
 
@@ -381,8 +395,7 @@ def _score_split(
         is_done=functools.partial(part_exists, folder),
         num_loaders=count_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
     )
-    accounts = _accounts(config, name, worker, to_do)
-    with queue as units, accounts as count, _Writer(folder, config, fingerprint) as writer:
+    with queue as units, accounts(to_do) as count, _Writer(folder, config, fingerprint) as writer:
         for unit in units:
             if part_exists(folder, unit.number):
                 # Another copy of this worker was first, since the unit was read.
@@ -399,7 +412,7 @@ def _score_split(
 
 @contextmanager
 def _accounts(
-    config: Config, name: str, worker: tuple[int, int], to_do: int | None
+    output: Folder, name: str, worker: tuple[int, int], to_do: int | None
 ) -> Iterator[Callable[[Unit], None]]:
     """Show how far a set is, and write down what it took, however it ends. Gives what to call for each unit."""
     device = pick_device()
@@ -426,7 +439,7 @@ def _accounts(
                 "memory_bytes": peak_memory(device),
                 "device": name_of_device(device),
             }
-            write_cost(open_folder(config.precompute.output), cost)
+            write_cost(output, cost)
             emit("end", cost)
 
 

@@ -209,8 +209,8 @@ def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) ->
     ]
     assert "not finished, at step 5 of 9" in page
     assert "log.jsonl: 1 of 9 lines" in page
-    assert "1 logged values are not finite" in page
-    (header, costs) = rows_of(page, "Cost")[1:]
+    assert "not finite (NaN or infinite): 1" in page
+    header, costs = rows_of(page, "Cost")
     told = dict(zip(header, costs, strict=True))
     assert (told["stage two"], told["steps"], told["done twice"]) == ("2 starts", "5", "2")
     assert (told["tokens"], told["time"], told["peak memory"]) == ("1,500", "1 min 06 s", "4.00 GiB")
@@ -288,7 +288,7 @@ def test_without_rewards_accuracy_stands_against_kl(tmp_path: Path) -> None:
         ("type=hinge", [1], [0.8], 0.04),
     ]
     assert layout["yaxis"]["title"]["text"] == "accuracy on held-out pairs (test)"
-    assert "The replies have no rewards" in page
+    assert "Not all runs have rewards" in page
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_extremes() -> None:
@@ -336,7 +336,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_real_browser_draws_the_page_wide_and_narrow_light_and_dark(sweep: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    text = report_page([read_run(run) for run in sweep])
+    text = report_page([read_run(sweep[0])])
     charts = figures(text)
     file.write_text(text)
     with Browser() as browser:

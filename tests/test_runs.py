@@ -90,7 +90,7 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     lines = [f'{{"kind": "log", "attempt": 1, "step": {i}, "loss": {text}}}' for i, text in enumerate(numbers)]
     write_log(tmp_path, [*lines, {"step": 9, "loss": True, "note": "text"}, {"step": 10, "loss": 0.5}])
     assert losses(tmp_path) == {0: None, 1: None, 2: None, 3: None, 4: None, 10: 0.5}
-    assert any("5 logged values are not finite" in remark for remark in read_run(tmp_path).remarks)
+    assert any("not finite (NaN or infinite): 5" in remark for remark in read_run(tmp_path).remarks)
 
 
 def test_the_rejected_completions_shift_follows_from_what_is_logged(tmp_path: Path) -> None:

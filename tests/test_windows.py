@@ -207,6 +207,13 @@ def test_the_card_says_that_the_reference_moved(windowed: Path, folder: Path) ->
     assert "eval_loss" in card and "_time" not in card
 
 
+def test_what_scoring_every_window_took_is_written_down(windowed: Path) -> None:
+    costs = json.loads((windowed / "policy" / "inputs.json").read_text())["stage_one"]
+    # Four windows, each with the pairs of its own steps; the held-out ones before each.
+    assert [cost["pairs"] for cost in costs if cost["set"] == "test"] == [6] * 4
+    assert len([cost for cost in costs if cost["set"] == "train"]) == 4
+
+
 @pytest.mark.parametrize("control", [{"every": EVERY + 1}, {"behind": 1}], ids=["a step late", "a window stale"])
 def test_a_reference_that_is_late_would_be_seen(
     folder: Path, windowed: Path, tmp_path: Path, control: dict[str, int]
