@@ -216,8 +216,8 @@ _REWARD_MODEL = click.option(
     default=16,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Prompts that each policy and the reference reply to at the end. A few hundred make a KL that can be compared; "
-    "0: none.",
+    help="Prompts that each policy and the reference reply to at the end; a few hundred make a KL that can be "
+    "compared. 0: none.",
 )
 @_MAX_TOKENS
 @_REWARD_MODEL
