@@ -2,7 +2,8 @@
 
 At temperature 1 a reply is drawn from the model's distribution as it is: whatever the model's folder says of top_k,
 top_p, temperature or penalties is left aside. So the mean of `log policy - log reference` over the policy's replies
-estimates the KL divergence from the reference without bias.
+estimates the KL divergence from the reference without bias. Of replies that are cut off it is that of what stands
+before the cut.
 """
 
 import math

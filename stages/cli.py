@@ -243,6 +243,7 @@ _RUN = click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, 
 _MAX_TOKENS = click.option(
     "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest reply."
 )
+_HOW_MANY = "How many prompts. A few show what changed; a few hundred make a KL that can be compared."
 _REWARD_MODEL = click.option(
     "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
 )
@@ -270,7 +271,8 @@ _REWARD_MODEL = click.option(
     default=16,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Prompts that each policy and the reference reply to at the end; 0: none, and no KL.",
+    help="Prompts that each policy and the reference reply to at the end; a few hundred make a KL that can be "
+    "compared. 0: none.",
 )
 @_MAX_TOKENS
 @_REWARD_MODEL
@@ -308,7 +310,7 @@ def sweep(
 
 @main.command(short_help="Replies of a run's policy and reference.")
 @_RUN
-@click.option("--prompts", default=16, show_default=True, type=click.IntRange(min=1), help="How many prompts.")
+@click.option("--prompts", default=16, show_default=True, type=click.IntRange(min=1), help=_HOW_MANY)
 @click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
 @_MAX_TOKENS
 @click.option(

@@ -6,6 +6,7 @@ One model is in memory at a time. Where the reference is the policy with its ada
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +77,8 @@ def run(
         UnfinishedError: Nothing was saved yet; or asked to stop, and nothing is written.
     """
     flag = watch_signals(stop_at)
+    # Models are let go of by collections, which need not look through all that the imports have made.
+    gc.freeze()
     config = _settings_of(run_folder)
     step, folder = _saved_policy(run_folder)
     _check_reference(config, run_folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.checkpoints import RUN, is_recorded
+from pipeline.checkpoints import RUN
 from pipeline.commands import run_command
 from pipeline.comparison import show_runs
 from pipeline.config import Config, load_config, training_settings
@@ -95,16 +95,19 @@ def run(
         words = ["--config", str(config_file), *_options(overrides)]
         if status := command("precompute", *words, *several):
             raise click.exceptions.Exit(status)
+    trained: list[_OneRun] = []
     failures: dict[str, int] = {}
     for number, one in enumerate(runs, start=1):
         click.echo(f"\nRun {number} of {len(runs)}: {', '.join(one.member.overrides)}, in {one.folder}")
         status = command("train", "--config", str(config_file), *_options(one.overrides), *several)
-        if status == 0 and replies.num_prompts and not one.config.reference.declared:
-            status = _generate(one, replies, command)
+        if status == 0:
+            trained.append(one)
+            # A reference that is known by name alone writes nothing.
+            if replies.num_prompts and one.config.reference.declared is None:
+                status = _generate(one, replies, command)
         if status:
             _note_failure(one, status, flag, failures)
-    finished = [one for one in runs if is_recorded(one.folder)]
-    _compare([read_run(one.folder) for one in finished], parent, drawn=drawn)
+    _compare([read_run(one.folder) for one in trained], parent, drawn=drawn)
     if failures:
         click.echo(
             f"{len(failures)} of {len(runs)} failed: "

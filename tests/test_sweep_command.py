@@ -80,7 +80,8 @@ def test_a_sweep_that_is_asked_to_stop_saves_says_75_and_goes_on(make_run: MakeR
     stopped = Command(*words)
     runs = [tmp_path / "policy" / f"max_length-{length}" for length in (36, 128)]
     deadline = time.monotonic() + 300
-    while not (runs[0] / "log.jsonl").exists() and time.monotonic() < deadline:
+    log = runs[0] / "log.jsonl"
+    while not (log.exists() and '"loss"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     stopped.signal(signal.SIGTERM)
     assert stopped.wait() == 75
