@@ -234,7 +234,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
 def test_a_reference_that_moves_scores_the_pairs_of_every_epoch() -> None:
     still, moving = make_config(num_train_epochs=3), make_config(num_train_epochs=3)
     moving = dataclasses.replace(moving, reference=ReferenceConfig(sync=SyncConfig()))
-    assert made(moving).precompute.flops == 3 * made(still).precompute.flops
+    assert made(moving).precompute.flops == pytest.approx(3 * made(still).precompute.flops)
 
 
 def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:
