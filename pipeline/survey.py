@@ -151,11 +151,8 @@ class Survey:
 
     def missing_from(self, keys: Iterable[npt.NDArray[np.uint64]]) -> int:
         """Count the kept pairs whose key is in none of the arrays."""
-        found = np.zeros(len(self.keys), bool)
-        own = _as_array(self.keys)
-        for some in keys:
-            found |= np.isin(own, some)
-        return int((~found).sum())
+        stored = list(keys)
+        return int((~np.isin(_as_array(self.keys), np.concatenate(stored))).sum()) if stored else len(self.keys)
 
     def _measure(self, whole: TokenizedPair) -> None:
         prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)

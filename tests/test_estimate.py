@@ -146,8 +146,8 @@ def test_a_layer_keeps_for_backward_what_is_estimated(
 ) -> None:
     settings = transformers.LlamaConfig(**SIZES, num_hidden_layers=1)
     shapes = shapes_of(settings, PolicyConfig(model="m", lora=LoraSettings(r=8) if lora else None))
-    one, three = (_saved(getattr(torch, weights), n, lora=lora, autocast=autocast) for n in (1, 3))
-    assert activation_bytes(shapes, weights, autocast=autocast) == pytest.approx((three - one) / 2, rel=0.08)
+    one, two = (_saved(getattr(torch, weights), n, lora=lora, autocast=autocast) for n in (1, 2))
+    assert activation_bytes(shapes, weights, autocast=autocast) == pytest.approx(two - one, rel=0.08)
 
 
 @pytest.mark.parametrize("family", ["llama", "tied"])
@@ -234,7 +234,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
 def test_a_reference_that_moves_scores_the_pairs_of_every_epoch() -> None:
     still, moving = make_config(num_train_epochs=3), make_config(num_train_epochs=3)
     moving = dataclasses.replace(moving, reference=ReferenceConfig(sync=SyncConfig()))
-    assert made(moving).precompute.flops == 3 * made(still).precompute.flops
+    assert made(moving).precompute.flops == pytest.approx(3 * made(still).precompute.flops)
 
 
 def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:
