@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import recipe_figures
 import transformers
+from click.testing import CliRunner
 from conftest import HH, make_model, make_tokenizer, refshard
 from recipe_figures import RECIPES, Recipe
 
@@ -79,6 +80,17 @@ def test_the_commands_at_the_head_are_commands_and_name_the_recipe_and_its_hardw
         parameters = command.make_context(words[1], list(rest)).params
         if config.cluster.train.processes > 1 and words[1] in ("precompute", "train"):
             assert parameters["processes"] == config.cluster.train.processes
+
+
+@each_with_figures
+def test_slurm_jobs_of_a_recipe_ask_for_the_hardware_at_its_head(recipe: Recipe, tmp_path: Path) -> None:
+    words = ["submit", "slurm", "--config", str(recipe.file), "--into", str(tmp_path / "jobs")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    trains = (tmp_path / "jobs" / "train.sh").read_text()
+    count = recipe.hardware.count
+    assert f"--gpus-per-node={count}" in trains
+    assert f"--time={recipe.config.cluster.train.time}" in trains
 
 
 # --- Forms --------------------------------------------------------------------------------------------------------
