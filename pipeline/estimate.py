@@ -227,7 +227,9 @@ def estimate(
         held_out: Of all held-out sets together.
         measured: Operations per second of one device, forward alone and with backward; taken instead of its peak.
     """
-    dtype = reference_dtype or _dtype_of(config.reference.dtype)
+    # A reference that moves is kept in float32, and scores every step's pairs anew.
+    moves = config.reference.sync is not None
+    dtype = "float32" if moves else reference_dtype or _dtype_of(config.reference.dtype)
     train = None
     settings: dict[str, Any] = {}
     if config.train:
@@ -235,7 +237,9 @@ def estimate(
         train = _stage_two(config, settings, shapes, lengths, held_out, hardware, measured)
     return Estimate(
         hardware=hardware,
-        precompute=_stage_one(config, reference or shapes, dtype, lengths, held_out, hardware, measured),
+        precompute=_stage_one(
+            config, reference or shapes, dtype, lengths, held_out, hardware, measured, _epochs(settings) if moves else 1
+        ),
         train=train,
         disk=_disk(config, settings, shapes, lengths, held_out, train),
         host_memory=hardware.count * _weight_bytes(shapes, _dtype_of(config.policy.dtype), config.policy.quantization),
@@ -289,6 +293,7 @@ def _stage_one(
     held_out: Lengths | None,
     hardware: Hardware,
     measured: tuple[float, float] | None,
+    passes: float,
 ) -> StageEstimate:
     size = _BYTES.get(dtype, 4)
     spread = hardware.count if config.precompute.device_map or config.precompute.tp_plan else 1
@@ -305,8 +310,8 @@ def _stage_one(
     tokens = max(widest, min(tokens, computed))
     scored = sum(s.completion_tokens for s in sets)
     # One pair in 64 is scored twice, which measures the noise.
-    flops = (
-        65 / 64 * sum(forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s)) for s in sets)
+    flops = (passes * 65 / 64) * sum(
+        forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s)) for s in sets
     )
     memory = {
         "weights": weights,
@@ -319,7 +324,7 @@ def _stage_one(
         total_memory=sum(memory.values()),
         flops=flops,
         seconds=_seconds(flops, hardware, measured and measured[0], sixteen=size == 2),
-        tokens=computed,
+        tokens=round(passes * computed),
         measured=measured is not None,
         batch_tokens=tokens,
     )

@@ -1,5 +1,6 @@
 """Estimates against what the library's own models have, keep and compute, and against closed forms."""
 
+import dataclasses
 from typing import Any, Literal
 
 import pytest
@@ -8,7 +9,16 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config, DataConfig, LoraSettings, PolicyConfig, PrecomputeConfig, Quantization
+from pipeline.config import (
+    Config,
+    DataConfig,
+    LoraSettings,
+    PolicyConfig,
+    PrecomputeConfig,
+    Quantization,
+    ReferenceConfig,
+    SyncConfig,
+)
 from pipeline.errors import ConfigError
 from pipeline.estimate import (
     UTILISATION,
@@ -219,6 +229,12 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
     assert measured.precompute.seconds[1] == pytest.approx(measured.precompute.flops / 1.8e9)
     unknown = made(make_config(), "24GB")
     assert unknown.precompute.seconds is None
+
+
+def test_a_reference_that_moves_scores_the_pairs_of_every_epoch() -> None:
+    still, moving = make_config(num_train_epochs=3), make_config(num_train_epochs=3)
+    moving = dataclasses.replace(moving, reference=ReferenceConfig(sync=SyncConfig()))
+    assert made(moving).precompute.flops == pytest.approx(3 * made(still).precompute.flops)
 
 
 def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:

@@ -17,8 +17,12 @@ from conftest import make_model, make_tokenizer, simple_rows, write_config, writ
 from faults.tally import tally
 
 from pipeline import memory, scoring
+from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.estimate import Lengths, estimate, shapes_of
+from pipeline.hardware import Hardware
 from pipeline.intake import KeptPair, Ledger
+from pipeline.models import policy_settings
 from pipeline.packing import Batch
 from pipeline.scoring import check_scoring, prepare, score
 from pipeline.shards import ScoredPair, create_store, finish_store, write_part
@@ -126,6 +130,20 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
     print({name: f"{size / MIB:.0f} MiB" for name, size in sizes.items()})
     # One copy of the weights and one of their gradients, and no third: the reference's.
     assert training < 2.6 * weights
+    # What `refshard check` would have said of both.
+    settings = load_config(config, ())
+    estimated = estimate(
+        settings,
+        shapes_of(policy_settings(settings)),
+        Lengths(pairs=8, prompt_tokens=120, chosen_tokens=120, rejected_tokens=160, longest_pair=80, usual_pair=60),
+        Hardware(name="cpu", memory=0, is_gpu=False),
+        reference_dtype="float32",
+    )
+    assert estimated.train is not None
+    for measured, stage in ((scoring, estimated.precompute), (training, estimated.train)):
+        low, high = stage.memory_range
+        print(f"estimated {low / MIB:.0f} to {high / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
+        assert low < measured < high
     assert trl - training > 0.8 * weights
     assert scoring < 1.8 * weights
 
