@@ -20,7 +20,7 @@ from recipe_figures import RECIPES, Recipe
 
 from pipeline.config import OWN_TRAIN_FIELDS, load_config, training_settings
 from pipeline.errors import ConfigError
-from pipeline.estimate import shapes_of
+from pipeline.estimate import MEMORY_BAND, UTILISATION, shapes_of
 from pipeline.pairs import Pair, to_pair
 from pipeline.sources import open_source, read_rows
 from stages.cli import main
@@ -372,6 +372,9 @@ def test_the_page_of_recipes_names_every_file_and_repeats_their_figures() -> Non
     assert recipe_figures.page_with_table(page) == page, "run: python tests/recipe_figures.py --write"
     for name in FORMS:
         assert name in page
+    best, about, worst = UTILISATION[::-1]
+    assert f"reaches {about} of its\npeak ({best} to {worst} in brackets)" in page
+    assert f"within {MEMORY_BAND[0]} to {MEMORY_BAND[1]} times" in page
 
 
 @pytest.mark.slow
