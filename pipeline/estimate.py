@@ -227,9 +227,9 @@ def estimate(
         held_out: Of all held-out sets together.
         measured: Operations per second of one device, forward alone and with backward; taken instead of its peak.
     """
-    # A reference that moves is kept in float32, and scores every step's pairs anew.
+    # A reference that moves is kept in float32, but scores in the first one's dtype; every step's pairs anew.
     moves = config.reference.sync is not None
-    dtype = "float32" if moves else reference_dtype or _dtype_of(config.reference.dtype)
+    dtype = reference_dtype or _dtype_of(config.reference.dtype)
     train = None
     settings: dict[str, Any] = {}
     if config.train:

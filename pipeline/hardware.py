@@ -77,6 +77,13 @@ HARDWARE = {
             source="NVIDIA Ada GPU architecture paper, appendix A",
         ),
         Hardware(
+            name="a4000-16gb",
+            memory=16 * GB,
+            tflops_16bit=76.7,
+            tflops_32bit=19.2,
+            source="NVIDIA RTX A4000 data sheet",
+        ),
+        Hardware(
             name="t4-16gb",
             memory=16 * GB,
             tflops_16bit=65,

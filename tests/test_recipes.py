@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import recipe_figures
 import transformers
+from click.testing import CliRunner
 from conftest import HH, make_model, make_tokenizer, refshard
 from recipe_figures import RECIPES, Recipe
 
 from pipeline.config import OWN_TRAIN_FIELDS, load_config, training_settings
 from pipeline.errors import ConfigError
-from pipeline.estimate import shapes_of
+from pipeline.estimate import MEMORY_BAND, UTILISATION, shapes_of
 from pipeline.pairs import Pair, to_pair
 from pipeline.sources import open_source, read_rows
 from stages.cli import main
@@ -79,6 +80,17 @@ def test_the_commands_at_the_head_are_commands_and_name_the_recipe_and_its_hardw
         parameters = command.make_context(words[1], list(rest)).params
         if config.cluster.train.processes > 1 and words[1] in ("precompute", "train"):
             assert parameters["processes"] == config.cluster.train.processes
+
+
+@each_with_figures
+def test_slurm_jobs_of_a_recipe_ask_for_the_hardware_at_its_head(recipe: Recipe, tmp_path: Path) -> None:
+    words = ["submit", "slurm", "--config", str(recipe.file), "--into", str(tmp_path / "jobs")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    trains = (tmp_path / "jobs" / "train.sh").read_text()
+    count = recipe.hardware.count
+    assert f"--gpus-per-node={count}" in trains
+    assert f"--time={recipe.config.cluster.train.time}" in trains
 
 
 # --- Forms --------------------------------------------------------------------------------------------------------
@@ -360,6 +372,9 @@ def test_the_page_of_recipes_names_every_file_and_repeats_their_figures() -> Non
     assert recipe_figures.page_with_table(page) == page, "run: python tests/recipe_figures.py --write"
     for name in FORMS:
         assert name in page
+    best, about, worst = UTILISATION[::-1]
+    assert f"reaches {about} of its\npeak ({best} to {worst} in brackets)" in page
+    assert f"within {MEMORY_BAND[0]} to {MEMORY_BAND[1]} times" in page
 
 
 @pytest.mark.slow
@@ -388,7 +403,7 @@ def test_the_hh_recipe_runs_both_stages_on_real_transcripts(tmp_path: Path, caps
     scored = refshard("precompute", *arguments)
     trained = refshard("train", *arguments)
 
-    assert all(word in scored.stderr for word in ("pairs/s", "tokens/s", "s left"))
+    assert all(word in scored.stderr for word in ("pairs/s", "tokens/s"))
     totals = {}
     for name, rows in (("train", 1300), ("test", 200)):
         totals[name] = json.loads((tmp_path / "shards" / name / "index.json").read_text())["totals"]
