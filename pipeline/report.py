@@ -18,8 +18,8 @@ from pipeline.charts import Point, histogram_chart, point_chart
 from pipeline.comparison import Shown, common_folder, differing_settings, flatten, show_runs
 from pipeline.curves import curves_of_many, curves_of_one, held_out_sets
 from pipeline.errors import printable
-from pipeline.estimates import estimate, estimate_kl, estimate_reward
 from pipeline.pages import COLORS, Section, beside, facts, page, table
+from pipeline.reply_means import estimate, estimate_kl, estimate_reward
 from pipeline.runs import MarginRows, Run, part
 
 __all__ = ["report_page"]

@@ -82,8 +82,8 @@ def _charts(*charts: Markup) -> Markup:
 
 
 def _titled(figure: Any, title: str, label: str, **layout: Any) -> Markup:
-    figure.update_layout(title=title, height=_HEIGHT, **layout)
-    return chart(figure, label=label)
+    figure.update_layout(height=_HEIGHT, **layout)
+    return chart(figure, label=label, title=title)
 
 
 def _bars(found: ranking.Histogram, colors: Sequence[str]) -> Any:

@@ -18,7 +18,6 @@ import click
 from pipeline.checkpoints import RUN, is_recorded, newest_whole
 from pipeline.config import Config, ReferenceConfig, load_config, training_settings
 from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
-from pipeline.estimates import estimate_kl, estimate_reward
 from pipeline.fingerprint import identity_of_reference, kinship
 from pipeline.gate import policy_dtype
 from pipeline.generating import (
@@ -36,6 +35,7 @@ from pipeline.memory import free_memory, peak_memory
 from pipeline.models import load_reference, load_tokenizer, pick_device, reference_dtype
 from pipeline.progress import Progress
 from pipeline.records import GENERATIONS, INPUTS, write_generations
+from pipeline.reply_means import estimate_kl, estimate_reward
 from pipeline.rewarding import load_reward_model
 from pipeline.runs import SETTINGS, Generation, Reply
 from pipeline.scoring import check_scoring, prepare

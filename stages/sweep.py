@@ -19,13 +19,13 @@ from pipeline.commands import run_command
 from pipeline.comparison import show_runs
 from pipeline.config import Config, load_config, training_settings
 from pipeline.errors import ConfigError, StorageError, UnfinishedError
-from pipeline.estimates import estimate_kl, estimate_reward
 from pipeline.fingerprint import differences, identity_of_run
 from pipeline.folders import open_folder
 from pipeline.grid import Member, make_grid
 from pipeline.models import load_tokenizer
 from pipeline.pages import check_charts, write_page
 from pipeline.progress import emit
+from pipeline.reply_means import estimate_kl, estimate_reward
 from pipeline.report import report_page
 from pipeline.runs import Run, read_run
 from pipeline.shards import is_finished

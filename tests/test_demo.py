@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import refshard
 
-from pipeline.estimates import estimate_kl
+from pipeline.reply_means import estimate_kl
 from pipeline.reviews import true_reward
 from pipeline.runs import read_run
 

@@ -194,7 +194,8 @@ def problems_of(words: list[str], *, whole: bool) -> list[str]:
     except click.UsageError as error:
         return [f"{' '.join(words)}: {error.format_message()}"]
     # For an argument that is not there, click's newer versions have a mark of their own in place of None.
-    missing = [p.name for p in command.params if p.required and not isinstance(values.get(p.name or ""), str | list)]
+    given = {name for name, value in values.items() if value and isinstance(value, str | list | tuple)}
+    missing = [p.name for p in command.params if p.required and p.name not in given]
     return [f"{' '.join(words)}: {what}" for what in (*missing, *left)]
 
 
@@ -221,6 +222,7 @@ def test_what_does_not_exist_is_found(known: dict[str, Any], tmp_path: Path) -> 
         "refshard train -o loss.beta=1",
         "refshard inspect",
         "refshard inspect one two",
+        "refshard report",
         "refshard submit slurm --config",
     ):
         assert problems_of(words.split(), whole=True), words

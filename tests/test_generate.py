@@ -16,7 +16,7 @@ import transformers
 from conftest import make_model, refshard, simple_rows, write_jsonl
 from processes import Command
 
-from pipeline.estimates import estimate_kl
+from pipeline.reply_means import estimate_kl
 from pipeline.runs import read_run
 
 MakeRun = Callable[..., Path]

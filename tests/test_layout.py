@@ -43,7 +43,7 @@ PIPELINE = [
     "estimate",
     "probe",
     "runs",
-    "estimates",
+    "reply_means",
     "generating",
     "rewarding",
     "ensemble",
