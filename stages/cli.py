@@ -268,11 +268,10 @@ _REWARD_MODEL = click.option(
 )
 @click.option(
     "--prompts",
-    default=16,
+    default=128,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Prompts that each policy and the reference reply to at the end; a few hundred make a KL that can be "
-    "compared. 0: none.",
+    help="Prompts that each policy and the reference reply to at the end, for rewards and KL. 0: none.",
 )
 @_MAX_TOKENS
 @_REWARD_MODEL
@@ -310,7 +309,7 @@ def sweep(
 
 @main.command(short_help="Replies of a run's policy and reference.")
 @_RUN
-@click.option("--prompts", default=16, show_default=True, type=click.IntRange(min=1), help=_HOW_MANY)
+@click.option("--prompts", default=128, show_default=True, type=click.IntRange(min=1), help=_HOW_MANY)
 @click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
 @_MAX_TOKENS
 @click.option(
