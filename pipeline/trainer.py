@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from pipeline.attempts import Attempt, set_aside
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
@@ -133,6 +134,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
             "processes on CPUs, set train.use_cpu: true"
         )
+    _check_trackers(made)
     _check_fsdp(made, config)
     _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
@@ -541,6 +543,15 @@ class PairTrainer(transformers.Trainer):
         if mode == "train":
             # Kept in the library's own counter, so that a checkpoint carries it.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+def _check_trackers(made: transformers.TrainingArguments) -> None:
+    """Make sure that the trackers are installed, which the library says after the model is loaded."""
+    try:
+        for tracker in get_reporting_integration_callbacks(made.report_to):  # type: ignore[no-untyped-call]
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train.report_to: {' '.join(str(error).split())}") from error
 
 
 def processes_of(checkpoint: Path) -> int:

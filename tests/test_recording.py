@@ -196,6 +196,15 @@ def test_the_librarys_trackers_get_what_the_log_gets(finished: tuple[Path, Any, 
         assert tracked == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
 
 
+@pytest.mark.parametrize(("tracker", "why"), [("comet_ml", "pip install comet-ml"), ("nonsense", "only azure_ml")])
+def test_a_tracker_that_is_not_there_is_refused_before_a_model_is_loaded(
+    make_run: MakeRun, tracker: str, why: str
+) -> None:
+    done = refshard("train", "--config", make_run(train={"report_to": tracker}), check=2)
+    assert "refshard: train.report_to: " in done.stderr
+    assert why in done.stderr
+
+
 def test_json_logs_are_objects_on_stdout_and_nothing_else(make_run: MakeRun) -> None:
     config = make_run(rows=simple_rows(9))
     kinds = {}
