@@ -10,7 +10,7 @@ can't be known from a config: it is measured by a probe (probe.py) or assumed, a
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config, PolicyConfig, Quantization, training_settings
@@ -45,6 +45,10 @@ _MEASURED_BAND = (0.6, 0.9, 1.1)
 
 _GPU_CONTEXT = 10**9
 """Bytes that the driver, its kernels and their workspaces hold, about"""
+
+_PROGRAM = 520 * 10**6
+"""Bytes that a process holds of Python, torch and the imports before it has a model: resident, measured on Linux with
+torch 2.13 for CPUs"""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -141,7 +145,8 @@ class Estimate:
     disk: Mapping[str, int]
     """Bytes, by what they are for"""
     host_memory: int
-    """Bytes of the CPU's memory while the policy is loaded: every process holds it whole"""
+    """Bytes of the CPU's memory while the policy is loaded, of all processes together: each is a program that holds it
+    whole"""
 
     @property
     def total_disk(self) -> int:
@@ -214,6 +219,7 @@ def estimate(
     reference_dtype: str | None = None,
     held_out: Lengths | None = None,
     measured: tuple[float, float] | None = None,
+    unscored: tuple[float, float] = (1.0, 1.0),
 ) -> Estimate:
     """Estimate what both stages of a run take on given hardware. Reads no file, loads nothing.
 
@@ -221,28 +227,32 @@ def estimate(
         config: The run's settings.
         shapes: Of the policy.
         lengths: Of the training set.
-        hardware: Every device is used by both stages.
+        hardware: Every device is used by both stages, but for a reference that moves: one process alternates between
+            them on one device. Layers spread by `precompute.device_map` take turns.
         reference: Shapes of the reference, where it is another model than the policy.
         reference_dtype: What `reference.dtype: auto` stands for; bfloat16 if left out, as most checkpoints have it.
         held_out: Of all held-out sets together.
         measured: Operations per second of one device, forward alone and with backward; taken instead of its peak.
+        unscored: Share of the training pairs, and of the held-out ones, that stage one has still to score. Not read
+            where the reference moves, whose windows each score anew.
     """
-    # A reference that moves is kept in float32, but scores in the first one's dtype; every step's pairs anew.
-    moves = config.reference.sync is not None
+    # A reference that moves is kept in float32, but scores in the first one's dtype; every window's pairs anew.
+    sync = config.reference.sync
     dtype = reference_dtype or _dtype_of(config.reference.dtype)
     train = None
     settings: dict[str, Any] = {}
+    used = hardware if sync is None else replace(hardware, count=1)
     if config.train:
         settings = training_settings(config)
-        train = _stage_two(config, settings, shapes, lengths, held_out, hardware, measured)
+        train = _stage_two(config, settings, shapes, lengths, held_out, used, measured)
+    passes = unscored if sync is None else _passes_of_windows(sync.steps, settings, lengths.pairs)
+    policy = _weight_bytes(shapes, _dtype_of(config.policy.dtype), config.policy.quantization)
     return Estimate(
         hardware=hardware,
-        precompute=_stage_one(
-            config, reference or shapes, dtype, lengths, held_out, hardware, measured, _epochs(settings) if moves else 1
-        ),
+        precompute=_stage_one(config, reference or shapes, dtype, lengths, held_out, hardware, measured, passes),
         train=train,
-        disk=_disk(config, settings, shapes, lengths, held_out, train),
-        host_memory=hardware.count * _weight_bytes(shapes, _dtype_of(config.policy.dtype), config.policy.quantization),
+        disk=_disk(config, settings, shapes, lengths, held_out, train, used.count),
+        host_memory=used.count * (policy + _PROGRAM),
     )
 
 
@@ -293,14 +303,23 @@ def _stage_one(
     held_out: Lengths | None,
     hardware: Hardware,
     measured: tuple[float, float] | None,
-    passes: float,
+    passes: tuple[float, float],
 ) -> StageEstimate:
     size = _BYTES.get(dtype, 4)
-    spread = hardware.count if config.precompute.device_map or config.precompute.tp_plan else 1
-    weights = _weight_bytes(shapes, dtype, reference_quantization(config)) // spread
+    weights = _weight_bytes(shapes, dtype, reference_quantization(config))
+    at_work = hardware.count
+    if config.precompute.tp_plan:
+        # Layers alone are split: each process has the embedding whole, as the library has it, and the head, as we do.
+        outside = (shapes.parameters - shapes.layer_parameters) * size
+        weights = (weights - outside) // hardware.count + outside
+    elif config.precompute.device_map:
+        # A batch passes one device's layers after another's.
+        weights, at_work = weights // hardware.count, 1
+    if config.reference.sync is not None:
+        at_work = 1
     # Nothing is kept for backward: a layer's input, its norm in float32, and the widest of what it makes.
     per_token = (4 + 2 * size) * shapes.hidden + size * max(3 * shapes.intermediate, 3 * shapes.query)
-    context = _GPU_CONTEXT if hardware.is_gpu else 0
+    context = _GPU_CONTEXT if hardware.is_gpu else _PROGRAM
     widest = max(lengths.longest_pair, held_out.longest_pair if held_out else 0)
     tokens = config.precompute.tokens_per_batch
     if tokens is None:
@@ -310,24 +329,29 @@ def _stage_one(
     tokens = max(widest, min(tokens, computed))
     scored = sum(s.completion_tokens for s in sets)
     # One pair in 64 is scored twice, which measures the noise.
-    flops = (passes * 65 / 64) * sum(
-        forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s)) for s in sets
+    flops = (65 / 64) * sum(
+        share * forward_flops(shapes, _tokens_of_stage_one(s), s.completion_tokens, _context_of(s))
+        for share, s in zip(passes, sets, strict=False)
     )
     memory = {
         "weights": weights,
         "one batch": tokens * per_token,
         "logits of a chunk": _chunk_bytes(shapes, min(tokens, scored), size, hardware, buffers=1),
-        "the device's own": context,
+        _name_of_own(hardware): context,
     }
     return StageEstimate(
         memory=_held(memory),
         total_memory=sum(memory.values()),
         flops=flops,
-        seconds=_seconds(flops, hardware, measured and measured[0], sixteen=size == 2),
-        tokens=round(passes * computed),
+        seconds=_seconds(flops, replace(hardware, count=at_work), measured and measured[0], sixteen=size == 2),
+        tokens=round(sum(share * _tokens_of_stage_one(s) for share, s in zip(passes, sets, strict=False))),
         measured=measured is not None,
         batch_tokens=tokens,
     )
+
+
+def _name_of_own(hardware: Hardware) -> str:
+    return "the device's own" if hardware.is_gpu else "Python and torch"
 
 
 def _tokens_of_stage_one(lengths: Lengths) -> int:
@@ -345,9 +369,10 @@ def _stage_two(
 ) -> StageEstimate:
     policy = config.policy
     batch = int(settings.get("per_device_train_batch_size", 8))
-    in_step = batch * int(settings.get("gradient_accumulation_steps", 1)) * hardware.count
-    steps = _steps(settings, lengths.pairs, in_step)
-    epochs = steps * in_step / max(1, lengths.pairs) if _max_steps(settings) else _epochs(settings)
+    per_epoch = _steps_per_epoch(settings, lengths.pairs, hardware.count)
+    steps = _steps(settings, per_epoch)
+    # The last step of an epoch takes what is left.
+    epochs = steps / per_epoch if _max_steps(settings) else _epochs(settings)
     autocast = policy.dtype == "float32" and bool(settings.get("bf16") or settings.get("fp16"))
     tokens = lengths.longest_pair + (batch - 1) * lengths.usual_pair
     memory = _training_memory(config, settings, shapes, tokens, lengths, hardware, autocast=autocast)
@@ -363,7 +388,7 @@ def _stage_two(
         flops += epochs * 6 * shapes.trained_parameters * lengths.packed_tokens
     computed = round(epochs * lengths.packed_tokens)
     if held_out is not None:
-        evaluations = _evaluations(settings, steps)
+        evaluations = len(_evaluated_steps(settings, steps, per_epoch))
         computed += evaluations * held_out.packed_tokens
         flops += evaluations * forward_flops(
             shapes, held_out.packed_tokens, held_out.completion_tokens, _context_of(held_out)
@@ -439,7 +464,7 @@ def _training_memory(
         "logits of a chunk": _chunk_bytes(shapes, scored, product, hardware, buffers=3 if product == 2 else 2)
         + 2 * scored * shapes.hidden * 4,
         "gradient of the head": of_head,
-        "the device's own": _GPU_CONTEXT if hardware.is_gpu else 0,
+        _name_of_own(hardware): _GPU_CONTEXT if hardware.is_gpu else _PROGRAM,
     }
     if policy.quantization is not None:
         # The widest layer's weights as they are multiplied, again whole.
@@ -508,24 +533,64 @@ def _max_steps(settings: Mapping[str, Any]) -> int:
     return max(0, int(settings.get("max_steps", -1)))
 
 
-def _steps(settings: Mapping[str, Any], pairs: int, in_step: int) -> int:
-    if most := _max_steps(settings):
-        return most
-    return math.ceil(math.ceil(pairs / in_step) * _epochs(settings))
+def _steps_per_epoch(settings: Mapping[str, Any], pairs: int, processes: int) -> int:
+    in_step = int(settings.get("per_device_train_batch_size", 8)) * int(settings.get("gradient_accumulation_steps", 1))
+    return max(1, math.ceil(pairs / (in_step * processes)))
 
 
-def _every(strategy: str, every: float, steps: int, epochs: float) -> int:
-    """How often something is done that is due at steps or at epochs."""
+def _steps(settings: Mapping[str, Any], per_epoch: int) -> int:
+    return _max_steps(settings) or math.ceil(per_epoch * _epochs(settings))
+
+
+def _due_steps(settings: Mapping[str, Any], strategy: str, every: float, steps: int, per_epoch: int) -> set[int]:
+    """The steps at which something is done that is due at steps or at epochs; the last one is among them."""
+    strategy = str(getattr(settings.get(strategy), "value", settings.get(strategy)))
     if strategy == "steps":
-        return steps // max(1, math.ceil(every * steps) if every < 1 else int(every))
-    return math.ceil(epochs) if strategy in ("epoch", "best") else 0
+        period = max(1, math.ceil(every * steps) if every < 1 else int(every))
+    elif strategy in ("epoch", "best"):
+        period = per_epoch
+    else:
+        return set()
+    return {*range(period, steps, period), steps}
 
 
-def _evaluations(settings: Mapping[str, Any], steps: int) -> int:
-    """Evaluations of a run, the one at its end included."""
+def _evaluated_steps(settings: Mapping[str, Any], steps: int, per_epoch: int) -> set[int]:
+    """The steps at which held-out sets are evaluated: the last one always, for the model card."""
     every = settings.get("eval_steps") or settings.get("logging_steps", 10)
-    strategy = getattr(settings.get("eval_strategy", "no"), "value", settings.get("eval_strategy", "no"))
-    return max(1, _every(str(strategy), float(every), steps, _epochs(settings)))
+    due = _due_steps(settings, "eval_strategy", float(every), steps, per_epoch)
+    delay = float(settings.get("eval_delay") or 0)
+    if settings.get("eval_strategy") == "epoch":
+        delay *= per_epoch
+    return {step for step in due if step >= delay} | {steps} | ({0} if settings.get("eval_on_start") else set())
+
+
+def _passes_of_windows(size: int, settings: Mapping[str, Any], pairs: int) -> tuple[float, float]:
+    """How often stage one scores the training pairs, and the held-out ones, in all windows of `size` steps together.
+
+    A window scores each pair that it trains on once, and held-out pairs where it evaluates.
+    """
+    per_epoch = _steps_per_epoch(settings, pairs, 1)
+    steps = _steps(settings, per_epoch)
+    whole, rest = divmod(steps, size)
+    trained = whole * min(1.0, size / per_epoch) + min(1.0, rest / per_epoch)
+    return trained, float(len({step // size for step in _evaluated_steps(settings, steps, per_epoch)}))
+
+
+def _references_at_once(size: int, steps: int, saved_every: int, limit: int | None, *, evaluates: bool) -> int:
+    """How many moved references are on the disk together, at most: those that a kept checkpoint may go on from.
+
+    Args:
+        size: Steps of a window.
+        steps: Of the run.
+        saved_every: Steps between checkpoints; at a window's end there is one too.
+        limit: Checkpoints that are kept; None: all.
+        evaluates: Whether held-out sets are evaluated, and so on a reference that moves at the very end.
+    """
+    made = steps // size if evaluates else max(0, steps - 1) // size
+    # The oldest one's reference, those since, and the next one, which is written before the oldest is deleted.
+    kept = made if limit is None else min(made, math.ceil((limit - 1) * min(saved_every, size) / size) + 2)
+    # The first move writes the first reference beside it, plain and in float32.
+    return max(2, kept) if made else 0
 
 
 def _seconds(
@@ -549,6 +614,7 @@ def _disk(
     lengths: Lengths,
     held_out: Lengths | None,
     train: StageEstimate | None,
+    processes: int,
 ) -> dict[str, int]:
     sets = [lengths, held_out] if held_out else [lengths]
     # Of a pair: key, row, three lengths, two sums; then float32 token logps, which hardly compress. Of a part: footer.
@@ -563,18 +629,31 @@ def _disk(
     size = 4 if shapes.has_adapter or config.policy.dtype == "float32" else 2
     policy = shapes.trained_parameters * size
     states = round(shapes.trained_parameters * _state_bytes(str(settings.get("optim", "adamw")), size))
-    strategy = getattr(settings.get("save_strategy", "steps"), "value", settings.get("save_strategy", "steps"))
-    saves = _every(str(strategy), float(settings.get("save_steps", 500)), train.steps, _epochs(settings))
-    if strategy == "steps":
-        # The last step is saved too.
-        saves = max(1, saves)
+    per_epoch = _steps_per_epoch(settings, lengths.pairs, processes)
+    every = float(settings.get("save_steps", 500))
+    saved = _due_steps({"save_strategy": "steps", **settings}, "save_strategy", every, train.steps, per_epoch)
+    sync = config.reference.sync
+    if sync is not None:
+        # A window ends in a checkpoint, from which the reference moves.
+        saved |= {*range(sync.steps, train.steps, sync.steps), train.steps}
+    saves = len(saved)
     # One more than are kept is there while the newest is written.
     if limit := settings.get("save_total_limit"):
         saves = min(saves, int(limit) + 1)
     ids = sum(4 * (s.prompt_tokens + s.completion_tokens) for s in sets)
     logps = sum(per_token * s.completion_tokens + 44 * s.pairs for s in sets)
-    return disk | {
+    disk |= {
         "joined set, while training": ids + logps,
         "checkpoints": saves * (policy + states),
         "policy": policy,
     }
+    if sync is not None:
+        between = min(saved, default=sync.steps)
+        references = _references_at_once(
+            sync.steps, train.steps, between, int(limit) if limit else None, evaluates=held_out is not None
+        )
+        if references and shapes.has_adapter:
+            # The policy, merged, while the two are mixed.
+            references += 1
+        disk["moved references"] = references * 4 * shapes.parameters
+    return disk

@@ -113,8 +113,8 @@ class Survey:
         self._add_example(reason, Example(place, row, f"{_sizes(whole)}: {_shown(pair)}"))
 
     def refuse(self, place: str, row: int, reason: str, message: str) -> None:
-        """Take in a row that can't be a pair."""
-        self._add_example(reason, Example(place, row, message))
+        """Take in a row that can't be a pair. Its message begins with the place, which an example has apart."""
+        self._add_example(reason, Example(place, row, message.removeprefix(f"{place}: ")))
 
     def close(self) -> None:
         """End a unit: prompts are shared within one alone."""

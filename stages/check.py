@@ -1,6 +1,7 @@
 """Before a GPU is booked: what becomes of the rows, what both stages will take, and what stage one has done already.
 
-The pairs are read and tokenized as stage one does it, and so counted alike; no weights are read.
+The pairs are read and tokenized as stage one does it, and so counted alike. No weights are loaded; once shards are
+there, digests of those on disk tell whether the shards are of this run, which reads them once.
 """
 
 import dataclasses
@@ -104,9 +105,10 @@ def run(
         for name in ("train", *config.data.eval)
     }
     device = torch.device("cpu") if hardware == "cpu" else pick_device()
-    estimated, probe = _estimate(config, settings, sets, planned, device)
     stores = {} if config.reference.sync is not None else _look_at_stores(config, sets, tokenizer)
-    report = _as_dict(sets, estimated, probe, stores)
+    estimated, probe = _estimate(config, settings, sets, planned, device, stores)
+    host = this_hardware(torch.device("cpu")).memory if planned is None else None
+    report = _as_dict(sets, estimated, probe, host, stores)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(map(printable, _as_text(report, config))))
     if any(entry.get("differences") for entry in stores.values()):
         check_identity(_stores_there(config, stores), identity_of_run(config, tokenizer))
@@ -152,6 +154,7 @@ def _estimate(
     sets: Mapping[str, _Set],
     planned: Hardware | None,
     device: torch.device,
+    stores: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Estimate | None, Probe | None]:
     """Estimate on the planned hardware, or on this machine, whose speed is measured then."""
     lengths = _lengths([sets["train"]])
@@ -181,8 +184,30 @@ def _estimate(
         reference_dtype=dtype,
         held_out=_lengths([entry for name, entry in sets.items() if name != "train"]),
         measured=None if probe is None else (probe.forward, probe.training),
+        unscored=_unscored(sets, stores),
     )
     return estimated, probe
+
+
+def _unscored(sets: Mapping[str, _Set], stores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Share of the training pairs, and of all held-out ones, that no store has."""
+    tokens: dict[bool, list[float]] = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for name, entry in sets.items():
+        of_set = entry.scale * entry.survey.shared_tokens
+        counts = tokens[name == "train"]
+        counts[0] += of_set * _missing_share(stores.get(name, {}), entry.ledger.kept)
+        counts[1] += of_set
+    train, held_out = (missing / whole if whole else 1.0 for missing, whole in (tokens[True], tokens[False]))
+    return train, held_out
+
+
+def _missing_share(store: Mapping[str, Any], kept: int) -> float:
+    """Share of a set that its store lacks; all of it where the store is another run's or its rows are not known."""
+    if store.get("differences"):
+        return 1.0
+    if store.get("state") == "finished":
+        return float(store.get("pairs_missing", 0) / max(1, kept))
+    return float(store["rows_missing"] / max(1, store["rows_of_set"])) if "rows_missing" in store else 1.0
 
 
 def _look_at_stores(config: Config, sets: Mapping[str, _Set], tokenizer: Any) -> dict[str, dict[str, Any]]:
@@ -215,6 +240,7 @@ def _look_at_stores(config: Config, sets: Mapping[str, _Set], tokenizer: Any) ->
                 entry["pairs_missing"] = looked.survey.missing_from(keys)
         elif total is not None and "window" not in manifest["plan"]:
             entry["units"] = -(-total // size)
+            entry["rows_of_set"] = total
             entry["rows_missing"] = sum(
                 min(size, total - unit * size) for unit in range(entry["units"]) if unit not in there
             )
@@ -235,11 +261,15 @@ def _first_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
 
 
 def _as_dict(
-    sets: Mapping[str, _Set], estimated: Estimate | None, probe: Probe | None, stores: Mapping[str, Any]
+    sets: Mapping[str, _Set],
+    estimated: Estimate | None,
+    probe: Probe | None,
+    host: int | None,
+    stores: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "sets": {name: _set_as_dict(entry) for name, entry in sets.items()},
-        "estimate": None if estimated is None else _estimate_as_dict(estimated, probe),
+        "estimate": None if estimated is None else _estimate_as_dict(estimated, probe, host),
         "stores": dict(stores),
     }
 
@@ -271,7 +301,7 @@ def _set_as_dict(entry: _Set) -> dict[str, Any]:
     }
 
 
-def _estimate_as_dict(estimated: Estimate, probe: Probe | None) -> dict[str, Any]:
+def _estimate_as_dict(estimated: Estimate, probe: Probe | None, host: int | None) -> dict[str, Any]:
     stages = {"precompute": estimated.precompute, "train": estimated.train}
     return {
         "hardware": dataclasses.asdict(estimated.hardware),
@@ -280,6 +310,7 @@ def _estimate_as_dict(estimated: Estimate, probe: Probe | None) -> dict[str, Any
         "probe": None if probe is None else dataclasses.asdict(probe),
         "stages": {name: dataclasses.asdict(stage) for name, stage in stages.items() if stage is not None},
         "host_memory": estimated.host_memory,
+        "host_memory_here": host,
         "disk": dict(estimated.disk),
     }
 
@@ -335,6 +366,9 @@ def _estimate_as_text(entry: Mapping[str, Any]) -> list[str]:
     lines = [f"about, on {hardware.label} ({_gb(hardware.memory)} each; {hardware.source})"]
     for name, stage in entry["stages"].items():
         made = StageEstimate(**stage)
+        if not made.tokens:
+            lines.append(f"  {name:14}done")
+            continue
         low, high = made.memory_range
         parts = ", ".join(f"{part} {_gb(size)}" for part, size in sorted(made.memory.items(), key=lambda i: -i[1])[:4])
         verdict = "too much" if low > hardware.memory else "maybe too much" if high > hardware.memory else "fits"
@@ -344,7 +378,7 @@ def _estimate_as_text(entry: Mapping[str, Any]) -> list[str]:
             f"  {'':14}{_gb(made.total_memory)} of memory a device ({_gb(low)} to {_gb(high)}: {verdict}): {parts}; "
             f"at {made.batch_tokens:,} tokens at once",
         ]
-    lines.append(f"  {'CPU memory':14}{_gb(entry['host_memory'])} while the policy is loaded")
+    lines.append(f"  {'CPU memory':14}{_host_memory(entry['host_memory'], entry['host_memory_here'])}")
     disk = ", ".join(f"{part} {_gb(size)}" for part, size in entry["disk"].items())
     lines.append(f"  {'disk':14}{_gb(sum(entry['disk'].values()))}: {disk}")
     if entry["probe"] is not None:
@@ -362,6 +396,13 @@ def _estimate_as_text(entry: Mapping[str, Any]) -> list[str]:
             "range), and memory counted from the model's config."
         )
     return lines
+
+
+def _host_memory(needed: int, here: int | None) -> str:
+    text = f"{_gb(needed)} on the machine, all its processes together, while each loads the policy whole"
+    if here is None:
+        return text
+    return f"{text}: {'too much' if needed > here else 'fits'}, this machine has {_gb(here)}"
 
 
 def _gb(size: float) -> str:
@@ -411,7 +452,7 @@ def _problems(
             problems.append(
                 DataError(
                     f"{count:,} {'row' if count == 1 else 'rows'} of {describe(entry.source)} can't be pairs and would "
-                    f"stop stage one (first: {first.text}). Set data.on_bad_row: skip, or mend them"
+                    f"stop stage one (first: {first.place}: {first.text}). Set data.on_bad_row: skip, or mend them"
                 )
             )
         if ledger.kept == 0:
@@ -457,7 +498,7 @@ def _above_limits(sets: Mapping[str, _Set], estimated: Estimate | None, limits: 
     stages = {"precompute": estimated.precompute, "train": estimated.train}
     hours = 0.0
     for name, stage in stages.items():
-        if stage is None:
+        if stage is None or not stage.tokens:
             continue
         if limits.max_memory is not None and stage.total_memory > limits.max_memory:
             found.append(

@@ -13,6 +13,7 @@ import click
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, RefshardError, one_line
+from pipeline.hardware import HARDWARE
 from pipeline.progress import JSON_LOGS, emit, start_json
 
 __all__ = ["main", "run"]
@@ -203,8 +204,8 @@ def _parse_memory(context: click.Context, parameter: click.Parameter, value: str
     default="here",
     show_default=True,
     metavar="NAME",
-    help="What the run is planned for: 8xh100-80gb, a100-80gb, a100-40gb, h200-141gb, l40s-48gb, rtx4090-24gb, "
-    "t4-16gb, a memory (2x24GB), cpu, or here.",
+    help=f"What the run is planned for: {', '.join(HARDWARE)}, a memory (24GB), each with a number in front "
+    "(8xh100-80gb), cpu, or here.",
 )
 @click.option("--rows", type=click.IntRange(min=1), metavar="N", help="Look at the first N rows of each set only.")
 @click.option(
@@ -229,7 +230,9 @@ def check(
 ) -> None:
     """Say what becomes of the rows, what both stages will take, and what stage one has done already.
 
-    Needs no GPU and reads no weights. Exit status: 0; 65 rows are bad, or more are dropped or cut than allowed; 2 the
+    Needs no GPU and loads no weights. Once there are shards, the weights' digests are taken to compare them, which
+    reads the files, the first time; where they are large, it takes a while. Times of named GPUs are assumed from data
+    sheets. Exit status: 0; 65 rows are bad, or more are dropped or cut than allowed; 2 the
     settings are impossible, or take more than allowed; 78 the shards that are there are of another reference.
     """
     config = load_config(config_file, overrides)
