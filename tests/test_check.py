@@ -57,17 +57,22 @@ def test_counts_are_those_of_stage_one_and_then_it_says_what_is_done_missing_and
     size = sum(part.stat().st_size for part in parts)
     assert before["estimate"]["disk"]["shards"] == pytest.approx(size, rel=0.3)
 
-    done = checked("--config", config, *GPU)["stores"]
-    assert {name: (entry["state"], entry["units"], entry["pairs_missing"]) for name, entry in done.items()} == {
+    done = checked("--config", config, *GPU)
+    stores = done["stores"].items()
+    assert {name: (entry["state"], entry["units"], entry["pairs_missing"]) for name, entry in stores} == {
         "train": ("finished", 4, 0),
         "test": ("finished", 3, 0),
     }
+    # Stage one costs nothing any more.
+    assert before["estimate"]["stages"]["precompute"]["tokens"] > 0
+    assert done["estimate"]["stages"]["precompute"]["tokens"] == 0
     # The training set has grown by three pairs.
     data = tmp_path / "pairs.jsonl"
     data.write_text(data.read_text() + "".join(json.dumps(row) + "\n" for row in simple_rows(3, start=100)))
     grown = ("--config", config, *GPU, "-o", "data.eval={}")
     said = refshard("check", *grown, check=65)
     assert "3 of 27 pairs" in said.stderr and "3 pairs missing" in said.stdout
+    assert not re.search(r"precompute +done", said.stdout)
     assert "have no reference logps" in refshard("train", "--config", config, "-o", "data.eval={}", check=65).stderr
     refshard("check", *grown, "-o", "train.on_missing=drop")
 
@@ -81,9 +86,12 @@ def test_counts_are_those_of_stage_one_and_then_it_says_what_is_done_missing_and
     folder = tmp_path / "shards" / "train"
     (folder / "index.json").unlink()
     (folder / "part-00001.parquet").unlink()
-    unfinished = checked(*grown)["stores"]["train"]
+    found = checked(*grown)
+    unfinished = found["stores"]["train"]
     assert (unfinished["state"], unfinished["units_done"], unfinished["units"]) == ("unfinished", 3, 4)
     assert unfinished["rows_missing"] == 8
+    tokens = found["sets"]["train"]["tokens"]["shared"]
+    assert found["estimate"]["stages"]["precompute"]["tokens"] == pytest.approx(8 / 31 * tokens, abs=1)
 
 
 def test_bad_rows_that_would_stop_stage_one_fail_the_check_which_counts_all_of_them(
@@ -96,6 +104,9 @@ def test_bad_rows_that_would_stop_stage_one_fail_the_check_which_counts_all_of_t
     for count, meaning in ((1, "wrong type"), (1, "empty completion"), (1, "no shared prompt")):
         assert f"{count} (3.6%): {meaning}" in said.stdout
     assert "pairs.jsonl:25: " in said.stdout and "prompt alone fills max_length" in said.stdout
+    # Each place once, also where an error has it in its message.
+    assert re.search(r"pairs\.jsonl:22: chosen must be text", said.stdout)
+    assert not re.search(r"(pairs\.jsonl:\d+): \S*\1", said.stdout)
     # What the data holds can't change the terminal.
     assert "\x1b" not in said.stdout and "B\\x1b[31m?" in said.stdout
 
@@ -127,6 +138,8 @@ def test_the_first_rows_stand_for_all_and_no_weights_are_read(make_run: Callable
     # The speed of this machine is measured, that of another one assumed, and it says which.
     assert few["estimate"]["probe"]["forward"] > 0 and few["estimate"]["stages"]["train"]["measured"]
     assert all_of_them["estimate"]["probe"] is None and all_of_them["estimate"]["utilisation"]
+    # Of the machine that a GPU is named for nothing is known.
+    assert few["estimate"]["host_memory_here"] > 0 and all_of_them["estimate"]["host_memory_here"] is None
 
 
 def test_ids_past_the_vocabulary_are_found(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -231,16 +231,124 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
     assert unknown.precompute.seconds is None
 
 
-def test_a_reference_that_moves_scores_the_pairs_of_every_epoch() -> None:
-    still, moving = make_config(num_train_epochs=3), make_config(num_train_epochs=3)
-    moving = dataclasses.replace(moving, reference=ReferenceConfig(sync=SyncConfig()))
-    assert made(moving).precompute.flops == pytest.approx(3 * made(still).precompute.flops)
+def moving(steps: int, policy: dict[str, Any] | None = None, **train: Any) -> Config:
+    return dataclasses.replace(make_config(policy, **train), reference=ReferenceConfig(sync=SyncConfig(steps=steps)))
+
+
+@pytest.mark.parametrize(
+    ("window", "train", "passes"),
+    [
+        (25, {"num_train_epochs": 3}, 3),
+        # Four steps of eight pairs, of 1000; so many more that the pairs of an epoch are there several times.
+        (2, {"max_steps": 4}, 4 / 125),
+        (512, {"num_train_epochs": 3}, 1),
+    ],
+)
+def test_a_reference_that_moves_scores_each_windows_pairs_once(
+    window: int, train: dict[str, Any], passes: float
+) -> None:
+    windows, still = made(moving(window, **train)).precompute, made(make_config(**train)).precompute
+    assert windows.flops == pytest.approx(passes * still.flops)
+    assert windows.tokens == pytest.approx(passes * still.tokens, abs=1)
+
+
+def test_held_out_pairs_are_scored_in_each_window_that_evaluates() -> None:
+    # Of 125 steps in windows of 25: at 50, 100 and, the last window, 125.
+    config = moving(25, num_train_epochs=1, eval_strategy="steps", eval_steps=50)
+    found = estimate(config, EIGHT, LENGTHS, hardware_named("h100-80gb"), held_out=LENGTHS)
+    assert found.precompute.tokens == 4 * LENGTHS.packed_tokens
+
+
+def test_a_reference_that_moves_has_one_process_on_one_gpu() -> None:
+    one, eight = (made(moving(25), hardware) for hardware in ("h100-80gb", "8xh100-80gb"))
+    assert (one.precompute, one.train, one.host_memory) == (eight.precompute, eight.train, eight.host_memory)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "limit", "copies"),
+    [
+        # 500 steps in windows of 100, the last of them not followed by a move; all are kept, or those of two
+        # checkpoints and the next.
+        ({}, 500, None, 4),
+        ({}, 500, 2, 3),
+        ({}, 200, 2, 2),
+        ({}, 100, 2, 0),
+        ({"lora": LoraSettings()}, 500, 2, 4),
+    ],
+)
+def test_moved_references_are_on_the_disk_in_float32(
+    policy: dict[str, Any], steps: int, limit: int | None, copies: int
+) -> None:
+    train = {"max_steps": steps} | ({} if limit is None else {"save_total_limit": limit})
+    changes = ADAPTER if policy else {}
+    disk = made(moving(100, policy, **train), **changes).disk
+    assert disk["moved references"] == copies * 32 * 10**9
+    assert "moved references" not in made(make_config(policy, **train), **changes).disk
 
 
 def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:
-    workers, split = (made(make_config(None, {"tp_plan": plan}), "8xa100-80gb") for plan in (None, "auto"))
-    assert workers.precompute.memory["weights"] == 16 * 10**9
-    assert split.precompute.memory["weights"] == 2 * 10**9
+    workers, turns, split = (
+        made(make_config(None, plan), "8xa100-80gb").precompute
+        for plan in ({}, {"device_map": "auto"}, {"tp_plan": "auto"})
+    )
+    assert workers.memory["weights"] == 16 * 10**9
+    assert turns.memory["weights"] == 2 * 10**9
+    # Layers alone are split: embedding and head are whole in each process.
+    assert split.memory["weights"] == 14 * 10**9 / 8 + 2 * 10**9
+    # One GPU works at a time where layers take turns, all of them otherwise.
+    assert workers.seconds is not None and turns.seconds is not None and split.seconds is not None
+    assert turns.seconds[1] == pytest.approx(8 * workers.seconds[1])
+    assert split.seconds[1] == pytest.approx(workers.seconds[1])
+
+
+def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:
+    cpu = Hardware(name="cpu", memory=64 * 10**9, is_gpu=False)
+    found = estimate(make_config(), EIGHT, LENGTHS, cpu, reference_dtype="float32")
+    assert found.train is not None
+    for stage in (found.precompute, found.train):
+        assert 0.4e9 < stage.memory["Python and torch"] < 0.7e9
+    eight = made(make_config(), "8xh100-80gb").host_memory
+    assert eight == 8 * found.host_memory and 0.4e9 < found.host_memory - 32 * 10**9 < 0.7e9
+
+
+def test_stage_one_is_charged_for_the_pairs_that_it_has_still_to_score() -> None:
+    def left(*unscored: float) -> Estimate:
+        gpu = hardware_named("h100-80gb")
+        return estimate(make_config(), EIGHT, LENGTHS, gpu, held_out=LENGTHS, unscored=(unscored[0], unscored[1]))
+
+    whole, quarter, none = left(1, 1), left(0.5, 0), left(0, 0)
+    assert quarter.precompute.flops == pytest.approx(whole.precompute.flops / 4)
+    assert quarter.precompute.tokens == whole.precompute.tokens / 4
+    assert none.precompute.tokens == 0 and none.precompute.seconds == (0, 0, 0)
+    assert none.train == whole.train
+
+
+def test_the_last_batch_of_an_epoch_is_not_filled() -> None:
+    one = Lengths(pairs=1, prompt_tokens=4, chosen_tokens=4, rejected_tokens=4, longest_pair=12, usual_pair=12)
+    train = made(make_config(max_steps=250, per_device_train_batch_size=16), lengths=one).train
+    assert train is not None and train.tokens == 250 * one.packed_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 50}, 5),
+        ({"eval_strategy": "steps", "eval_steps": 60}, 4),
+        ({"eval_strategy": "steps", "eval_steps": 50, "eval_delay": 100}, 4),
+        ({"eval_strategy": "steps", "eval_steps": 0.25, "eval_on_start": "true"}, 5),
+        # 240 steps are an epoch of 125 and part of another.
+        ({"eval_strategy": "epoch"}, 2),
+        ({}, 1),
+    ],
+)
+def test_evaluations_are_those_that_stage_two_makes_the_one_at_its_end_among_them(
+    settings: dict[str, Any], evaluations: int
+) -> None:
+    config = make_config(max_steps=240, **settings)
+    alone = estimate(config, EIGHT, LENGTHS, hardware_named("h100-80gb"))
+    found = estimate(config, EIGHT, LENGTHS, hardware_named("h100-80gb"), held_out=LENGTHS)
+    assert found.train is not None and alone.train is not None
+    assert found.train.tokens - alone.train.tokens == evaluations * LENGTHS.packed_tokens
 
 
 def test_checkpoints_are_counted_as_they_are_kept() -> None:

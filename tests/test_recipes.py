@@ -312,7 +312,8 @@ def test_a_recipe_fits_what_it_asks_for(recipe: Recipe) -> None:
     if recipe.config.policy.quantization is None:
         # Each process of stage two loads all of the policy.
         size = 4 if recipe.config.policy.dtype == "float32" else 2
-        assert found.host_memory == recipe.hardware.count * recipe.shapes().parameters * size
+        weights = recipe.hardware.count * recipe.shapes().parameters * size
+        assert weights < found.host_memory < weights + recipe.hardware.count * 10**9
     assert found.host_memory < gibibytes(str(cluster.train.memory))
 
 
