@@ -6,8 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import transformers
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config
+
+from pipeline.config import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.estimate import Lengths, estimate, shapes_of
+from pipeline.hardware import HARDWARE, hardware_named
+from stages.check import Limits, _above_limits, _estimate_as_dict, _estimate_as_text
+from stages.cli import main
 
 GPU = ("--hardware", "rtx4090-24gb")
 
@@ -156,6 +164,38 @@ def test_settings_without_training_are_checked_for_stage_one_alone(make_run: Cal
     said = refshard("check", "--config", config, *GPU, "--rows", 5).stdout
     assert "only the first 5 of 24 rows; the estimates are extended to the whole set" in said
     assert "35% of the data sheet's peak is assumed" in said and "precompute" in said and "steps" not in said
+
+
+def test_a_finished_stage_is_done_and_too_little_memory_of_the_machine_is_said() -> None:
+    sizes = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 352}
+    config = Config(
+        data=DataConfig(path="x"),
+        policy=PolicyConfig(model="m"),
+        precompute=PrecomputeConfig(output="o"),
+        train={"output_dir": "o"},
+    )
+    lengths = Lengths(pairs=9, prompt_tokens=90, chosen_tokens=90, rejected_tokens=90, longest_pair=30, usual_pair=30)
+    found = estimate(
+        config,
+        shapes_of(transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=8)),
+        lengths,
+        hardware_named("2xt4-16gb"),
+        unscored=(0, 0),
+    )
+    for here, verdict in ((10**9, ": too much, this machine has 1.0 GB"), (2 * 10**9, ": fits"), (None, "whole")):
+        lines = _estimate_as_text(_estimate_as_dict(found, None, here))
+        [memory] = [line for line in lines if "CPU memory" in line]
+        assert "1.0 GB on the machine, all its processes together" in memory and verdict in memory
+        assert "  precompute    done" in lines
+    [above] = _above_limits({}, found, Limits(max_memory=1))
+    assert str(above).startswith("train: ")
+
+
+def test_the_help_names_all_hardware_and_says_what_is_read_and_assumed() -> None:
+    command = main.commands["check"]
+    said = " ".join(command.get_help(click.Context(command)).split())
+    assert all(name in said for name in HARDWARE)
+    assert "loads no weights" in said and "digests" in said and "assumed" in said
 
 
 def _read(config: Path) -> dict[str, Any]:
