@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from pipeline.errors import printable
 from pipeline.pages import COLORS, chart
+from pipeline.ranking import histogram
 
 __all__ = ["Line", "Point", "histogram_chart", "line_chart", "point_chart", "running_mean", "style_of", "thin"]
 
@@ -113,7 +114,7 @@ def line_chart(
         y_title: With the unit.
         x_title: With the unit.
         bounds: Of the y axis; left out, it has zero in it and all of the curves.
-        level: A value to compare with, and what it is.
+        level: A value to compare with, and what it is, which is said under the chart: in it a curve may pass anywhere.
         marks: Steps at which something happened, as vertical lines.
     """
     import plotly.graph_objects as go
@@ -155,15 +156,13 @@ def line_chart(
     ]
     if level is not None:
         shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level[0], "y1": level[0], **_FAINT})
-        figure.add_annotation(
-            xref="paper", x=1, xanchor="right", y=level[0], yanchor="top", text=_text(level[1]), showarrow=False
-        )
     _lay_out(figure, x_title, y_title, shapes=shapes, hovermode="x unified")
     if bounds is not None:
         figure.update_yaxes(range=bounds)
     else:
         figure.update_yaxes(rangemode="tozero")
-    return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
+    note = "" if level is None else f"Dotted across: {level[1]}."
+    return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}", note=note)
 
 
 _FAINT = {"line": {"color": _GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
@@ -172,23 +171,22 @@ _FAINT = {"line": {"color": _GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
 def histogram_chart(
     title: str, columns: Sequence[tuple[str, npt.NDArray[Any], str, str]], *, x_title: str, of: str
 ) -> Markup:
-    """Draw how values are spread, all columns in the same bins.
+    """Draw how values are spread, all columns in the same bins, and say how many values lie outside or are no numbers.
 
     Args:
         title: Above the chart.
         columns: Name, values, color and dash of each.
         x_title: With the unit.
-        of: What the values are of, in the plural: pairs, replies. The outermost bins also count what lies beyond, at
-            most one value in a hundred.
+        of: What the values are of, in the plural: pairs, replies.
     """
     import plotly.graph_objects as go
 
     finite = [values[np.isfinite(values)].astype(np.float64) for _, values, _, _ in columns]
-    edges = _edges(np.concatenate(finite))
+    together = np.concatenate(finite)
+    edges = histogram(together, int(np.clip(3 * len(together) ** (1 / 3), 10, _MOST_BINS))).edges
     figure = go.Figure()
     for (name, _, color, dash), values in zip(columns, finite, strict=True):
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        shares = counts / max(len(values), 1)
+        shares = histogram(values, edges).counts / max(len(values), 1)
         figure.add_scatter(
             x=_rounded(edges.tolist()),
             y=_rounded([*shares.tolist(), float(shares[-1])]),
@@ -202,23 +200,16 @@ def histogram_chart(
     _lay_out(figure, x_title, f"share of {of}", hovermode="x unified")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(zeroline=True)
-    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}")
+    whole, outside = histogram(together, edges), []
+    if beyond := whole.below + whole.above:
+        outside.append(f"{beyond:,} of {len(together):,} values lie beyond the bins")
+    if broken := sum(len(values) for _, values, _, _ in columns) - len(together):
+        outside.append(f"{broken:,} of {broken + len(together):,} are not numbers")
+    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}", note="; ".join(outside))
 
 
-def _edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Choose the bins: one for each whole number where all values are, else more of them the more values there are."""
-    if not len(values):
-        return np.array([-1.0, 1.0])
-    low, high = values.min(), values.max()
-    if high - low <= _MOST_BINS and (values == np.round(values)).all():
-        return np.arange(low - 0.5, high + 1.0)
-    low, high = np.percentile(values, (0.5, 99.5))
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, int(np.clip(3 * len(values) ** (1 / 3), 10, _MOST_BINS)) + 1)
-
-
-_MOST_BINS = 60
+_MOST_BINS = 50
+"""As on the page of a store"""
 
 
 def _pale(color: str) -> str:

@@ -23,13 +23,13 @@ from pipeline.digests import read_sha256, sha256_of_files
 from pipeline.errors import DataError, IdentityError, StorageError
 from pipeline.processes import largest, on_main_process
 from pipeline.records import delete_records
+from pipeline.runs import RECORD
 from pipeline.signals import StopFlag
 from pipeline.sources import data_files, open_source
 from pipeline.storage import read_json, sync_tree, write_json
 from pipeline.trainer import EvaluationLeft, PairTrainer
 
 __all__ = [
-    "RUN",
     "CommitCallback",
     "check_same_run",
     "checkpoint_folders",
@@ -44,7 +44,7 @@ __all__ = [
     "run_identity",
 ]
 
-MARKER, RUN = "refshard-commit.json", "run.json"
+MARKER = "refshard-commit.json"
 
 # What the library's own saving on a signal leaves in a folder until it is done. It is off here, but folders travel.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
@@ -160,12 +160,12 @@ def newest_whole(run_folder: Path) -> tuple[int, Path] | None:
 
 def is_recorded(run_folder: Path) -> bool:
     """Whether the run is recorded as finished."""
-    return (run_folder / RUN).exists()
+    return (run_folder / RECORD).exists()
 
 
 def delete_run(run_folder: Path) -> None:
     """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
-    (run_folder / RUN).unlink(missing_ok=True)
+    (run_folder / RECORD).unlink(missing_ok=True)
     delete_records(run_folder)
     for folder in (*checkpoint_folders(run_folder).values(), *run_folder.glob("references")):
         shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from pipeline.charts import Line, line_chart, style_of
 from pipeline.comparison import Shown, differing_settings
-from pipeline.pages import COLORS, Section, beside
+from pipeline.pages import COLORS, Section, beside, table
 from pipeline.runs import Run, part
 
 __all__ = ["curves_of_many", "curves_of_one", "held_out_sets"]
@@ -28,6 +28,16 @@ class _Panel:
     bounds: tuple[float, float] | None = None
     level: tuple[float, str] | None = None
     smoothed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curves:
+    """What is drawn in one chart, or written down where there is no curve yet."""
+
+    title: str
+    panel: _Panel
+    lines: Sequence[Line]
+    marks: Sequence[int] = ()
 
 
 _PANELS = (
@@ -82,13 +92,13 @@ def curves_of_one(one: Shown) -> list[Section]:
                 dash = _DASHES_OF_SETS[j % len(_DASHES_OF_SETS)]
                 shown_as = f"{series}, {name}" if series else name
                 lines.append(_line(run, prefix + metric, shown_as, color, dash, smoothed=False))
-        charts.append(_chart(panel, lines, marks))
+        charts.append(_Curves(title=panel.title, panel=panel, lines=lines, marks=marks))
     notes = [_CURVES_NOTE]
     if held_out:
         notes.append(f"Held-out pairs: {', '.join(held_out)}.")
     if marks:
         notes.append("Dotted upright lines: the reference moved, and rewards are against the new one from there on.")
-    return _curves("Curves", charts, notes)
+    return _section("Curves", charts, notes)
 
 
 _DASHES_OF_SETS = ("dash", "dot", "dashdot")
@@ -106,15 +116,15 @@ def curves_of_many(shown: Sequence[Shown]) -> list[Section]:
     """Draw each metric of the training pairs, and of each held-out set, with a curve for each run."""
     notes = [_CURVES_NOTE, *_cautions(shown)]
     panels = _panels(shown)
-    sections = _curves("Training pairs", [c for panel in panels for c in _overlaid(shown, panel, None)], notes)
+    sections = _section("Training pairs", [c for panel in panels for c in _overlaid(shown, panel, None)], notes)
     for name in held_out_sets(shown):
         charts = [c for panel in panels if panel.held_out for c in _overlaid(shown, panel, name)]
-        sections += _curves(f"Held-out pairs: {name}", charts, _cautions(shown))
+        sections += _section(f"Held-out pairs: {name}", charts, _cautions(shown))
     return sections
 
 
-def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> list[Markup]:
-    """Charts of a panel's metrics, one each, with a curve for each run: of training, or of a held-out set."""
+def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> list[_Curves]:
+    """Give a chart for each of a panel's metrics, with a curve for each run: of training, or of a held-out set."""
     charts = []
     for series, metric in panel.series.items():
         lines = []
@@ -125,7 +135,7 @@ def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> li
                 lines.append(_line(one.run, prefix + metric, one.name, one.color, one.dash, smoothed))
         title = f"{panel.title}, {series}" if series else panel.title
         title = title if set_name is None else f"{title} ({set_name})"
-        charts.append(_chart(panel, lines, title=title))
+        charts.append(_Curves(title=title, panel=panel, lines=lines))
     return charts
 
 
@@ -146,19 +156,27 @@ def _line(run: Run, metric: str, name: str, color: str, dash: str, smoothed: boo
     return Line(name=name, x=curve.steps, y=curve.values, color=color, dash=dash, smoothed=smoothed)
 
 
-def _chart(panel: _Panel, lines: Sequence[Line], marks: Sequence[int] = (), *, title: str = "") -> Markup:
-    if not any(line.x for line in lines):
-        return Markup("")
-    return line_chart(
-        title or panel.title, lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=marks
-    )
+def _section(title: str, charts: Sequence[_Curves], notes: Sequence[str]) -> list[Section]:
+    """Draw what has two points or more; numbers that stand alone are in a table."""
+    drawn = [one for one in charts if any(len(line.x) > 1 for line in one.lines)]
+    alone = [
+        [one.title, line.name, int(line.x[0]), line.y[0]]
+        for one in charts
+        if one not in drawn
+        for line in one.lines
+        if line.x
+    ]
+    body = Markup("")
+    if drawn:
+        body += beside([_chart(one) for one in drawn])
+    if alone:
+        body += table(["measured once", "of", "after step", "value"], alone)
+    return [Section(title=title, body=body, note=" ".join(notes))] if body else []
 
 
-def _curves(title: str, charts: Sequence[Markup], notes: Sequence[str]) -> list[Section]:
-    there = [drawn for drawn in charts if drawn]
-    if not there:
-        return []
-    return [Section(title=title, body=beside(there), note=" ".join(notes))]
+def _chart(one: _Curves) -> Markup:
+    panel = one.panel
+    return line_chart(one.title, one.lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=one.marks)
 
 
 def held_out_sets(shown: Sequence[Shown]) -> list[str]:

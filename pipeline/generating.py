@@ -229,7 +229,8 @@ def score_replies(
 
 def generation_row(generation: Generation) -> Mapping[str, Any]:
     """Give a line of a run's generations.jsonl, as `runs.read_run` reads it."""
-    return {"set" if name == "set_name" else name: value for name, value in asdict(generation).items()}
+    names = {"set_name": "set", "num_prompts": "prompts"}
+    return {names.get(name, name): value for name, value in asdict(generation).items()}
 
 
 @contextmanager

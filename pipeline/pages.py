@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from pipeline.errors import ConfigError, StorageError, printable
 from pipeline.storage import replace_file
 
-__all__ = ["COLORS", "Section", "beside", "chart", "check_charts", "facts", "page", "table", "write_page"]
+__all__ = ["COLORS", "Section", "beside", "chart", "check_charts", "facts", "has_charts", "page", "table", "write_page"]
 
 COLORS = ("#4269d0", "#d97706", "#3a9d6e", "#c2417c", "#7c5cd6", "#0d8fa8", "#8d6e4f", "#6b7787")
 """Of the lines of charts, in order; each is told from both backgrounds and from its neighbours."""
@@ -45,13 +45,14 @@ def check_charts() -> None:
     assert plotly.graph_objects
 
 
-def chart(figure: Any, *, label: str, title: str = "") -> Markup:
+def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup:
     """Put a Plotly figure on a page.
 
     Args:
         figure: Without colors of text, axes and grid, which are the page's, by its style sheet.
         label: What it shows, in words, for those who can't see it.
         title: Above the figure; in HTML, since a title of Plotly's own is cut off on a narrow screen.
+        note: Under the figure.
     """
     figure.update_layout(
         template="none",
@@ -72,7 +73,15 @@ def chart(figure: Any, *, label: str, title: str = "") -> Markup:
         config={"displayModeBar": False, "responsive": True, "showTips": False},
     )
     caption = Markup("<figcaption>{}</figcaption>").format(_text(title)) if title else Markup("")
-    return Markup('<figure role="img" aria-label="{}">{}{}</figure>').format(printable(label), caption, Markup(drawn))
+    below = Markup('<p class="note">{}</p>').format(_text(note)) if note else Markup("")
+    return Markup('<figure role="img" aria-label="{}">{}{}{}</figure>').format(
+        printable(label), caption, Markup(drawn), below
+    )
+
+
+def has_charts(text: str) -> bool:
+    """Tell whether there is a chart in HTML of this module; what people wrote has no quotes of its own in it."""
+    return 'class="plotly-graph-div"' in text
 
 
 def beside(charts: Sequence[Markup]) -> Markup:
@@ -126,9 +135,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
     The page forbids its reader's browser to fetch anything, so that what is in the data can't make it do so.
     """
-    has_charts = any("plotly-graph-div" in section.body for section in sections)
     library = ""
-    if has_charts:
+    if any(has_charts(section.body) for section in sections):
         from plotly.offline import get_plotlyjs
 
         library = get_plotlyjs()

@@ -153,14 +153,14 @@ def longer_sides(pairs: PairColumns) -> dict[str, dict[str, Any]]:
     }
 
 
-def histogram(values: npt.NDArray[Any], bins: int) -> Histogram:
+def histogram(values: npt.NDArray[Any], bins: int | Floats) -> Histogram:
     """Count values in bins of a round width, about `bins` of them over all but the outermost percent.
 
     Args:
         values: Finite, any number of them.
-        bins: How many, up to twice as few and one more at either end.
+        bins: How many, up to twice as few and one more at either end; or the edges of the bins.
     """
-    edges = _edges(values, bins)
+    edges = _edges(values, bins) if isinstance(bins, int) else bins
     counts, _ = np.histogram(values, edges)
     return Histogram(
         edges=edges,

@@ -8,11 +8,11 @@ import numpy as np
 
 from pipeline.runs import Generation
 
-__all__ = ["Estimate", "estimate", "estimate_kl", "estimate_reward"]
+__all__ = ["Mean", "estimate", "estimate_kl", "estimate_reward"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """A mean with its standard error."""
 
     mean: float
@@ -24,20 +24,20 @@ class Estimate:
         return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
 
 
-def estimate_kl(generations: Sequence[Generation]) -> Estimate:
+def estimate_kl(generations: Sequence[Generation]) -> Mean:
     """Estimate KL(policy || reference), nats per reply: the policy's replies, its log-prob less the reference's."""
     return estimate([g.policy.policy_logps - g.policy.ref_logps for g in generations])
 
 
-def estimate_reward(generations: Sequence[Generation], side: str) -> Estimate | None:
+def estimate_reward(generations: Sequence[Generation], side: str) -> Mean | None:
     """Average the rewards of one side's replies, `reference` or `policy`; None where there are none."""
     replies = [g.reference if side == "reference" else g.policy for g in generations]
     rewards = [reply.reward for reply in replies if reply.reward is not None]
     return estimate(rewards) if rewards else None
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Mean:
     """Average at least one value."""
     count = len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
-    return Estimate(float(np.mean(values)), error, count)
+    return Mean(float(np.mean(values)), error, count)

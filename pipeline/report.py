@@ -5,6 +5,7 @@ down, but means, standard errors and differences of it.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -19,6 +20,7 @@ from pipeline.comparison import Shown, common_folder, differing_settings, flatte
 from pipeline.curves import curves_of_many, curves_of_one, held_out_sets
 from pipeline.errors import printable
 from pipeline.pages import COLORS, Section, beside, facts, page, table
+from pipeline.ranking import share_positive
 from pipeline.reply_means import estimate, estimate_kl, estimate_reward
 from pipeline.runs import MarginRows, Run, part
 
@@ -207,13 +209,15 @@ def _accuracies(drawn: Sequence[Shown]) -> tuple[str, list[tuple[float, float | 
 
 
 def _sampling_remarks(drawn: Sequence[Shown]) -> list[str]:
-    temperatures = {g.temperature for one in drawn for g in one.run.generations} - {None, 1.0}
     remarks = []
-    if temperatures:
-        listed = ", ".join(f"{t:g}" for t in sorted(t for t in temperatures if t is not None))
-        remarks.append(
-            f"Replies were drawn at temperature {listed}, not 1, so this is not the KL of the policy itself."
-        )
+    for one in drawn:
+        temperatures = {g.temperature for g in one.run.generations if g.temperature not in (None, 1.0)}
+        if temperatures:
+            listed = ", ".join(f"{t:g}" for t in sorted(t for t in temperatures if t is not None))
+            remarks.append(
+                f"Replies of {one.name} were drawn at temperature {listed}, not 1, so theirs is not the KL of the "
+                "policy itself."
+            )
     lengths = {g.max_tokens for one in drawn for g in one.run.generations}
     if len(lengths) > 1:
         remarks.append("The runs' replies were cut at different lengths and are not strictly comparable.")
@@ -238,17 +242,24 @@ def _margins(shown: Sequence[Shown]) -> list[Section]:
         return []
     charts = []
     rows: list[list[object]] = []
+    broken: list[str] = []
     for name in sorted(sets, key=lambda name: name == "train"):
         measured = [(one, one.run.margins[name]) for one in shown if name in one.run.margins]
         charts.append(_margin_chart(name, measured, len(shown)))
         rows += [_margin_row(name, one, margins, len(shown)) for one, margins in measured]
+        for one, margins in measured:
+            pairs = np.stack([margins.columns[column] for column in _MARGINS])
+            if count := pairs.shape[1] - int(np.isfinite(pairs).all(axis=0).sum()):
+                whose = f"{name} of {one.name}" if len(shown) > 1 else name
+                broken.append(f"{whose}: {count:,} of {pairs.shape[1]:,} are not numbers")
     header = ["pairs of", *(["run"] if len(shown) > 1 else []), "after step", "pairs", "reference prefers chosen"]
     header += ["policy prefers chosen", "mean margin before, nats", "after, nats", "mean reward margin"]
     note = (
         "Margin: log-prob of the chosen less that of the rejected completion, before (reference) and after (policy). "
-        "The outermost bins also hold what lies beyond, one pair in a hundred at most. A tie counts as half. "
-        "Of the training pairs the last ones that were trained on."
+        "A tie counts as half. Of the training pairs the last ones that were trained on."
     )
+    if broken:
+        note += f" Left out of shares, means and charts: {'; '.join(broken)}."
     return [Section(title="Margins before and after", body=beside(charts) + table(header, rows), note=note)]
 
 
@@ -267,20 +278,19 @@ def _margin_chart(name: str, measured: Sequence[tuple[Shown, MarginRows]], num_r
 
 
 def _margin_row(name: str, one: Shown, margins: MarginRows, num_runs: int) -> list[object]:
-    columns = margins.columns
+    finite = [values[np.isfinite(values)] for values in (margins.columns[column] for column in _MARGINS)]
+    shares = [share_positive(values) for values in finite[:2]]
     return [
         name,
         *([_swatch(one)] if num_runs > 1 else []),
         margins.step,
-        len(columns["ref_margin"]),
-        f"{_share_above_zero(columns['ref_margin']):.1%}",
-        f"{_share_above_zero(columns['policy_margin']):.1%}",
-        *(float(columns[column].mean(dtype=np.float64)) for column in ("ref_margin", "policy_margin", "reward_margin")),
+        len(margins.columns["ref_margin"]),
+        *(None if share is None else f"{share:.1%}" for share in shares),
+        *(float(values.mean(dtype=np.float64)) if len(values) else None for values in finite),
     ]
 
 
-def _share_above_zero(values: Any) -> float:
-    return float((values > 0).mean() + 0.5 * (values == 0).mean())
+_MARGINS = ("ref_margin", "policy_margin", "reward_margin")
 
 
 # Generations --------------------------------------------------------------------------------------------------------
@@ -397,6 +407,7 @@ def _data(shown: Sequence[Shown]) -> list[Section]:
 
 def _data_rows(run: Run) -> list[list[object]]:
     rows: list[list[object]] = []
+    moves = bool(part(run.settings, "reference", "sync"))
     for name, given in part(run.inputs, "sets").items():
         if not isinstance(given, Mapping):
             continue
@@ -410,9 +421,10 @@ def _data_rows(run: Run) -> list[list[object]]:
                 ledger.get("kept"),
                 _counts(ledger.get("dropped")),
                 _counts(ledger.get("noted")),
-                given.get("matched"),
+                # A window of held-out sets alone has joined no pairs to train on.
+                None if moves and "store" not in given else given.get("matched"),
                 # Of a window all others are missing, as they should.
-                None if part(run.settings, "reference", "sync") else given.get("missing"),
+                None if moves else given.get("missing"),
                 *(tokens.get(side) for side in ("prompt", "chosen", "rejected")),
                 f"{noise['mean']:.2g}, {noise['largest']:.2g} at most" if measured else "not measured",
             ]
@@ -440,8 +452,11 @@ def _identity_facts(inputs: Mapping[str, Any]) -> dict[str, object]:
     reference, policy = part(inputs, "reference"), part(inputs, "policy")
     if not reference and not policy:
         return {}
-    found: dict[str, object] = {"reference": reference.get("name"), "fingerprint": reference.get("fingerprint")}
-    found |= {f"reference, {key}": value for key, value in flatten(part(reference, "identity")).items()}
+    step = _moved_after(inputs)
+    moved = f" as moved after step {step:,}" if step else ""
+    found: dict[str, object] = {"reference": reference.get("name")}
+    found[f"fingerprint{moved}"] = reference.get("fingerprint")
+    found |= {f"reference{moved}, {key}": value for key, value in flatten(part(reference, "identity")).items()}
     found |= {"policy started from": policy.get("model"), "policy, adapter": policy.get("adapter") or "none"}
     total, trained = policy.get("parameters"), policy.get("trained_parameters")
     if isinstance(total, int) and isinstance(trained, int):
@@ -449,6 +464,13 @@ def _identity_facts(inputs: Mapping[str, Any]) -> dict[str, object]:
         found["policy, parameters"] = f"{total:,}, of which {trained:,}{share} are trained"
     found["policy, dtype"] = policy.get("dtype")
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _moved_after(inputs: Mapping[str, Any]) -> int | None:
+    """Give the step after which the reference had moved to where it scored these sets; None where it had not."""
+    folders = [str(given.get("store")) for given in part(inputs, "sets").values() if isinstance(given, Mapping)]
+    steps = [int(found[1]) for folder in folders if (found := re.search(r"/references/step-(\d+)/", folder))]
+    return max(steps, default=None)
 
 
 def _fingerprint(run: Run) -> object:

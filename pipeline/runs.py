@@ -21,9 +21,22 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.records import GENERATIONS, INPUTS, LOG, MARGIN_COLUMNS, MARGINS
 from pipeline.storage import read_json
 
-__all__ = ["SETTINGS", "Curve", "Generation", "MarginRows", "Record", "Reply", "Run", "Start", "part", "read_run"]
+__all__ = [
+    "RECORD",
+    "SETTINGS",
+    "Curve",
+    "Generation",
+    "MarginRows",
+    "Record",
+    "Reply",
+    "Run",
+    "Start",
+    "part",
+    "read_run",
+]
 
 SETTINGS, RECORD = "refshard.yaml", "run.json"
+"""Of a run's folder: its settings; what marks it as finished"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +111,9 @@ class Generation:
     step: int | None
     temperature: float | None
     max_tokens: int | None
+    seed: int | None
+    num_prompts: int | None
+    """How many were asked for: the set may have fewer"""
     reward_by: str | None
     """Who gave the rewards; None where there are none."""
     reference: Reply
@@ -387,6 +403,8 @@ def _generation(line: Mapping[str, Any]) -> Generation | None:
         step=line.get("step") if _is_count(line.get("step")) else None,
         temperature=_number(line.get("temperature")),
         max_tokens=line.get("max_tokens") if _is_count(line.get("max_tokens")) else None,
+        seed=seed if isinstance(seed := line.get("seed"), int) else None,
+        num_prompts=line.get("prompts") if _is_count(line.get("prompts")) else None,
         reward_by=None if reward_by is None else str(reward_by),
         reference=reference,
         policy=policy,

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from pipeline import ranking
 from pipeline.contents import Contents, explain_command, identity_facts
-from pipeline.pages import COLORS, Section, chart, facts, page, table
+from pipeline.pages import COLORS, Section, beside, chart, facts, page, table
 
 __all__ = ["store_page"]
 
@@ -54,7 +54,7 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
             "under the reference; per token, the difference of the completions' means. Left of 0, in orange, are the "
             "pairs of which it prefers the rejected one."
         ),
-        body=_charts(_margins(store), _margins(store, per_token=True)),
+        body=beside([_margins(store), _margins(store, per_token=True)]),
     )
     yield Section(
         title="Length",
@@ -62,23 +62,19 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
             f"The chosen completion is longer in {entry['share_chosen_longer']:.1%} of the pairs. A longer completion "
             "has the lower sum, so that a reference seems to prefer short ones; what stays per token is more than that."
         ),
-        body=_charts(_lengths(store), _margin_by_length(store)) + _longer(entry["length_bias"]),
+        body=beside([_lengths(store), _margin_by_length(store)]) + _longer(entry["length_bias"]),
     )
     if len(store.files) > 1:
         yield Section(
             title="From part to part",
             note="Means over the pairs of each part. A part far off the others holds other data, or another model's.",
-            body=_charts(_part_margins(store), _part_lengths(store)),
+            body=beside([_part_margins(store), _part_lengths(store)]),
         )
     yield Section(
         title="Pairs to look at",
         note=f"The reference is no judge: look at a pair, with {explain_command(entry, 'N')}, before you drop it.",
         body=_suspicious(entry["suspicious"]),
     )
-
-
-def _charts(*charts: Markup) -> Markup:
-    return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
 
 
 def _titled(figure: Any, title: str, label: str, **layout: Any) -> Markup:

@@ -267,7 +267,7 @@ _REWARD_MODEL = click.option(
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder of the runs' folders and of report.html; train.output_dir if left out.",
+    help="Folder of the runs' folders and of sweep.html; train.output_dir if left out.",
 )
 @click.option(
     "--prompts",
@@ -403,8 +403,7 @@ def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     metavar="FILE",
     help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
 )
-@click.option("--open", "open_page", is_flag=True, help="Show it in the browser.")
-def report(runs: tuple[Path, ...], output: Path | None, open_page: bool) -> None:
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
     """Make a page of RUN, the folder of a run (train.output_dir), finished or still going on.
 
     Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; of several runs one above the
@@ -413,7 +412,7 @@ def report(runs: tuple[Path, ...], output: Path | None, open_page: bool) -> None
     """
     from stages import report as stage
 
-    stage.run(runs, output=output, open_page=open_page)
+    stage.run(runs, output=output)
 
 
 @main.command(short_help="Show one pair as the models see it.")

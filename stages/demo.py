@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import reviews, runs
-from pipeline.checkpoints import RUN, is_recorded
+from pipeline.checkpoints import is_recorded
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
@@ -171,7 +171,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples)))
+    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples, seed)))
     replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures
@@ -229,9 +229,11 @@ def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: lis
     return Samples(before, after, before_policy_logps, _logps(load_reference(), after))
 
 
-def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samples) -> list[runs.Generation]:
+def _generations(
+    config: Config, tokenizer: Any, run_folder: Path, samples: Samples, seed: int
+) -> list[runs.Generation]:
     """The replies as `refshard generate` has them, with their true rewards."""
-    step = int(read_json(run_folder / RUN)["step"])
+    step = int(read_json(run_folder / runs.RECORD)["step"])
 
     def reply(drawn: Reply, ref_logps: float, policy_logps: float) -> runs.Reply:
         return runs.Reply(
@@ -250,6 +252,8 @@ def _generations(config: Config, tokenizer: Any, run_folder: Path, samples: Samp
             step=step,
             temperature=1.0,
             max_tokens=Settings().max_tokens,
+            seed=seed,
+            num_prompts=len(samples.before),
             reward_by="true reward of the demo",
             reference=reply(before, before.logps, samples.before_policy_logps[row]),
             policy=reply(after, samples.after_ref_logps[row], after.logps),

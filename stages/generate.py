@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.checkpoints import RUN, is_recorded, newest_whole
+from pipeline.checkpoints import is_recorded, newest_whole
 from pipeline.config import Config, ReferenceConfig, load_config, training_settings
 from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
 from pipeline.fingerprint import identity_of_reference, kinship
@@ -37,7 +37,7 @@ from pipeline.progress import Progress
 from pipeline.records import GENERATIONS, INPUTS, write_generations
 from pipeline.reply_means import estimate_kl, estimate_reward
 from pipeline.rewarding import load_reward_model
-from pipeline.runs import SETTINGS, Generation, Reply
+from pipeline.runs import RECORD, SETTINGS, Generation, Reply
 from pipeline.scoring import check_scoring, prepare
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.sources import describe, open_source
@@ -114,6 +114,8 @@ def run(
             step=step,
             temperature=temperature,
             max_tokens=max_tokens,
+            seed=seed,
+            num_prompts=num_prompts,
             reward_by=reward_model,
             reference=reference,
             policy=policy,
@@ -154,7 +156,7 @@ def _settings_of(run_folder: Path) -> Config:
 def _saved_policy(run_folder: Path) -> tuple[int, Path]:
     """Step and folder of the policy: the finished one, or the newest whole checkpoint."""
     if is_recorded(run_folder):
-        return int(read_json(run_folder / RUN)["step"]), run_folder
+        return int(read_json(run_folder / RECORD)["step"]), run_folder
     saved = newest_whole(run_folder)
     if saved is None:
         raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")

@@ -6,21 +6,19 @@ from pathlib import Path
 
 import click
 
-from pipeline.errors import StorageError
-from pipeline.pages import check_charts, write_page
+from pipeline.pages import check_charts, has_charts, write_page
 from pipeline.report import report_page
 from pipeline.runs import read_run
 
 __all__ = ["run"]
 
 
-def run(folders: Sequence[Path], *, output: Path | None = None, open_page: bool = False) -> None:
+def run(folders: Sequence[Path], *, output: Path | None = None) -> None:
     """Read the runs, finished or not, and write their page.
 
     Args:
         folders: Of the runs; one that is named twice is shown once.
         output: Of the page; `report.html` in the run's folder, or in the one that several have in common, if left out.
-        open_page: Show it in the browser.
 
     Raises:
         ConfigError: A folder is no run's, or Plotly is not installed.
@@ -33,9 +31,8 @@ def run(folders: Sequence[Path], *, output: Path | None = None, open_page: bool 
     write_page(file, text)
     named = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     remarks = sum(len(one.remarks) for one in runs)
+    size = f"{len(text.encode()) / 1e6:.1f} MB, most of it the charts' library; " if has_charts(text) else ""
     click.echo(
-        f"{named} in {file} ({len(text.encode()) / 1e6:.1f} MB, most of it the charts' library; it opens without a "
-        f"network){f'; {remarks} remarks, under Summary' if remarks else ''}"
+        f"{named} in {file} ({size}it opens without a network)"
+        f"{f'; {remarks} remarks, under Summary' if remarks else ''}"
     )
-    if open_page and click.launch(str(file)) != 0:
-        raise StorageError(f"{file}: written, but no browser could be started here; open it by hand")

@@ -17,6 +17,7 @@ import click
 from pipeline.config import ClusterConfig, Config, JobConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.jobs import check_text, job_folder, name_of_run, output_of, render, settings_file, write_job_files
+from pipeline.runs import RECORD
 
 __all__ = ["run"]
 
@@ -44,8 +45,6 @@ def run(config: Config, *, into: Path | None = None, submit: bool = False) -> No
 
 
 _SUBMIT = "submit.sh"
-# Marks the program's run as finished: `pipeline.checkpoints` has it, behind the import of torch.
-_FINISHED = "run.json"
 
 
 def _job_files(config: Config, folder: Path) -> dict[str, str]:
@@ -74,7 +73,7 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
             about = "Stage two up to the step where the reference moves."
             following = {
                 "about": "The next window, stage one first, unless that was the last one.",
-                "unless": str(Path(output_of(config)).expanduser() / _FINISHED),
+                "unless": str(Path(output_of(config)).expanduser() / RECORD),
                 "script": str(folder / _SUBMIT),
             }
         scripts = {

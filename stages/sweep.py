@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 
-from pipeline.checkpoints import RUN
 from pipeline.commands import run_command
 from pipeline.comparison import show_runs
 from pipeline.config import Config, load_config, training_settings
@@ -27,7 +26,7 @@ from pipeline.pages import check_charts, write_page
 from pipeline.progress import emit
 from pipeline.reply_means import estimate_kl, estimate_reward
 from pipeline.report import report_page
-from pipeline.runs import Run, read_run
+from pipeline.runs import RECORD, Run, read_run
 from pipeline.shards import is_finished
 from pipeline.signals import StopFlag, watch_signals
 from pipeline.storage import read_json
@@ -211,15 +210,27 @@ def _options(overrides: Sequence[str]) -> list[str]:
 
 def _generate(one: _OneRun, replies: Replies, command: Callable[..., int]) -> int:
     """Have a finished run's replies generated, unless they are there."""
-    step = read_json(one.folder / RUN)["step"]
-    there = read_run(one.folder).generations
-    same = all((g.step, g.max_tokens, g.reward_by) == (step, replies.max_tokens, replies.reward_model) for g in there)
-    if len(there) == replies.num_prompts and same:
+    set_name = next(iter(one.config.data.eval), "train")
+    if _has_replies(read_run(one.folder), replies, set_name, read_json(one.folder / RECORD)["step"]):
         return 0
-    words = ["--prompts", str(replies.num_prompts), "--max-tokens", str(replies.max_tokens)]
+    words = ["--set", set_name, "--prompts", str(replies.num_prompts), "--max-tokens", str(replies.max_tokens)]
+    words += ["--temperature", str(_TEMPERATURE), "--seed", str(_SEED)]
     if replies.reward_model is not None:
         words += ["--reward-model", replies.reward_model]
     return command("generate", str(one.folder), *words)
+
+
+_TEMPERATURE, _SEED = 1.0, 0
+"""Of all runs' replies: at 1 they estimate the KL without bias, and a shared seed makes them comparable"""
+
+
+def _has_replies(run: Run, replies: Replies, set_name: str, step: int) -> bool:
+    """Whether a run's replies are those that are asked for, not ones of another policy, set or way of drawing."""
+    asked = (step, set_name, replies.num_prompts, replies.max_tokens, _TEMPERATURE, _SEED, replies.reward_model)
+    there = {
+        (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by) for g in run.generations
+    }
+    return there == {asked}
 
 
 # A wrong setting, no space left, a request to stop, Ctrl-C: the next run would end alike.
@@ -249,14 +260,14 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
         click.echo("  ".join([row[first].ljust(widths[first]), *(row[name].rjust(widths[name]) for name in others)]))
     click.echo()
     if drawn:
-        page = parent / "report.html"
+        page = parent / "sweep.html"
         write_page(page, report_page(runs))
         click.echo(f"{len(runs)} runs in {page}")
 
 
 def _row(name: str, run: Run) -> dict[str, str]:
     """What a run has come to, on its first held-out set; on the last pairs of training where it has none."""
-    prefix = next(iter(run.held_out().values()), "")
+    pairs, prefix = next(iter(run.held_out().items()), ("train", ""))
 
     def last(metric: str) -> str:
         value = run.curve(prefix + metric).last
@@ -266,7 +277,8 @@ def _row(name: str, run: Run) -> dict[str, str]:
     return {
         "run": name,
         "steps": f"{run.step:,}",
-        "held-out loss" if prefix else "last loss": last("loss"),
+        "pairs of": pairs,
+        "loss": last("loss"),
         "accuracy": last("rewards/accuracies"),
         "margin": last("rewards/margins"),
         "KL, nats": str(estimate_kl(run.generations)) if run.generations else "",

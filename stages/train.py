@@ -20,7 +20,6 @@ from accelerate import PartialState
 from pipeline.attempts import Attempt, claim_run
 from pipeline.card import model_card
 from pipeline.checkpoints import (
-    RUN,
     CommitCallback,
     check_same_run,
     delete_run,
@@ -44,6 +43,7 @@ from pipeline.processes import on_main_process
 from pipeline.progress import say, without_other_bars
 from pipeline.recording import Margins, RecordCallback
 from pipeline.records import RunLog, read_costs, write_inputs
+from pipeline.runs import RECORD, SETTINGS
 from pipeline.scoring import check_scoring, not_packed, prepare
 from pipeline.shards import Store, open_store
 from pipeline.signals import StopFlag, watch_signals
@@ -64,7 +64,7 @@ from pipeline.windows import Window, WindowCallback, check_mixable, window_at, w
 
 __all__ = ["run"]
 
-SETTINGS, JOINED = "refshard.yaml", "joined"
+JOINED = "joined"
 
 
 def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None) -> None:
@@ -304,7 +304,7 @@ def _finish(
     _write_card(config, output, stores, pairs, settings, metrics)
     record = {"finished": True, "step": trainer.state.global_step, "identity": identity, "train_loss": train_loss}
     attempt.check()
-    write_json(output / RUN, {**record, "metrics": metrics, "versions": library_versions()})
+    write_json(output / RECORD, {**record, "metrics": metrics, "versions": library_versions()})
     for folder in (JOINED, "references"):
         shutil.rmtree(output / folder, ignore_errors=True)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
@@ -429,7 +429,7 @@ def _gate(
 def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
     if not is_recorded(output):
         return False
-    check_same_run(output, read_json(output / RUN).get("identity", {}), identity)
+    check_same_run(output, read_json(output / RECORD).get("identity", {}), identity)
     return True
 
 

@@ -74,6 +74,7 @@ def test_replies_are_the_models_own_and_their_log_probs_those_of_a_plain_forward
     assert [row["row"] for row in rows] == [0, 9, 19, 29, 39]
     for row in rows:
         assert (row["set"], row["step"], row["temperature"], row["max_tokens"]) == ("test", 4, 0, 9)
+        assert (row["prompts"], row["seed"]) == (5, 0)
         text = simple_rows(1, start=100 + row["row"])[0]["prompt"]
         prompt = tokenizer(text)["input_ids"]
         assert row["prompt"] == tokenizer.decode(prompt) == f"<s>{text}"

@@ -13,8 +13,12 @@ from browser import CHROMIUM, Browser
 from conftest import refshard, simple_rows, write_config, write_jsonl
 from test_runs import write_log, write_settings
 
+import stages.report
+import stages.sweep
 from pipeline.charts import histogram_chart, running_mean, thin
 from pipeline.comparison import differing_settings, show_runs
+from pipeline.ranking import histogram
+from pipeline.records import write_margins
 from pipeline.report import report_page
 from pipeline.runs import read_run
 
@@ -130,7 +134,7 @@ def test_curves_and_margins_of_a_run_are_those_of_its_training(trained: Path) ->
     )
     assert train[:3] == ["train", "4", "16"]
     for trace in charts["Margins of held-out pairs: test"][0]:
-        assert sum(trace["y"][:-1]) == pytest.approx(1, abs=1e-5)
+        assert 7 / 9 - 1e-5 <= sum(trace["y"][:-1]) <= 1 + 1e-5
 
     data = {row[0]: dict(zip(rows[0], row, strict=True)) for rows in [rows_of(page, "Data")] for row in rows}
     assert [data["train"][key] for key in ("rows", "kept", "dropped", "joined", "missing")] == [
@@ -266,7 +270,7 @@ def test_kl_and_rewards_are_means_over_replies_and_nothing_in_a_reply_is_obeyed(
     assert (policy["x"], policy["y"]) == ([3], [2])
     assert policy["error_x"]["value"] == policy["error_y"]["value"] == pytest.approx(error, rel=1e-5)
     assert "3 ± 1.5 nats per reply" in page
-    assert "temperature 0.7, not 1" in page
+    assert "Replies of run were drawn at temperature 0.7, not 1" in page
     assert rows_of(page, "Replies before and after")[2][3] == "2 ± 1.5"
 
 
@@ -316,16 +320,77 @@ def test_the_smoothed_curve_is_the_mean_of_neighbours_on_both_sides() -> None:
         assert means[i] == (None if i == 50 else pytest.approx(sum(near) / len(near)))
 
 
-def test_whole_numbers_have_bins_of_their_own_and_what_lies_far_out_is_counted() -> None:
-    few = histogram_chart("t", [("r", np.array([1, 1, 2, 4]), "#4269d0", "solid")], x_title="x", of="replies")
-    ((trace,), _) = figures(str(few))["t"]
-    assert trace["x"] == [0.5, 1.5, 2.5, 3.5, 4.5]
-    assert trace["y"][:-1] == [0.5, 0.25, 0, 0.25]
-    spread = np.concatenate([np.linspace(0, 1, 999), [1e9]])
-    many = histogram_chart("t", [("r", spread, "#4269d0", "solid")], x_title="x", of="pairs")
-    ((trace,), _) = figures(str(many))["t"]
-    assert trace["x"][-1] < 1.1
-    assert sum(trace["y"][:-1]) == pytest.approx(1, abs=1e-4)
+def test_a_histogram_is_that_of_the_store_s_page_and_says_what_is_not_in_it() -> None:
+    spread = np.concatenate([np.linspace(0, 1, 9_998), [1e9, np.nan]])
+    columns = [("r", spread, "#4269d0", "solid"), ("s", np.full(10, 0.5), "#d97706", "solid")]
+    drawn = str(histogram_chart("t", columns, x_title="x", of="pairs"))
+    ((first, second), _) = figures(drawn)["t"]
+    finite = spread[:-1]
+    expected = histogram(np.concatenate([finite, np.full(10, 0.5)]), 50)
+    assert first["x"] == second["x"] == pytest.approx(expected.edges.tolist())
+    assert first["y"][:-1] == pytest.approx((np.histogram(finite, expected.edges)[0] / len(finite)).tolist(), abs=1e-6)
+    assert sum(second["y"][:-1]) == 1
+    assert "1 of 10,009 values lie beyond the bins; 1 of 10,010 are not numbers" in drawn
+
+
+def test_margins_that_are_no_numbers_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_log(tmp_path / "run", [{"step": 3, "loss": 1.0}])
+    rows = np.array([[1, 2, 3, 0, 0], [-1, 4, 5, 0, 0], [np.nan, np.inf, 1, 0, 0]], dtype=np.float32)
+    write_margins(tmp_path / "run", "test", 3, rows)
+    write_margins(tmp_path / "run", "none", 3, np.full((2, 5), np.nan, dtype=np.float32))
+    page = report_page([read_run(tmp_path / "run")])
+    _, none, test = rows_of(page, "Margins before and after")
+    assert test[2:] == ["3", "50.0%", "100.0%", "0", "3", "3"]
+    assert none[2:] == ["2", "", "", "", "", ""]
+    assert "none: 2 of 2 are not numbers; test: 1 of 3 are not numbers" in page
+
+
+def test_what_was_measured_once_is_a_table_and_no_level_is_written_over_a_curve(tmp_path: Path) -> None:
+    runs = []
+    for name, loss in (("a", 0.5), ("b", 0.25)):
+        write_settings(tmp_path / name, loss={"type": "sigmoid"}, train={"learning_rate": loss})
+        training = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}]
+        write_log(tmp_path / name, [*training, {"step": 2, "eval_loss": loss, "eval_rewards/margins": 19.5}])
+        runs.append(read_run(tmp_path / name))
+    page = report_page(runs)
+    assert rows_of(page, "Held-out pairs: held-out")[1:3] == [
+        ["Loss (held-out)", "learning_rate=0.5", "2", "0.5"],
+        ["Loss (held-out)", "learning_rate=0.25", "2", "0.25"],
+    ]
+    charts = figures(page)
+    assert list(charts) == ["Loss"]
+    assert "annotations" not in charts["Loss"][1]
+    assert "Dotted across: ln 2: policy = reference." in page
+
+
+def test_a_reference_that_moved_is_named_by_its_step_and_pairs_of_no_window_are_not_counted(tmp_path: Path) -> None:
+    write_settings(tmp_path / "run", reference={"sync": {"steps": 2}})
+    write_log(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    held_out = {"matched": 10, "missing": 0, "store": "policy/references/step-00000004/shards/test"}
+    sets = {"test": held_out, "train": {"matched": 0, "missing": 40}}
+    reference = {"name": "model", "fingerprint": "f" * 8, "identity": {"weights": "w" * 8}}
+
+    def page_of(sets: dict[str, Any]) -> str:
+        inputs = {"reference": reference, "sets": sets}
+        (tmp_path / "run" / "inputs.json").write_text(json.dumps(inputs))
+        return report_page([read_run(tmp_path / "run")])
+
+    page = page_of(sets)
+    joined = {row[0]: row[6:8] for row in rows_of(page, "Data")}
+    assert (joined["test"], joined["train"]) == (["10", ""], ["", ""])
+    assert "<dt>fingerprint as moved after step 4</dt>" in page
+    assert "<dt>reference as moved after step 4, weights</dt>" in page
+    first = page_of({"train": {"matched": 4, "store": "shards/train"}})
+    assert "<dt>fingerprint</dt>" in first
+
+
+def test_the_charts_library_is_spoken_of_only_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path, [{"kind": "start", "step": 0}])
+    stages.report.run([tmp_path])
+    assert "(it opens without a network)" in capsys.readouterr().out
+    write_log(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    stages.report.run([tmp_path])
+    assert "MB, most of it the charts' library; it opens without a network)" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -374,3 +439,42 @@ def test_runs_whose_settings_do_not_tell_them_apart_have_their_folders_names(tmp
     assert [one.name for one in show_runs(runs)] == ["beta=0.1 (a)", "beta=0.1 (b)", "beta=0.5"]
     assert [one.name for one in show_runs(runs[:2])] == ["a", "b"]
     assert [one.name for one in show_runs(runs[:1])] == ["a"]
+
+
+def test_rows_of_a_sweep_have_one_header_and_its_page_is_not_that_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "a", [{"step": 1, "loss": 0.5}, {"step": 1, "eval_test_loss": 0.25}])
+    write_log(tmp_path / "b", [{"step": 1, "loss": 0.75}])
+    runs = [read_run(tmp_path / name) for name in ("a", "b")]
+    stages.sweep._compare(runs, tmp_path, drawn=True)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert table == [["run", "steps", "pairs", "of", "loss"], ["a", "1", "test", "0.25"], ["b", "1", "train", "0.75"]]
+    assert [file.name for file in tmp_path.glob("*.html")] == ["sweep.html"]
+
+
+ASKED: dict[str, Any] = {"set": "test", "prompts": 8, "seed": 0, "reward_by": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"temperature": 0.5}, False),
+        ({"seed": 1}, False),
+        ({"set": "train"}, False),
+        ({"prompts": 2}, False),
+        ({"prompts": None}, False),
+        ({"step": 3}, False),
+        ({"max_tokens": 9}, False),
+        ({"reward_by": "a judge"}, False),
+    ],
+)
+def test_a_sweep_takes_the_replies_that_it_asks_for_and_no_others(
+    tmp_path: Path, changes: dict[str, Any], taken: bool
+) -> None:
+    """Of a set of two prompts, so that fewer are there than are asked for."""
+    write_log(tmp_path, [{"step": 4, "loss": 1.0}])
+    write_generations(tmp_path, [({}, {}), ({}, {})], **{**ASKED, **changes})
+    replies = stages.sweep.Replies(num_prompts=8, max_tokens=64, reward_model=None)
+    assert stages.sweep._has_replies(read_run(tmp_path), replies, "test", 4) is taken

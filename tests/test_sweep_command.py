@@ -65,11 +65,11 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     for row, beta in zip(table, ends, strict=True):
         metrics = json.loads((into / f"beta-{beta}" / "run.json").read_text())["metrics"]
         shown = [metrics[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")]
-        assert row[1:5] == ["8", *(f"{value:.4g}" for value in shown)]
+        assert row[1:6] == ["8", "test", *(f"{value:.4g}" for value in shown)]
         lines = (into / f"beta-{beta}" / "generations.jsonl").read_text().splitlines()
         kls = [row["policy"]["policy_logps"] - row["policy"]["ref_logps"] for row in map(json.loads, lines)]
-        assert row[5] == f"{sum(kls) / 4:.4g}"
-    page = (into / "report.html").read_text()
+        assert row[6] == f"{sum(kls) / 4:.4g}"
+    page = (into / "sweep.html").read_text()
     assert all(f"beta={beta}" in page for beta in ends)
 
 
@@ -99,7 +99,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
     assert "16 of 24 pairs" in done.stderr
     assert "split-train (exit status 65)" in done.stderr
     assert (tmp_path / "policy" / "split-train-4" / "run.json").exists()
-    assert (tmp_path / "policy" / "report.html").exists()
+    assert (tmp_path / "policy" / "sweep.html").exists()
 
 
 @pytest.mark.parametrize(
