@@ -42,7 +42,7 @@ from pipeline.records import write_generations
 from pipeline.scoring import check_scoring
 from pipeline.scoring import prepare as prepare_scoring
 from pipeline.shards import open_store
-from pipeline.sources import open_source, read_rows
+from pipeline.sources import open_set, read_rows
 from pipeline.storage import read_json, replace_file
 from pipeline.tokens import TokenizedPair
 
@@ -180,9 +180,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
 def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[float]:
     """Reward margin of each held-out pair, in order: the policy's log-probs against those in the shards."""
     name = next(iter(config.data.eval))
-    pairs = list(
-        kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
-    )
+    pairs = list(kept_pairs(read_rows(open_set(config.data, name)), tokenizer, config.data, Ledger()))
     table = load_reference_table(
         [open_store(open_folder(config.precompute.output).child(name))], config.data.max_length
     )

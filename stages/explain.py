@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 from markupsafe import Markup
 
 from pipeline import pages
 from pipeline.config import Config
-from pipeline.errors import ConfigError, printable
+from pipeline.errors import printable
 from pipeline.explaining import (
     Completion,
     Explanation,
@@ -30,6 +30,7 @@ from pipeline.explaining import (
     explain_row,
     find_row,
     find_stored,
+    minus,
     tokens_of,
     with_logps,
     with_stored,
@@ -38,8 +39,7 @@ from pipeline.fingerprint import identity_of_run
 from pipeline.folders import open_folder
 from pipeline.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
 from pipeline.models import (
-    at_checkpoint,
-    load_policy,
+    in_one_process,
     load_reference,
     load_tokenizer,
     pick_device,
@@ -47,8 +47,9 @@ from pipeline.models import (
     reference_quantization,
     reference_sources,
 )
+from pipeline.progress import without_nan
 from pipeline.shards import NoiseFloor
-from pipeline.sources import open_source
+from pipeline.sources import open_set
 
 __all__ = ["run"]
 
@@ -89,23 +90,24 @@ def run(
         row: Position in the source, from 0.
         set_name: `train`, or a set of `data.eval`.
         recompute: Load the reference and score the pair again.
-        policy: Also score it with the policy that a finished run, or a checkpoint, holds.
+        policy: Also score it with the policy that a run, or a checkpoint, holds.
         html: Also write a page there.
         as_json: Print JSON.
         full: Print long prompts whole.
         colors: Paint tokens; None: where the output is a terminal.
 
     Raises:
-        ConfigError: No such set or row, or a model can't be loaded.
+        ConfigError: No such set or row, no policy there, or a model can't be loaded.
         DataError: The data is damaged.
+        UnfinishedError: The policy's run has saved nothing yet.
         StorageError: The page can't be written.
     """
-    if set_name != "train" and set_name not in config.data.eval:
-        raise ConfigError(
-            f"--set {set_name}: data.eval names no such set; there are {', '.join(['train', *config.data.eval])}"
-        )
+    source = open_set(config.data, set_name)
+    if policy is not None:
+        from pipeline.checkpoints import trained_weights
+
+        policy = trained_weights(config, policy, "--policy")
     tokenizer = load_tokenizer(config)
-    source = open_source(config.data, config.data.eval.get(set_name))
     pair = explain_row(find_row(source, row), tokenizer, config.data, set_name)
     named = config.reference.declared or reference_sources(config)[0].name
     found = _Findings(pair=pair, reference=named, beta=config.loss.beta)
@@ -164,21 +166,13 @@ def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
 
 
 def _reference(config: Config) -> Any:
-    import torch
-
-    # It may have been split over several GPUs, and may be larger than one of them.
-    spread: Literal["auto"] | None = "auto" if torch.cuda.device_count() > 1 else None
-    settings = dataclasses.replace(config.precompute, tp_plan=None, device_map=spread)
-    return load_reference(dataclasses.replace(config, precompute=settings), pick_device())
+    return load_reference(in_one_process(config), pick_device())
 
 
 def _policy(config: Config, folder: Path) -> Any:
-    model = load_policy(at_checkpoint(config, folder))
-    if config.policy.quantization is None:
-        model.to(pick_device())
-    model.requires_grad_(False)
-    model.train(False)
-    return model
+    from pipeline.checkpoints import policy_as_reference
+
+    return load_reference(policy_as_reference(in_one_process(config), folder), pick_device())
 
 
 def _score(pair: Explanation, pad_id: int, name: str, load: Callable[[], Any], key: str) -> list[Any]:
@@ -245,7 +239,7 @@ def _verdict(found: _Findings) -> str:
 _SUMS: dict[str, Callable[[Completion], float | None]] = {
     "stored": lambda c: c.stored_sum,
     "recomputed": lambda c: c.sum("recomputed"),
-    "difference": lambda c: _minus(c.sum("recomputed"), c.stored_sum),
+    "difference": lambda c: c.sum("gap"),
     "policy": lambda c: c.sum("policy"),
     "policy - reference": lambda c: c.sum("shift"),
 }
@@ -258,17 +252,13 @@ def _sums(found: _Findings) -> tuple[list[str], list[list[str]]]:
     for name, read in _SUMS.items():
         chosen, rejected = (read(side) for side in sides) if sides else (None, None)
         if chosen is not None or rejected is not None:
-            columns[name] = [chosen, rejected, _minus(chosen, rejected)]
+            columns[name] = [chosen, rejected, minus(chosen, rejected)]
     if "policy - reference" in columns:
         shifts = columns["policy - reference"]
         columns[f"reward, beta {found.beta:g}"] = [None if v is None else found.beta * v for v in shifts]
     names = ("chosen", "rejected", "chosen - rejected")
     rows = [[name, *(_number(values[i]) for values in columns.values())] for i, name in enumerate(names)]
     return ["nats", *columns], rows if columns else []
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
 
 
 def _number(value: float | None) -> str:
@@ -465,9 +455,7 @@ def _as_json(found: _Findings) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with numbers that JSON does not have as words: `nan`, `-inf`."""
+    """The same all the way down, with null for the numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: _finite(item) for key, item in without_nan(value).items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
