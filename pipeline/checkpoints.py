@@ -214,7 +214,8 @@ def policy_as_reference(config: Config, folder: Path) -> Config:
     Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
     """
     policy = config.policy
-    dtype: Any = policy_dtype(config, training_settings(config))
+    # Whoever explains pairs or scores them need not have a `train` section.
+    dtype: Any = policy_dtype(config, training_settings(config) if config.train else {})
     if policy.has_adapter:
         reference = ReferenceConfig(
             model=policy.model,

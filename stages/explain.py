@@ -103,17 +103,19 @@ def run(
         StorageError: The page can't be written.
     """
     source = open_set(config.data, set_name)
+    trained = None
     if policy is not None:
-        from pipeline.checkpoints import trained_weights
+        from pipeline.checkpoints import policy_as_reference, trained_weights
 
         policy = trained_weights(config, policy, "--policy")
+        trained = policy_as_reference(in_one_process(config), policy)
     tokenizer = load_tokenizer(config)
     pair = explain_row(find_row(source, row), tokenizer, config.data, set_name)
     named = config.reference.declared or reference_sources(config)[0].name
-    found = _Findings(pair=pair, reference=named, beta=config.loss.beta)
+    found = _Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        found = _scored(config, found, identity_of_run(config, tokenizer), recompute, policy, pad_id)
+        found = _scored(config, found, identity_of_run(config, tokenizer), recompute, trained, pad_id)
     if html is not None:
         pages.write_page(html, _page(found))
     if as_json:
@@ -130,9 +132,12 @@ def _is_colorful() -> bool:
 
 
 def _scored(
-    config: Config, found: _Findings, identity: dict[str, Any], recompute: bool, policy: Path | None, pad_id: int
+    config: Config, found: _Findings, identity: dict[str, Any], recompute: bool, trained: Config | None, pad_id: int
 ) -> _Findings:
-    """Put stored, recomputed and the policy's log-probs beside the tokens. One model is in memory at a time."""
+    """Put stored, recomputed and the policy's log-probs beside the tokens. One model is in memory at a time.
+
+    `trained` are settings whose reference is the policy.
+    """
     pair = found.pair
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
@@ -145,16 +150,17 @@ def _scored(
     if recompute and config.reference.declared is not None:
         remarks = (*remarks, "reference.declared: a reference known by name alone can't be scored with again")
     elif recompute:
-        logps = _score(pair, pad_id, found.reference, lambda: _reference(config), reference_sources(config)[0].key)
+        key = reference_sources(config)[0].key
+        logps = _score(pair, pad_id, found.reference, in_one_process(config), key)
         pair = with_logps(pair, "recomputed", *logps)
         if stored is not None:
             gap = compare(pair, _allowed(config, stored.noise))
-    if policy is not None:
-        logps = _score(pair, pad_id, str(policy), lambda: _policy(config, policy), "--policy")
+    if trained is not None:
+        logps = _score(pair, pad_id, str(found.policy), trained, "--policy")
         pair = with_logps(pair, "policy", *logps)
         if config.loss.ld_alpha is not None:
             remarks = (*remarks, "loss.ld_alpha: sums and rewards here count every token in full")
-    return dataclasses.replace(found, pair=pair, stored=stored, policy=policy, gap=gap, remarks=remarks)
+    return dataclasses.replace(found, pair=pair, stored=stored, gap=gap, remarks=remarks)
 
 
 def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
@@ -165,23 +171,13 @@ def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
     return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
 
 
-def _reference(config: Config) -> Any:
-    return load_reference(in_one_process(config), pick_device())
-
-
-def _policy(config: Config, folder: Path) -> Any:
-    from pipeline.checkpoints import policy_as_reference
-
-    return load_reference(policy_as_reference(in_one_process(config), folder), pick_device())
-
-
-def _score(pair: Explanation, pad_id: int, name: str, load: Callable[[], Any], key: str) -> list[Any]:
-    """Score the pair with a model that is loaded for it and let go of after. Gives both completions' token logps."""
+def _score(pair: Explanation, pad_id: int, name: str, config: Config, key: str) -> list[Any]:
+    """Score the pair with the reference of settings, which is let go of after. Gives both completions' token logps."""
     from pipeline.memory import free_memory
     from pipeline.scoring import check_scoring, prepare, score_pairs
 
     click.echo(f"Loading {printable(name)} ...", err=True)
-    model = load()
+    model = load_reference(config, pick_device())
     prepare(model)
     packed = check_scoring(model, key)
     ((_, *logps),) = score_pairs(model, [tokens_of(pair)], tokens_per_batch=1, pad_id=pad_id, packed=packed)
