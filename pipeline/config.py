@@ -91,9 +91,10 @@ class DataConfig:
         if self.max_length is not None and self.max_length < 2:
             raise ValueError("max_length: at least 2 tokens, one of the prompt and one of the completion")
         for set_name in self.eval:
-            if set_name == "train" or not set_name.replace("-", "").replace("_", "").isalnum():
+            if set_name in ("train", "costs") or not set_name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f"eval.{set_name}: a set's name is a folder's name: letters, digits, - and _, not 'train'"
+                    f"eval.{set_name}: a set's name is a folder's name: letters, digits, - and _, not 'train' or "
+                    "'costs'"
                 )
         for ours in self.columns:
             if ours not in (*PAIR_COLUMNS, *SPOKEN_COLUMNS):

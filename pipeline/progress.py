@@ -4,19 +4,29 @@ On a terminal the line is rewritten in place. Elsewhere it is written anew every
 returns. With `--json-logs` all that a command says on stdout is one JSON object a line, each with its `kind`.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
 
 import click
 from tqdm import tqdm
 
-__all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "says_json", "start_json", "without_nan"]
+__all__ = [
+    "JSON_LOGS",
+    "JsonLines",
+    "Progress",
+    "emit",
+    "say",
+    "start_json",
+    "without_nan",
+    "without_other_bars",
+]
 
 JSON_LOGS = "REFSHARD_JSON_LOGS"
 """Environment variable that does what the option does, also in the processes that a command starts"""
@@ -53,11 +63,11 @@ class JsonLines(io.TextIOBase):
 def start_json() -> None:
     """Have stdout, and that of processes to be started, say JSON from here on."""
     os.environ[JSON_LOGS] = "1"
-    if not says_json():
+    if not _says_json():
         sys.stdout = JsonLines(sys.stdout)
 
 
-def says_json() -> bool:
+def _says_json() -> bool:
     return isinstance(sys.stdout, JsonLines)
 
 
@@ -65,6 +75,27 @@ def emit(kind: str, record: Mapping[str, Any]) -> None:
     """Print a record where stdout says JSON; nothing elsewhere."""
     if isinstance(sys.stdout, JsonLines):
         sys.stdout.put({"kind": kind, "time": time.time(), **record})
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line for people, beside the progress line where there is one."""
+    file = sys.stderr if err else sys.stdout
+    tqdm.write(text, file=file)
+    file.flush()
+
+
+@contextlib.contextmanager
+def without_other_bars() -> Iterator[None]:
+    """Have transformers draw no bars (of weights that it loads or saves) through the progress line."""
+    import transformers.utils.logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +132,7 @@ class Progress:
         # The first line comes soon, so that one sees whether it works; the others seldom.
         self._last_line = -math.inf
         self._last_said: int | None = None
-        self._rewrites = sys.stderr.isatty() and not says_json() and total != done
+        self._rewrites = sys.stderr.isatty() and not _says_json() and total != done
         self._bar = tqdm(
             total=total, initial=done, desc=name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
         )
@@ -142,12 +173,6 @@ class Progress:
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._write_line(doing)
 
-    def say(self, text: str) -> None:
-        """Write a line of its own beside the progress, for people."""
-        self._bar.clear()
-        click.echo(text, err=not says_json())
-        self._bar.refresh()
-
     def close(self) -> None:
         """Write the last line."""
         self._bar.close()
@@ -165,7 +190,7 @@ class Progress:
         done, rate = self._latest.done, self._rates()[0]
         self._last_line, self._last_said = time.monotonic(), done
         left = (self._total - done) / rate if self._total is not None and rate > 0 else None
-        if says_json():
+        if _says_json():
             emit(
                 "progress",
                 {

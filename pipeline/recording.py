@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from pipeline.memory import name_of_device, peak_memory
-from pipeline.progress import Progress, emit
+from pipeline.progress import Progress, emit, say
 from pipeline.records import RunLog, write_margins
 from pipeline.versions import library_versions
 
@@ -86,23 +86,30 @@ class RecordCallback(transformers.TrainerCallback):
         self._step = self._tokens = self._evaluated = 0
         self.trainer: Any = None
 
+    def _begun(self, args: Any, state: Any) -> Progress | None:
+        """The progress of this start; None but on the first process.
+
+        Begins at the first event: a start that finds all steps done has evaluations to make and nothing to train.
+        """
+        if self._progress is None and args.process_index == 0:
+            self._step, self._tokens = state.global_step, state.num_input_tokens_seen
+            self._progress = Progress("train", state.max_steps, "steps", done=state.global_step)
+            self._add(
+                "start",
+                {
+                    "step": state.global_step,
+                    "max_steps": state.max_steps,
+                    "pairs": dict(self._pairs),
+                    "processes": args.world_size,
+                    "device": name_of_device(args.device),
+                    "batch_pairs": self._batch_pairs,
+                    "versions": library_versions(),
+                },
+            )
+        return self._progress
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step, self._tokens = state.global_step, state.num_input_tokens_seen
-        if not state.is_world_process_zero:
-            return
-        self._progress = Progress("train", state.max_steps, "steps", done=state.global_step)
-        self._add(
-            "start",
-            {
-                "step": state.global_step,
-                "max_steps": state.max_steps,
-                "pairs": dict(self._pairs),
-                "processes": args.world_size,
-                "device": name_of_device(args.device),
-                "batch_pairs": self._batch_pairs,
-                "versions": library_versions(),
-            },
-        )
+        self._begun(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is None:
@@ -112,34 +119,40 @@ class RecordCallback(transformers.TrainerCallback):
         self._progress.advance(steps, tokens=tokens, memory=peak_memory(args.device))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._progress is None:
+        progress = self._begun(args, state)
+        if progress is None:
             return
         kind = "summary" if "train_runtime" in logs else "log"
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-        measured = {"seconds": self._progress.seconds, "memory_bytes": peak_memory(args.device)}
+        measured = {"seconds": progress.seconds, "memory_bytes": peak_memory(args.device)}
         self._add(kind, {"step": state.global_step, "epoch": state.epoch, **measured, **numbers})
         if "loss" in logs:
             shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-            self._progress.show({name: logs[key] for name, key in shown.items() if key in logs})
+            progress.show({name: logs[key] for name, key in shown.items() if key in logs})
         elif prefix := next((key[: -len("loss")] for key in logs if key.endswith("_loss") and kind == "log"), None):
-            self._progress.say(_evaluation_line(prefix, logs, state.global_step))
+            say(_evaluation_line(prefix, logs, state.global_step))
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         self._evaluated += 1
-        if self._progress is not None and eval_dataloader is not None:
-            self._progress.pulse(f"evaluating, batch {self._evaluated:,} of {len(eval_dataloader):,}")
+        progress = self._begun(args, state)
+        if progress is not None and eval_dataloader is not None:
+            progress.pulse(f"evaluating, batch {self._evaluated:,} of {len(eval_dataloader):,}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is None:
-            return
-        self._progress.close()
-        self._add("end", {"step": state.global_step, "finished": state.global_step >= state.max_steps})
-        self._margins.finish_training(state.global_step)
+        if self._progress is not None:
+            self._progress.close()
+            self._margins.finish_training(state.global_step)
+
+    def end(self, step: int, *, finished: bool) -> None:
+        """Write down how this start ended; called once all evaluations are made."""
+        if self._progress is not None:
+            self._progress.close()
+            self._add("end", {"step": step, "finished": finished})
 
     def _add(self, kind: str, record: Mapping[str, Any]) -> None:
         self._log.add(kind, record)

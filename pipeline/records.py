@@ -11,6 +11,7 @@ Nothing here decides anything: each file may be deleted, and none is part of a r
 
 import contextlib
 import json
+import re
 import shutil
 import time
 import uuid
@@ -36,6 +37,7 @@ __all__ = [
     "MARGINS",
     "MARGIN_COLUMNS",
     "RunLog",
+    "delete_costs",
     "delete_records",
     "read_costs",
     "write_cost",
@@ -123,6 +125,16 @@ def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:
         folder.put_if_absent(f"{cost['set']}-{uuid.uuid4().hex[:12]}.json", json.dumps(cost).encode())
     except StorageError as error:
         click.echo(f"warning: {error}; what scoring {cost['set']} took is not written down", err=True)
+
+
+def delete_costs(output: Folder, name: str) -> None:
+    """Delete what the work on one set has cost, whose store is deleted too. Raises StorageError."""
+    folder = output.child(COSTS)
+    # The rest of a name is a number of our own; another set may be named `NAME-2`.
+    mine = re.compile(rf"{re.escape(name)}-[0-9a-f]{{12}}\.json")
+    for file in folder.names():
+        if mine.fullmatch(file):
+            folder.delete(file)
 
 
 def read_costs(output: Folder) -> list[dict[str, Any]]:

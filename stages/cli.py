@@ -626,27 +626,27 @@ def run() -> None:
     except click.ClickException as error:
         error.show()
         status = error.exit_code
+        emit("error", {"text": one_line(error.format_message()), "status": status})
     except click.exceptions.Exit as error:
         status = error.exit_code
     except click.exceptions.Abort:
         click.echo("refshard: interrupted", err=True)
         status = 130
     except RefshardError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"refshard: {one_line(str(error))}", err=True)
-        status = error.exit_status
-        emit("error", {"text": one_line(str(error)), "status": status})
+        status = _complain(one_line(str(error)), error.exit_status, debug=debug)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(
-            f"refshard: this is a bug: {type(error).__name__}: {one_line(str(error), most=500)}. "
-            "Run again with refshard --debug for the traceback",
-            err=True,
-        )
-        status = 1
+        what = f"this is a bug: {type(error).__name__}: {one_line(str(error), most=500)}"
+        status = _complain(f"{what}. Run again with refshard --debug for the traceback", 1, debug=debug)
     _leave(status if isinstance(status, int) else 0)
+
+
+def _complain(text: str, status: int, *, debug: bool) -> int:
+    """Say what went wrong, for people and for machines."""
+    if debug:
+        traceback.print_exc()
+    click.echo(f"refshard: {text}", err=True)
+    emit("error", {"text": text, "status": status})
+    return status
 
 
 def _leave(status: int) -> None:

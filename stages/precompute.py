@@ -11,10 +11,10 @@ they hold one reference together (`precompute.tp_plan`): then the first of them 
 
 import functools
 import hashlib
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from pipeline.models import (
 )
 from pipeline.order import order_of_run
 from pipeline.progress import Progress, emit
-from pipeline.records import write_cost
+from pipeline.records import delete_costs, write_cost
 from pipeline.reuse import Reusable, copy_scored, open_reusable
 from pipeline.scoring import check_scoring, not_packed, prepare, score_pairs
 from pipeline.shards import (
@@ -160,11 +160,12 @@ def _run(
         wanted = rows if name == "train" else None
         if overwrite:
             delete_store(folder)
+            delete_costs(accounts_in, name)
         stamps = _stamps(source)
         plan = _plan(config, source, reusable, wanted)
         fingerprint = create_store(folder, identity, plan, _declared(config, source))
         if not is_finished(folder):
-            accounts = functools.partial(_accounts, accounts_in, name, worker)
+            accounts = functools.partial(_Account, accounts_in, name, worker)
             others += _score_split(
                 config,
                 source,
@@ -217,6 +218,61 @@ def _next_window(
     return window_config(config, window, output), needed, rows
 
 
+class _Account:
+    """How far a set is, shown as it goes, and what scoring it has taken, written down however it ends."""
+
+    _SECONDS_BETWEEN_LOOKS = 0.5
+
+    def __init__(self, output: Folder, name: str, worker: tuple[int, int], to_do: int | None) -> None:
+        self._output, self._name, self._worker = output, name, worker
+        self._device = pick_device()
+        self._progress = Progress(name, to_do, "rows")
+        self._pairs = self._rows = self._tokens = 0
+        self._of_unit: set[int] = set()
+        self._last_look = time.monotonic()
+
+    def __enter__(self) -> "_Account":
+        return self
+
+    def add(self, pair: KeptPair) -> None:
+        """Count a pair that was scored; once, though what ran out of memory is scored anew."""
+        if pair.row in self._of_unit:
+            return
+        self._of_unit.add(pair.row)
+        self._rows += 1
+        self._pairs += 1
+        self._tokens += _num_tokens(pair)
+        if time.monotonic() - self._last_look > self._SECONDS_BETWEEN_LOOKS:
+            self._look()
+
+    def finish_unit(self, unit: Unit) -> None:
+        """Count the rows that were dropped or copied, too."""
+        self._rows += unit.ledger.rows - len(self._of_unit)
+        self._of_unit.clear()
+        self._look()
+
+    def _look(self) -> None:
+        self._last_look = time.monotonic()
+        self._progress.advance(self._rows, tokens=self._tokens, memory=peak_memory(self._device))
+        self._rows = self._tokens = 0
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+        if not self._pairs:
+            return
+        cost = {
+            "set": self._name,
+            "worker": f"{self._worker[0]}/{self._worker[1]}",
+            "seconds": self._progress.seconds,
+            "pairs": self._pairs,
+            "tokens": self._progress.tokens,
+            "memory_bytes": peak_memory(self._device),
+            "device": name_of_device(self._device),
+        }
+        write_cost(self._output, cost)
+        emit("cost", cost)
+
+
 class _Reference:
     """The reference model, loaded when the first unit needs it: a rerun with nothing to do loads nothing."""
 
@@ -227,7 +283,9 @@ class _Reference:
         self._packed = False
         self._tokens_per_batch = 0
 
-    def score_unit(self, pairs: list[KeptPair], flag: StopFlag) -> tuple[list[ScoredPair], NoiseFloor]:
+    def score_unit(
+        self, pairs: list[KeptPair], flag: StopFlag, account: "_Account"
+    ) -> tuple[list[ScoredPair], NoiseFloor]:
         """Score the pairs of one unit, and a few of them a second time in other company.
 
         Returns:
@@ -239,13 +297,15 @@ class _Reference:
         if self._model is None:
             self._load()
         self._check_vocabulary(pairs)
-        scored = self._score(pairs, flag)
+        scored = self._score(pairs, flag, account.add)
         # One pair alone has no other company to be scored in.
         count = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
         again = [i * len(pairs) // count for i in range(count)]
-        return scored, _noise_floor([scored[i] for i in again], self._score([pairs[i] for i in again], flag))
+        return scored, _noise_floor([scored[i] for i in again], self._score([pairs[i] for i in again], flag, None))
 
-    def _score(self, pairs: list[KeptPair], flag: StopFlag) -> list[ScoredPair]:
+    def _score(
+        self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
+    ) -> list[ScoredPair]:
         """Score pairs in batches of similar length; give them in the order that they came in."""
         scored: list[ScoredPair | None] = [None] * len(pairs)
         batches = score_pairs(
@@ -264,6 +324,8 @@ class _Reference:
                     chosen_token_logps=chosen,
                     rejected_token_logps=rejected,
                 )
+                if count is not None:
+                    count(pairs[i])
                 if flag:
                     raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
         except (RuntimeError, MemoryError) as error:
@@ -273,7 +335,7 @@ class _Reference:
         else:
             return [pair for pair in scored if pair is not None]
         # Outside of the handler, whose error holds on to the batch that did not fit.
-        return self._score(pairs, flag)
+        return self._score(pairs, flag, count)
 
     def _halve(self, pairs: list[KeptPair], error: Exception) -> None:
         """Go on with half the tokens in a batch. The longest pairs come first, so little is scored again."""
@@ -376,7 +438,7 @@ def _score_split(
     reusable: Reusable,
     tokenizer: "PreTrainedTokenizerBase",
     flag: StopFlag,
-    accounts: Callable[[int | None], AbstractContextManager[Callable[[Unit], None]]],
+    accounts: Callable[[int | None], _Account],
 ) -> int:
     """Score this worker's missing units of one split; gives the number of units that others still owe.
 
@@ -395,63 +457,31 @@ def _score_split(
         is_done=functools.partial(part_exists, folder),
         num_loaders=count_loaders(source, to_do, rows_per_unit, most=_MOST_LOADERS),
     )
-    with queue as units, accounts(to_do) as count, _Writer(folder, config, fingerprint) as writer:
+    with queue as units, accounts(to_do) as account, _Writer(folder, config, fingerprint) as writer:
         for unit in units:
             if part_exists(folder, unit.number):
                 # Another copy of this worker was first, since the unit was read.
                 continue
             if flag:
                 raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
-            scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag)
+            scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag, account)
             _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)
-            count(unit)
     _check_unchanged(source, stamps)
     return len(finish_store(folder, queue.num_units))
 
 
-@contextmanager
-def _accounts(
-    output: Folder, name: str, worker: tuple[int, int], to_do: int | None
-) -> Iterator[Callable[[Unit], None]]:
-    """Show how far a set is, and write down what it took, however it ends. Gives what to call for each unit."""
-    device = pick_device()
-    progress, pairs = Progress(name, to_do, "pairs"), 0
-
-    def count(unit: Unit) -> None:
-        nonlocal pairs
-        pairs += len(unit.pairs)
-        tokens = sum(_num_tokens(pair) for pair in unit.pairs)
-        progress.advance(unit.ledger.rows, tokens=tokens, memory=peak_memory(device))
-
-    try:
-        yield count
-    finally:
-        progress.close()
-        if pairs:
-            cost = {
-                "set": name,
-                "worker": f"{worker[0]}/{worker[1]}",
-                "seconds": progress.seconds,
-                "pairs": pairs,
-                "tokens": progress.tokens,
-                "memory_bytes": peak_memory(device),
-                "device": name_of_device(device),
-            }
-            write_cost(output, cost)
-            emit("end", cost)
-
-
 def _score_unit(
-    unit: Unit, reference: _Reference, reusable: Reusable, on_nonfinite: str, flag: StopFlag
+    unit: Unit, reference: _Reference, reusable: Reusable, on_nonfinite: str, flag: StopFlag, account: _Account
 ) -> tuple[list[ScoredPair], NoiseFloor]:
     """Copy what other stores have scored, score the rest; the unit's ledger learns of both."""
     copied = copy_scored(reusable, unit.pairs)
     new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
-    fresh, noise = reference.score_unit(new, flag) if new else ([], NoiseFloor())
+    fresh, noise = reference.score_unit(new, flag, account) if new else ([], NoiseFloor())
     unread = iter(fresh)
     scored = [copied[i] if i in copied else next(unread) for i in range(len(unit.pairs))]
     scored = _finite(scored, unit.pairs, on_nonfinite, unit.ledger)
+    account.finish_unit(unit)
     if copied:
         unit.ledger.noted["copied from other shards"] += len(copied)
     return scored, noise

@@ -41,6 +41,7 @@ from pipeline.loading import load_pairs
 from pipeline.models import at_checkpoint, load_policy, load_tokenizer, policy_settings
 from pipeline.order import order_of_run
 from pipeline.processes import on_main_process
+from pipeline.progress import say, without_other_bars
 from pipeline.recording import Margins, RecordCallback
 from pipeline.records import RunLog, read_costs, write_inputs
 from pipeline.scoring import check_scoring, not_packed, prepare
@@ -193,7 +194,7 @@ def _train(
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}{_with_other_processes(checkpoint, policy, state)}")
     try:
-        with contextlib.suppress(EvaluationLeft):
+        with contextlib.suppress(EvaluationLeft), without_other_bars():
             if checkpoint is not None and finished:
                 # All steps are done, and the library would take one more.
                 trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -206,11 +207,18 @@ def _train(
         # Its digests hold, so it was saved like that, and not by this program.
         raise DataError(f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run") from error
     if commit.stopped_early:
+        record.end(trainer.state.global_step, finished=False)
         raise _unfinished(trainer, output)
     if window is not None and not window.is_last:
+        record.end(trainer.state.global_step, finished=False)
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
-    _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
+    try:
+        _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
+    except UnfinishedError:
+        record.end(trainer.state.global_step, finished=False)
+        raise
+    record.end(trainer.state.global_step, finished=True)
 
 
 @contextlib.contextmanager
@@ -383,7 +391,7 @@ def _fingerprints(config: Config, stores: Mapping[str, Store], tokenizer: Any) -
 
 def _say(state: PartialState, text: str) -> None:
     if state.is_main_process:
-        click.echo(text)
+        say(text)
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:

@@ -20,7 +20,7 @@ MakeRun = Callable[..., Path]
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(
-    r"\s*$|.*\d+%\|.*|.*\d+it \[.*|[\w-]+: [\d,]+( of [\d,]+)? (pairs|steps), .* tokens/s.*"
+    r"\s*$|.*\d+%\|.*|.*\d+it \[.*|[\w-]+: [\d,]+( of [\d,]+)? (rows|steps), .* tokens/s.*"
     r"|step [\d,]+: held-out .*|warning: .*"
 )
 GOOD = simple_rows(4)

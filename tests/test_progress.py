@@ -10,7 +10,7 @@ import click
 import pytest
 
 import pipeline.progress as module
-from pipeline.progress import JsonLines, Progress, emit, start_json, without_nan
+from pipeline.progress import JsonLines, Progress, emit, say, start_json, without_nan
 
 GIB = 2**30
 
@@ -111,7 +111,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     progress = Progress("train", 16, "steps")
     progress.show({"margin": 0.25})
     progress.advance(8, tokens=800, memory=GIB)
-    progress.say("step 8: held-out loss 0.6")
+    say("step 8: held-out loss 0.6", err=True)
     progress.advance(8, tokens=800, memory=GIB)
     progress.close()
     said = terminal.getvalue()
@@ -144,7 +144,7 @@ def test_with_json_every_line_is_an_object_with_its_kind(
     print("", flush=True)
     progress = Progress("train", 16, "steps")
     work(clock, progress, 2, seconds=4)
-    progress.say("a line beside")
+    say("a line beside")
     progress.close()
     lines = said(out)
     assert [line["kind"] for line in lines] == ["message"] * 3 + ["progress", "message", "progress"]

@@ -115,7 +115,8 @@ def test_a_batch_log_has_lines_without_carriage_returns_and_no_bars(finished: tu
     assert progress[1].startswith("train: 6 of 6 steps, ")
     for part in (" steps/s, ", " tokens/s, ", " GiB, ", "loss ", "margin ", "accuracy "):
         assert part in progress[1]
-    assert [line.split(" loss ")[0] for line in lines if line.startswith("step ")] == [
+    said = finished[2].stdout.splitlines()
+    assert [line.split(" loss ")[0] for line in said if line.startswith("step ")] == [
         "step 3: held-out",
         "step 6: held-out",
     ]
@@ -205,6 +206,28 @@ def test_a_tracker_that_is_not_there_is_refused_before_a_model_is_loaded(
     assert why in done.stderr
 
 
+def test_what_a_held_out_set_came_to_is_logged_where_nothing_is_left_to_train(make_run: MakeRun) -> None:
+    """The last of a moving reference's windows has only evaluations to make."""
+    held_out = write_jsonl(make_run().parent / "test.jsonl", simple_rows(4, 50))
+    config = make_run(
+        rows=simple_rows(9),
+        data={"eval": {"test": {"path": str(held_out)}}},
+        reference={"sync": {"steps": 2, "mixup_alpha": 0.5}},
+    )
+    refshard("train", "--config", config)
+    run = config.parent / "policy"
+    last = [entry for entry in records(run, "log") if "eval_rewards/margins" in entry]
+    assert [entry["step"] for entry in last] == [4]
+    assert last[0]["eval_loss"] == json.loads((run / "run.json").read_text())["metrics"]["eval_loss"]
+    assert records(run)[-1] | {"time": 0, "attempt": 0} == {
+        "kind": "end",
+        "time": 0,
+        "attempt": 0,
+        "step": 4,
+        "finished": True,
+    }
+
+
 def test_json_logs_are_objects_on_stdout_and_nothing_else(make_run: MakeRun) -> None:
     config = make_run(rows=simple_rows(9))
     kinds = {}
@@ -214,8 +237,11 @@ def test_json_logs_are_objects_on_stdout_and_nothing_else(make_run: MakeRun) -> 
         kinds[stage] = [line["kind"] for line in lines]
         assert all("time" in line for line in lines)
         assert done.stderr == ""
-    assert {"message", "progress", "end"} == set(kinds["precompute"])
+    assert {"message", "progress", "cost"} == set(kinds["precompute"])
     assert {"message", "start", "progress", "log", "summary", "end"} == set(kinds["train"])
+    for words, status in ((("train",), 2), (("train", "--config", config, "-o", "loss.beat=1"), 2)):
+        last = json.loads(refshard(*words, "--json-logs", check=status).stdout.splitlines()[-1])
+        assert (last["kind"], last["status"]) == ("error", status)
     refused = refshard("train", "--config", config, "-o", "data.max_length=4096", "--json-logs", check=78)
     last = json.loads(refused.stdout.splitlines()[-1])
     assert (last["kind"], last["status"]) == ("error", 78)

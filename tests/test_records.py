@@ -16,6 +16,7 @@ from pipeline.records import (
     MARGIN_COLUMNS,
     MARGINS,
     RunLog,
+    delete_costs,
     delete_records,
     read_costs,
     write_cost,
@@ -99,6 +100,15 @@ def test_costs_of_all_workers_are_read_and_what_is_broken_is_left_out(tmp_path: 
     (folder / "train-broken.json").write_text('{"set": "train", "sec')
     (folder / "notes.txt").write_text("mine")
     assert sorted(cost["worker"] for cost in read_costs(output)) == ["0/2", "1/2"]
+
+
+def test_the_costs_of_one_set_are_deleted_and_no_others(tmp_path: Path) -> None:
+    output = open_folder(str(tmp_path))
+    delete_costs(output, "train")
+    for name in ("test", "test-2", "test"):
+        write_cost(output, {"set": name})
+    delete_costs(output, "test")
+    assert [cost["set"] for cost in read_costs(output)] == ["test-2"]
 
 
 def test_a_cost_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
