@@ -18,12 +18,14 @@ from typing import Any
 import transformers
 
 from pipeline.attempts import Attempt, set_aside
-from pipeline.config import Config, as_dict
+from pipeline.config import Config, ReferenceConfig, as_dict, training_settings
 from pipeline.digests import read_sha256, sha256_of_files
-from pipeline.errors import DataError, IdentityError, StorageError
+from pipeline.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.gate import policy_dtype
+from pipeline.models import find_adapter, find_model
 from pipeline.processes import largest, on_main_process
 from pipeline.records import delete_records
-from pipeline.runs import RECORD
+from pipeline.runs import RECORD, SETTINGS
 from pipeline.signals import StopFlag
 from pipeline.sources import data_files, open_source
 from pipeline.storage import read_json, sync_tree, write_json
@@ -40,8 +42,11 @@ __all__ = [
     "is_recorded",
     "newest_step",
     "newest_whole",
+    "policy_as_reference",
     "refuse_other_run",
     "run_identity",
+    "saved_policy",
+    "trained_weights",
 ]
 
 MARKER = "refshard-commit.json"
@@ -156,6 +161,71 @@ def newest_whole(run_folder: Path) -> tuple[int, Path] | None:
         if _problem(folder, step) is None:
             return step, folder
     return None
+
+
+def saved_policy(run_folder: Path) -> tuple[int, Path]:
+    """Give step and folder of a run's policy: the finished one, or the newest whole checkpoint. Only looks.
+
+    Raises:
+        UnfinishedError: Nothing was saved yet.
+    """
+    if is_recorded(run_folder):
+        return int(read_json(run_folder / RECORD)["step"]), run_folder
+    saved = newest_whole(run_folder)
+    if saved is None:
+        raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
+    return saved
+
+
+def trained_weights(config: Config, folder: Path, option: str) -> Path:
+    """Give the folder that holds the trained policy where a user names a run, finished or not, or a checkpoint.
+
+    A copy of either's weights, without what a run records, will do as well.
+
+    Args:
+        config: Says whether they are an adapter's or a whole model's.
+        folder: What the user named.
+        option: The option that it was named with, for messages.
+
+    Raises:
+        ConfigError: It is neither, or its weights are not of this kind of policy.
+        UnfinishedError: It is a run's, and nothing was saved yet.
+    """
+    if is_recorded(folder) or checkpoint_folders(folder) or (folder / SETTINGS).exists():
+        folder = saved_policy(folder)[1]
+    find: Callable[[], Path] = (
+        (lambda: find_adapter(str(folder), option))
+        if config.policy.has_adapter
+        else (lambda: find_model(str(folder), None, option))
+    )
+    try:
+        find()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. Name the folder of a run of these settings (its train.output_dir), or a checkpoint"
+        ) from error
+    return folder
+
+
+def policy_as_reference(config: Config, folder: Path) -> Config:
+    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype that it computed in.
+
+    Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
+    """
+    policy = config.policy
+    # Whoever explains pairs or scores them need not have a `train` section.
+    dtype: Any = policy_dtype(config, training_settings(config) if config.train else {})
+    if policy.has_adapter:
+        reference = ReferenceConfig(
+            model=policy.model,
+            revision=policy.revision,
+            adapter=str(folder),
+            dtype=dtype,
+            quantization=policy.quantization,
+        )
+    else:
+        reference = ReferenceConfig(model=str(folder), dtype=dtype)
+    return dataclasses.replace(config, reference=reference)
 
 
 def is_recorded(run_folder: Path) -> bool:

@@ -50,6 +50,7 @@ __all__ = [
     "explain_row",
     "find_row",
     "find_stored",
+    "minus",
     "tokens_of",
     "with_logps",
     "with_stored",
@@ -86,12 +87,12 @@ class Token:
     @property
     def gap(self) -> float | None:
         """Recomputed minus stored."""
-        return _minus(self.recomputed, self.stored)
+        return minus(self.recomputed, self.stored)
 
     @property
     def shift(self) -> float | None:
         """Policy minus reference: the token's share of the reward, without beta."""
-        return _minus(self.policy, self.reference)
+        return minus(self.policy, self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,14 @@ class Completion:
     def num_cut(self) -> int:
         return len(self.tokens) - len(self.scored)
 
-    def sum(self, kind: Literal["stored", "recomputed", "policy", "reference", "shift"]) -> float | None:
+    def sum(self, kind: Literal["stored", "recomputed", "policy", "reference", "gap", "shift"]) -> float | None:
         """Sum over the scored tokens, nats; None where one is not known, or none is scored."""
         if kind == "stored" or (kind == "reference" and self.tokens[0].recomputed is None):
             return self.stored_sum
+        if kind == "gap":
+            return minus(self.sum("recomputed"), self.stored_sum)
         if kind == "shift":
-            return _minus(self.sum("policy"), self.sum("reference"))
+            return minus(self.sum("policy"), self.sum("reference"))
         values = [getattr(token, kind) for token in self.scored]
         return None if not values or None in values else _sum(values)
 
@@ -338,13 +341,16 @@ def _search(
             part = check_part(folder, unit, read_content(folder, name, "Run refshard precompute again"), manifest)
             table, noise = part.table, part.noise
         elif unit < len(store.parts):
-            table, noise = read_part(store, unit), store.noise
+            # Of parts that do not have the pair no token logps are read, which are most of what there is.
+            table, noise = read_part(store, unit, ["pair_key"]), store.noise
         else:
             continue
         # numpy's strings of bytes drop trailing zeros.
         hits = (pair_keys(table) == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):
             continue
+        if store is not None:
+            table = read_part(store, unit)
         found = table.slice(int(hits[0]), 1).to_pylist()[0]
         token_logps = {side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found}
         return StoredPair(
@@ -424,7 +430,7 @@ def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
     gaps = []
     for completion in pair.completions.values():
         by_token = [token.gap for token in completion.scored if token.gap is not None]
-        of_sums = _minus(completion.sum("recomputed"), completion.stored_sum)
+        of_sums = completion.sum("gap")
         if by_token:
             gaps += by_token
         elif of_sums is not None:
@@ -437,7 +443,8 @@ def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
     return Gap(mean=sum(sizes) / len(sizes), largest=largest, allowed=allowed)
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
+def minus(a: float | None, b: float | None) -> float | None:
+    """Subtract where both are known."""
     return None if a is None or b is None else a - b
 
 

@@ -7,8 +7,7 @@ before the cut.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,6 @@ __all__ = [
     "leave_if_asked",
     "score_replies",
     "stop_ids",
-    "without_progress_bar",
 ]
 
 _BATCH = 16
@@ -231,16 +229,3 @@ def generation_row(generation: Generation) -> Mapping[str, Any]:
     """Give a line of a run's generations.jsonl, as `runs.read_run` reads it."""
     names = {"set_name": "set", "num_prompts": "prompts"}
     return {names.get(name, name): value for name, value in asdict(generation).items()}
-
-
-@contextmanager
-def without_progress_bar() -> Iterator[None]:
-    """Load and save without transformers' progress bar."""
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -31,6 +31,7 @@ __all__ = [
     "empty_model",
     "find_adapter",
     "find_model",
+    "in_one_process",
     "load_plain",
     "load_policy",
     "load_reference",
@@ -420,6 +421,19 @@ def at_checkpoint(config: Config, folder: Path) -> Config:
         # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
         policy = dataclasses.replace(policy, model=str(folder), revision=None, dtype="auto")
     return dataclasses.replace(config, policy=policy)
+
+
+def in_one_process(config: Config) -> Config:
+    """Give the settings with which one process loads the reference by itself, however stage one's were to share it.
+
+    It is spread over all GPUs where it has been, or where there are several: it may be larger than one of them.
+    """
+    import torch
+
+    settings = config.precompute
+    shared = settings.tp_plan is not None or settings.device_map is not None or torch.cuda.device_count() > 1
+    settings = dataclasses.replace(settings, tp_plan=None, device_map="auto" if shared else None)
+    return dataclasses.replace(config, precompute=settings)
 
 
 def load_plain(config: Config) -> Any:

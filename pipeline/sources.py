@@ -25,7 +25,18 @@ import pyarrow.parquet as pq
 from pipeline.config import PAIR_COLUMNS, DataConfig, EvalSetConfig
 from pipeline.errors import BadRow, ConfigError, DataError, StorageError
 
-__all__ = ["LARGEST_ROW", "Row", "Source", "count_rows", "data_files", "describe", "open_source", "read_rows"]
+__all__ = [
+    "LARGEST_ROW",
+    "Row",
+    "Source",
+    "count_rows",
+    "data_files",
+    "describe",
+    "find_set",
+    "open_set",
+    "open_source",
+    "read_rows",
+]
 
 LARGEST_ROW = 4 * 2**20
 """Bytes of one row of a text file. About a million tokens: what is longer is no preference, but a file without ends of
@@ -74,6 +85,22 @@ class Row:
     """For people: file and line, or dataset and row."""
     load: Callable[[], Mapping[str, Any]]
     """Decode the row. Raises BadRow if it is damaged."""
+
+
+def find_set(data: DataConfig, name: str) -> EvalSetConfig | None:
+    """Give the settings of a held-out set; None for `train`, which are those of `data` itself.
+
+    Raises:
+        ConfigError: There is no such set; the message names `--set` and those that there are.
+    """
+    if name != "train" and name not in data.eval:
+        raise ConfigError(f"--set {name}: data.eval names no such set; there are {', '.join(['train', *data.eval])}")
+    return data.eval.get(name)
+
+
+def open_set(data: DataConfig, name: str) -> Source:
+    """Find the rows of a set: `train`, or one that `data.eval` names. Raises as `find_set` and `open_source` do."""
+    return open_source(data, find_set(data, name))
 
 
 def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Source:

@@ -427,7 +427,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     "--policy",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also score with a trained policy: a finished run's folder, or a checkpoint.",
+    help="Also score with a trained policy: a run's folder, or a checkpoint.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

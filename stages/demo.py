@@ -34,15 +34,16 @@ from pipeline.checkpoints import is_recorded
 from pipeline.config import Config
 from pipeline.errors import UnfinishedError
 from pipeline.folders import open_folder
-from pipeline.generating import generation_row, score_replies, without_progress_bar
+from pipeline.generating import generation_row, score_replies
 from pipeline.intake import Ledger, kept_pairs
 from pipeline.join import load_reference_table
 from pipeline.models import load_tokenizer
+from pipeline.progress import without_other_bars
 from pipeline.records import write_generations
 from pipeline.scoring import check_scoring
 from pipeline.scoring import prepare as prepare_scoring
 from pipeline.shards import open_store
-from pipeline.sources import open_source, read_rows
+from pipeline.sources import open_set, read_rows
 from pipeline.storage import read_json, replace_file
 from pipeline.tokens import TokenizedPair
 
@@ -166,7 +167,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)
     held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    with _two_threads(), without_progress_bar():
+    with _two_threads(), without_other_bars():
         margins = _held_out_margins(config, tokenizer, run_folder)
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
@@ -180,9 +181,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
 def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[float]:
     """Reward margin of each held-out pair, in order: the policy's log-probs against those in the shards."""
     name = next(iter(config.data.eval))
-    pairs = list(
-        kept_pairs(read_rows(open_source(config.data, config.data.eval[name])), tokenizer, config.data, Ledger())
-    )
+    pairs = list(kept_pairs(read_rows(open_set(config.data, name)), tokenizer, config.data, Ledger()))
     table = load_reference_table(
         [open_store(open_folder(config.precompute.output).child(name))], config.data.max_length
     )
@@ -439,7 +438,7 @@ def _reply_loss(model: Any, rows: Sequence[list[int]], prompt_lengths: Sequence[
 
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    with without_progress_bar():
+    with without_other_bars():
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     temporary.chmod(0o755)  # mkdtemp's 0700 would keep a group's other members out

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 from markupsafe import Markup
 
 from pipeline import pages
 from pipeline.config import Config
-from pipeline.errors import ConfigError, printable
+from pipeline.errors import printable
 from pipeline.explaining import (
     Completion,
     Explanation,
@@ -30,6 +30,7 @@ from pipeline.explaining import (
     explain_row,
     find_row,
     find_stored,
+    minus,
     tokens_of,
     with_logps,
     with_stored,
@@ -38,8 +39,7 @@ from pipeline.fingerprint import identity_of_run
 from pipeline.folders import open_folder
 from pipeline.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
 from pipeline.models import (
-    at_checkpoint,
-    load_policy,
+    in_one_process,
     load_reference,
     load_tokenizer,
     pick_device,
@@ -47,8 +47,9 @@ from pipeline.models import (
     reference_quantization,
     reference_sources,
 )
+from pipeline.progress import without_nan
 from pipeline.shards import NoiseFloor
-from pipeline.sources import open_source
+from pipeline.sources import open_set
 
 __all__ = ["run"]
 
@@ -89,29 +90,32 @@ def run(
         row: Position in the source, from 0.
         set_name: `train`, or a set of `data.eval`.
         recompute: Load the reference and score the pair again.
-        policy: Also score it with the policy that a finished run, or a checkpoint, holds.
+        policy: Also score it with the policy that a run, or a checkpoint, holds.
         html: Also write a page there.
         as_json: Print JSON.
         full: Print long prompts whole.
         colors: Paint tokens; None: where the output is a terminal.
 
     Raises:
-        ConfigError: No such set or row, or a model can't be loaded.
+        ConfigError: No such set or row, no policy there, or a model can't be loaded.
         DataError: The data is damaged.
+        UnfinishedError: The policy's run has saved nothing yet.
         StorageError: The page can't be written.
     """
-    if set_name != "train" and set_name not in config.data.eval:
-        raise ConfigError(
-            f"--set {set_name}: data.eval names no such set; there are {', '.join(['train', *config.data.eval])}"
-        )
+    source = open_set(config.data, set_name)
+    trained = None
+    if policy is not None:
+        from pipeline.checkpoints import policy_as_reference, trained_weights
+
+        policy = trained_weights(config, policy, "--policy")
+        trained = policy_as_reference(in_one_process(config), policy)
     tokenizer = load_tokenizer(config)
-    source = open_source(config.data, config.data.eval.get(set_name))
     pair = explain_row(find_row(source, row), tokenizer, config.data, set_name)
     named = config.reference.declared or reference_sources(config)[0].name
-    found = _Findings(pair=pair, reference=named, beta=config.loss.beta)
+    found = _Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        found = _scored(config, found, identity_of_run(config, tokenizer), recompute, policy, pad_id)
+        found = _scored(config, found, identity_of_run(config, tokenizer), recompute, trained, pad_id)
     if html is not None:
         pages.write_page(html, _page(found))
     if as_json:
@@ -128,9 +132,12 @@ def _is_colorful() -> bool:
 
 
 def _scored(
-    config: Config, found: _Findings, identity: dict[str, Any], recompute: bool, policy: Path | None, pad_id: int
+    config: Config, found: _Findings, identity: dict[str, Any], recompute: bool, trained: Config | None, pad_id: int
 ) -> _Findings:
-    """Put stored, recomputed and the policy's log-probs beside the tokens. One model is in memory at a time."""
+    """Put stored, recomputed and the policy's log-probs beside the tokens. One model is in memory at a time.
+
+    `trained` are settings whose reference is the policy.
+    """
     pair = found.pair
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
@@ -143,16 +150,17 @@ def _scored(
     if recompute and config.reference.declared is not None:
         remarks = (*remarks, "reference.declared: a reference known by name alone can't be scored with again")
     elif recompute:
-        logps = _score(pair, pad_id, found.reference, lambda: _reference(config), reference_sources(config)[0].key)
+        key = reference_sources(config)[0].key
+        logps = _score(pair, pad_id, found.reference, in_one_process(config), key)
         pair = with_logps(pair, "recomputed", *logps)
         if stored is not None:
             gap = compare(pair, _allowed(config, stored.noise))
-    if policy is not None:
-        logps = _score(pair, pad_id, str(policy), lambda: _policy(config, policy), "--policy")
+    if trained is not None:
+        logps = _score(pair, pad_id, str(found.policy), trained, "--policy")
         pair = with_logps(pair, "policy", *logps)
         if config.loss.ld_alpha is not None:
             remarks = (*remarks, "loss.ld_alpha: sums and rewards here count every token in full")
-    return dataclasses.replace(found, pair=pair, stored=stored, policy=policy, gap=gap, remarks=remarks)
+    return dataclasses.replace(found, pair=pair, stored=stored, gap=gap, remarks=remarks)
 
 
 def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
@@ -163,31 +171,13 @@ def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
     return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
 
 
-def _reference(config: Config) -> Any:
-    import torch
-
-    # It may have been split over several GPUs, and may be larger than one of them.
-    spread: Literal["auto"] | None = "auto" if torch.cuda.device_count() > 1 else None
-    settings = dataclasses.replace(config.precompute, tp_plan=None, device_map=spread)
-    return load_reference(dataclasses.replace(config, precompute=settings), pick_device())
-
-
-def _policy(config: Config, folder: Path) -> Any:
-    model = load_policy(at_checkpoint(config, folder))
-    if config.policy.quantization is None:
-        model.to(pick_device())
-    model.requires_grad_(False)
-    model.train(False)
-    return model
-
-
-def _score(pair: Explanation, pad_id: int, name: str, load: Callable[[], Any], key: str) -> list[Any]:
-    """Score the pair with a model that is loaded for it and let go of after. Gives both completions' token logps."""
+def _score(pair: Explanation, pad_id: int, name: str, config: Config, key: str) -> list[Any]:
+    """Score the pair with the reference of settings, which is let go of after. Gives both completions' token logps."""
     from pipeline.memory import free_memory
     from pipeline.scoring import check_scoring, prepare, score_pairs
 
     click.echo(f"Loading {printable(name)} ...", err=True)
-    model = load()
+    model = load_reference(config, pick_device())
     prepare(model)
     packed = check_scoring(model, key)
     ((_, *logps),) = score_pairs(model, [tokens_of(pair)], tokens_per_batch=1, pad_id=pad_id, packed=packed)
@@ -245,7 +235,7 @@ def _verdict(found: _Findings) -> str:
 _SUMS: dict[str, Callable[[Completion], float | None]] = {
     "stored": lambda c: c.stored_sum,
     "recomputed": lambda c: c.sum("recomputed"),
-    "difference": lambda c: _minus(c.sum("recomputed"), c.stored_sum),
+    "difference": lambda c: c.sum("gap"),
     "policy": lambda c: c.sum("policy"),
     "policy - reference": lambda c: c.sum("shift"),
 }
@@ -258,17 +248,13 @@ def _sums(found: _Findings) -> tuple[list[str], list[list[str]]]:
     for name, read in _SUMS.items():
         chosen, rejected = (read(side) for side in sides) if sides else (None, None)
         if chosen is not None or rejected is not None:
-            columns[name] = [chosen, rejected, _minus(chosen, rejected)]
+            columns[name] = [chosen, rejected, minus(chosen, rejected)]
     if "policy - reference" in columns:
         shifts = columns["policy - reference"]
         columns[f"reward, beta {found.beta:g}"] = [None if v is None else found.beta * v for v in shifts]
     names = ("chosen", "rejected", "chosen - rejected")
     rows = [[name, *(_number(values[i]) for values in columns.values())] for i, name in enumerate(names)]
     return ["nats", *columns], rows if columns else []
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
 
 
 def _number(value: float | None) -> str:
@@ -465,9 +451,7 @@ def _as_json(found: _Findings) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with numbers that JSON does not have as words: `nan`, `-inf`."""
+    """The same all the way down, with null for the numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: _finite(item) for key, item in without_nan(value).items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -18,7 +18,7 @@ from pipeline.intake import Ledger, kept_rows
 from pipeline.join import check_identity, load_reference_table
 from pipeline.models import load_tokenizer
 from pipeline.shards import open_store
-from pipeline.sources import Source, describe, open_source, read_rows
+from pipeline.sources import Source, describe, open_set, read_rows
 
 __all__ = ["run"]
 
@@ -71,7 +71,7 @@ class _Rows:
     """The rows of one set, as the datasets library asks for them."""
 
     def __init__(self, config: Config, name: str, store: Any, tokenizer: Any, on_missing: str, work: Path) -> None:
-        self._source = dataclasses.replace(open_source(config.data, config.data.eval.get(name)), all_columns=True)
+        self._source = dataclasses.replace(open_set(config.data, name), all_columns=True)
         self._config, self._store, self._tokenizer = config, store, tokenizer
         self._on_missing, self._work = on_missing, work
         self.ledger = Ledger()

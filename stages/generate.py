@@ -5,7 +5,6 @@
 One model is in memory at a time. Where the reference is the policy with its adapter switched off, one is loaded in all.
 """
 
-import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.checkpoints import is_recorded, newest_whole
-from pipeline.config import Config, ReferenceConfig, load_config, training_settings
-from pipeline.errors import ConfigError, DataError, IdentityError, UnfinishedError
+from pipeline.checkpoints import policy_as_reference, saved_policy
+from pipeline.config import Config, load_config
+from pipeline.errors import ConfigError, DataError, IdentityError
 from pipeline.fingerprint import identity_of_reference, kinship
-from pipeline.gate import policy_dtype
 from pipeline.generating import (
     Prompt,
     Sampling,
@@ -29,18 +27,17 @@ from pipeline.generating import (
     leave_if_asked,
     score_replies,
     stop_ids,
-    without_progress_bar,
 )
 from pipeline.memory import free_memory, peak_memory
-from pipeline.models import load_reference, load_tokenizer, pick_device, reference_dtype
-from pipeline.progress import Progress
+from pipeline.models import in_one_process, load_reference, load_tokenizer, pick_device, reference_dtype
+from pipeline.progress import Progress, without_other_bars
 from pipeline.records import GENERATIONS, INPUTS, write_generations
 from pipeline.reply_means import estimate_kl, estimate_reward
 from pipeline.rewarding import load_reward_model
-from pipeline.runs import RECORD, SETTINGS, Generation, Reply
+from pipeline.runs import SETTINGS, Generation, Reply
 from pipeline.scoring import check_scoring, prepare
 from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import describe, open_source
+from pipeline.sources import describe, open_set
 from pipeline.storage import read_json
 
 __all__ = ["run"]
@@ -80,13 +77,11 @@ def run(
     # Models are let go of by collections, which need not look through all that the imports have made.
     gc.freeze()
     config = _settings_of(run_folder)
-    step, folder = _saved_policy(run_folder)
+    step, folder = saved_policy(run_folder)
     _check_reference(config, run_folder)
     name = set_name or next(iter(config.data.eval), "train")
-    if name != "train" and name not in config.data.eval:
-        raise ConfigError(f"--set {name}: no such set; there are {', '.join(('train', *config.data.eval))}")
+    source = open_set(config.data, name)
     tokenizer: Any = load_tokenizer(config)
-    source = open_source(config.data, config.data.eval.get(name))
     prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
     if not prompts:
         raise ConfigError(f"--set {name}: no row of {describe(source)} is a pair, so there is no prompt")
@@ -145,22 +140,7 @@ def _settings_of(run_folder: Path) -> Config:
             f"{run_folder}: its reference is known by name alone (reference.declared: {config.reference.declared}), "
             "so it can't write or score replies"
         )
-    if config.precompute.tp_plan is not None:
-        # This is one process, in which all GPUs hold a model's layers in turn.
-        config = dataclasses.replace(
-            config, precompute=dataclasses.replace(config.precompute, tp_plan=None, device_map="auto")
-        )
-    return config
-
-
-def _saved_policy(run_folder: Path) -> tuple[int, Path]:
-    """Step and folder of the policy: the finished one, or the newest whole checkpoint."""
-    if is_recorded(run_folder):
-        return int(read_json(run_folder / RECORD)["step"]), run_folder
-    saved = newest_whole(run_folder)
-    if saved is None:
-        raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
-    return saved
+    return in_one_process(config)
 
 
 def _check_reference(config: Config, run_folder: Path) -> None:
@@ -179,31 +159,11 @@ def _check_reference(config: Config, run_folder: Path) -> None:
         )
 
 
-def _policy_as_reference(config: Config, folder: Path) -> Config:
-    """Settings whose reference is the trained policy: frozen, in the dtype that it computed in, spread over GPUs alike.
-
-    Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
-    """
-    policy = config.policy
-    dtype: Any = policy_dtype(config, training_settings(config))
-    if policy.has_adapter:
-        reference = ReferenceConfig(
-            model=policy.model,
-            revision=policy.revision,
-            adapter=str(folder),
-            dtype=dtype,
-            quantization=policy.quantization,
-        )
-    else:
-        reference = ReferenceConfig(model=str(folder), dtype=dtype)
-    return dataclasses.replace(config, reference=reference)
-
-
 def _draw(
     config: Config, folder: Path, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any, flag: StopFlag
 ) -> dict[str, _Replies]:
     """Have both models write and score, one of them in memory at a time."""
-    trained = _policy_as_reference(config, folder)
+    trained = policy_as_reference(config, folder)
     work = _Work(
         prompts=[prompt.ids for prompt in prompts],
         sampling=sampling,
@@ -280,7 +240,7 @@ def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
     """Load the reference that the settings name, have it work, and let go of it."""
     named = config.reference
     click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
-    with without_progress_bar():
+    with without_other_bars():
         model: Any = load_reference(config, pick_device())
     if not all(bool(weight.isfinite().all()) for weight in model.parameters() if _is_here(weight)):
         raise DataError(f"the {what}'s weights are not all numbers; if that is the policy, its training has diverged")

@@ -24,7 +24,7 @@ from pipeline.folders import open_folder
 from pipeline.intake import KeptPair, Ledger, kept_rows
 from pipeline.models import declared_reference, load_tokenizer
 from pipeline.shards import ScoredPair, SummedPair, create_store, delete_store, finish_store, is_finished, write_part
-from pipeline.sources import open_source, read_rows
+from pipeline.sources import find_set, open_source, read_rows
 from pipeline.versions import library_versions
 
 __all__ = ["run"]
@@ -49,10 +49,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         DataError: A score is missing, of another kind than the first, not finite, above 0, or not one for each token.
         IdentityError: The output folder holds another store.
     """
-    if set_name != "train" and set_name not in config.data.eval:
-        raise ConfigError(
-            f"--set {set_name}: data.eval names no such set; there are {', '.join(['train', *config.data.eval])}"
-        )
+    find_set(config.data, set_name)
     if not scores.exists():
         raise ConfigError(f"{scores}: no such file")
     tokenizer = load_tokenizer(config)

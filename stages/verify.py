@@ -1,6 +1,5 @@
 """Check stores: whole, of one piece, what stage one wrote; and, asked to, what the model still says."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,12 +78,10 @@ def _score_again(store: Store, model: str, sample: int) -> str:
         IdentityError: The model, or its tokenizer, is not what the store was made with.
         DataError: The data has changed, or the log-probs differ by more than the store's noise floor allows.
     """
-    import torch
-
     from pipeline.fingerprint import differences, identity_of_run
     from pipeline.gate import allowed_gap
     from pipeline.intake import Ledger, kept_pairs
-    from pipeline.models import load_reference, load_tokenizer, pick_device
+    from pipeline.models import in_one_process, load_reference, load_tokenizer, pick_device
     from pipeline.scoring import check_scoring, prepare, score_pairs
     from pipeline.sources import open_source, read_rows
 
@@ -104,11 +101,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
             f"{config.data.path}: row {changed[0]} is not what was scored, nor are {len(changed) - 1} others of "
             f"{len(stored)}: the dataset has changed since"
         )
-    if torch.cuda.device_count() > 1:
-        # It may be larger than one of them.
-        settings = dataclasses.replace(config.precompute, device_map="auto")
-        config = dataclasses.replace(config, precompute=settings)
-    reference = load_reference(config, pick_device())
+    reference = load_reference(in_one_process(config), pick_device())
     prepare(reference)
     packed = check_scoring(reference, "--model")
     gaps = []

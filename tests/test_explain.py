@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import transformers
 from conftest import forge_part, make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import pipeline.explaining
 import stages.explain
-from pipeline.config import DataConfig
-from pipeline.explaining import Explanation, StoredPair, compare, explain_row, with_logps, with_stored
+from pipeline.checkpoints import commit_checkpoint
+from pipeline.config import DataConfig, load_config
+from pipeline.errors import ConfigError, DataError, RefshardError, UnfinishedError
+from pipeline.explaining import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
+from pipeline.folders import open_folder
 from pipeline.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
 from pipeline.pieces import shown, token_bytes
-from pipeline.shards import NoiseFloor, finish_store
+from pipeline.shards import NoiseFloor, finish_store, open_store, read_manifest, read_part, read_parts
 from pipeline.sources import Row
 
 STRANGE = {
@@ -121,6 +126,76 @@ def test_a_set_of_its_own_is_counted_by_its_source_and_read_from_its_own_store(s
     said = refshard("explain", "--config", config, "--row", 4, "--set", "test", "--no-model", check=2)
     assert "has rows 2 to 3, counted from 0" in said.stderr
     assert "there are train, test" in refshard("explain", "--config", config, "--row", 0, "--set", "x", check=2).stderr
+
+
+def explain_here(config: Any, **options: Any) -> None:
+    """Run the stage in this process."""
+    given = {"row": 1, "set_name": "train", "recompute": True, "policy": None, "html": None, "as_json": True}
+    stages.explain.run(config, **{**given, "full": False, "colors": False, **options})
+
+
+def test_a_policy_is_looked_for_before_a_model_is_loaded(
+    scored: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+
+    def load(config: Any, device: Any) -> Any:
+        loaded.append(config.reference)
+        raise DataError("loaded")
+
+    monkeypatch.setattr(stages.explain, "load_reference", load)
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    for folder in (run, empty):
+        folder.mkdir()
+    (run / "refshard.yaml").touch()
+    config = load_config(scored / "run.yaml", ("train.bf16=true", f"train.output_dir={run}"))
+    refused: list[tuple[Path, tuple[str, ...], type[RefshardError], str]] = [
+        (empty, (), ConfigError, "--policy: .*empty: no config.json in it.*train.output_dir"),
+        (other, ("policy.lora.r=4",), ConfigError, "--policy: .*: no adapter_config.json in it"),
+        (run, (), UnfinishedError, "run: neither finished nor a whole checkpoint in it"),
+    ]
+    for folder, overrides, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            explain_here(load_config(scored / "run.yaml", overrides), policy=folder)
+    assert loaded == []
+
+    # Of a run that goes on it is the newest whole checkpoint; in the dtype that training computes in.
+    for step in (2, 4):
+        shutil.copytree(other, run / f"checkpoint-{step}")
+    commit_checkpoint(run / "checkpoint-2", 2, {})
+    with pytest.raises(DataError, match="loaded"):
+        explain_here(config, policy=run, recompute=False)
+    assert [(reference.model, reference.dtype) for reference in loaded] == [(str(run / "checkpoint-2"), "bfloat16")]
+
+
+def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_folder(scored / "shards" / "train")
+    key = next(read_parts(open_store(folder), ["pair_key"]))["pair_key"][1].as_py()
+    identity = read_manifest(folder)["identity"]
+    read: list[tuple[int, bool]] = []
+
+    def watched(store: Any, number: int, columns: Any = None) -> Any:
+        read.append((number, columns is None))
+        return read_part(store, number, columns)
+
+    monkeypatch.setattr(pipeline.explaining, "read_part", watched)
+    stored, _ = find_stored(folder, key.hex(), 1, identity)
+    assert stored is not None
+    assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
+    assert read == [(0, False), (0, True)]
+    read.clear()
+    stored, remarks = find_stored(folder, "00" * 16, 9, identity)
+    assert stored is None
+    assert "no pair in it has this key" in remarks[-1]
+    assert read == [(2, False), (0, False), (1, False)]
+
+
+def test_what_is_no_number_is_null_in_json() -> None:
+    found = {"a": [{"stored": math.nan, "id": 1}], "b": {"largest": math.inf, "allowed": (0.5, 1.0)}}
+    assert stages.explain._finite(found) == {
+        "a": [{"stored": None, "id": 1}],
+        "b": {"largest": None, "allowed": [0.5, 1.0]},
+    }
 
 
 def test_what_max_length_cuts_is_told_from_what_is_scored(scored: Path) -> None:

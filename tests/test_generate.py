@@ -157,7 +157,7 @@ def test_a_policy_that_learned_nothing_writes_what_its_reference_writes_and_its_
     refshard("generate", tmp_path, check=2)
     train(config)
     assert "there are train" in refshard("generate", run, "--set", "test", check=2).stderr
-    assert "KL from the reference" in refshard("generate", run, "--max-tokens", 16).stdout
+    assert "KL from the reference" in refshard("generate", run, "--prompts", 16, "--max-tokens", 16).stdout
     rows = replies_of(run)
     assert len({row["reference"]["text"] for row in rows}) == len(rows) == 16
     for row in rows:

@@ -32,6 +32,7 @@ from pipeline.models import (
     disable_dropout,
     find_adapter,
     find_model,
+    in_one_process,
     load_policy,
     load_reference,
     load_tokenizer,
@@ -193,6 +194,29 @@ def pair_logps(model: Any) -> list[Any]:
     assert packed
     scored = score_pairs(model, pairs, tokens_per_batch=64, pad_id=0, packed=packed)
     return [logps.tolist() for _, *both in scored for logps in both]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "wanted"),
+    [
+        (0, {}, None),
+        (1, {}, None),
+        (2, {}, "auto"),
+        (1, {"device_map": "auto"}, "auto"),
+        (1, {"tp_plan": "auto"}, "auto"),
+    ],
+)
+def test_one_process_has_the_reference_to_itself_on_all_gpus(
+    gpus: int, settings: dict[str, Any], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = Config(
+        data=DataConfig(path="x"),
+        policy=PolicyConfig(model="x"),
+        precompute=PrecomputeConfig(output="x", **settings),
+    )
+    alone = in_one_process(config).precompute
+    assert (alone.tp_plan, alone.device_map) == (None, wanted)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.config import DataConfig, EvalSetConfig
 from pipeline.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
 from pipeline.pairs import to_pair
-from pipeline.sources import Row, Source, count_rows, describe, open_source, read_rows
+from pipeline.sources import Row, Source, count_rows, describe, find_set, open_set, open_source, read_rows
 
 # Everything that a cell of a CSV file or a line of JSON could stumble over.
 ROWS = [
@@ -652,3 +652,15 @@ def test_file_that_can_not_be_read_is_an_error_of_the_disk(tmp_path: Path, monke
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(StorageError, match=r"pairs\.jsonl: can't be read \(Permission denied\)"):
         list(read_rows(source))
+
+
+def test_a_set_is_opened_by_its_name_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", simple_rows(4))
+    data = DataConfig(path=str(tmp_path / "pairs.jsonl"), eval={"held": EvalSetConfig(split="train[2:]")})
+    assert [[row.number for row in read_rows(open_set(data, name))] for name in ("train", "held")] == [
+        [0, 1, 2, 3],
+        [2, 3],
+    ]
+    for find in (open_set, find_set):
+        with pytest.raises(ConfigError, match=r"^--set x: data\.eval names no such set; there are train, held$"):
+            find(data, "x")
