@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
@@ -392,7 +393,13 @@ def test_a_flipped_byte_in_a_part_of_an_unfinished_store_stops_precompute(scored
     (store / "index.json").unlink()
     part = store / "part-00001.parquet"
     content = bytearray(part.read_bytes())
-    content[len(content) // 4] ^= 0x40
+    # Among values; a page's header also has words that say nothing of them.
+    logps = next(
+        column
+        for column in map(pq.read_metadata(part).row_group(0).column, range(9))
+        if column.path_in_schema.startswith("chosen_token_logps")
+    )
+    content[logps.dictionary_page_offset + logps.total_compressed_size - 4] ^= 0x40
     part.write_bytes(content)
     message = complaint(refshard("precompute", "--config", config, check=65))
     assert str(part) in message
