@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, refshard, simple_rows, write_jsonl
+from conftest import bytes_of_stores, make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 from processes import Command
 
 from pipeline.config import load_config
@@ -35,11 +35,7 @@ def history(output: Path) -> list[dict[str, float]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in bytes_of_stores(folder).items()}
 
 
 def stored_rows(folder: Path) -> list[dict[str, Any]]:
