@@ -207,10 +207,11 @@ def test_a_clock_that_jumps_changes_nothing(make_run: MakeRun, tmp_path: Path) -
 
 
 def test_no_decision_hangs_on_a_clock() -> None:
-    """A machine's clock may jump; only clocks that never go back are read."""
+    """A machine's clock may jump; only clocks that never go back are read, but for what is written down for people."""
     root = Path(__file__).parents[1]
     files = [file for package in ("pipeline", "stages") for file in (root / package).rglob("*.py")]
     assert len(files) > 40
     # A length of time is read off no clock.
     wall_clock = re.compile(r"time\.time\b|datetime(?! import timedelta$)|localtime|gmtime|getmtime", re.MULTILINE)
-    assert not [file.name for file in files if wall_clock.search(file.read_text())]
+    found = {file.name for file in files if wall_clock.search(file.read_text())}
+    assert found == {"progress.py", "records.py", "report.py"}

@@ -245,8 +245,8 @@ MUTATIONS = [
     Mutation(
         "training's random numbers kept from evaluations",
         "pipeline/trainer.py",
-        "        with torch.random.fork_rng(devices=devices):\n            return super().evaluate(",
-        "        with nullcontext():\n            return super().evaluate(",
+        "        with torch.random.fork_rng(devices=devices):\n            metrics = super().evaluate(",
+        "        with nullcontext():\n            metrics = super().evaluate(",
         "tests/test_preemption.py -k evaluations",
     ),
     Mutation(
