@@ -33,6 +33,10 @@ class Attempt:
     def name(self) -> str:
         return f"{self.number:04d}"
 
+    def is_newest(self) -> bool:
+        """Say whether this start still owns the run's folder."""
+        return _newest(self.run_folder) <= self.number
+
     def check(self) -> None:
         """Make sure that this start still owns the run's folder.
 

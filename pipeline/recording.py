@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from pipeline.attempts import Attempt
 from pipeline.memory import name_of_device, peak_memory
 from pipeline.progress import Progress, emit, say
 from pipeline.records import RunLog, write_margins
@@ -24,8 +24,8 @@ _LAST_TRAINED = 2048
 class Margins:
     """Collects the margins of pairs as the trainer measures them, and writes them when a set is done."""
 
-    def __init__(self, run_folder: Path, only_set: str | None) -> None:
-        self._run_folder = run_folder
+    def __init__(self, attempt: Attempt, only_set: str | None) -> None:
+        self._attempt = attempt
         self._only_set = only_set
         self._held_out: list[npt.NDArray[np.float32]] = []
         self._trained: deque[npt.NDArray[np.float32]] = deque(maxlen=_LAST_TRAINED)
@@ -54,7 +54,7 @@ class Margins:
         """Write what was measured of a held-out set, which the library names by its metrics' prefix."""
         name = prefix.removeprefix("eval").removeprefix("_") or self._only_set
         if self._held_out and name is not None:
-            write_margins(self._run_folder, name, step, np.concatenate(self._held_out))
+            self._write(name, step, np.concatenate(self._held_out))
         self.forget()
 
     def forget(self) -> None:
@@ -64,7 +64,12 @@ class Margins:
     def finish_training(self, step: int) -> None:
         """Write the last pairs that were trained on."""
         if self._trained:
-            write_margins(self._run_folder, "train", step, np.stack(list(self._trained)))
+            self._write("train", step, np.stack(list(self._trained)))
+
+    def _write(self, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
+        # What a start writes that another one has taken over from would mix with that one's.
+        if self._attempt.is_newest():
+            write_margins(self._attempt.run_folder, name, step, rows)
 
 
 class RecordCallback(transformers.TrainerCallback):

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attempts import Attempt
 from pipeline.errors import DataError, StorageError
 from pipeline.folders import Folder
 from pipeline.progress import without_nan
@@ -53,16 +54,21 @@ MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift"
 
 
 class RunLog:
-    """Appends to a run's log. A disk that refuses a line costs that line, not the run: it is said once."""
+    """Appends to a run's log, as long as its start is the newest.
 
-    def __init__(self, run_folder: Path, attempt: int) -> None:
-        self._file = run_folder / LOG
+    A disk that refuses a line costs that line, not the run: it is said once.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._file = attempt.run_folder / LOG
         self._attempt = attempt
         self._warned = False
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        line = json.dumps(without_nan({"kind": kind, "time": time.time(), "attempt": self._attempt, **record}))
+        if not self._attempt.is_newest():
+            return
+        line = json.dumps(without_nan({"kind": kind, "time": time.time(), "attempt": self._attempt.number, **record}))
         try:
             with self._file.open("a+b") as log:
                 # A line that a kill has cut short must not swallow this one.

@@ -288,6 +288,11 @@ class _Reference:
     ) -> tuple[list[ScoredPair], NoiseFloor]:
         """Score the pairs of one unit, and a few of them a second time in other company.
 
+        Args:
+            pairs: Of the unit.
+            flag: Asks to stop.
+            count: Called for each pair that is scored; again, where memory ran out and it is scored again.
+
         Returns:
             The scored pairs, in the order that they came in, and how far the second scoring was from the first.
 
@@ -297,10 +302,10 @@ class _Reference:
         if self._model is None:
             self._load()
         self._check_vocabulary(pairs)
-        scored = self._score(pairs, flag, account.add)
+        scored = self._score(pairs, flag, count)
         # One pair alone has no other company to be scored in.
-        count = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
-        again = [i * len(pairs) // count for i in range(count)]
+        twice = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
+        again = [i * len(pairs) // twice for i in range(twice)]
         return scored, _noise_floor([scored[i] for i in again], self._score([pairs[i] for i in again], flag, None))
 
     def _score(
@@ -477,7 +482,7 @@ def _score_unit(
     """Copy what other stores have scored, score the rest; the unit's ledger learns of both."""
     copied = copy_scored(reusable, unit.pairs)
     new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
-    fresh, noise = reference.score_unit(new, flag, account) if new else ([], NoiseFloor())
+    fresh, noise = reference.score_unit(new, flag, account.add) if new else ([], NoiseFloor())
     unread = iter(fresh)
     scored = [copied[i] if i in copied else next(unread) for i in range(len(unit.pairs))]
     scored = _finite(scored, unit.pairs, on_nonfinite, unit.ledger)

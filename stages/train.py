@@ -150,9 +150,9 @@ def _train(
     # A run that goes on has been measured at its start.
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
     commit = CommitCallback(identity, flag, attempt=attempt, keep=keep, going_on_from=checkpoint)
-    margins = Margins(output, next(iter(config.data.eval)) if len(config.data.eval) == 1 else None)
+    margins = Margins(attempt, next(iter(config.data.eval)) if len(config.data.eval) == 1 else None)
     record = RecordCallback(
-        RunLog(output, attempt.number),
+        RunLog(attempt),
         margins,
         pairs={name: len(dataset) for name, dataset in sets.items()},
         batch_pairs=(

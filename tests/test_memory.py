@@ -254,7 +254,7 @@ def score_unit(model: Any, pairs: list[KeptPair], budget: int, *, packed: bool) 
     reference = object.__new__(precompute._Reference)
     reference._model, reference._pad_id, reference._packed = model, 0, packed
     reference._tokens_per_batch = budget
-    scored, _ = reference.score_unit(pairs, StopFlag())
+    scored, _ = reference.score_unit(pairs, StopFlag(), lambda pair: None)
     return scored, reference._tokens_per_batch
 
 

@@ -8,6 +8,7 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.attempts import Attempt, claim_run
 from pipeline.folders import open_folder
 from pipeline.records import (
     GENERATIONS,
@@ -31,21 +32,28 @@ def lines(folder: Path) -> list[str]:
 
 
 def test_every_line_says_its_kind_its_time_and_its_start(tmp_path: Path) -> None:
-    RunLog(tmp_path, 1).add("log", {"step": 1, "loss": 0.7})
-    RunLog(tmp_path, 2).add("log", {"step": 2, "loss": float("nan")})
+    RunLog(Attempt(tmp_path, 1)).add("log", {"step": 1, "loss": 0.7})
+    RunLog(Attempt(tmp_path, 2)).add("log", {"step": 2, "loss": float("nan")})
     first, second = map(json.loads, lines(tmp_path))
     assert (first["kind"], first["attempt"], first["step"], first["loss"]) == ("log", 1, 1, 0.7)
     assert first["time"] > 1.7e9
     assert (second["attempt"], second["loss"]) == (2, None)
 
 
+def test_a_start_that_another_has_taken_over_from_writes_nothing_more(tmp_path: Path) -> None:
+    overtaken, newest = (RunLog(claim_run(tmp_path, {})) for _ in range(2))
+    overtaken.add("log", {"step": 1})
+    newest.add("log", {"step": 2})
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_line_that_a_kill_has_cut_does_not_swallow_the_next(tmp_path: Path, cut: int) -> None:
     for step in (1, 2):
-        RunLog(tmp_path, 1).add("log", {"step": step})
+        RunLog(Attempt(tmp_path, 1)).add("log", {"step": step})
     content = (tmp_path / LOG).read_bytes()
     (tmp_path / LOG).write_bytes(content[:-cut])
-    RunLog(tmp_path, 2).add("log", {"step": 3})
+    RunLog(Attempt(tmp_path, 2)).add("log", {"step": 3})
     whole = []
     for line in lines(tmp_path):
         try:
@@ -58,7 +66,7 @@ def test_a_line_that_a_kill_has_cut_does_not_swallow_the_next(tmp_path: Path, cu
 def test_a_disk_that_refuses_costs_lines_not_the_run_and_says_so_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(tmp_path / "gone", 1)
+    log = RunLog(Attempt(tmp_path / "gone", 1))
     for step in range(3):
         log.add("log", {"step": step})
     assert capsys.readouterr().err.splitlines() == [
@@ -79,7 +87,7 @@ def test_margins_are_plain_columns_with_their_step(tmp_path: Path) -> None:
 
 
 def test_a_new_run_deletes_what_the_old_one_wrote_down_and_nothing_else(tmp_path: Path) -> None:
-    RunLog(tmp_path, 1).add("start", {})
+    RunLog(Attempt(tmp_path, 1)).add("start", {})
     write_inputs(tmp_path, {"sets": {}})
     write_margins(tmp_path, "train", 1, np.zeros((1, 5), np.float32))
     write_generations(tmp_path, [{"prompt": "a\nb"}, {"prompt": "ü"}])
