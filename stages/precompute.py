@@ -284,7 +284,7 @@ class _Reference:
         self._tokens_per_batch = 0
 
     def score_unit(
-        self, pairs: list[KeptPair], flag: StopFlag, account: "_Account"
+        self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None]
     ) -> tuple[list[ScoredPair], NoiseFloor]:
         """Score the pairs of one unit, and a few of them a second time in other company.
 
