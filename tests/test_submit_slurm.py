@@ -352,7 +352,7 @@ def log_of(job: str, folder: Path) -> Path:
 def wait_for_steps(job: str, folder: Path) -> Path:
     """Wait until a training has taken steps; gives its log."""
     log = log_of(job, folder)
-    wait_for(lambda: "'loss'" in log.read_text(), folder)
+    wait_for(lambda: " steps, " in log.read_text(), folder)
     return log
 
 
