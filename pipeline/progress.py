@@ -189,7 +189,9 @@ class Progress:
     def _write_line(self, doing: str) -> None:
         done, rate = self._latest.done, self._rates()[0]
         self._last_line, self._last_said = time.monotonic(), done
-        left = (self._total - done) / rate if self._total is not None and rate > 0 else None
+        # The first piece pays for the start, and would promise hours.
+        is_steady = self._first is not None and done > self._first.done
+        left = (self._total - done) / rate if self._total is not None and is_steady else None
         if _says_json():
             emit(
                 "progress",

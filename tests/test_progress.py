@@ -72,8 +72,12 @@ def test_the_rate_leaves_out_the_first_piece_which_pays_for_the_start(
 def test_what_an_earlier_start_did_counts_as_done_but_not_as_fast(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work(clock, Progress("train", 1000, "pairs", done=900), 1, seconds=4)
-    assert capsys.readouterr().err == "train: 908 of 1,000 pairs, 2.0 pairs/s, 200 tokens/s, 3.0 GiB, 00:46 left\n"
+    progress = Progress("train", 1000, "pairs", done=900)
+    work(clock, progress, 1, seconds=4)
+    # Of the first piece alone nobody can tell how long the others take.
+    assert capsys.readouterr().err == "train: 908 of 1,000 pairs, 2.0 pairs/s, 200 tokens/s, 3.0 GiB\n"
+    work(clock, progress, 8, seconds=4)
+    assert capsys.readouterr().err == "train: 972 of 1,000 pairs, 2.0 pairs/s, 200 tokens/s, 3.0 GiB, 00:14 left\n"
 
 
 def test_the_last_line_comes_once_and_none_where_nothing_was_done(

@@ -73,6 +73,7 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     assert all(f"beta={beta}" in page for beta in ends)
 
 
+@pytest.mark.nightly
 def test_a_sweep_that_is_asked_to_stop_saves_says_75_and_goes_on(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(train={"max_steps": 400, "save_strategy": "steps", "save_steps": 400})
     # A shorter cut is served by the same shards.
@@ -124,6 +125,7 @@ def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.nightly
 def test_a_reference_that_moves_has_the_shards_of_each_run_to_itself(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(train={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
     words = ["sweep", "--config", config, "--over", "reference.sync={steps: 1, mixup_alpha: 1}"]
