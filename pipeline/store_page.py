@@ -68,7 +68,7 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(
             title="From part to part",
             note="Means over the pairs of each part. A part far off the others holds other data, or another model's.",
-            body=beside([_part_margins(store), _part_lengths(store)]),
+            body=beside(_part_charts(store)),
         )
     yield Section(
         title="Pairs to look at",
@@ -194,17 +194,14 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _part_margins(store: Contents) -> Markup:
+def _part_charts(store: Contents) -> list[Markup]:
     means = ranking.part_means(store.pairs, len(store.files))
-    return _lines(
-        store, "Mean margin per token", "nats a token", [("margin per token", means["margin_per_token"], COLORS[0])]
-    )
-
-
-def _part_lengths(store: Contents) -> Markup:
-    means = ranking.part_means(store.pairs, len(store.files))
-    series = [("chosen", means["chosen_tokens"], _CHOSEN), ("rejected", means["rejected_tokens"], _REJECTED)]
-    return _lines(store, "Mean tokens of a completion", "tokens", series)
+    margins = [("margin per token", means["margin_per_token"], COLORS[0])]
+    lengths = [("chosen", means["chosen_tokens"], _CHOSEN), ("rejected", means["rejected_tokens"], _REJECTED)]
+    return [
+        _lines(store, "Mean margin per token", "nats a token", margins),
+        _lines(store, "Mean tokens of a completion", "tokens", lengths),
+    ]
 
 
 def _lines(
