@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations import integration_utils
 
 from pipeline.attempts import Attempt, set_aside
 from pipeline.config import OWN_TRAIN_FIELDS, Config, LossConfig, training_settings
@@ -546,12 +546,21 @@ class PairTrainer(transformers.Trainer):
 
 
 def _check_trackers(made: transformers.TrainingArguments) -> None:
-    """Make sure that the trackers are installed, which the library says after the model is loaded."""
+    """Make sure that the trackers are installed, which the library says after the model is loaded.
+
+    None is made for that: some lock files, or open a connection, as soon as they are.
+    """
     try:
-        for tracker in get_reporting_integration_callbacks(made.report_to):  # type: ignore[no-untyped-call]
-            tracker()
-    except (ValueError, RuntimeError, ImportError) as error:
+        integration_utils.get_reporting_integration_callbacks(made.report_to)  # type: ignore[no-untyped-call]
+    except ValueError as error:
         raise ConfigError(f"train.report_to: {' '.join(str(error).split())}") from error
+    for tracker in made.report_to or ():
+        # The library asks for azure_ml by is_azureml_available, for comet_ml by is_comet_available.
+        names = (f"is_{spelled}_available" for spelled in (tracker.replace("_", ""), tracker.replace("_ml", "")))
+        is_available = next((found for name in names if (found := getattr(integration_utils, name, None))), None)
+        if is_available is not None and not is_available():
+            package = tracker.replace("_", "-")
+            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {package}")
 
 
 def processes_of(checkpoint: Path) -> int:
