@@ -11,12 +11,16 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import Config, load_config
-from pipeline.errors import ConfigError, RefshardError, one_line
-from pipeline.hardware import HARDWARE
-from pipeline.progress import JSON_LOGS, emit, start_json
+from pipeline.base.errors import ConfigError, RefshardError, one_line
+from pipeline.base.progress import JSON_LOGS, emit, start_json
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from stages.check.hardware import HARDWARE
 
-__all__ = ["main", "run"]
+__all__ = [
+    "main",
+    "run",
+]
 
 _CONFIG = click.option(
     "--config",
@@ -26,6 +30,8 @@ _CONFIG = click.option(
     metavar="FILE",
     help="The run's YAML file; both stages read it.",
 )
+
+
 _OVERRIDES = click.option(
     "-o",
     "overrides",
@@ -177,10 +183,10 @@ def train(
         _launch(config, processes)
         return
     if config.reference.sync is not None and not one_window:
-        from stages import windows
+        from stages import trdpo
 
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
-        windows.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv, stop_at=stop_at)
+        trdpo.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv, stop_at=stop_at)
         return
     from stages import train as stage
 
@@ -236,17 +242,23 @@ def check(
     settings are impossible, or take more than allowed; 78 the shards that are there are of another reference.
     """
     config = load_config(config_file, overrides)
-    from stages import check as stage
+    from stages.check import command as stage
 
     limits = stage.Limits(max_dropped=max_dropped, max_cut=max_cut, max_memory=max_memory, max_hours=max_hours)
     stage.run(config, hardware=hardware, rows=rows, limits=limits, as_json=as_json)
 
 
 _RUN = click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+
+
 _MAX_TOKENS = click.option(
     "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest reply."
 )
+
+
 _HOW_MANY = "How many prompts. A few show what changed; a few hundred make a KL that can be compared."
+
+
 _REWARD_MODEL = click.option(
     "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
 )
@@ -296,7 +308,7 @@ def sweep(
     Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
     (DIR/beta-0.1). Run again, the sweep does only what is missing. A run that fails does not stop the others.
     """
-    from stages import sweep as stage
+    from stages.sweep import command as stage
 
     stage.run(
         config_file,
@@ -453,7 +465,7 @@ def explain(
     a page, it is its colour. With --policy also how far the policy has moved each token from the reference.
     """
     config = load_config(config_file, overrides)
-    from stages import explain as stage
+    from stages.explain import command as stage
 
     stage.run(
         config,
@@ -510,6 +522,8 @@ def export(output: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
 
 
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Workers of stage one; or set cluster.workers.")
+
+
 _INTO = click.option(
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
@@ -541,7 +555,7 @@ def submit_slurm(
 ) -> None:
     """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
     config = load_config(config_file, _with_workers(overrides, workers))
-    from stages import submit_slurm as stage
+    from stages.submit import slurm as stage
 
     stage.run(config, into=into, submit=submit_now)
 
@@ -557,7 +571,7 @@ def submit_kubernetes(
 ) -> None:
     """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
     config = load_config(config_file, _with_workers(overrides, workers))
-    from stages import submit_kubernetes as stage
+    from stages.submit import kubernetes as stage
 
     stage.run(config, into=into, submit=submit_now)
 
@@ -572,7 +586,7 @@ def demo() -> None:
 @click.option("--seed", default=0, show_default=True, help="Another corpus, model and set of pairs.")
 def demo_prepare(folder: Path, seed: int) -> None:
     """Make the tiny model and its preference pairs in FOLDER, if they are not there yet."""
-    from stages import demo as stage
+    from stages.demo import command as stage
 
     stage.prepare(folder, seed=seed)
 
@@ -584,7 +598,7 @@ def demo_prepare(folder: Path, seed: int) -> None:
 def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
     """Compare the trained policy with the model and the true reward in FOLDER."""
     config = load_config(config_file, overrides)
-    from stages import demo as stage
+    from stages.demo import command as stage
 
     stage.summary(folder, config)
 

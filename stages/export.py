@@ -10,17 +10,21 @@ from typing import Any
 
 import click
 
-from pipeline.config import Config, training_settings
-from pipeline.errors import BadRow, DataError, RefshardError, StorageError
-from pipeline.fingerprint import identity_of_run
-from pipeline.folders import open_folder
-from pipeline.intake import Ledger, kept_rows
-from pipeline.join import check_identity, load_reference_table
-from pipeline.models import load_tokenizer
-from pipeline.shards import open_store
-from pipeline.sources import Source, describe, open_set, read_rows
+from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError
+from pipeline.base.folders import open_folder
+from pipeline.config.schema import Config
+from pipeline.config.training import training_settings
+from pipeline.data.intake import Ledger, kept_rows
+from pipeline.data.rows import Source
+from pipeline.data.sources import describe, open_set, read_rows
+from pipeline.models.files import load_tokenizer
+from pipeline.models.identity import identity_of_run
+from pipeline.store.reference_table import load_reference_table
+from pipeline.store.store import check_identity, open_store
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 
 def run(config: Config, output: Path) -> None:

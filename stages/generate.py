@@ -14,33 +14,38 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.checkpoints import policy_as_reference, saved_policy
-from pipeline.config import Config, load_config
-from pipeline.errors import ConfigError, DataError, IdentityError
-from pipeline.fingerprint import identity_of_reference, kinship
-from pipeline.generating import (
+from pipeline.base.errors import ConfigError, DataError, IdentityError
+from pipeline.base.files import read_json
+from pipeline.base.progress import Progress, without_other_bars
+from pipeline.base.signals import StopFlag, watch_signals
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from pipeline.data.sources import describe, open_set
+from pipeline.models.files import in_one_process, load_tokenizer, policy_as_reference, reference_dtype
+from pipeline.models.identity import identity_of_reference, kinship
+from pipeline.models.loading import load_reference, pick_device
+from pipeline.replies.means import estimate_kl, estimate_reward
+from pipeline.replies.records import Generation, Reply, generation_row
+from pipeline.replies.rewarding import load_reward_model
+from pipeline.replies.sampling import (
     Prompt,
     Sampling,
     choose_prompts,
     draw_replies,
-    generation_row,
     leave_if_asked,
     score_replies,
     stop_ids,
 )
-from pipeline.memory import free_memory, peak_memory
-from pipeline.models import in_one_process, load_reference, load_tokenizer, pick_device, reference_dtype
-from pipeline.progress import Progress, without_other_bars
-from pipeline.records import GENERATIONS, INPUTS, write_generations
-from pipeline.reply_means import estimate_kl, estimate_reward
-from pipeline.rewarding import load_reward_model
-from pipeline.runs import SETTINGS, Generation, Reply
-from pipeline.scoring import check_scoring, prepare
-from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import describe, open_set
-from pipeline.storage import read_json
+from pipeline.run.checkpoints import saved_policy
+from pipeline.run.reading import SETTINGS
+from pipeline.run.records import GENERATIONS, INPUTS, write_generations
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.memory import free_memory, peak_memory
+from pipeline.scoring.selfcheck import check_scoring
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 T = TypeVar("T")
 

@@ -16,18 +16,21 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import Config
-from pipeline.digests import sha256_of_files
-from pipeline.errors import ConfigError, DataError
-from pipeline.fingerprint import identity_of_run
-from pipeline.folders import open_folder
-from pipeline.intake import KeptPair, Ledger, kept_rows
-from pipeline.models import declared_reference, load_tokenizer
-from pipeline.shards import ScoredPair, SummedPair, create_store, delete_store, finish_store, is_finished, write_part
-from pipeline.sources import find_set, open_source, read_rows
-from pipeline.versions import library_versions
+from pipeline.base.digests import sha256_of_files
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.folders import open_folder
+from pipeline.base.versions import library_versions
+from pipeline.config.schema import Config
+from pipeline.data.intake import KeptPair, Ledger, kept_rows
+from pipeline.data.sources import find_set, open_source, read_rows
+from pipeline.models.files import declared_reference, load_tokenizer
+from pipeline.models.identity import identity_of_run
+from pipeline.store.format import ScoredPair, SummedPair
+from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 
 def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: str, overwrite: bool = False) -> None:

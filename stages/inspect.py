@@ -12,15 +12,19 @@ from typing import Any
 
 import click
 
-from pipeline import ranking
-from pipeline.contents import Contents, describe, explain_command, identity_facts, read_contents
-from pipeline.errors import UnfinishedError, printable
-from pipeline.shards import find_stores
+from pipeline.base import statistics
+from pipeline.base.errors import UnfinishedError, printable
+from pipeline.store import ranking
+from pipeline.store.contents import Contents, describe, explain_command, identity_facts, read_contents
+from pipeline.store.store import find_stores
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 _EXAMPLES = 10
 """Of each kind of suspicious pairs; JSON and the page have more"""
+
 
 _BAR = 40
 """Columns of the longest bar"""
@@ -40,7 +44,7 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
         UnfinishedError: A store is unfinished; what it has so far is shown before.
     """
     if page is not None:
-        from pipeline.pages import check_charts
+        from pipeline.report.pages import check_charts
 
         check_charts()
     stores = [read_contents(folder) for folder in find_stores(where)]
@@ -50,8 +54,8 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
     else:
         click.echo("\n\n".join(_as_text(entry, store) for entry, store in zip(described, stores, strict=True)))
     if page is not None:
-        from pipeline.pages import write_page
-        from pipeline.store_page import store_page
+        from pipeline.report.pages import write_page
+        from pipeline.report.store_page import store_page
 
         write_page(page, store_page(where, stores, described))
         if not as_json:
@@ -70,7 +74,7 @@ def _as_text(entry: Mapping[str, Any], store: Contents) -> str:
 
 
 def _percentiles(entry: Mapping[str, Any]) -> Iterator[str]:
-    yield f"  {'':22}" + "".join(f"{f'{p}%':>10}" for p in ranking.PERCENTILES) + f"{'mean':>10}"
+    yield f"  {'':22}" + "".join(f"{f'{p}%':>10}" for p in statistics.PERCENTILES) + f"{'mean':>10}"
     rows = [
         (f"{name} tokens", values | {"mean": values["total"] / entry["pairs"]}, 1)
         for name, values in entry["tokens"].items()
@@ -80,7 +84,7 @@ def _percentiles(entry: Mapping[str, Any]) -> Iterator[str]:
         ("margin, nats a token", entry["reference_margin_per_token"], 3),
     ]
     for label, values, digits in rows:
-        shown = [*(values[f"p{p}"] for p in ranking.PERCENTILES), values["mean"]]
+        shown = [*(values[f"p{p}"] for p in statistics.PERCENTILES), values["mean"]]
         yield f"  {label:22}" + "".join(f"{value:>10,.{digits}f}" for value in shown)
 
 
@@ -107,7 +111,7 @@ def _preferences(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _bars(store: Contents) -> Iterator[str]:
     """Draw the histogram of margins with blocks on a terminal that has them, else with #."""
-    found = ranking.histogram(ranking.margins(store.pairs), 16)
+    found = statistics.histogram(ranking.margins(store.pairs), 16)
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     largest = max(1, int(found.counts.max()))
     # As many digits as the bins' width needs.

@@ -19,12 +19,15 @@ from typing import Any
 
 import click
 
-from pipeline.errors import ConfigError, UnfinishedError
-from pipeline.signals import STOP_SIGNALS, leave_with_parent, process_context
+from pipeline.base.errors import ConfigError, UnfinishedError
+from pipeline.base.signals import STOP_SIGNALS, leave_with_parent, process_context
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 _UNFINISHED = UnfinishedError.exit_status
+
 
 # After one has failed, for the others: they end within a batch, unless they wait for the one that is gone.
 _SECONDS_TO_END = 30.0

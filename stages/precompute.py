@@ -22,33 +22,32 @@ import click
 import numpy as np
 from transformers import TrainingArguments
 
-from pipeline.checkpoints import find_checkpoint, is_recorded, run_identity
-from pipeline.config import Config, training_settings
-from pipeline.digests import sha256_of_files
-from pipeline.ensemble import Ensemble, Led, processes_of_launch, share_of_process
-from pipeline.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
-from pipeline.fingerprint import fingerprint_of, identity_of_run
-from pipeline.folders import Folder, open_folder
-from pipeline.gate import check_dtypes
-from pipeline.intake import KeptPair, Ledger
-from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
-from pipeline.memory import free_memory, is_out_of_memory, name_of_device, peak_memory, tokens_that_fit
-from pipeline.models import (
-    declared_reference,
-    load_reference,
-    load_tokenizer,
-    pick_device,
-    policy_settings,
-    reference_sources,
-)
-from pipeline.order import order_of_run
-from pipeline.progress import Progress, emit
-from pipeline.records import delete_costs, write_cost
-from pipeline.reuse import Reusable, copy_scored, open_reusable
-from pipeline.scoring import check_scoring, not_packed, prepare, score_pairs
-from pipeline.shards import (
-    NoiseFloor,
-    ScoredPair,
+from pipeline.base.digests import sha256_of_files
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.base.folders import Folder, open_folder
+from pipeline.base.progress import Progress, emit
+from pipeline.base.signals import StopFlag, watch_signals
+from pipeline.base.versions import library_versions
+from pipeline.config.schema import Config
+from pipeline.config.training import training_settings
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.loading import Unit, UnitQueue, count_loaders, load_pairs
+from pipeline.data.rows import Source
+from pipeline.data.sources import count_rows, data_files, describe, open_source
+from pipeline.models.files import declared_reference, load_tokenizer, policy_settings, reference_sources
+from pipeline.models.identity import check_dtypes, fingerprint_of, identity_of_run
+from pipeline.models.loading import load_reference, pick_device
+from pipeline.run.checkpoints import find_checkpoint, is_recorded
+from pipeline.run.identity import run_identity
+from pipeline.run.records import delete_costs, write_cost
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring.forward import prepare, score_pairs
+from pipeline.scoring.memory import free_memory, is_out_of_memory, name_of_device, peak_memory, tokens_that_fit
+from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.scoring.tensor_parallel import Ensemble, Led, processes_of_launch, share_of_process
+from pipeline.store.format import ScoredPair
+from pipeline.store.reuse import Reusable, copy_scored, open_reusable
+from pipeline.store.store import (
     create_store,
     delete_store,
     finish_store,
@@ -58,16 +57,17 @@ from pipeline.shards import (
     parts_there,
     write_part,
 )
-from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import Source, count_rows, data_files, describe, open_source
-from pipeline.trainer import router_aux_weight, training_arguments
-from pipeline.versions import library_versions
-from pipeline.windows import check_mixable, prepare_reference, window_at, window_config
+from pipeline.training.arguments import training_arguments
+from pipeline.training.losses import router_aux_weight
+from pipeline.training.steps import order_of_run
+from pipeline.training.windows import check_mixable, prepare_reference, window_at, window_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 
 def run(

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from pipeline.pages import check_charts, has_charts, write_page
-from pipeline.report import report_page
-from pipeline.runs import read_run
+from pipeline.report.pages import check_charts, has_charts, write_page
+from pipeline.report.run_page import report_page
+from pipeline.run.reading import read_run
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 
 def run(folders: Sequence[Path], *, output: Path | None = None) -> None:

@@ -17,52 +17,53 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from pipeline.attempts import Attempt, claim_run
-from pipeline.card import model_card
-from pipeline.checkpoints import (
-    CommitCallback,
-    check_same_run,
+from pipeline.base.errors import ConfigError, DataError, UnfinishedError
+from pipeline.base.files import read_json, replace_file, sync_tree, write_json
+from pipeline.base.folders import open_folder
+from pipeline.base.progress import say, without_other_bars
+from pipeline.base.signals import StopFlag, watch_signals
+from pipeline.base.versions import library_versions
+from pipeline.config.reader import as_dict, settings_text
+from pipeline.config.schema import Config
+from pipeline.config.training import training_settings
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.loading import load_pairs
+from pipeline.data.sources import describe, open_source
+from pipeline.models.files import at_checkpoint, load_tokenizer, policy_dtype, policy_settings
+from pipeline.models.identity import Kinship, fingerprint_of, identity_of_run, kinship
+from pipeline.models.loading import load_policy
+from pipeline.run.attempts import Attempt, claim_run
+from pipeline.run.card import model_card
+from pipeline.run.checkpoints import (
     delete_run,
     find_checkpoint,
     is_recorded,
     newest_step,
-    refuse_other_run,
-    run_identity,
-)
-from pipeline.config import Config, as_dict, settings_text, training_settings
-from pipeline.errors import ConfigError, DataError, UnfinishedError
-from pipeline.fingerprint import Kinship, fingerprint_of, identity_of_run, kinship
-from pipeline.folders import open_folder
-from pipeline.gate import Gate, GateCallback, policy_dtype
-from pipeline.intake import KeptPair, Ledger
-from pipeline.join import TokenLogps, check_identity, join, load_reference_table
-from pipeline.loading import load_pairs
-from pipeline.models import at_checkpoint, load_policy, load_tokenizer, policy_settings
-from pipeline.order import order_of_run
-from pipeline.processes import on_main_process
-from pipeline.progress import say, without_other_bars
-from pipeline.recording import Margins, RecordCallback
-from pipeline.records import RunLog, read_costs, write_inputs
-from pipeline.runs import RECORD, SETTINGS
-from pipeline.scoring import check_scoring, not_packed, prepare
-from pipeline.shards import Store, open_store
-from pipeline.signals import StopFlag, watch_signals
-from pipeline.sources import describe, open_source
-from pipeline.storage import read_json, replace_file, sync_tree, write_json
-from pipeline.trainer import (
-    EvaluationLeft,
-    PairTrainer,
-    balance_weight,
-    make_collator,
     processes_of,
-    router_aux_weight,
-    saving,
-    training_arguments,
+    refuse_other_run,
 )
-from pipeline.versions import library_versions
-from pipeline.windows import Window, WindowCallback, check_mixable, window_at, window_config
+from pipeline.run.identity import check_same_run, run_identity
+from pipeline.run.reading import RECORD, SETTINGS
+from pipeline.run.records import RunLog, read_costs, write_inputs
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.store.join import join
+from pipeline.store.reference_table import TokenLogps, load_reference_table
+from pipeline.store.store import Store, check_identity, open_store
+from pipeline.training.arguments import training_arguments
+from pipeline.training.batches import make_collator
+from pipeline.training.commit import CommitCallback
+from pipeline.training.gate import Gate, GateCallback
+from pipeline.training.losses import balance_weight, router_aux_weight
+from pipeline.training.processes import on_main_process
+from pipeline.training.recording import Margins, RecordCallback
+from pipeline.training.steps import order_of_run
+from pipeline.training.trainer import EvaluationLeft, PairTrainer, saving
+from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 JOINED = "joined"
 

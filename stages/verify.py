@@ -6,12 +6,14 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline.config import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
-from pipeline.errors import ConfigError, DataError, IdentityError, RefshardError, one_line, printable
-from pipeline.shards import Store, find_stores, open_store, read_part
-from pipeline.verify import Findings, delete_leftovers, verify_store
+from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, one_line, printable
+from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
+from pipeline.store.store import Store, find_stores, open_store, read_part
+from pipeline.store.verify import Findings, delete_leftovers, verify_store
 
-__all__ = ["run"]
+__all__ = [
+    "run",
+]
 
 
 def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
@@ -78,12 +80,14 @@ def _score_again(store: Store, model: str, sample: int) -> str:
         IdentityError: The model, or its tokenizer, is not what the store was made with.
         DataError: The data has changed, or the log-probs differ by more than the store's noise floor allows.
     """
-    from pipeline.fingerprint import differences, identity_of_run
-    from pipeline.gate import allowed_gap
-    from pipeline.intake import Ledger, kept_pairs
-    from pipeline.models import in_one_process, load_reference, load_tokenizer, pick_device
-    from pipeline.scoring import check_scoring, prepare, score_pairs
-    from pipeline.sources import open_source, read_rows
+    from pipeline.data.intake import Ledger, kept_pairs
+    from pipeline.data.sources import open_source, read_rows
+    from pipeline.models.files import in_one_process, load_tokenizer
+    from pipeline.models.identity import differences, identity_of_run
+    from pipeline.models.loading import load_reference, pick_device
+    from pipeline.scoring.agreement import allowed_gap
+    from pipeline.scoring.forward import prepare, score_pairs
+    from pipeline.scoring.selfcheck import check_scoring
 
     config = _config(store, model)
     stored_identity = store.manifest["identity"]

@@ -21,7 +21,7 @@ import yaml
 from processes import Command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pipeline.shards import _digest_of_content
+from pipeline.store.format import content_digest
 
 torch.set_num_threads(1)
 
@@ -167,7 +167,7 @@ def bytes_of_stores(output: Path) -> dict[str, bytes]:
 def forge_part(file: Path, table: pa.Table) -> None:
     """Write a part with other content as one who means it: with the digest of what it says now."""
     said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    digest = {b"refshard.digest": _digest_of_content(table, said).encode()}
+    digest = {b"refshard.digest": content_digest(table, said).encode()}
     whole = table.replace_schema_metadata({**table.schema.metadata, **digest})
     file.unlink()
     pq.write_table(whole, file, write_page_checksum=True, store_schema=True)

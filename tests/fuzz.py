@@ -23,14 +23,17 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pipeline
-from pipeline.config import DataConfig, load_config, training_settings
-from pipeline.errors import BadRow, RefshardError
-from pipeline.fingerprint import fingerprint_of
-from pipeline.folders import LocalFolder
-from pipeline.pairs import to_pair
-from pipeline.shards import _sealed, create_store, finish_store, open_store, read_parts
-from pipeline.sources import count_rows, open_source, read_rows
-from pipeline.verify import verify_store
+from pipeline.base.errors import BadRow, RefshardError
+from pipeline.base.folders import LocalFolder
+from pipeline.config.reader import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.config.training import training_settings
+from pipeline.data.pairs import to_pair
+from pipeline.data.sources import count_rows, open_source, read_rows
+from pipeline.models.identity import fingerprint_of
+from pipeline.store.format import sealed
+from pipeline.store.store import create_store, finish_store, open_store, read_parts
+from pipeline.store.verify import verify_store
 
 PACKAGE = Path(pipeline.__file__).parent
 
@@ -349,7 +352,7 @@ def _signed(content: bytes) -> bytes:
         tree.pop("sha256", None)
         if "identity" in tree:
             tree["fingerprint"] = fingerprint_of(tree["identity"])
-        return _sealed(tree)
+        return sealed(tree)
     except (ValueError, RecursionError):
         return content
 

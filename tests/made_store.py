@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from test_shards import DECLARED, IDENTITY
 
-from pipeline.intake import Ledger
-from pipeline.shards import NoiseFloor, ScoredPair, create_store, finish_store, write_part
+from pipeline.data.intake import Ledger
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import ScoredPair
+from pipeline.store.store import create_store, finish_store, write_part
 
 
 def made_pairs(count: int, *, seed: int = 0, tokens: float = 40.0, start: int = 0) -> list[ScoredPair]:

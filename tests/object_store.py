@@ -136,7 +136,7 @@ def environment(**values: str) -> Iterator[None]:
 def _forget() -> None:
     import s3fs
 
-    from pipeline import folders
+    from pipeline.base import folders
 
     s3fs.S3FileSystem.clear_instance_cache()
     folders._puts_if_absent.cache_clear()

@@ -40,14 +40,19 @@ import trl
 from conftest import CORPUS, make_model, make_tokenizer, refshard, write_config, write_jsonl
 from transformers.trainer_callback import PrinterCallback
 
-from pipeline.config import Config, LossName, load_config
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.join import join, load_reference_table
-from pipeline.models import load_policy
-from pipeline.scoring import check_scoring, prepare
-from pipeline.shards import open_store
-from pipeline.sources import open_source, read_rows
-from pipeline.trainer import PairTrainer, balance_weight, make_collator
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config, LossName
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.loading import load_policy
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring
+from pipeline.store.join import join
+from pipeline.store.reference_table import load_reference_table
+from pipeline.store.store import open_store
+from pipeline.training.batches import make_collator
+from pipeline.training.losses import balance_weight
+from pipeline.training.trainer import PairTrainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 OPENING, CLOSING = "<!-- parity table -->", "<!-- end of parity table -->"

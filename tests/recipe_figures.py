@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, LoraSettings, load_config
-from pipeline.estimate import Estimate, Lengths, Shapes, StageEstimate, estimate
-from pipeline.hardware import Hardware, hardware_named
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config, LoraSettings
+from stages.check.estimate import Estimate, Lengths, Shapes, StageEstimate, estimate
+from stages.check.hardware import Hardware, hardware_named
 
 RECIPES = Path(__file__).parents[1] / "stages" / "recipes"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

@@ -188,11 +188,12 @@ def measure() -> Measured:
     from object_store import CREDENTIALS, environment, faulty, s3_server
     from test_crashes import IDENTITY
 
-    from pipeline.config import DataConfig
-    from pipeline.folders import open_folder
-    from pipeline.intake import Ledger
-    from pipeline.shards import ScoredPair, check_part, create_store, finish_store, part_name, read_manifest, write_part
-    from pipeline.sources import count_rows, open_source
+    from pipeline.base.folders import open_folder
+    from pipeline.config.schema import DataConfig
+    from pipeline.data.intake import Ledger
+    from pipeline.data.sources import count_rows, open_source
+    from pipeline.store.format import ScoredPair, check_part, part_name
+    from pipeline.store.store import create_store, finish_store, read_manifest, write_part
 
     def refshard(*words: object) -> float:
         start = time.perf_counter()

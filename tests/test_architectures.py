@@ -17,11 +17,11 @@ import torch
 import transformers
 from conftest import make_tokenizer, refshard, simple_rows
 
-from pipeline.config import load_config
-from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.models import load_tokenizer
-from pipeline.shards import open_store, read_parts
-from pipeline.sources import open_source, read_rows
+from pipeline.config.reader import load_config
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import load_tokenizer
+from pipeline.store.store import open_store, read_parts
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import attention
-from pipeline.packing import Layout
+from pipeline.scoring import attention
+from pipeline.scoring.packing import Layout
 
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
 

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.card import model_card
+from pipeline.run.card import model_card
 
 ARGUMENTS: dict[str, Any] = {
     "name": "policy",

@@ -11,10 +11,10 @@ import pytest
 import transformers
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config
 
-from pipeline.config import Config, DataConfig, PolicyConfig, PrecomputeConfig
-from pipeline.estimate import Lengths, estimate, shapes_of
-from pipeline.hardware import HARDWARE, hardware_named
-from stages.check import Limits, _above_limits, _estimate_as_dict, _estimate_as_text
+from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from stages.check.command import Limits, _above_limits, _estimate_as_dict, _estimate_as_text
+from stages.check.estimate import Lengths, estimate, shapes_of
+from stages.check.hardware import HARDWARE, hardware_named
 from stages.cli import main
 
 GPU = ("--hardware", "rtx4090-24gb")

@@ -10,8 +10,8 @@ import click
 import pytest
 from conftest import refshard
 
-import stages.cli
-from pipeline.signals import StopFlag
+from pipeline.base.signals import StopFlag
+from stages import cli
 
 _LEAVE = """
 import atexit
@@ -43,7 +43,7 @@ def test_one_of_several_processes_leaves_before_its_destructors(processes: str, 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("3h50m", 13800), ("2m5s", 125), ("1h", 3600), ("0s", 0)])
 def test_a_time_to_stop_after_is_counted_from_the_start(text: str, seconds: int) -> None:
-    stop_at = stages.cli._parse_stop_after(click.Context(stages.cli.main), click.Option(["--stop-after"]), text)
+    stop_at = cli._parse_stop_after(click.Context(cli.main), click.Option(["--stop-after"]), text)
     assert stop_at == pytest.approx(time.monotonic() + seconds, abs=5)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, LossName, Quantization, as_dict, load_config, training_settings
-from pipeline.errors import ConfigError
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import as_dict, load_config
+from pipeline.config.schema import Config, LossName, Quantization
+from pipeline.config.training import training_settings
 
 ROOT = Path(__file__).parents[1]
 

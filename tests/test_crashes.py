@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from faults.tally import tally
 
-from pipeline import storage
-from pipeline.errors import DataError, RefshardError, UnfinishedError
-from pipeline.intake import Ledger
-from pipeline.shards import ScoredPair, create_store, finish_store, open_store, part_name, read_parts, write_part
+from pipeline.base import files
+from pipeline.base.errors import DataError, RefshardError, UnfinishedError
+from pipeline.data.intake import Ledger
+from pipeline.store.format import ScoredPair, part_name
+from pipeline.store.store import create_store, finish_store, open_store, read_parts, write_part
 
 IDENTITY = {
     "schema": 1,
@@ -205,14 +206,14 @@ class _Recorder:
         with monkeypatch.context() as patch:
             for name in ("open", "write", "fsync", "link", "unlink", "replace"):
                 patch.setattr(os, name, self._watched(getattr(os, name), getattr(self, f"after_{name}")))
-            put = storage.put_if_absent
+            put = files.put_if_absent
 
             def put_and_tell(file: Path, content: bytes) -> bool:
                 result = put(file, content)
                 self.when_done.append((file.name, list(self.disk.states())))
                 return result
 
-            patch.setattr(storage, "put_if_absent", put_and_tell)
+            patch.setattr(files, "put_if_absent", put_and_tell)
             yield
 
     def _watched(self, call: Callable[..., Any], after: Callable[..., None]) -> Callable[..., Any]:
@@ -288,22 +289,22 @@ def _without_the_files_sync(patch: pytest.MonkeyPatch) -> None:
         os.write(descriptor, content)
         os.close(descriptor)
 
-    patch.setattr(storage, "_write_durably", write_only)
+    patch.setattr(files, "_write_durably", write_only)
 
 
 def _without_the_folders_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(storage, "_sync", lambda folder: None)
+    patch.setattr(files, "_sync", lambda folder: None)
 
 
 def _written_in_place(patch: pytest.MonkeyPatch) -> None:
     def in_place(file: Path, content: bytes) -> bool:
         if file.exists():
             return False
-        storage._write_durably(file, content)
-        storage._sync(file.parent)
+        files._write_durably(file, content)
+        files._sync(file.parent)
         return True
 
-    patch.setattr(storage, "put_if_absent", in_place)
+    patch.setattr(files, "put_if_absent", in_place)
 
 
 @pytest.mark.parametrize("mutate", [_without_the_files_sync, _without_the_folders_sync, _written_in_place])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import refshard
 
-from pipeline.reply_means import estimate_kl
-from pipeline.reviews import true_reward
-from pipeline.runs import read_run
+from pipeline.replies.means import estimate_kl
+from pipeline.run.reading import read_run
+from stages.demo.reviews import true_reward
 
 RECIPE = Path(__file__).parents[1] / "stages" / "recipes" / "default.yaml"
 

@@ -23,15 +23,11 @@ import trl
 from conftest import refshard, simple_rows, write_config, write_jsonl
 from test_layout import PIPELINE, STAGES
 
-from pipeline.config import (
-    _FIXED_TRAIN_FIELDS,
-    OWN_TRAIN_FIELDS,
-    Config,
-    load_config,
-    training_settings,
-)
-from pipeline.errors import ConfigError
-from pipeline.pairs import to_pair
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from pipeline.config.training import _FIXED_TRAIN_FIELDS, OWN_TRAIN_FIELDS, training_settings
+from pipeline.data.pairs import to_pair
 from stages.cli import main
 
 ROOT = Path(__file__).parents[1]

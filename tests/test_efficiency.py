@@ -12,11 +12,13 @@ import torch
 import transformers
 from test_scoring import GROUPED, VOCABULARY
 
-from pipeline import offload
-from pipeline.config import LossConfig
-from pipeline.offload import ActivationOffload
-from pipeline.scoring import check_scoring, prepare
-from pipeline.trainer import PairTrainer, make_collator
+from pipeline.config.schema import LossConfig
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring
+from pipeline.training import offload
+from pipeline.training.batches import make_collator
+from pipeline.training.offload import ActivationOffload
+from pipeline.training.trainer import PairTrainer
 
 pytestmark = pytest.mark.slow
 

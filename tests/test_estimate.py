@@ -9,7 +9,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import (
+from pipeline.base.errors import ConfigError
+from pipeline.config.schema import (
     Config,
     DataConfig,
     LoraSettings,
@@ -19,8 +20,10 @@ from pipeline.config import (
     ReferenceConfig,
     SyncConfig,
 )
-from pipeline.errors import ConfigError
-from pipeline.estimate import (
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.forward import prepare, score
+from pipeline.scoring.packing import pack_pairs
+from stages.check.estimate import (
     UTILISATION,
     Estimate,
     Lengths,
@@ -30,10 +33,7 @@ from pipeline.estimate import (
     forward_flops,
     shapes_of,
 )
-from pipeline.hardware import Hardware, hardware_named
-from pipeline.packing import pack_pairs
-from pipeline.scoring import prepare, score
-from pipeline.tokens import TokenizedPair
+from stages.check.hardware import Hardware, hardware_named
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200,

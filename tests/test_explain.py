@@ -18,17 +18,19 @@ import transformers
 from conftest import forge_part, make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import pipeline.explaining
-import stages.explain
-from pipeline.checkpoints import commit_checkpoint
-from pipeline.config import DataConfig, load_config
-from pipeline.errors import ConfigError, DataError, RefshardError, UnfinishedError
-from pipeline.explaining import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
-from pipeline.folders import open_folder
-from pipeline.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
-from pipeline.pieces import shown, token_bytes
-from pipeline.shards import NoiseFloor, finish_store, open_store, read_manifest, read_part, read_parts
-from pipeline.sources import Row
+from pipeline.base.errors import ConfigError, DataError, RefshardError, UnfinishedError
+from pipeline.base.folders import open_folder
+from pipeline.config.reader import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.data.rows import Row
+from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
+from pipeline.run.checkpoints import commit_checkpoint
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.store import finish_store, open_store, read_manifest, read_part, read_parts
+from stages.explain import command
+from stages.explain import row as explain_row
+from stages.explain.pieces import shown, token_bytes
+from stages.explain.row import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
 
 STRANGE = {
     "prompt": "Say: \x1b[31mred\x1b]0;title\x07 \u202e <b>\n",
@@ -131,7 +133,7 @@ def test_a_set_of_its_own_is_counted_by_its_source_and_read_from_its_own_store(s
 def explain_here(config: Any, **options: Any) -> None:
     """Run the stage in this process."""
     given = {"row": 1, "set_name": "train", "recompute": True, "policy": None, "html": None, "as_json": True}
-    stages.explain.run(config, **{**given, "full": False, "colors": False, **options})
+    command.run(config, **{**given, "full": False, "colors": False, **options})
 
 
 def test_a_policy_is_looked_for_before_a_model_is_loaded(
@@ -143,7 +145,7 @@ def test_a_policy_is_looked_for_before_a_model_is_loaded(
         loaded.append(config.reference)
         raise DataError("loaded")
 
-    monkeypatch.setattr(stages.explain, "load_reference", load)
+    monkeypatch.setattr(command, "load_reference", load)
     run, empty = tmp_path / "run", tmp_path / "empty"
     for folder in (run, empty):
         folder.mkdir()
@@ -178,7 +180,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
         read.append((number, columns is None))
         return read_part(store, number, columns)
 
-    monkeypatch.setattr(pipeline.explaining, "read_part", watched)
+    monkeypatch.setattr(explain_row, "read_part", watched)
     stored, _ = find_stored(folder, key.hex(), 1, identity)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
@@ -192,7 +194,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
 
 def test_what_is_no_number_is_null_in_json() -> None:
     found = {"a": [{"stored": math.nan, "id": 1}], "b": {"largest": math.inf, "allowed": (0.5, 1.0)}}
-    assert stages.explain._finite(found) == {
+    assert command._finite(found) == {
         "a": [{"stored": None, "id": 1}],
         "b": {"largest": None, "allowed": [0.5, 1.0]},
     }
@@ -323,13 +325,13 @@ def test_colours_are_for_terminals_and_not_where_they_are_unwanted(monkeypatch: 
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert stages.explain._is_colorful()
+    assert command._is_colorful()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not stages.explain._is_colorful()
+    assert not command._is_colorful()
     monkeypatch.setenv("NO_COLOR", "")
-    assert stages.explain._is_colorful()
+    assert command._is_colorful()
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
-    assert not stages.explain._is_colorful()
+    assert not command._is_colorful()
 
 
 def test_tokens_are_coloured_by_their_number_and_wrapped_with_a_blank_between() -> None:

@@ -11,9 +11,10 @@ import transformers
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import Config, load_config
-from pipeline.fingerprint import Kinship, differences, fingerprint_of, identity_of_run, kinship
-from pipeline.models import load_tokenizer
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from pipeline.models.files import load_tokenizer
+from pipeline.models.identity import Kinship, differences, fingerprint_of, identity_of_run, kinship
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from object_store import BUCKET, CREDENTIALS, Fault, environment, faulty, s3_server
 
-from pipeline.errors import ConfigError, StorageError
-from pipeline.folders import Folder, LocalFolder, ObjectFolder, open_folder
+from pipeline.base.errors import ConfigError, StorageError
+from pipeline.base.folders import Folder, LocalFolder, ObjectFolder, open_folder
 
 pytestmark = pytest.mark.slow
 

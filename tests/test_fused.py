@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-import pipeline.fused as module
-from pipeline.fused import liger_logps, liger_pays
+from pipeline.scoring import fused as module
+from pipeline.scoring.fused import liger_logps, liger_pays
 
 LOGPS = torch.tensor([-1.0, -2.5])
 WEIGHT = torch.zeros(7, 3)

@@ -7,7 +7,7 @@ import pytest
 from faults.tally import tally
 from fuzz import Report, Target, fuzz, targets
 
-from pipeline.errors import DataError
+from pipeline.base.errors import DataError
 
 
 def planted(content: bytes) -> None:

@@ -15,17 +15,17 @@ import pytest
 import transformers
 from conftest import forge_part, make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 
-import pipeline.models
-import pipeline.scoring
-import stages.precompute
-import stages.train
-from pipeline.attention import switch_attention
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.fingerprint import Kinship
-from pipeline.gate import Gaps, Gate, choose_sample
-from pipeline.scoring import score
-from pipeline.shards import NoiseFloor, Store, open_store, read_parts
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.models import loading
+from pipeline.models.identity import Kinship
+from pipeline.scoring import forward
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring.attention import switch_attention
+from pipeline.scoring.forward import score
+from pipeline.store.store import Store, open_store, read_parts
+from pipeline.training.gate import Gaps, Gate, choose_sample
+from stages import precompute, train
 
 pytestmark = pytest.mark.slow
 
@@ -194,16 +194,16 @@ def test_dropout_left_on_is_caught(
     config = make_run(policy={"model": str(tmp_path / "gpt2")})
     refshard("precompute", "--config", config)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.models, "disable_dropout", lambda model: None)
+        patch.setattr(loading, "disable_dropout", lambda model: None)
         with pytest.raises(ConfigError, match="In evaluation mode it is, so dropout"):
-            stages.train.run(load_config(config))
+            train.run(load_config(config))
     assert PASSED in refshard("train", "--config", config).stdout
 
 
 def test_an_adapter_with_a_change_declared_fresh_is_caught(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(policy={"lora": {"r": 4}})
     refshard("precompute", "--config", config)
-    fresh = pipeline.models._lora_config
+    fresh = loading._lora_config
 
     def not_zero(settings: Any) -> Any:
         made = fresh(settings)
@@ -211,9 +211,9 @@ def test_an_adapter_with_a_change_declared_fresh_is_caught(make_run: MakeRun, mo
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.models, "_lora_config", not_zero)
+        patch.setattr(loading, "_lora_config", not_zero)
         with pytest.raises(ConfigError, match="With the adapter switched off it is, so the adapter, declared fresh"):
-            stages.train.run(load_config(config))
+            train.run(load_config(config))
     assert PASSED in refshard("train", "--config", config).stdout
 
 
@@ -336,11 +336,11 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
         moved = dataclasses.replace(scores.tokens, logps=scores.tokens.logps - 0.01 * batch.num_pairs)
         return dataclasses.replace(scores, tokens=moved)
 
-    monkeypatch.setattr(pipeline.scoring, "score", leaning)
+    monkeypatch.setattr(forward, "score", leaning)
     # The whole check would see that something is wrong.
-    monkeypatch.setattr(stages.precompute, "check_scoring", lambda model, key: switch_attention(model))
+    monkeypatch.setattr(precompute, "check_scoring", lambda model, key: switch_attention(model))
     output = tmp_path / "leaning"
-    stages.precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
+    precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
     store = open_store(output / "train")
     assert store.noise.tokens == plain.tokens
     # All 24 pairs in one batch, then one of them alone.

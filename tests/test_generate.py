@@ -16,8 +16,8 @@ import transformers
 from conftest import make_model, refshard, simple_rows, write_jsonl
 from processes import Command
 
-from pipeline.reply_means import estimate_kl
-from pipeline.runs import read_run
+from pipeline.replies.means import estimate_kl
+from pipeline.run.reading import read_run
 
 MakeRun = Callable[..., Path]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.errors import ConfigError
-from pipeline.grid import make_grid, split_values
+from pipeline.base.errors import ConfigError
+from stages.sweep.grid import make_grid, split_values
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import head as module
-from pipeline.head import Head, TokenStatistics, token_logps, token_statistics
+from pipeline.scoring import head as module
+from pipeline.scoring.head import Head, TokenStatistics, token_logps, token_statistics
 
 HIDDEN, VOCABULARY = 8, 37
 # In chunks of 16 positions: this makes three of them, the last one ragged.

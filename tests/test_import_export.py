@@ -14,7 +14,7 @@ import transformers
 import trl
 from conftest import make_tokenizer, refshard, simple_rows, write_jsonl
 
-from pipeline.shards import open_store, read_parts
+from pipeline.store.store import open_store, read_parts
 
 pytestmark = pytest.mark.slow
 

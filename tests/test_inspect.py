@@ -19,7 +19,7 @@ from conftest import refshard, simple_rows
 from made_store import made_pairs, make_large_store, make_store
 from processes import ROOT
 
-from pipeline.errors import ConfigError
+from pipeline.base.errors import ConfigError
 from stages import inspect
 
 

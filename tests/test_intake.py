@@ -8,12 +8,12 @@ from conftest import make_tokenizer, simple_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import DataConfig
-from pipeline.errors import BadRow, ConfigError, DataError
-from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.pairs import to_pair
-from pipeline.sources import Row
-from pipeline.tokens import pair_key, tokenize
+from pipeline.base.errors import BadRow, ConfigError, DataError
+from pipeline.config.schema import DataConfig
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.pairs import to_pair
+from pipeline.data.rows import Row
+from pipeline.data.tokens import pair_key, tokenize
 
 TOKENIZER = make_tokenizer(bos=True)
 

@@ -16,21 +16,20 @@ from conftest import forge_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import join as module
-from pipeline.errors import ConfigError, DataError, IdentityError, StorageError
-from pipeline.intake import KeptPair, Ledger
-from pipeline.join import (
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.tokens import TokenizedPair
+from pipeline.store import join as module
+from pipeline.store.format import ScoredPair
+from pipeline.store.join import JoinReport, join
+from pipeline.store.reference_table import (
     INDEX_ROW,
-    JoinReport,
     ReferenceTable,
     TokenLogps,
     build_reference_table,
-    check_identity,
-    join,
     load_reference_table,
 )
-from pipeline.shards import ScoredPair, Store, create_store, finish_store, open_store, write_part
-from pipeline.tokens import TokenizedPair
+from pipeline.store.store import Store, check_identity, create_store, finish_store, open_store, write_part
 
 IDENTITY: dict[str, Any] = {
     "schema": 1,
@@ -211,7 +210,7 @@ def test_a_file_of_token_logps_that_ends_early_is_a_storage_error(tmp_path: Path
 def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path: Path, num_workers: int) -> None:
     import torch
 
-    from pipeline.trainer import make_collator
+    from pipeline.training.batches import make_collator
 
     values: dict[int, tuple[list[float], list[float]]] = {0: ([-1.0, -2.0], [-3.0]), 1: ([-4.0], [-5.0, -6.0])}
     store = make_store(tmp_path / "train", [[scored(key(n), *values[n]) for n in values]])

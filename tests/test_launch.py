@@ -16,9 +16,9 @@ import torch
 from conftest import bytes_of_stores, refshard
 from faults.watched import Watched
 
-from pipeline.checkpoints import newest_step
-from pipeline.errors import ConfigError
-from pipeline.signals import STOP_SIGNALS, process_context
+from pipeline.base.errors import ConfigError
+from pipeline.base.signals import STOP_SIGNALS, process_context
+from pipeline.run.checkpoints import newest_step
 from stages import cli, launch
 
 pytestmark = pytest.mark.slow

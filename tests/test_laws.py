@@ -16,13 +16,14 @@ import torch
 from conftest import bytes_of_stores, make_model, make_tokenizer, refshard, simple_rows, write_jsonl
 from processes import Command
 
-from pipeline.config import load_config
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.models import load_policy, load_tokenizer
-from pipeline.packing import pad_pairs
-from pipeline.scoring import prepare, score
-from pipeline.shards import open_store, read_parts
-from pipeline.sources import open_source, read_rows
+from pipeline.config.reader import load_config
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import load_tokenizer
+from pipeline.models.loading import load_policy
+from pipeline.scoring.forward import prepare, score
+from pipeline.scoring.packing import pad_pairs
+from pipeline.store.store import open_store, read_parts
 
 pytestmark = pytest.mark.slow
 

@@ -19,14 +19,16 @@ import pytest
 import torch
 from conftest import bytes_of_stores, make_tokenizer, simple_rows, write_jsonl
 
-import pipeline.loading as module
-import stages.precompute
-from pipeline.config import DataConfig, load_config
-from pipeline.errors import BadRow, DataError, StorageError, UnfinishedError
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.loading import Unit, UnitQueue, count_loaders, load_pairs
-from pipeline.signals import StopFlag
-from pipeline.sources import Row, Source, open_source, read_rows
+from pipeline.base.errors import BadRow, DataError, StorageError, UnfinishedError
+from pipeline.base.signals import StopFlag
+from pipeline.config.reader import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.data import loading as module
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.loading import Unit, UnitQueue, count_loaders, load_pairs
+from pipeline.data.rows import Row, Source
+from pipeline.data.sources import open_source, read_rows
+from stages import precompute
 
 MakeRun = Callable[..., Path]
 
@@ -430,9 +432,9 @@ def test_a_signal_ends_stage_one_and_its_loaders_with_75(make_run: MakeRun, tmp_
 
 
 def _precompute(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> dict[str, bytes]:
-    monkeypatch.setattr(stages.precompute, "count_loaders", lambda *_, **__: num_loaders)
+    monkeypatch.setattr(precompute, "count_loaders", lambda *_, **__: num_loaders)
     monkeypatch.setattr(module, "count_loaders", lambda *_, **__: num_loaders)
-    stages.precompute.run(load_config(config, [f"precompute.output={output}"]))
+    precompute.run(load_config(config, [f"precompute.output={output}"]))
     return bytes_of_stores(output)
 
 
@@ -475,8 +477,8 @@ def test_a_disk_that_fails_stops_the_run_with_the_disk_s_own_error(
             raise StorageError("the disk is full")
         return write(folder, unit, *arguments, **settings)
 
-    write = stages.precompute.write_part
-    monkeypatch.setattr(stages.precompute, "write_part", full)
+    write = precompute.write_part
+    monkeypatch.setattr(precompute, "write_part", full)
     config = make_run(rows=simple_rows(80))
     with pytest.raises(StorageError, match="the disk is full"):
         _precompute(config, monkeypatch, tmp_path / "shards", 1)
@@ -492,7 +494,7 @@ def test_a_last_part_that_can_not_be_written_is_not_forgotten(
         time.sleep(0.2)
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(stages.precompute, "write_part", full)
+    monkeypatch.setattr(precompute, "write_part", full)
     with pytest.raises(StorageError, match="the disk is full"):
         _precompute(make_run(rows=simple_rows(4)), monkeypatch, tmp_path / "shards", 0)
 
@@ -501,7 +503,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag = StopFlag()
-    score, write = stages.precompute._Reference.score_unit, stages.precompute.write_part
+    score, write = precompute._Reference.score_unit, precompute.write_part
     scored: list[int] = []
 
     def stopping(*arguments: Any) -> Any:
@@ -515,9 +517,9 @@ def test_what_is_scored_when_a_signal_comes_is_written(
         time.sleep(0.2)
         return write(*arguments, **settings)
 
-    monkeypatch.setattr(stages.precompute, "watch_signals", lambda stop_at: flag)
-    monkeypatch.setattr(stages.precompute._Reference, "score_unit", stopping)
-    monkeypatch.setattr(stages.precompute, "write_part", slow)
+    monkeypatch.setattr(precompute, "watch_signals", lambda stop_at: flag)
+    monkeypatch.setattr(precompute._Reference, "score_unit", stopping)
+    monkeypatch.setattr(precompute, "write_part", slow)
     with pytest.raises(UnfinishedError):
         _precompute(make_run(rows=simple_rows(80)), monkeypatch, tmp_path / "shards", 1)
     assert len(list((tmp_path / "shards").rglob("*.parquet"))) == 3
@@ -528,7 +530,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
 
 def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit: float = 0, a_part: float = 0) -> None:
     """Have reading, scoring and writing take so many seconds more, each asleep, so that CPUs don't matter."""
-    score, write = stages.precompute._Reference.score_unit, stages.precompute.write_part
+    score, write = precompute._Reference.score_unit, precompute.write_part
 
     def slow_score(*arguments: Any) -> Any:
         time.sleep(a_unit)
@@ -539,8 +541,8 @@ def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit
         return write(*arguments, **settings)
 
     monkeypatch.setattr(module, "read_rows", slow_rows(a_row))
-    monkeypatch.setattr(stages.precompute._Reference, "score_unit", slow_score)
-    monkeypatch.setattr(stages.precompute, "write_part", slow_write)
+    monkeypatch.setattr(precompute._Reference, "score_unit", slow_score)
+    monkeypatch.setattr(precompute, "write_part", slow_write)
 
 
 def _seconds(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> float:
@@ -593,7 +595,7 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
 ) -> None:
     most = 0
     scored, written = [], []
-    score, write = stages.precompute._Reference.score_unit, stages.precompute.write_part
+    score, write = precompute._Reference.score_unit, precompute.write_part
 
     def counting(*arguments: Any) -> Any:
         nonlocal most
@@ -607,8 +609,8 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
         written.append(0)
         return done
 
-    monkeypatch.setattr(stages.precompute._Reference, "score_unit", counting)
-    monkeypatch.setattr(stages.precompute, "write_part", slow)
+    monkeypatch.setattr(precompute._Reference, "score_unit", counting)
+    monkeypatch.setattr(precompute, "write_part", slow)
     _precompute(make_run(rows=simple_rows(96)), monkeypatch, tmp_path / "shards", 1)
     # Two pending, one being scored; one more is scored and waits to be taken.
     assert 2 <= most <= 4

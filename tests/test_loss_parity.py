@@ -18,7 +18,7 @@ from parity_table import (
     put_into,
 )
 
-from pipeline.config import LossName
+from pipeline.config.schema import LossName
 
 pytestmark = pytest.mark.slow
 

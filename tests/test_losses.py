@@ -8,9 +8,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from pipeline.config import LossConfig, LossName, load_config
-from pipeline.errors import ConfigError
-from pipeline.losses import (
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.config.schema import LossConfig, LossName
+from pipeline.scoring.forward import weighted_sums
+from pipeline.training.losses import (
     Pairs,
     aot,
     aot_unpaired,
@@ -31,7 +33,6 @@ from pipeline.losses import (
     total_loss,
     wpo_weights,
 )
-from pipeline.scoring import weighted_sums
 
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 Rows = Sequence[Sequence[float]]

@@ -28,16 +28,21 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from pipeline import sources
-from pipeline.config import DataConfig, load_config, training_settings
-from pipeline.errors import RefshardError, one_line
-from pipeline.fingerprint import fingerprint_of, identity_of_run
-from pipeline.folders import LocalFolder
-from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.models import load_policy, load_reference, load_tokenizer, policy_settings
-from pipeline.shards import _sealed, open_store, read_parts
-from pipeline.sources import LARGEST_ROW, count_rows, open_source, read_rows
-from pipeline.verify import verify_store
+from pipeline.base.errors import RefshardError, one_line
+from pipeline.base.folders import LocalFolder
+from pipeline.config.reader import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.config.training import training_settings
+from pipeline.data import sources
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.rows import LARGEST_ROW
+from pipeline.data.sources import count_rows, open_source, read_rows
+from pipeline.models.files import load_tokenizer, policy_settings
+from pipeline.models.identity import fingerprint_of, identity_of_run
+from pipeline.models.loading import load_policy, load_reference
+from pipeline.store.format import sealed
+from pipeline.store.store import open_store, read_parts
+from pipeline.store.verify import verify_store
 from stages import inspect
 
 SECONDS = 5.0
@@ -960,7 +965,7 @@ def signed(tree: Any) -> bytes:
         tree.pop("sha256", None)
         if "identity" in tree:
             tree["fingerprint"] = fingerprint_of(tree["identity"])
-        return _sealed(tree)
+        return sealed(tree)
     return json.dumps(tree).encode()
 
 

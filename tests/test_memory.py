@@ -16,19 +16,21 @@ import transformers
 from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
 from faults.tally import tally
 
-from pipeline import memory, scoring
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.estimate import MEMORY_BAND, Lengths, estimate, shapes_of
-from pipeline.hardware import Hardware
-from pipeline.intake import KeptPair, Ledger
-from pipeline.models import policy_settings
-from pipeline.packing import Batch
-from pipeline.scoring import check_scoring, prepare, score
-from pipeline.shards import ScoredPair, create_store, finish_store, write_part
-from pipeline.signals import StopFlag
-from pipeline.tokens import TokenizedPair
+from pipeline.base.errors import ConfigError
+from pipeline.base.signals import StopFlag
+from pipeline.config.reader import load_config
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.tokens import TokenizedPair
+from pipeline.models.files import policy_settings
+from pipeline.scoring import forward, memory
+from pipeline.scoring.forward import prepare, score
+from pipeline.scoring.packing import Batch
+from pipeline.scoring.selfcheck import check_scoring
+from pipeline.store.format import ScoredPair
+from pipeline.store.store import create_store, finish_store, write_part
 from stages import precompute
+from stages.check.estimate import MEMORY_BAND, Lengths, estimate, shapes_of
+from stages.check.hardware import Hardware
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +128,7 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
         "import datasets, torch, transformers, trl; from trl import DPOTrainer",
         _TRL.format(data=str(data), model=str(model), output=str(tmp_path / "trl"), train=train),
     )
-    sizes = {"weights": weights, "stage one": scoring, "stage two": training, "TRL": trl}
+    sizes = {"weights": weights, "stage one": forward, "stage two": training, "TRL": trl}
     print({name: f"{size / MIB:.0f} MiB" for name, size in sizes.items()})
     # One copy of the weights and one of their gradients, and no third: the reference's.
     assert training < 2.6 * weights
@@ -140,14 +142,14 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
         reference_dtype="float32",
     )
     assert estimated.train is not None
-    for measured, stage in ((scoring, estimated.precompute), (training, estimated.train)):
+    for measured, stage in ((forward, estimated.precompute), (training, estimated.train)):
         # What was there after the imports is not in what is measured.
         about = stage.total_memory - stage.memory["Python and torch"]
         low, high = (share * about for share in MEMORY_BAND)
         print(f"estimated {low / MIB:.0f} to {high / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
         assert low < measured < high
     assert trl - training > 0.8 * weights
-    assert scoring < 1.8 * weights
+    assert forward < 1.8 * weights
 
 
 def test_stage_one_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -> None:
@@ -301,7 +303,7 @@ def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseExcept
             raise error
         return score(model, batch, **keywords)
 
-    monkeypatch.setattr(scoring, "score", limited)
+    monkeypatch.setattr(forward, "score", limited)
     return tried
 
 

@@ -15,7 +15,9 @@ import torch
 import transformers
 from conftest import make_model, make_tokenizer
 
-from pipeline.config import (
+from pipeline.base.digests import sha256_of_file
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.config.schema import (
     Config,
     DataConfig,
     Ia3Settings,
@@ -25,25 +27,21 @@ from pipeline.config import (
     Quantization,
     ReferenceConfig,
 )
-from pipeline.digests import sha256_of_file
-from pipeline.errors import ConfigError, DataError
-from pipeline.models import (
+from pipeline.data.tokens import TokenizedPair
+from pipeline.models.files import (
     NamedModel,
-    disable_dropout,
     find_adapter,
     find_model,
     in_one_process,
-    load_policy,
-    load_reference,
     load_tokenizer,
-    pick_device,
     reference_quantization,
     reference_sources,
     reference_weights,
 )
-from pipeline.packing import pad_pairs
-from pipeline.scoring import check_scoring, input_device, prepare, score, score_pairs
-from pipeline.tokens import TokenizedPair
+from pipeline.models.loading import disable_dropout, load_policy, load_reference, pick_device
+from pipeline.scoring.forward import input_device, prepare, score, score_pairs
+from pipeline.scoring.packing import pad_pairs
+from pipeline.scoring.selfcheck import check_scoring
 
 BATCH = pad_pairs([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
 

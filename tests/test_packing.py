@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.packing import Batch, pack_pairs, pad_pairs, plan_batches
-from pipeline.tokens import TokenizedPair
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.packing import Batch, pack_pairs, pad_pairs, plan_batches
 
 _ids = st.lists(st.integers(0, 99), min_size=1, max_size=20)
 _pairs = st.lists(

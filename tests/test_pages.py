@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import pytest
 from markupsafe import Markup, escape
 
-from pipeline.errors import ConfigError, StorageError
-from pipeline.pages import Section, chart, check_charts, facts, page, table, write_page
+from pipeline.base.errors import ConfigError, StorageError
+from pipeline.report.pages import Section, chart, check_charts, facts, page, table, write_page
 
 EVIL = "<script>alert('x')</script>\"&\x1b[31m"
 

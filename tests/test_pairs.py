@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import BadRow
-from pipeline.pairs import Pair, is_conversational, split_shared_prompt, to_pair
+from pipeline.base.errors import BadRow
+from pipeline.data.pairs import Pair, is_conversational, split_shared_prompt, to_pair
 
 
 def user(content: Any) -> dict[str, Any]:

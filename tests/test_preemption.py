@@ -19,12 +19,12 @@ from faults.tally import tally
 from faults.watched import Watched, start_ranks
 from test_store_faults import remount, tmpfs
 
-import stages.train
-from pipeline.checkpoints import MARKER, _problem, checkpoint_folders, commit_checkpoint, newest_step
-from pipeline.config import load_config
-from pipeline.errors import UnfinishedError
-from pipeline.signals import StopFlag
-from pipeline.versions import library_versions
+from pipeline.base.errors import UnfinishedError
+from pipeline.base.signals import StopFlag
+from pipeline.base.versions import library_versions
+from pipeline.config.reader import load_config
+from pipeline.run.checkpoints import MARKER, _problem, checkpoint_folders, commit_checkpoint, newest_step
+from stages import train as stages_train
 
 pytestmark = pytest.mark.slow
 
@@ -124,9 +124,9 @@ class AskedAfter(StopFlag):
 def _stop_at(scenario: Scenario, output: Path, looks: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Train in this process up to a look; says whether the run was finished before that."""
     config = load_config(scenario.folder / "run.yaml", [f"train.output_dir={output}"])
-    monkeypatch.setattr(stages.train, "watch_signals", lambda stop_at: AskedAfter(looks))
+    monkeypatch.setattr(stages_train, "watch_signals", lambda stop_at: AskedAfter(looks))
     try:
-        stages.train.run(config)
+        stages_train.run(config)
     except UnfinishedError as error:
         assert "Run the same command again" in str(error) or "run the same command again" in str(error)
         return False

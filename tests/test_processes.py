@@ -22,17 +22,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import pipeline.gate
-import pipeline.processes
-import pipeline.trainer
-import stages.train
-from pipeline.checkpoints import MARKER, checkpoint_folders
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, DataError, RefshardError
-from pipeline.gate import Gaps
-from pipeline.processes import of_main_process
-from pipeline.sharded import load_optimizer
-from pipeline.trainer import processes_of, training_arguments
+from pipeline.base.errors import ConfigError, DataError, RefshardError
+from pipeline.config.reader import load_config
+from pipeline.run.checkpoints import MARKER, checkpoint_folders, processes_of
+from pipeline.training import arguments, gate, trainer
+from pipeline.training import processes as training_processes
+from pipeline.training.arguments import training_arguments
+from pipeline.training.fsdp import load_optimizer
+from pipeline.training.gate import Gaps
+from pipeline.training.processes import of_main_process
+from stages import train
 
 pytestmark = pytest.mark.slow
 
@@ -376,8 +375,8 @@ def _arguments(**changes: Any) -> Any:
 def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: str) -> None:
     adapted: Any = SimpleNamespace(policy=SimpleNamespace(has_adapter=True))
     with pytest.raises(ConfigError, match=message):
-        pipeline.trainer._check_fsdp(_arguments(**changes), adapted)
-    pipeline.trainer._check_fsdp(_arguments(), adapted)
+        arguments._check_fsdp(_arguments(**changes), adapted)
+    arguments._check_fsdp(_arguments(), adapted)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +401,7 @@ def test_fsdp_is_switched_by_yes_and_no(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, word: str, fsdp: bool | None
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline.trainer, "_check_fsdp", lambda made, config: seen.append(made.fsdp))
+    monkeypatch.setattr(trainer, "_check_fsdp", lambda made, config: seen.append(made.fsdp))
     training_arguments(load_config(make_run(), [f"train.fsdp={word}"]))
     assert seen == [fsdp]
 
@@ -412,10 +411,10 @@ def test_zero_3_that_would_save_no_policy_is_refused() -> None:
         settings = SimpleNamespace(is_zero3=lambda: True, is_true=lambda key, on=on: on)
         made: Any = SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=settings)
         if on:
-            pipeline.trainer._check_deepspeed(made)
+            arguments._check_deepspeed(made)
         else:
             with pytest.raises(ConfigError, match="stage3_gather_16bit_weights_on_model_save: true"):
-                pipeline.trainer._check_deepspeed(made)
+                arguments._check_deepspeed(made)
 
 
 # Shares of the optimizer's state
@@ -510,15 +509,13 @@ def test_every_process_decides_by_the_main_ones_gaps(
 ) -> None:
     config = make_run()
     refshard("precompute", "--config", config)
-    monkeypatch.setattr(
-        pipeline.gate, "of_main_process", lambda gaps: Gaps([values + 1 for values in gaps.values], gaps.parts)
-    )
+    monkeypatch.setattr(gate, "of_main_process", lambda gaps: Gaps([values + 1 for values in gaps.values], gaps.parts))
     with pytest.raises(RefshardError, match="is not the reference"):
-        stages.train.run(load_config(config))
+        train.run(load_config(config))
 
 
 def test_the_main_processes_value_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_main_process("mine") == "mine"
-    monkeypatch.setattr(pipeline.processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(pipeline.processes, "broadcast_object_list", lambda values: ["the main one's"])
+    monkeypatch.setattr(training_processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(training_processes, "broadcast_object_list", lambda values: ["the main one's"])
     assert of_main_process("mine") == "the main one's"

@@ -9,8 +9,8 @@ from typing import Any
 import click
 import pytest
 
-import pipeline.progress as module
-from pipeline.progress import JsonLines, Progress, emit, say, start_json, without_nan
+from pipeline.base import progress as module
+from pipeline.base.progress import JsonLines, Progress, emit, say, start_json, without_nan
 
 GIB = 2**30
 

@@ -7,20 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.ranking import (
+from pipeline.base.statistics import correlation, grid, histogram, percentiles, share_positive
+from pipeline.store.ranking import (
     PairColumns,
-    correlation,
     first_of_each,
-    grid,
-    histogram,
     likely_swapped,
     longer_sides,
     margins,
     margins_per_token,
     part_means,
-    percentiles,
     same_on_both_sides,
-    share_positive,
     worst,
 )
 

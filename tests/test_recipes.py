@@ -18,11 +18,12 @@ from click.testing import CliRunner
 from conftest import HH, make_model, make_tokenizer, refshard
 from recipe_figures import RECIPES, Recipe
 
-from pipeline.config import OWN_TRAIN_FIELDS, load_config, training_settings
-from pipeline.errors import ConfigError
-from pipeline.estimate import MEMORY_BAND, UTILISATION, shapes_of
-from pipeline.pairs import Pair, to_pair
-from pipeline.sources import open_source, read_rows
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
+from pipeline.data.pairs import Pair, to_pair
+from pipeline.data.sources import open_source, read_rows
+from stages.check.estimate import MEMORY_BAND, UTILISATION, shapes_of
 from stages.cli import main
 
 FILES = sorted(RECIPES.glob("*.yaml"))

@@ -18,7 +18,7 @@ import transformers
 from conftest import refshard, simple_rows, write_jsonl
 from processes import ROOT, Command
 
-from pipeline.records import MARGIN_COLUMNS
+from pipeline.run.records import MARGIN_COLUMNS
 
 pytestmark = pytest.mark.slow
 

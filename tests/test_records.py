@@ -8,9 +8,9 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.attempts import Attempt, claim_run
-from pipeline.folders import open_folder
-from pipeline.records import (
+from pipeline.base.folders import open_folder
+from pipeline.run.attempts import Attempt, claim_run
+from pipeline.run.records import (
     GENERATIONS,
     INPUTS,
     LOG,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import make_model, refshard, simple_rows, write_jsonl
 
-from pipeline.shards import open_store, read_parts
+from pipeline.store.store import open_store, read_parts
 
 
 def rows_by_key(folder: Path) -> dict[bytes, dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import reviews
+from stages.demo import reviews
 
 GRIPES = (
     "We saw it on Monday at the old cinema. The acting was superb. Its plot felt not boring. "

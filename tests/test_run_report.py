@@ -13,14 +13,14 @@ from browser import CHROMIUM, Browser
 from conftest import refshard, simple_rows, write_config, write_jsonl
 from test_runs import write_log, write_settings
 
-import stages.report
-import stages.sweep
-from pipeline.charts import histogram_chart, running_mean, thin
-from pipeline.comparison import differing_settings, show_runs
-from pipeline.ranking import histogram
-from pipeline.records import write_margins
-from pipeline.report import report_page
-from pipeline.runs import read_run
+from pipeline.base.statistics import histogram
+from pipeline.report.charts import histogram_chart, running_mean, thin
+from pipeline.report.comparison import differing_settings, show_runs
+from pipeline.report.run_page import report_page
+from pipeline.run.reading import read_run
+from pipeline.run.records import write_margins
+from stages import report
+from stages.sweep import command
 
 REPLY = {"text": "a reply", "num_tokens": 3, "ref_logps": -9.0, "policy_logps": -8.0, "reward": None}
 
@@ -386,10 +386,10 @@ def test_a_reference_that_moved_is_named_by_its_step_and_pairs_of_no_window_are_
 
 def test_the_charts_library_is_spoken_of_only_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_log(tmp_path, [{"kind": "start", "step": 0}])
-    stages.report.run([tmp_path])
+    report.run([tmp_path])
     assert "(it opens without a network)" in capsys.readouterr().out
     write_log(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
-    stages.report.run([tmp_path])
+    report.run([tmp_path])
     assert "MB, most of it the charts' library; it opens without a network)" in capsys.readouterr().out
 
 
@@ -447,7 +447,7 @@ def test_rows_of_a_sweep_have_one_header_and_its_page_is_not_that_of_a_run(
     write_log(tmp_path / "a", [{"step": 1, "loss": 0.5}, {"step": 1, "eval_test_loss": 0.25}])
     write_log(tmp_path / "b", [{"step": 1, "loss": 0.75}])
     runs = [read_run(tmp_path / name) for name in ("a", "b")]
-    stages.sweep._compare(runs, tmp_path, drawn=True)
+    command._compare(runs, tmp_path, drawn=True)
     table = [line.split() for line in capsys.readouterr().out.splitlines()[1:4]]
     assert table == [["run", "steps", "pairs", "of", "loss"], ["a", "1", "test", "0.25"], ["b", "1", "train", "0.75"]]
     assert [file.name for file in tmp_path.glob("*.html")] == ["sweep.html"]
@@ -476,5 +476,5 @@ def test_a_sweep_takes_the_replies_that_it_asks_for_and_no_others(
     """Of a set of two prompts, so that fewer are there than are asked for."""
     write_log(tmp_path, [{"step": 4, "loss": 1.0}])
     write_generations(tmp_path, [({}, {}), ({}, {})], **{**ASKED, **changes})
-    replies = stages.sweep.Replies(num_prompts=8, max_tokens=64, reward_model=None)
-    assert stages.sweep._has_replies(read_run(tmp_path), replies, "test", 4) is taken
+    replies = command.Replies(num_prompts=8, max_tokens=64, reward_model=None)
+    assert command._has_replies(read_run(tmp_path), replies, "test", 4) is taken

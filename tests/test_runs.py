@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import write_config
 
-from pipeline.errors import ConfigError
-from pipeline.records import write_margins
-from pipeline.runs import read_run
+from pipeline.base.errors import ConfigError
+from pipeline.run.reading import read_run
+from pipeline.run.records import write_margins
 
 
 def write_log(folder: Path, lines: list[dict[str, Any] | str]) -> Path:

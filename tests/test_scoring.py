@@ -13,11 +13,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import attention, scoring
-from pipeline.errors import ConfigError
-from pipeline.packing import Batch, Layout, pack_pairs, pad_pairs
-from pipeline.scoring import Scores, check_scoring, prepare, score, sum_logps, weighted_sums
-from pipeline.tokens import TokenizedPair
+from pipeline.base.errors import ConfigError
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring import attention
+from pipeline.scoring import forward as scoring_forward
+from pipeline.scoring.forward import Scores, prepare, score, sum_logps, weighted_sums
+from pipeline.scoring.packing import Batch, Layout, pack_pairs, pad_pairs
+from pipeline.scoring.selfcheck import check_scoring
 
 VOCABULARY = 97
 
@@ -651,11 +653,13 @@ def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkey
 
     def read(hidden: torch.Tensor, targets: torch.Tensor, head: Any, **keywords: Any) -> Any:
         seen.append({hidden.device.type, targets.device.type, head.weight.device.type})
-        return torch.zeros(len(targets)) if not keywords else scoring.TokenStatistics(torch.zeros(len(targets)))
+        return torch.zeros(len(targets)) if not keywords else scoring_forward.TokenStatistics(torch.zeros(len(targets)))
 
-    monkeypatch.setattr(scoring, "token_logps", read)
-    monkeypatch.setattr(scoring, "token_statistics", read)
+    monkeypatch.setattr(scoring_forward, "token_logps", read)
+    monkeypatch.setattr(scoring_forward, "token_statistics", read)
     for statistics in (False, True):
-        found = scoring._read_off(causal, torch.zeros(2, 8), torch.tensor([7, 8]), statistics=statistics, squares=False)
+        found = scoring_forward._read_off(
+            causal, torch.zeros(2, 8), torch.tensor([7, 8]), statistics=statistics, squares=False
+        )
         assert found["logps"] is not None and found["logps"].device.type == "cpu"
     assert seen == [{"meta"}, {"meta"}]

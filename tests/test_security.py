@@ -25,15 +25,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pipeline import pairs, tokens
-from pipeline.card import model_card
-from pipeline.checkpoints import MARKER, commit_checkpoint
-from pipeline.config import Config, DataConfig, load_config
-from pipeline.errors import BadRow, ConfigError, RefshardError, one_line
-from pipeline.fingerprint import identity_of_run
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.models import load_policy, load_reference, load_tokenizer, policy_settings
-from pipeline.sources import open_source, read_rows
+from pipeline.base.errors import BadRow, ConfigError, RefshardError, one_line
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config, DataConfig
+from pipeline.data import pairs, tokens
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import load_tokenizer, policy_settings
+from pipeline.models.identity import identity_of_run
+from pipeline.models.loading import load_policy, load_reference
+from pipeline.run.card import model_card
+from pipeline.run.checkpoints import MARKER, commit_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

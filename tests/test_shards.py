@@ -20,25 +20,21 @@ from conftest import forge_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import DataError, IdentityError, RefshardError, StorageError, UnfinishedError
-from pipeline.folders import LocalFolder
-from pipeline.intake import Ledger
-from pipeline.shards import (
-    NoiseFloor,
-    ScoredPair,
+from pipeline.base.errors import DataError, IdentityError, RefshardError, StorageError, UnfinishedError
+from pipeline.base.folders import LocalFolder
+from pipeline.data.intake import Ledger
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import ScoredPair, SummedPair, part_name, schema, sealed
+from pipeline.store.store import (
     Store,
-    SummedPair,
-    _sealed,
     create_store,
     delete_store,
     finish_store,
     is_finished,
     open_store,
     part_exists,
-    part_name,
     read_part,
     read_parts,
-    schema,
     write_part,
 )
 
@@ -126,7 +122,7 @@ def rewrite_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads(file.read_text())
     change(content)
     content.pop("sha256", None)
-    file.write_bytes(_sealed(content))
+    file.write_bytes(sealed(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -19,10 +19,11 @@ from conftest import simple_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import DataConfig, EvalSetConfig
-from pipeline.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
-from pipeline.pairs import to_pair
-from pipeline.sources import Row, Source, count_rows, describe, find_set, open_set, open_source, read_rows
+from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
+from pipeline.config.schema import DataConfig, EvalSetConfig
+from pipeline.data.pairs import to_pair
+from pipeline.data.rows import Row, Source
+from pipeline.data.sources import count_rows, describe, find_set, open_set, open_source, read_rows
 
 # Everything that a cell of a CSV file or a line of JSON could stumble over.
 ROWS = [

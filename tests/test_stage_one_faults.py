@@ -24,8 +24,8 @@ from processes import Command
 from test_crashes import contents
 from test_store_faults import remount, tmpfs
 
-from pipeline.folders import open_folder
-from pipeline.shards import open_store, read_parts
+from pipeline.base.folders import open_folder
+from pipeline.store.store import open_store, read_parts
 
 pytestmark = pytest.mark.slow
 

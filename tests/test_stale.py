@@ -19,10 +19,10 @@ from faults.tally import tally
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from pipeline.config import load_config
-from pipeline.errors import RefshardError
-from pipeline.models import load_tokenizer
-from pipeline.signals import StopFlag
+from pipeline.base.errors import RefshardError
+from pipeline.base.signals import StopFlag
+from pipeline.config.reader import load_config
+from pipeline.models.files import load_tokenizer
 from stages import precompute, train
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import storage
-from pipeline.errors import DataError, StorageError
-from pipeline.storage import make_folder, put_if_absent, read_json, replace_file
+from pipeline.base import files
+from pipeline.base.errors import DataError, StorageError
+from pipeline.base.files import make_folder, put_if_absent, read_json, replace_file
 
 Write = Callable[[Path, bytes], Any]
 
@@ -53,7 +53,7 @@ def test_the_second_writer_loses_and_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_new_folder_is_synced_into_those_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr(storage, "_sync", synced.append)
+    monkeypatch.setattr(files, "_sync", synced.append)
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     assert sorted(synced) == [tmp_path, tmp_path / "a"]

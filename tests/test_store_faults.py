@@ -23,24 +23,22 @@ import pytest
 from faults.tally import tally
 from test_crashes import IDENTITY, PLAN, UNITS, contents, write_store
 
-from pipeline import folders
-from pipeline.errors import DataError, IdentityError, RefshardError, StorageError
-from pipeline.folders import LocalFolder, ObjectFolder
-from pipeline.intake import Ledger
-from pipeline.shards import (
-    ScoredPair,
-    check_part,
+from pipeline.base import folders
+from pipeline.base.errors import DataError, IdentityError, RefshardError, StorageError
+from pipeline.base.folders import LocalFolder, ObjectFolder
+from pipeline.data.intake import Ledger
+from pipeline.store.format import ScoredPair, check_part, part_name
+from pipeline.store.store import (
     create_store,
     finish_store,
     open_store,
-    part_name,
     read_content,
     read_manifest,
     read_part,
     read_parts,
     write_part,
 )
-from pipeline.verify import delete_leftovers, verify_store
+from pipeline.store.verify import delete_leftovers, verify_store
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from job_controller import Cluster, RefusedError, jsonpath
 from kubernetes_lint import complaints
 from processes import Command
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.jobs import name_of_run
-from stages import submit_kubernetes
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from stages.submit import kubernetes as submit_kubernetes
+from stages.submit.files import name_of_run
 
 IMAGE = "registry.example:5000/refshard:1.0"
 VERSIONS = ("1.29", "1.37")

@@ -18,7 +18,8 @@ from conftest import refshard, simple_rows
 from faults.tally import tally
 from slurm_cluster import WHY_NOT, Slurm, slurm_cluster
 
-from pipeline.config import ClusterConfig, load_config
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.reader import load_config
 
 slow = pytest.mark.slow
 needs_slurm = pytest.mark.skipif(bool(WHY_NOT), reason=f"no Slurm here: {WHY_NOT} missing (Debian: slurm-wlm, munge)")

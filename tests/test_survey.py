@@ -9,11 +9,11 @@ from conftest import make_tokenizer, simple_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import DataConfig
-from pipeline.intake import KeptPair, Ledger, kept_pairs
-from pipeline.packing import pack_pairs, pad_pairs
-from pipeline.sources import Row
-from pipeline.survey import PERCENTILES, REASONS, Survey, percentiles
+from pipeline.config.schema import DataConfig
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.rows import Row
+from pipeline.data.survey import PERCENTILES, REASONS, Survey, percentiles
+from pipeline.scoring.packing import pack_pairs, pad_pairs
 
 PLAIN = make_tokenizer()
 WITH_BOS = make_tokenizer(bos=True)

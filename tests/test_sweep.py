@@ -10,9 +10,10 @@ import transformers
 from conftest import make_model, refshard, simple_rows
 from test_laws import digests
 
-import pipeline.models
-import stages.train
-from pipeline.config import LossName, load_config
+from pipeline.config.reader import load_config
+from pipeline.config.schema import LossName
+from pipeline.models import loading
+from stages import train
 
 pytestmark = pytest.mark.slow
 
@@ -61,12 +62,12 @@ def test_a_sweep_leaves_the_shards_as_they_are_and_loads_no_reference(
         raise AssertionError("stage two loads no reference")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counting)
-    monkeypatch.setattr(pipeline.models, "load_reference", refusing)
-    monkeypatch.setattr(pipeline.models, "load_plain", refusing)
+    monkeypatch.setattr(loading, "load_reference", refusing)
+    monkeypatch.setattr(loading, "load_plain", refusing)
     trajectories: dict[str, tuple[float, ...]] = {}
     for number, (name, overrides) in enumerate(SWEEP.items()):
         output = tmp_path / str(number)
-        stages.train.run(load_config(config, [*overrides, f"train.output_dir={output}"]))
+        train.run(load_config(config, [*overrides, f"train.output_dir={output}"]))
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         trajectories[name] = tuple(entry["loss"] for entry in history if "loss" in entry)
         assert len(set(trajectories[name])) == 3, name

@@ -14,8 +14,8 @@ from conftest import refshard, simple_rows, write_jsonl
 from processes import Command
 from test_laws import digests
 
-from pipeline.errors import ConfigError
-from stages import sweep
+from pipeline.base.errors import ConfigError
+from stages.sweep import command
 
 pytestmark = pytest.mark.slow
 
@@ -118,9 +118,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
 def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
     make_run: MakeRun, tmp_path: Path, over: str, said: str
 ) -> None:
-    replies = sweep.Replies(num_prompts=0, max_tokens=1, reward_model=None)
+    replies = command.Replies(num_prompts=0, max_tokens=1, reward_model=None)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        sweep.run(make_run(), [], [over], replies=replies)
+        command.run(make_run(), [], [over], replies=replies)
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "policy").exists()
 

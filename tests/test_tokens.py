@@ -12,9 +12,9 @@ from conftest import make_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import BadRow, ConfigError
-from pipeline.pairs import Pair
-from pipeline.tokens import TokenizedPair, pair_key, tokenize, truncate
+from pipeline.base.errors import BadRow, ConfigError
+from pipeline.data.pairs import Pair
+from pipeline.data.tokens import TokenizedPair, pair_key, tokenize, truncate
 
 IDS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**31 - 1)), min_size=1, max_size=6)
 PAIRS = st.builds(TokenizedPair, prompt_ids=IDS, chosen_ids=IDS, rejected_ids=IDS, merged=st.booleans())

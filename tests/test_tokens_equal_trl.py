@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-from pipeline.config import DataConfig
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.pairs import to_pair
-from pipeline.sources import Row, open_source, read_rows
-from pipeline.tokens import TokenizedPair, tokenize
+from pipeline.config.schema import DataConfig
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.pairs import to_pair
+from pipeline.data.rows import Row
+from pipeline.data.sources import open_source, read_rows
+from pipeline.data.tokens import TokenizedPair, tokenize
 
 Ids = tuple[list[int], list[int], list[int]]
 

@@ -16,15 +16,19 @@ import transformers
 import trl
 from conftest import HH, make_model, make_tokenizer, refshard, write_config, write_jsonl
 
-from pipeline.config import LossConfig, load_config
-from pipeline.intake import Ledger, kept_pairs
-from pipeline.join import join, load_reference_table
-from pipeline.models import load_policy
-from pipeline.pairs import to_pair
-from pipeline.scoring import check_scoring, prepare
-from pipeline.shards import open_store, read_parts
-from pipeline.sources import open_source, read_rows
-from pipeline.trainer import PairTrainer, make_collator
+from pipeline.config.reader import load_config
+from pipeline.config.schema import LossConfig
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.pairs import to_pair
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.loading import load_policy
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring
+from pipeline.store.join import join
+from pipeline.store.reference_table import load_reference_table
+from pipeline.store.store import open_store, read_parts
+from pipeline.training.batches import make_collator
+from pipeline.training.trainer import PairTrainer
 
 pytestmark = [
     pytest.mark.slow,

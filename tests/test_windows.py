@@ -15,13 +15,13 @@ import transformers
 import trl
 from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl
 
-from pipeline.config import load_config
-from pipeline.mixing import mix
-from pipeline.models import load_policy
-from pipeline.order import order_of_run
-from pipeline.shards import open_store
-from pipeline.trainer import training_arguments
-from pipeline.windows import make_window
+from pipeline.config.reader import load_config
+from pipeline.models.loading import load_policy
+from pipeline.store.store import open_store
+from pipeline.training.arguments import training_arguments
+from pipeline.training.mixing import mix
+from pipeline.training.steps import order_of_run
+from pipeline.training.windows import make_window
 
 pytestmark = pytest.mark.slow
 

@@ -28,10 +28,12 @@ import numpy.typing as npt
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.intake import KeptPair, Ledger  # noqa: E402
-from pipeline.join import INDEX_ROW, TokenLogps, build_reference_table, join, load_reference_table  # noqa: E402
-from pipeline.shards import ScoredPair, create_store, finish_store, open_store, write_part  # noqa: E402
-from pipeline.tokens import TokenizedPair  # noqa: E402
+from pipeline.data.intake import KeptPair, Ledger  # noqa: E402
+from pipeline.data.tokens import TokenizedPair  # noqa: E402
+from pipeline.store.format import ScoredPair
+from pipeline.store.join import join  # noqa: E402
+from pipeline.store.reference_table import INDEX_ROW, TokenLogps, build_reference_table, load_reference_table
+from pipeline.store.store import create_store, finish_store, open_store, write_part  # noqa: E402
 
 PIECE, CHUNK, TOKENS_A_PAIR = 16_384, 1024, 4
 MOST_LOOKED_UP = 4_000_000
@@ -171,7 +173,7 @@ def measure_files(folder: Path) -> tuple[dict[str, float], dict[int, dict[str, f
 def _measure_batches(file: Path, token_logps: TokenLogps) -> dict[int, dict[str, float]]:
     import datasets
 
-    from pipeline.trainer import make_collator
+    from pipeline.training.batches import make_collator
 
     whole = datasets.Dataset.from_file(str(file))
     references = [name for name in whole.column_names if name.startswith("ref_") or name == "token_start"]

@@ -12,10 +12,12 @@ from model import build_model
 from outcome import Outcome, StepClock, add_adapter, step_arguments
 from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
 
-from pipeline.config import LossConfig
-from pipeline.scoring import check_scoring, prepare, score_pairs
-from pipeline.tokens import TokenizedPair
-from pipeline.trainer import PairTrainer, make_collator
+from pipeline.config.schema import LossConfig
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.forward import prepare, score_pairs
+from pipeline.scoring.selfcheck import check_scoring
+from pipeline.training.batches import make_collator
+from pipeline.training.trainer import PairTrainer
 
 
 def score_all(

@@ -26,8 +26,8 @@ from conftest import make_model, make_tokenizer, simple_rows, write_config, writ
 from object_store import BUCKET, CREDENTIALS, environment, s3_server
 from processes import Command
 
-from pipeline.folders import LEFTOVERS, Folder, open_folder
-from pipeline.verify import verify_store
+from pipeline.base.folders import LEFTOVERS, Folder, open_folder
+from pipeline.store.verify import verify_store
 
 _ROWS, _UNIT = 60, 5
 

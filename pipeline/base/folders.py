@@ -1,0 +1,260 @@
+"""A folder of small whole files, here or in an object store (`s3://`, `gs://`, ...): put if absent, read, list.
+
+Both kinds promise the same: who reads a name sees a whole file or none, the first writer of a name wins, and a file
+never changes under its name. Here a hard link commits (`storage`); in an object store one conditional PUT of the
+finished bytes does, without a temporary name and without a rename.
+"""
+
+import functools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.base import files
+from pipeline.base.errors import ConfigError, StorageError, first_line
+
+__all__ = ["LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_folder"]
+
+LEFTOVERS = (".tmp-", ".probe-")
+"""How the names begin that a killed process may leave behind; nobody reads them"""
+
+
+_AN_ERROR = object()
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on this machine, or one that is mounted here."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def child(self, name: str) -> "LocalFolder":
+        return LocalFolder(self.path / name)
+
+    def place(self, name: str) -> str:
+        """Name one of its files for people."""
+        return str(self.path / name)
+
+    def make(self) -> None:
+        """Make the folder, unless it is there. Raises StorageError."""
+        try:
+            files.make_folder(self.path)
+        except OSError as error:
+            raise StorageError(f"{self}: can't be made ({error.strerror}); choose another folder") from error
+
+    def names(self) -> list[str]:
+        """Files and folders in it, sorted; none where there is no such folder. Raises StorageError."""
+        try:
+            return sorted(entry.name for entry in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise files.storage_error(self.path, error) from error
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none. Raises StorageError."""
+        try:
+            return (self.path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise files.storage_error(self.path / name, error) from error
+
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds of the file server's clock; None where there is none."""
+        try:
+            return (self.path / name).stat().st_mtime
+        except OSError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """The whole of a file. Raises FileNotFoundError where there is none, StorageError where it can't be read."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise files.storage_error(self.path / name, error) from error
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """Write a new file, durably and as a whole. False if the name is taken. Raises StorageError."""
+        return files.put_if_absent(self.path / name, content)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a file whose name may be taken. Raises StorageError."""
+        files.replace_file(self.path / name, content)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, unless it is gone already. Raises StorageError."""
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path / name}: can't be deleted ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class ObjectFolder:
+    """A prefix of names in an object store. It holds no connection, so that it pickles and survives a fork."""
+
+    url: str
+    """Like s3://bucket/runs/shards, without a slash at its end"""
+
+    def __str__(self) -> str:
+        return self.url
+
+    def child(self, name: str) -> "ObjectFolder":
+        return ObjectFolder(f"{self.url}/{name}")
+
+    def place(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def make(self) -> None:
+        """Object stores have no folders to make; but this one must know how to put if absent.
+
+        Raises:
+            StorageError: It does not, or it can't be reached or written.
+        """
+        if not _puts_if_absent(self.url):
+            raise StorageError(
+                f"{self}: this object store ignores the condition of a put (If-None-Match), so two workers could "
+                "replace each other's shards; use a store that knows conditional writes, or a folder on a disk"
+            )
+
+    def names(self) -> list[str]:
+        found = self._ask("", _list, missing=[])
+        # Consoles put an empty object for the folder itself, which is no file of it.
+        return sorted(name for name in found if name)
+
+    def size(self, name: str) -> int | None:
+        info = self._ask(name, lambda fs, path: fs.info(path), missing={})
+        return None if info.get("type") != "file" else int(info["size"])
+
+    def modified(self, name: str) -> float | None:
+        written = self._ask(name, lambda fs, path: fs.modified(path), missing=None)
+        return None if written is None else float(written.timestamp())
+
+    def read(self, name: str) -> bytes:
+        content = self._ask(name, lambda fs, path: fs.cat_file(path), missing=None)
+        if content is None:
+            raise FileNotFoundError(self.place(name))
+        return bytes(content)
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """Put the finished bytes in one request that fails if the name is taken. False if it is, with other bytes.
+
+        A request whose answer was lost may have been carried out, and is repeated by the client's own retries. So
+        what is there now decides: our own bytes are ours, whichever of the requests brought them.
+
+        Raises:
+            StorageError: The store failed, and nothing is there. Nothing is ever deleted on a guess.
+        """
+        self.make()
+        try:
+            self._ask(name, lambda fs, path: _put(fs, path, content, mode="create"))
+        except FileExistsError:
+            return self.read(name) == content
+        except StorageError:
+            try:
+                found = self.read(name)
+            except (FileNotFoundError, StorageError):
+                found = None
+            if found is None:
+                raise
+            return found == content
+        if self.size(name) != len(content):
+            raise StorageError(f"{self.place(name)}: put, but not there in its size; run the same command again")
+        return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        self._ask(name, lambda fs, path: _put(fs, path, content, mode="overwrite"))
+
+    def delete(self, name: str) -> None:
+        self._ask(name, lambda fs, path: fs.rm_file(path), missing=None)
+
+    def _ask(self, name: str, request: Callable[[Any, str], Any], *, missing: Any = _AN_ERROR) -> Any:
+        """Send a request. A name that is not there gives `missing`."""
+        fs, path = _connect(self.url)
+        try:
+            return request(fs, f"{path}/{name}" if name else path)
+        except FileExistsError:
+            raise
+        except FileNotFoundError as error:
+            if missing is not _AN_ERROR:
+                return missing
+            raise StorageError(f"{self.place(name)}: no such bucket or folder ({first_line(error)})") from error
+        # The clients have errors of their own, which are no OSErrors.
+        except Exception as error:
+            raise StorageError(
+                f"{self.place(name)}: the object store failed ({type(error).__name__}: {first_line(error)}); check "
+                "address and credentials, then run the same command again"
+            ) from error
+
+
+Folder = LocalFolder | ObjectFolder
+
+
+Where = str | Path | LocalFolder | ObjectFolder
+"""How a folder may be named"""
+
+
+def open_folder(where: Where) -> Folder:
+    """Give the folder of a path or URL; neither looks for it nor makes it.
+
+    Raises:
+        ConfigError: A URL of a kind that no installed package serves.
+    """
+    if isinstance(where, LocalFolder | ObjectFolder):
+        return where
+    if isinstance(where, Path) or "://" not in where:
+        return LocalFolder(Path(where))
+    if where.startswith("file://"):
+        return LocalFolder(Path(where.removeprefix("file://")))
+    folder = ObjectFolder(where.rstrip("/"))
+    _connect(folder.url)
+    return folder
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    """Give the file system of a URL and the path in it. Connections are kept by the library, for each process."""
+    import fsspec
+
+    try:
+        # What was listed a moment ago may have changed since.
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        kind = url.partition("://")[0]
+        hint = "pip install 'refshard[s3]'" if kind == "s3" else "install the fsspec package for it"
+        raise ConfigError(f"{url}: {kind}:// can't be opened here ({first_line(error)}); {hint}") from error
+    return fs, str(path).rstrip("/")
+
+
+def _put(fs: Any, path: str, content: bytes, mode: str) -> None:
+    # Past a chunk's size s3fs uploads in pieces; one request is one commit.
+    whole = {"chunksize": len(content) + 1} if "s3" in fs.protocol else {}
+    fs.pipe_file(path, content, mode=mode, **whole)
+
+
+def _list(fs: Any, path: str) -> list[str]:
+    return [name.removeprefix(path).strip("/") for name in fs.ls(path, detail=False)]
+
+
+@functools.lru_cache(maxsize=16)
+def _puts_if_absent(url: str) -> bool:
+    """Try it: of two conditional puts of one name the second must fail."""
+    folder = ObjectFolder(url)
+    for _ in range(3):
+        name = f"{LEFTOVERS[1]}{uuid.uuid4().hex}"
+        folder._ask(name, lambda fs, path: _put(fs, path, b"1", mode="create"))
+        try:
+            folder._ask(name, lambda fs, path: _put(fs, path, b"2", mode="create"))
+        except FileExistsError:
+            return True
+        finally:
+            folder.delete(name)
+        # Or somebody who cleans up has deleted it in between; not three times.
+    return False

@@ -1,0 +1,229 @@
+"""One line per stage: how far, how fast, how long still, how it goes. For people, for logs, or as JSON for machines.
+
+On a terminal the line is rewritten in place. Elsewhere it is written anew every half a minute, without carriage
+returns. With `--json-logs` all that a command says on stdout is one JSON object a line, each with its `kind`.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TextIO
+
+import click
+from tqdm import tqdm
+
+__all__ = [
+    "JSON_LOGS",
+    "JsonLines",
+    "Progress",
+    "emit",
+    "say",
+    "start_json",
+    "without_nan",
+    "without_other_bars",
+]
+
+JSON_LOGS = "REFSHARD_JSON_LOGS"
+"""Environment variable that does what the option does, also in the processes that a command starts"""
+
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class JsonLines(io.TextIOBase):
+    """Stands for stdout: every line of text that is printed becomes a JSON object of kind `message`."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.put({"kind": "message", "time": time.time(), "text": line})
+        return len(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Print one object, whole and at once."""
+        self._out.write(json.dumps(without_nan(record)) + "\n")
+        self._out.flush()
+
+
+def start_json() -> None:
+    """Have stdout, and that of processes to be started, say JSON from here on."""
+    os.environ[JSON_LOGS] = "1"
+    if not _says_json():
+        sys.stdout = JsonLines(sys.stdout)
+
+
+def _says_json() -> bool:
+    return isinstance(sys.stdout, JsonLines)
+
+
+def emit(kind: str, record: Mapping[str, Any]) -> None:
+    """Print a record where stdout says JSON; nothing elsewhere."""
+    if isinstance(sys.stdout, JsonLines):
+        sys.stdout.put({"kind": kind, "time": time.time(), **record})
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line for people, beside the progress line where there is one."""
+    file = sys.stderr if err else sys.stdout
+    tqdm.write(text, file=file)
+    file.flush()
+
+
+@contextlib.contextmanager
+def without_other_bars() -> Iterator[None]:
+    """Have transformers draw no bars (of weights that it loads or saves) through the progress line."""
+    import transformers.utils.logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace numbers that are not finite, which JSON does not have, by null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+
+
+class _Point(NamedTuple):
+    """What was done when."""
+
+    time: float
+    done: int
+    tokens: int
+
+
+class Progress:
+    """How far one stage is.
+
+    Args:
+        name: Of the stage, or of the set that it works on.
+        total: How many there are to be done, where that is known.
+        unit: What is counted: pairs, steps.
+        done: How many are done already, by an earlier start.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
+        self._name, self._total, self._unit = name, total, unit
+        self._start = self._latest = _Point(time.monotonic(), done, 0)
+        # Rates are counted from the end of the first piece, which also pays for threads, kernels and caches.
+        self._first: _Point | None = None
+        self._values: dict[str, float] = {}
+        # The first line comes soon, so that one sees whether it works; the others seldom.
+        self._last_line = -math.inf
+        self._last_said: int | None = None
+        self._rewrites = sys.stderr.isatty() and not _says_json() and total != done
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._start.time
+
+    @property
+    def tokens(self) -> int:
+        """Of what was done since it began."""
+        return self._latest.tokens
+
+    def advance(self, count: int, *, tokens: int, memory: int) -> None:
+        """Count what was done, and say it if it is time to.
+
+        Args:
+            count: How many more are done.
+            tokens: How many tokens these had.
+            memory: The process's peak so far, bytes.
+        """
+        self._latest = _Point(time.monotonic(), self._latest.done + count, self._latest.tokens + tokens)
+        self._first = self._first or self._latest
+        self._bar.update(count)
+        self.show({"tokens/s": self._rates()[1], "memory": memory})
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Have the line show these from now on: `loss`, `margin`, ..."""
+        self._values |= values
+        self._bar.set_postfix_str(", ".join(_shown(self._values)), refresh=False)
+        self.pulse()
+
+    def pulse(self, doing: str = "") -> None:
+        """Show that something goes on, though nothing more is done yet."""
+        if self._rewrites:
+            self._bar.set_description_str(f"{self._name} ({doing})" if doing else self._name)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._write_line(doing)
+
+    def close(self) -> None:
+        """Write the last line."""
+        self._bar.close()
+        if not self._rewrites and self._latest.done not in (self._start.done, self._last_said):
+            self._write_line("")
+
+    def _rates(self) -> tuple[float, float]:
+        """Done and tokens, each per second."""
+        first, latest = self._first, self._latest
+        since = first if first is not None and latest.done > first.done else self._start
+        seconds = max(latest.time - since.time, 1e-9)
+        return (latest.done - since.done) / seconds, (latest.tokens - since.tokens) / seconds
+
+    def _write_line(self, doing: str) -> None:
+        done, rate = self._latest.done, self._rates()[0]
+        self._last_line, self._last_said = time.monotonic(), done
+        # The first piece pays for the start, and would promise hours.
+        is_steady = self._first is not None and done > self._first.done
+        left = (self._total - done) / rate if self._total is not None and is_steady else None
+        if _says_json():
+            emit(
+                "progress",
+                {
+                    "stage": self._name,
+                    "doing": doing,
+                    "unit": self._unit,
+                    "done": done,
+                    "total": self._total,
+                    "per_second": rate,
+                    "seconds_left": left,
+                    **self._values,
+                },
+            )
+            return
+        of = f" of {self._total:,}" if self._total else ""
+        parts = [f"{done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s", *_shown(self._values)]
+        if left:
+            parts.append(f"{tqdm.format_interval(left)} left")
+        if doing:
+            parts.append(doing)
+        click.echo(f"{self._name}: {', '.join(parts)}", err=True)
+
+
+def _shown(values: Mapping[str, float]) -> list[str]:
+    shown = []
+    for name, value in values.items():
+        if name == "memory":
+            shown.append(f"{value / 2**30:.1f} GiB")
+        elif name == "tokens/s":
+            shown.append(f"{value:,.0f} tokens/s")
+        else:
+            shown.append(f"{name} {value:.4g}")
+    return shown

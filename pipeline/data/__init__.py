@@ -1,0 +1,1 @@
+"""Dataset row to pair to token ids."""

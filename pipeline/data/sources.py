@@ -1,0 +1,190 @@
+"""A preference dataset, wherever it is -> its rows in order, each with its place for messages.
+
+Local files are read as streams, a row at a time, so memory does not grow with their length. A row's content is
+decoded only when it is asked for: a worker that skips another worker's rows pays for finding them, not for
+parsing them.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.config.schema import DataConfig, EvalSetConfig
+from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet
+from pipeline.data.rows import Row, Source
+
+__all__ = [
+    "count_rows",
+    "data_files",
+    "describe",
+    "find_set",
+    "open_set",
+    "open_source",
+    "read_rows",
+]
+
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+
+
+def find_set(data: DataConfig, name: str) -> EvalSetConfig | None:
+    """Give the settings of a held-out set; None for `train`, which are those of `data` itself.
+
+    Raises:
+        ConfigError: There is no such set; the message names `--set` and those that there are.
+    """
+    if name != "train" and name not in data.eval:
+        raise ConfigError(f"--set {name}: data.eval names no such set; there are {', '.join(['train', *data.eval])}")
+    return data.eval.get(name)
+
+
+def open_set(data: DataConfig, name: str) -> Source:
+    """Find the rows of a set: `train`, or one that `data.eval` names. Raises as `find_set` and `open_source` do."""
+    return open_source(data, find_set(data, name))
+
+
+def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Source:
+    """Find the rows that `data` (or one of its held-out sets) names.
+
+    Raises:
+        ConfigError: The path names no file, the split no file of the folder, the format can't be told.
+    """
+    path, split, name = data.path, data.split, data.name
+    if eval_set is not None:
+        path, split, name = eval_set.path or path, eval_set.split or split, eval_set.name or name
+    base, start, stop = _parse_split(split)
+    kind, files = _find_files(path, base, data.format)
+    return Source(
+        path=path,
+        format=kind,
+        name=name,
+        # A revision belongs to the repository that it was given for.
+        revision=data.revision if path == data.path else None,
+        split=base,
+        start=start,
+        stop=stop,
+        files=files,
+        columns=data.columns,
+        streaming=data.streaming,
+    )
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of the source in order, from `start` to `stop`.
+
+    Raises:
+        DataError: A file is damaged as a whole: a broken gzip stream, no Parquet file; or there is no row to read.
+        StorageError: A file can't be read, the hub can't be reached.
+    """
+    number = 0
+    for row in READERS[source.format](source):
+        if source.stop is not None and row.number >= source.stop:
+            return
+        number = row.number + 1
+        if row.number >= source.start:
+            yield row
+    if number <= source.start:
+        raise DataError(f"{describe(source)}: no rows in it; check data.path and data.split")
+
+
+def count_rows(source: Source) -> int | None:
+    """Count the rows from `start` to `stop` without decoding them; None where only a full read would tell."""
+    if source.format == "jsonl":
+        total = sum(1 for _ in json_lines(source)) if not is_json_array(source) else None
+    elif source.format == "parquet":
+        total = sum(open_parquet(file).metadata.num_rows for file in source.files)
+    elif source.format == "disk":
+        total = len(load_saved(source))
+    else:
+        total = None
+    if total is None:
+        return None
+    stop = total if source.stop is None else min(source.stop, total)
+    return max(0, stop - source.start)
+
+
+def data_files(source: Source) -> tuple[Path, ...]:
+    """The local files that hold the rows; none for a hub dataset."""
+    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
+
+
+def describe(source: Source) -> str:
+    """Name the source for people: its path and, where it has any, its split and range of rows."""
+    rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start or ''}:{source.stop or ''}]"
+    return f"{source.path} ({source.split}{rows})"
+
+
+def _parse_split(split: str) -> tuple[str, int, int | None]:
+    match = re.fullmatch(r"([\w.+-]+)(?:\[([0-9]{,18}):([0-9]{,18})\])?", split)
+    if match is None:
+        raise ConfigError(f"data.split: {split!r} is no split; write train, or train[200:1000] for a range of rows")
+    base, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise ConfigError(f"data.split: {split!r} holds no rows")
+    return base, start, stop
+
+
+def _ending(path: Path) -> str | None:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes = suffixes[:-1]
+    return _ENDINGS.get(suffixes[-1]) if suffixes else None
+
+
+def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[Path, ...]]:
+    local = Path(path)
+    if format == "hub" or not path or not _exists(local):
+        looks_local = format not in (None, "hub") or _ending(local) is not None or path.startswith((".", "/", "~"))
+        if looks_local or path.count("/") > 1 or not path:
+            raise ConfigError(f"data.path: {path!r}: no such file or folder")
+        return "hub", ()
+    if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
+        return "disk", ()
+    if format == "disk":
+        raise ConfigError(f"data.path: {path}: no folder made by save_to_disk")
+    files = _files_of_split(local, split, format) if local.is_dir() else (local,)
+    kinds = {format or _ending(file) for file in files}
+    if len(kinds) > 1:
+        raise ConfigError(f"data.path: {path}: files of several formats for split {split}; set data.format")
+    kind = kinds.pop()
+    if kind is None:
+        raise ConfigError(f"data.path: {path}: can't tell its format; set data.format to jsonl, parquet or csv")
+    return kind, files
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name that is too long, a folder that may not be looked into.
+        return False
+
+
+def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path, ...]:
+    """Take `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., in the folder or in its `data/`, as the hub lays it.
+
+    Only a number may follow the split's name: `train_prefs.parquet` is a split of its own.
+    """
+    for place in (folder, folder / "data"):
+        if not place.is_dir():
+            continue
+        stems = re.compile(rf"{re.escape(split)}(?:[-_.]\d[\w-]*)?")
+        found = [
+            file
+            for file in sorted(place.iterdir())
+            if file.is_file()
+            and _ending(file) is not None
+            and format in (None, _ending(file))
+            and stems.fullmatch(re.sub(r"\.\w+(?:\.gz)?$", "", file.name, flags=re.IGNORECASE))
+        ]
+        if found:
+            return tuple(found)
+    raise ConfigError(
+        f"data.path: {folder}: no file of split {split!r} in it, like {split}.jsonl or {split}-00000.parquet"
+    )

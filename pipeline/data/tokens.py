@@ -1,0 +1,204 @@
+"""Pair -> prompt_ids, chosen_ids, rejected_ids; truncation; the pair's key.
+
+The ids are those that TRL 1.16 gives for the same row, tokenizer and chat template, but for three defects that
+are not repeated: a second EOS from a tokenizer that adds its own, a second BOS from a prompt that already starts
+with one, and pairs dropped without a word (intake.py counts them).
+"""
+
+import contextlib
+import hashlib
+import signal
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.base.errors import BadRow, ConfigError
+from pipeline.data.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "TOKENIZATION_VERSION",
+    "TokenizedPair",
+    "pair_key",
+    "renders_prompt_alike",
+    "tokenize",
+    "truncate",
+]
+
+TOKENIZATION_VERSION = 1
+"""Goes into every fingerprint; to be raised with any change here or in pairs.py that changes a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPair:
+    """Token ids of one pair. The prompt's last token predicts the first token of either completion."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    merged: bool = False
+    """Tokens merged across the prompt's end, so the completion starts a little earlier than its text."""
+
+
+def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
+    """Tokenize prompt, prompt+chosen and prompt+rejected whole; the prompt is what all three share.
+
+    Plain text ends in an EOS, where the tokenizer has one; an automatic one on top of it is dropped. In a
+    conversation the chat template alone decides what ends a turn. Truncation is not done here.
+
+    Raises:
+        BadRow: The template refuses the messages, the prompt has no token, a completion has none.
+        ConfigError: The pair is a conversation and the tokenizer has no chat template.
+    """
+    if isinstance(pair.prompt, str):
+        prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
+    else:
+        prompt, chosen, rejected = _tokenize_messages(pair, tokenizer, place)
+    length = min(_shared_length(prompt, chosen), _shared_length(prompt, rejected))
+    if length == 0:
+        raise BadRow("empty_prompt", f"{place}: the prompt has no token before the completions")
+    if length == len(chosen) or length == len(rejected):
+        name = "chosen" if length == len(chosen) else "rejected"
+        raise BadRow("empty_completion", f"{place}: {name} has no token after the prompt")
+    return TokenizedPair(
+        prompt_ids=prompt[:length],
+        chosen_ids=chosen[length:],
+        rejected_ids=rejected[length:],
+        merged=length < len(prompt),
+    )
+
+
+def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | None:
+    """Cut both completions so that prompt and completion fit `max_length` (TRL's keep_start).
+
+    None where the prompt alone fills it: such a pair has nothing left to score and must be dropped and counted.
+    """
+    if max_length is None:
+        return pair
+    room = max_length - len(pair.prompt_ids)
+    if room <= 0:
+        return None
+    if room >= len(pair.chosen_ids) and room >= len(pair.rejected_ids):
+        return pair
+    return TokenizedPair(
+        prompt_ids=pair.prompt_ids,
+        chosen_ids=pair.chosen_ids[:room],
+        rejected_ids=pair.rejected_ids[:room],
+        merged=pair.merged,
+    )
+
+
+def pair_key(pair: TokenizedPair) -> bytes:
+    """The join key, 16 bytes: BLAKE2b-128 over three lengths and the ids of prompt, chosen and rejected.
+
+    Lengths are int64, ids int32, all little-endian; to be taken before truncation. The lengths keep two pairs
+    apart whose ids are equal when strung together.
+    """
+    parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    digest = hashlib.blake2b(struct.pack("<3q", *map(len, parts)), digest_size=16)
+    for ids in parts:
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token or ""
+    # What the tokenizer puts around any text on its own.
+    around = tokenizer("a", verbose=False)["input_ids"]
+    adds_bos, adds_eos = around[:1] == [bos], around[-1:] == [tokenizer.eos_token_id]
+    three = []
+    for completion in ("", pair.chosen, pair.rejected):
+        text = f"{pair.prompt}{completion}"
+        if completion and not text.endswith(eos):
+            text += eos
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if adds_bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        # A completion's text has its EOS by now, and the lone prompt is not over.
+        if adds_eos:
+            ids = ids[:-1]
+        three.append(ids)
+    return three[0], three[1], three[2]
+
+
+def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
+            "use a chat model, or save a template with its tokenizer"
+        )
+    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
+    assert not isinstance(pair.prompt, str)
+    ids = []
+    try:
+        with _time_limit():
+            for completion in ([], pair.chosen, pair.rejected):
+                encoded = tokenizer.apply_chat_template(
+                    [*pair.prompt, *completion],
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=not completion,
+                    **arguments,
+                )
+                ids.append(encoded["input_ids"])
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = str(error) or type(error).__name__
+        raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
+    return ids[0], ids[1], ids[2]
+
+
+def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
+    """Tell whether a conversation's prompt, as text, is how both whole conversations begin.
+
+    Some templates write the prompt otherwise when an answer follows, and what differs is then scored as if it were the
+    answer's.
+    """
+    assert not isinstance(pair.prompt, str)
+    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {}), "tokenize": False}
+    with _time_limit():
+        prompt = tokenizer.apply_chat_template([*pair.prompt], add_generation_prompt=True, **arguments)
+        return all(
+            tokenizer.apply_chat_template([*pair.prompt, *completion], **arguments).startswith(prompt)
+            for completion in (pair.chosen, pair.rejected)
+        )
+
+
+_MOST_SECONDS = 60
+"""For the conversations of one pair, which take milliseconds"""
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stop a template that would run forever: nested loops need no more than a line of it.
+
+    A signal stops it, so there is no limit outside of a process's main thread, nor where there are no such signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it runs for more than {_MOST_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def _shared_length(a: list[int], b: list[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

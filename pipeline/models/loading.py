@@ -1,0 +1,342 @@
+"""Load tokenizer, reference and policy; attach adapters; switch dropout off.
+
+A model is named by a folder or a hub name. Either way it is brought to a local folder first (`find_model`), and
+everything after works on that folder, so a model from the hub and its copy on disk are the same model. Weights
+are read from safetensors only: other formats can run code when they are loaded.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.base.errors import ConfigError, DataError, first_line
+from pipeline.base.files import read_json
+from pipeline.config.schema import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
+from pipeline.models.files import (
+    UNREADABLE,
+    NamedModel,
+    find_adapter,
+    reference_quantization,
+    reference_sources,
+    resolve_dtype,
+    text_config,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "disable_dropout",
+    "empty_model",
+    "load_plain",
+    "load_policy",
+    "load_reference",
+    "pick_device",
+]
+
+
+def pick_device() -> "torch.device":
+    """The GPU of this process where there is one (`LOCAL_RANK`, as launchers set it), else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this machine shows {torch.cuda.device_count()} GPUs, and process {number} of it, counted from 0, has "
+                "none; start as many processes as there are GPUs"
+            )
+        return torch.device("cuda", number)
+    return torch.device("cpu")
+
+
+def load_reference(config: Config, device: "torch.device") -> Any:
+    """Load the frozen reference for stage one: eval mode, no gradients, dropout off.
+
+    With `precompute.device_map` it is spread over the GPUs that this process sees, whatever `device` says. With
+    `precompute.tp_plan` each process of the launch gets its part of every layer, and all must call this.
+
+    Raises:
+        ConfigError: It can't be loaded, or not in the way that the settings ask for.
+        DataError: A weight file is damaged.
+    """
+    named, adapter = reference_sources(config)
+    section = "policy" if config.reference.quantization is None else "reference"
+    spread: dict[str, Any] = {}
+    if config.precompute.device_map is not None:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "precompute.device_map: each of several processes would spread the reference over all GPUs; start one, "
+                "or use precompute.tp_plan: auto"
+            )
+        spread["device_map"] = config.precompute.device_map
+    if config.precompute.tp_plan is not None:
+        spread["distributed_config"] = _split_layers(named, config.precompute.tp_plan)
+    model = _load(named, config.reference.dtype, device, reference_quantization(config), section, spread)
+    if config.precompute.tp_plan is not None:
+        _make_head_whole(model)
+    if adapter is not None:
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ConfigError(
+                "precompute.device_map: the reference does not fit the GPUs here, and weights that are kept elsewhere "
+                "take no adapter; use more GPUs or a narrower reference.dtype, or merge the adapter into the reference"
+            )
+        model = _with_adapter(model, adapter, trainable=False)
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+def _split_layers(named: NamedModel, plan: Literal["auto"]) -> Any:
+    """Say how the library is to split a model's layers over the processes of this launch."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    settings = text_config(named)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    otherwise = "use precompute.device_map: auto"
+    if not getattr(settings, "base_model_tp_plan", None):
+        raise ConfigError(f"precompute.tp_plan: transformers has no plan to split {settings.model_type}; {otherwise}")
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    if heads % processes:
+        raise ConfigError(
+            f"precompute.tp_plan: {named.name} has {heads} key and value heads, which {processes} processes can't "
+            f"share evenly; start another number of them, or {otherwise}"
+        )
+    return DistributedConfig(tp_plan=plan)
+
+
+def _make_head_whole(model: Any) -> None:
+    """Give each process the whole output projection, which the scorer reads itself, in place of its part."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    head = model.get_output_embeddings()
+
+    def whole(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
+        if tensor is None:
+            return None
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return torch.nn.Parameter(full.detach(), requires_grad=False)
+
+    weight, bias = whole(head.weight), whole(getattr(head, "bias", None))
+    assert weight is not None
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight, plain.bias = weight, bias  # type: ignore[assignment]
+    model.set_output_embeddings(plain)
+
+
+def load_policy(config: Config) -> Any:
+    """Load the model to train, with its adapter where the settings have one. The Trainer moves it to its device."""
+    policy = config.policy
+    named = NamedModel(policy.model, policy.revision, "policy.model")
+    # Quantized weights can't be moved after they are loaded.
+    device = pick_device() if policy.quantization is not None else None
+    model = _load(named, policy.dtype, device, policy.quantization, "policy")
+    if policy.adapter is not None:
+        return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
+    if policy.lora is not None:
+        return _with_fresh_adapter(model, _lora_config(policy.lora), "policy.lora")
+    if policy.ia3 is not None:
+        return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
+    return model
+
+
+def empty_model(settings: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
+    """Make a model without weights, on the meta device, which takes neither memory nor files.
+
+    Args:
+        settings: Its transformers config.
+        policy: Says which adapter is trained on it.
+
+    Returns:
+        The plain model; and, of its adapter, the number of trained parameters and its rank (0 for IA3).
+
+    Raises:
+        ConfigError: The library makes no causal language model of it, or the adapter does not fit.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = _from_config(settings)
+    except UNREADABLE as error:
+        raise ConfigError(f"policy.model: can't be made from its config.json: {first_line(error)}") from error
+    if policy is None or not policy.has_adapter:
+        return model, None
+    if policy.adapter is not None:
+        from peft import PeftConfig
+
+        adapter: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
+        adapter.inference_mode = False
+    else:
+        adapter = _lora_config(policy.lora) if policy.lora is not None else _ia3_config(policy.ia3 or Ia3Settings())
+    # The plain model is not to be changed: it is what the weights are counted in.
+    with torch.device("meta"):
+        wrapped = _with_fresh_adapter(_from_config(settings), adapter, "policy")
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return model, (trained, int(getattr(adapter, "r", 0) or 0))
+
+
+def _from_config(settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    library: Any = AutoModelForCausalLM
+    return library.from_config(settings, trust_remote_code=False)
+
+
+def load_plain(config: Config) -> Any:
+    """Load the reference in float32 on the CPU, its adapter merged into the weights."""
+    named, adapter = reference_sources(config)
+    model = _load(named, "float32", None, None, "reference")
+    return model if adapter is None else _with_adapter(model, adapter, trainable=False).merge_and_unload()
+
+
+def disable_dropout(model: Any) -> None:
+    """Switch off every dropout of a plain model: the modules, and the rates that attention reads as numbers.
+
+    To be called before an adapter is attached, whose own dropout is the user's choice. The model's config is not
+    touched, so the saved policy keeps the rates it came with.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _load(
+    named: NamedModel,
+    requested: Dtype,
+    device: "torch.device | None",
+    quantization: Quantization | None,
+    section: str,
+    spread: Mapping[str, Any] | None = None,
+) -> Any:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder, key = named.folder(), named.key
+    settings = read_json(folder / "config.json")
+    dtype = resolve_dtype(requested, settings)
+    attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
+    if attention is not None and "/" in str(attention):
+        # Such a name is a repository of compiled code, which the library would fetch and run.
+        raise ConfigError(
+            f"{key}: {folder}: its config.json asks for attention from the hub, {attention!r}; take it out"
+        )
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise ConfigError(f"{key}: {folder}: dtype {dtype} can't be scored with; set dtype to bfloat16 or float32")
+    placement: dict[str, Any] = dict(spread or {})
+    if not spread and device is not None and device.type != "cpu":
+        placement["device_map"] = {"": device}
+    if quantization is not None:
+        placement["quantization_config"] = _bitsandbytes(quantization, dtype, section)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
+        )
+    except SafetensorError as error:
+        raise DataError(f"{key}: {folder}: damaged weight file: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"{key}: {folder}: can't be loaded as a causal language model: {first_line(error)}"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # The library would go on with random numbers in their place.
+        first = min(report["missing_keys"])
+        raise ConfigError(
+            f"{key}: {folder}: holds no {first} (of {len(report['missing_keys'])} missing weights), which "
+            f"{type(model).__name__} needs; it was saved from another class of model, or not whole"
+        )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights in the first evaluation; from then on training
+        # gets no gradient through them, and DoRA's norms are those of other weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    disable_dropout(model)
+    # An adapter records this as its base; a snapshot's folder in a cache would mean nothing elsewhere.
+    model.name_or_path = named.name
+    return model
+
+
+def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
+    import torch
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+    except SafetensorError as error:
+        raise DataError(f"{adapter}: damaged weight file: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(f"adapter {adapter}: does not fit the model: {first_line(error)}") from error
+
+
+def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{section}.quantization: needs bitsandbytes, which is not installed here. "
+            "Run: pip install 'refshard[quantization]'"
+        )
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.type,
+        bnb_4bit_use_double_quant=settings.double,
+        # Products run in the dtype of the weights that are not quantized, as they would without quantization.
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def _lora_config(settings: LoraSettings) -> Any:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        modules_to_save=settings.modules_to_save or None,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+    )
+
+
+def _ia3_config(settings: Ia3Settings) -> Any:
+    from peft import IA3Config, TaskType
+
+    modules = settings.target_modules
+    # Named targets without named feed-forward ones: all of them scale outputs.
+    feedforward = settings.feedforward_modules if modules is None else settings.feedforward_modules or []
+    return IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=feedforward)
+
+
+def _with_fresh_adapter(model: Any, adapter: Any, key: str) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error

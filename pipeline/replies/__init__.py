@@ -1,0 +1,1 @@
+"""What models answer: sampled replies, their rewards, their means."""

@@ -1,0 +1,48 @@
+"""Means over replies with their standard errors: rewards, and the KL between policy and reference."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.replies.records import Generation
+
+__all__ = [
+    "Mean",
+    "estimate",
+    "estimate_kl",
+    "estimate_reward",
+]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error."""
+
+    mean: float
+    error: float | None
+    """None for a single value"""
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def estimate_kl(generations: Sequence[Generation]) -> Mean:
+    """Estimate KL(policy || reference), nats per reply: the policy's replies, its log-prob less the reference's."""
+    return estimate([g.policy.policy_logps - g.policy.ref_logps for g in generations])
+
+
+def estimate_reward(generations: Sequence[Generation], side: str) -> Mean | None:
+    """Average the rewards of one side's replies, `reference` or `policy`; None where there are none."""
+    replies = [g.reference if side == "reference" else g.policy for g in generations]
+    rewards = [reply.reward for reply in replies if reply.reward is not None]
+    return estimate(rewards) if rewards else None
+
+
+def estimate(values: Sequence[float]) -> Mean:
+    """Average at least one value."""
+    count = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
+    return Mean(float(np.mean(values)), error, count)

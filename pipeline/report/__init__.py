@@ -1,0 +1,1 @@
+"""Pages for people: one run, several runs, one store, one pair."""

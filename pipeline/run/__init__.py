@@ -1,0 +1,1 @@
+"""The folder that stage two writes: attempts, checkpoints, records."""

@@ -1,0 +1,109 @@
+"""The model card of a trained policy: what it was trained on, against which reference, with which settings."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.base.errors import one_line
+from pipeline.config.schema import LossConfig
+
+__all__ = [
+    "model_card",
+]
+
+
+def model_card(
+    *,
+    name: str,
+    base_model: str,
+    reference: str,
+    fingerprint: str,
+    dataset: str,
+    pairs: int,
+    loss: Mapping[str, Any],
+    adapter: str | None,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    versions: Mapping[str, str],
+    hub_model: str | None,
+    hub_dataset: str | None,
+) -> str:
+    """Write the card as Markdown with the hub's YAML header.
+
+    Names come from settings and data, so they are quoted: in the header as JSON strings, which YAML reads, in the
+    text as code.
+    """
+    header = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo", "refshard", "preference-optimization"],
+    }
+    # The hub accepts names of its own here, no paths.
+    if hub_model is not None:
+        header["base_model"] = hub_model
+    if hub_dataset is not None:
+        header["datasets"] = [hub_dataset]
+    lines = ["---"]
+    lines += [f"{key}: {_quoted(value)}" for key, value in header.items()]
+    lines += [
+        "---",
+        "",
+        f"# {_plain(name)}",
+        "",
+        "Trained with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by "
+        "refshard, on reference log-probs that were computed once, beforehand.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| policy before training | {_code(base_model)} |",
+        f"| trained weights | {_code(adapter) if adapter else 'all'} |",
+        f"| reference | {_code(reference)} |",
+        f"| fingerprint of the reference log-probs | `{fingerprint}` |",
+        f"| data | {_code(dataset)}, {pairs:,} pairs |",
+        f"| loss | {_code(_named_loss(loss))}, beta {loss['beta']:g} |",
+    ]
+    lines += [f"| {_plain(key)} | {_code(value)} |" for key, value in training.items()]
+    if metrics:
+        lines += ["", "## Held-out pairs", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
+    lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()), ""]
+    return "\n".join(lines)
+
+
+def _named_loss(loss: Mapping[str, Any]) -> str:
+    """The losses with their weights, and every option that is not left as it is."""
+    names = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
+    weights = loss.get("weights") or [1] * len(names)
+    text = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
+    )
+    plain = {"type", "weights", "beta"}
+    options = [f"{key} {value}" for key, value in loss.items() if key not in plain and value != _LOSS_DEFAULTS.get(key)]
+    return ", ".join([text, *options])
+
+
+_LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
+
+
+def _quoted(value: Any) -> str:
+    """The value as JSON that YAML reads as well: it knows no pairs of surrogates, so only what does not print is
+    escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+
+
+def _plain(value: Any) -> str:
+    """Text that can't end its table cell, start markup, or span lines."""
+    text = one_line(str(value))
+    for character in "\\`*_[]<>|#":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _code(value: Any) -> str:
+    text = one_line(str(value)).replace("`", "'")
+    # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
+    text = re.sub(r"\\*\|", lambda _: r"\|", text)
+    return f"`{text}`"

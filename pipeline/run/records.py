@@ -1,0 +1,156 @@
+"""What a run writes down for people while it goes: its log, what it reads, margins, generations, what stage one cost.
+
+    RUN/log.jsonl              a line at each start, log, evaluation and end, appended
+    RUN/inputs.json            reference, policy, sets: what this start began with
+    RUN/margins/NAME.parquet   a row a pair, of the newest evaluation; `train`: the last pairs trained on
+    RUN/generations.jsonl      replies of the reference and of the policy to the same prompts (refshard generate)
+    OUTPUT/costs/*.json        one for each time that a worker of stage one scored something
+
+Nothing here decides anything: each file may be deleted, and none is part of a run's or a store's identity.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.base.errors import DataError, StorageError
+from pipeline.base.files import make_folder, parse_json, replace_file, write_json
+from pipeline.base.folders import Folder
+from pipeline.base.progress import without_nan
+from pipeline.run.attempts import Attempt
+
+__all__ = [
+    "GENERATIONS",
+    "INPUTS",
+    "LOG",
+    "MARGINS",
+    "MARGIN_COLUMNS",
+    "RunLog",
+    "delete_costs",
+    "delete_records",
+    "read_costs",
+    "write_cost",
+    "write_generations",
+    "write_inputs",
+    "write_margins",
+]
+
+LOG, INPUTS, MARGINS, GENERATIONS, COSTS = "log.jsonl", "inputs.json", "margins", "generations.jsonl", "costs"
+
+
+MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift", "rejected_shift")
+"""Of a pair, nats but for the reward margin: chosen minus rejected logps under either model; policy minus reference"""
+
+
+class RunLog:
+    """Appends to a run's log, as long as its start is the newest.
+
+    A disk that refuses a line costs that line, not the run: it is said once.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._file = attempt.run_folder / LOG
+        self._attempt = attempt
+        self._warned = False
+
+    def add(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        if not self._attempt.is_newest():
+            return
+        line = json.dumps(without_nan({"kind": kind, "time": time.time(), "attempt": self._attempt.number, **record}))
+        try:
+            with self._file.open("a+b") as log:
+                # A line that a kill has cut short must not swallow this one.
+                log.seek(-1 if log.tell() else 0, 2)
+                log.write(b"" if log.read(1) in (b"", b"\n") else b"\n")
+                log.write(line.encode() + b"\n")
+        except OSError as error:
+            if not self._warned:
+                click.echo(f"warning: {self._file}: a line is lost ({error.strerror or error})", err=True)
+            self._warned = True
+
+
+def write_inputs(run_folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Write down what a start of the run began with. Raises StorageError."""
+    write_json(run_folder / INPUTS, inputs)
+
+
+def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
+    """Write what a set's pairs have come to, in place of what an earlier evaluation wrote.
+
+    Args:
+        run_folder: Of the run.
+        name: Of the set.
+        step: After which this was measured.
+        rows: [P, 5], as `MARGIN_COLUMNS`.
+
+    Raises:
+        StorageError: They can't be written.
+    """
+    schema = pa.schema([pa.field(column, pa.float32(), nullable=False) for column in MARGIN_COLUMNS])
+    table = pa.table([rows[:, i] for i in range(rows.shape[1])], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"refshard.step": str(step)}), sink)
+    folder = run_folder / MARGINS
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be made ({error.strerror or error})") from error
+    replace_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+
+def write_generations(run_folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write replies before and after, one prompt a line. Raises StorageError."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    replace_file(run_folder / GENERATIONS, lines.encode())
+
+
+def delete_records(run_folder: Path) -> None:
+    """Delete what an earlier run in this folder wrote down."""
+    for name in (LOG, INPUTS, GENERATIONS):
+        (run_folder / name).unlink(missing_ok=True)
+    shutil.rmtree(run_folder / MARGINS, ignore_errors=True)
+
+
+def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:
+    """Write down what a worker's work on one set has cost, as far as the disk lets it."""
+    folder = output.child(COSTS)
+    try:
+        folder.make()
+        folder.put_if_absent(f"{cost['set']}-{uuid.uuid4().hex[:12]}.json", json.dumps(cost).encode())
+    except StorageError as error:
+        click.echo(f"warning: {error}; what scoring {cost['set']} took is not written down", err=True)
+
+
+def delete_costs(output: Folder, name: str) -> None:
+    """Delete what the work on one set has cost, whose store is deleted too. Raises StorageError."""
+    folder = output.child(COSTS)
+    # The rest of a name is a number of our own; another set may be named `NAME-2`.
+    mine = re.compile(rf"{re.escape(name)}-[0-9a-f]{{12}}\.json")
+    for file in folder.names():
+        if mine.fullmatch(file):
+            folder.delete(file)
+
+
+def read_costs(output: Folder) -> list[dict[str, Any]]:
+    """Read what all workers have written down; what can't be read is left out."""
+    folder = output.child(COSTS)
+    costs = []
+    with contextlib.suppress(StorageError):
+        for name in folder.names():
+            if name.endswith(".json"):
+                with contextlib.suppress(StorageError, DataError, FileNotFoundError):
+                    costs.append(parse_json(folder.place(name), folder.read(name)))
+    return costs

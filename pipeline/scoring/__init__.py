@@ -1,0 +1,1 @@
+"""Model and pairs to token log-probs, the same way in both stages."""

@@ -1,0 +1,305 @@
+"""Hidden states -> token logps, without logits.
+
+The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they
+exist for one chunk of positions at a time: forward keeps one number per position, backward computes each chunk
+again and turns it into the gradient at once. Where the head itself is frozen, as under adapters, the gradient of the
+hidden states is linear in that of the logps, so forward makes it along the way and no chunk is computed again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.scoring.fused import liger_logps, liger_pays
+
+__all__ = [
+    "Head",
+    "TokenStatistics",
+    "head_of",
+    "positions_of_chunk",
+    "token_logps",
+    "token_statistics",
+]
+
+# Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
+_CHUNK_BYTES = 64 * 2**20
+
+
+_CHUNK_BYTES_ON_GPU = 256 * 2**20
+
+
+_SMALLEST_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns a final hidden state h into logits: softcap(scale * (W h + b))."""
+
+    weight: torch.Tensor
+    """[vocabulary, hidden]"""
+    bias: torch.Tensor | None
+    """[vocabulary]"""
+    scale: float = 1.0
+    softcap: float | None = None
+    """Logits are softcap * tanh(logits / softcap), as in Gemma 2."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What is known of each of N scored tokens; only `logps` carries a gradient, and stage one asks for it alone."""
+
+    logps: torch.Tensor
+    """[N] float32, natural log"""
+    entropy: torch.Tensor | None = None
+    """[N] float32, nats"""
+    mean_logit: torch.Tensor | None = None
+    """[N] float32, over the vocabulary"""
+    is_top1: torch.Tensor | None = None
+    """[N] bool, the token is the model's first choice"""
+    log_sum_squares: torch.Tensor | None = None
+    """[N] float32, log of the summed squares of all probabilities; None where it was not asked for"""
+
+
+def head_of(model: Any) -> Head:
+    """Read the head of a transformers causal language model, with its family's extras.
+
+    Scales by family: Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite and MiniCPM3
+    divide by `logits_scaling`; Gemma caps with `final_logit_softcapping`.
+    """
+    config = model.config.get_text_config()
+    # MPT has a `logit_scale` too, at times a word, which the library's forward takes no notice of.
+    scale = None if config.model_type == "mpt" else getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = getattr(config, "lm_head_multiplier", None)
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / config.logits_scaling
+    embeddings = model.get_output_embeddings()
+    return Head(
+        weight=embeddings.weight,
+        bias=getattr(embeddings, "bias", None),
+        scale=1.0 if scale is None else float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def positions_of_chunk(positions: int, vocabulary: int, *, on_gpu: bool) -> int:
+    """Say how many positions' logits are in memory at once."""
+    bytes_of_chunk = _CHUNK_BYTES_ON_GPU if on_gpu else _CHUNK_BYTES
+    return min(positions, max(_SMALLEST_CHUNK, bytes_of_chunk // (4 * vocabulary)))
+
+
+def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    """Score each position's target token and nothing else, without a gradient: what stage one needs.
+
+    The same products and sums as `token_statistics`, so the same numbers; but on a GPU where Liger's fused kernel
+    agrees and measures faster, it is that one's.
+
+    Args:
+        hidden: Final hidden states of the predicting positions, [N, hidden].
+        targets: The token each of them predicts, [N] int64.
+        head: Output projection.
+
+    Returns:
+        [N] float32 (float64 for a float64 model), natural log.
+    """
+    with torch.no_grad():
+
+        def plain() -> torch.Tensor:
+            return _chunked_logps(hidden, targets, head)
+
+        def fused() -> torch.Tensor:
+            return liger_logps(hidden, head.weight, head.bias, targets, head.softcap)
+
+        # Liger knows no scale.
+        if head.scale == 1.0 and len(targets) and liger_pays(hidden, head.weight, plain, fused):
+            return fused()
+        return plain()
+
+
+def _chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
+    logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
+    for part, logits in chunks:
+        top = logits.amax(dim=-1, keepdim=True)
+        target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
+        logps[part] = target.sub_(logits.sub_(top).exp_().sum(dim=-1).log_())
+    return logps
+
+
+def token_statistics(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, squares: bool = False
+) -> TokenStatistics:
+    """Score each position's target token.
+
+    Products run in the dtype of autocast where it is on, else in that of `hidden`; log-sum-exp and all sums over
+    the vocabulary in float32 (float64 for a float64 model).
+
+    Args:
+        hidden: Final hidden states of the predicting positions, [N, hidden].
+        targets: The token each of them predicts, [N] int64.
+        head: Output projection.
+        squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
+    """
+    frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and frozen
+    logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, squares, ahead
+    )
+    return TokenStatistics(logps, entropy, mean_logit, is_top1, log_sum_squares if squares else None)
+
+
+class _Chunks:
+    """Logits of a few positions at a time, in two buffers that every chunk uses again.
+
+    Memory that is new to a process costs more than the passes over it: each page of it is a fault.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        device = hidden.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        """Of the products' operands"""
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Of the logits and all that is made of them"""
+        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
+        self._bias, self._scale, self._softcap = bias, scale, softcap
+        self._size = positions_of_chunk(len(hidden), len(weight), on_gpu=device != "cpu")
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Give each chunk's positions and its logits, [positions, vocabulary], which the next chunk overwrites."""
+        device = self.hidden.device
+        products = torch.empty((self._size, len(self.weight)), dtype=self.dtype, device=device)
+        widened = products if self.wide == self.dtype else torch.empty_like(products, dtype=self.wide)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, len(self.hidden), max(self._size, 1)):
+                part = slice(start, min(start + self._size, len(self.hidden)))
+                count = part.stop - start
+                torch.mm(self.hidden[part], self.weight.t(), out=products[:count])
+                logits = widened[:count]
+                if widened is not products:
+                    logits.copy_(products[:count])
+                if self._bias is not None:
+                    logits += self._bias
+                if self._scale != 1.0:
+                    logits *= self._scale
+                if self._softcap is not None:
+                    logits.div_(self._softcap).tanh_().mul_(self._softcap)
+                yield part, logits
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        squares: bool,
+        ahead: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        chunks = _Chunks(hidden, weight, bias, scale, softcap)
+        logps, log_sums, entropy, mean_logit, log_sum_squares = (
+            torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
+        )
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        # d logp / d hidden of each position.
+        slopes = torch.empty_like(chunks.hidden) if ahead else None
+        powers: torch.Tensor | None = None
+        for part, logits in chunks:
+            mean_logit[part] = logits.mean(dim=-1)
+            top, first = logits.max(dim=-1, keepdim=True)
+            is_top1[part] = first.squeeze(1) == targets[part]
+            target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
+            logits.sub_(top)
+            powers = torch.empty_like(logits) if powers is None else powers
+            power = torch.exp(logits, out=powers[: len(logits)])
+            total = power.sum(dim=-1)
+            log_total = total.log()
+            log_sums[part] = log_total + top.squeeze(1)
+            logps[part] = target.sub_(log_total)
+            if squares:
+                # The sum is at least one over the vocabulary, so its logarithm needs no care.
+                log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
+            # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
+            entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
+            if slopes is not None:
+                gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], scale, softcap)
+                torch.mm(gradient.to(chunks.dtype), chunks.weight, out=slopes[part])
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
+        ctx.ahead, ctx.hidden_dtype = ahead, hidden.dtype
+        ctx.scale, ctx.softcap = scale, softcap
+        ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
+        return logps, entropy, mean_logit, is_top1, log_sum_squares
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_logps = gradients[0]
+        if ctx.ahead:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 7
+        hidden, weight, bias, targets, log_sums = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        enabled, dtype = ctx.autocast
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
+            chunks = _Chunks(hidden, weight, bias, ctx.scale, ctx.softcap)
+        wide = chunks.wide
+        grad_hidden = torch.empty_like(chunks.hidden) if need_hidden else None
+        # The weight's gradient sums over all positions; float32 keeps what bf16 sums would lose.
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if need_bias else None
+        narrow: torch.Tensor | None = None
+        product: torch.Tensor | None = None
+        for part, logits in chunks:
+            gradient = _to_gradient(logits, log_sums[part], targets[part], ctx.scale, ctx.softcap)
+            gradient *= grad_logps[part, None]
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
+            if wide == chunks.dtype:
+                operand = gradient
+            else:
+                narrow = torch.empty_like(gradient, dtype=chunks.dtype) if narrow is None else narrow
+                operand = narrow[: len(gradient)].copy_(gradient)
+            if grad_hidden is not None:
+                torch.mm(operand, chunks.weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                if wide == chunks.dtype:
+                    grad_weight.addmm_(operand.t(), chunks.hidden[part])
+                else:
+                    product = torch.empty_like(weight, dtype=chunks.dtype) if product is None else product
+                    grad_weight += torch.mm(operand.t(), chunks.hidden[part], out=product)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 5,
+        )
+
+
+def _to_gradient(
+    logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Turn the logits of some positions into d logp / d (W h + b), in place: [positions, vocabulary]."""
+    slope = 1.0 - (logits / softcap) ** 2 if softcap is not None else None
+    # d logp / d logit = [logit is the target's] - probability
+    gradient = logits.sub_(log_sums[:, None]).exp_().neg_()
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sums[:, None]))
+    if scale != 1.0:
+        gradient *= scale
+    if slope is not None:
+        gradient *= slope
+    return gradient

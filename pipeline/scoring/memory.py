@@ -1,0 +1,96 @@
+"""How many tokens of a batch fit the device's memory, and what to do when they did not."""
+
+import gc
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.forward import input_device, score
+from pipeline.scoring.packing import make_batch
+
+__all__ = [
+    "free_memory",
+    "is_out_of_memory",
+    "name_of_device",
+    "peak_memory",
+    "tokens_for",
+    "tokens_that_fit",
+]
+
+# More tokens at once make a CPU slower, whose caches they leave; a fixed number makes every run the same to the bit.
+_ON_CPU = 2048
+
+
+_FEWEST, _MOST = 2048, 65536
+
+
+# Of what is free; the rest is for fragments, and for what grows faster than the probe shows.
+_SHARE = 0.7
+
+
+def tokens_that_fit(model: Any, packed: bool) -> int:
+    """Choose the tokens of one forward pass, a power of two, by what two probes of the model take.
+
+    Of a model that is spread over several GPUs, the one with the least room decides. On a CPU it is a constant.
+    """
+    devices = list(dict.fromkeys(p.device for p in model.parameters() if p.device.type == "cuda"))
+    if not devices:
+        return tokens_for(None, 0)
+    small, large = (_peaks(model, packed, tokens, devices) for tokens in (_FEWEST // 2, _FEWEST))
+    free_memory()
+    return min(
+        tokens_for(torch.cuda.mem_get_info(device)[0], (more - less) / (_FEWEST // 2))
+        for device, less, more in zip(devices, small, large, strict=True)
+    )
+
+
+def tokens_for(free: float | None, per_token: float) -> int:
+    """Choose the tokens of one forward pass for so many free bytes of a GPU, of which a token takes `per_token`.
+
+    None stands for a CPU.
+    """
+    if free is None:
+        return _ON_CPU
+    tokens = min(_MOST, int(_SHARE * free / max(per_token, 1.0)))
+    return 1 << (max(_FEWEST, tokens).bit_length() - 1)
+
+
+def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that scoring one batch of so many tokens takes at most on each device, weights included."""
+    quarter = tokens // 4
+    # Of two prompts: equal pairs would be packed into one group.
+    pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for i in (1, 4)]
+    batch = make_batch(pairs, 0, packed=packed).to(input_device(model))
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        score(model, batch, statistics=False)
+    return [int(torch.cuda.max_memory_allocated(device)) for device in devices]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a GPU has a class for it, a CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what is held for reuse, so that smaller pieces can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were held at most since the process began: on its GPU, or, without one, by the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def name_of_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

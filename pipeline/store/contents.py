@@ -1,0 +1,303 @@
+"""What a store holds: its columns, and what they say of the reference and of the pairs, as JSON has it.
+
+Needs pyarrow and numpy only. A store that is unfinished is read as far as it goes.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.base import statistics
+from pipeline.base.errors import DataError, UnfinishedError
+from pipeline.base.folders import Folder
+from pipeline.data.intake import Ledger
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store import ranking
+from pipeline.store.format import check_part, pair_keys, part_name, schema
+from pipeline.store.ranking import PairColumns
+from pipeline.store.store import open_store, parts_there, read_content, read_manifest, read_part
+
+__all__ = [
+    "Contents",
+    "describe",
+    "explain_command",
+    "identity_facts",
+    "read_contents",
+]
+
+T = TypeVar("T")
+
+
+_COLUMNS = (
+    "pair_key",
+    "row",
+    "prompt_tokens",
+    "chosen_tokens",
+    "rejected_tokens",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+
+
+_EXAMPLES = 20
+"""Of each kind of suspicious pairs"""
+
+
+_READERS = 8
+"""Parts read at once: checking digests leaves Python's lock, and a network answers late"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A store's books and columns; of an unfinished store, those of the parts that are there."""
+
+    folder: Folder
+    manifest: Mapping[str, Any]
+    totals: Mapping[str, Any]
+    noise: NoiseFloor
+    files: list[str]
+    """Of the parts, in order"""
+    bytes: int
+    """Of all parts"""
+    pairs: PairColumns
+    unfinished: UnfinishedError | None
+    """What is to be done; None where the store is finished"""
+
+
+def read_contents(folder: Folder) -> Contents:
+    """Read a store's columns (not its token logps). Every part's digest is checked on the way.
+
+    Raises:
+        DataError: Something is damaged, or a value can't be.
+        IdentityError: A part is another run's.
+        StorageError: A part can't be read.
+    """
+    manifest = read_manifest(folder)
+    try:
+        store = open_store(folder)
+    except UnfinishedError as error:
+        return _read_unfinished(folder, manifest, error)
+    parts = store.parts
+    files = [str(part["file"]) for part in parts]
+    tables = _at_once(lambda number: read_part(store, number, _COLUMNS), range(len(parts)))
+    return Contents(
+        folder=folder,
+        manifest=manifest,
+        totals=store.index["totals"],
+        noise=store.noise,
+        files=files,
+        bytes=sum(int(part["bytes"]) for part in parts),
+        pairs=_to_columns(folder, files, tables),
+        unfinished=None,
+    )
+
+
+def _read_unfinished(folder: Folder, manifest: Mapping[str, Any], error: UnfinishedError) -> Contents:
+    """Read the parts that are there. Without an index each is checked against the digest in its own footer."""
+    units = sorted(parts_there(folder))
+
+    def read(unit: int) -> tuple[pa.Table, dict[str, Any], NoiseFloor, int]:
+        content = read_content(folder, part_name(unit), "Run the same command again")
+        part = check_part(folder, unit, content, manifest)
+        return part.table.select(list(_COLUMNS)), part.ledger.as_dict(), part.noise, len(content)
+
+    files = [part_name(unit) for unit in units]
+    found = _at_once(read, units)
+    totals, noise = Ledger(), NoiseFloor()
+    for _, ledger, noise_of_part, _ in found:
+        totals.add(ledger)
+        noise += noise_of_part
+    return Contents(
+        folder=folder,
+        manifest=manifest,
+        totals=totals.as_dict(),
+        noise=noise,
+        files=files,
+        bytes=sum(size for *_, size in found),
+        pairs=_to_columns(folder, files, [table for table, *_ in found]),
+        unfinished=error,
+    )
+
+
+def _at_once(read: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
+    """Read several parts at a time; gives them in their order. The first failure ends it."""
+    readers = ThreadPoolExecutor(_READERS)
+    try:
+        return list(readers.map(read, numbers))
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]) -> PairColumns:
+    plain = schema(token_logps=False)
+    for file, table in zip(files, tables, strict=True):
+        if not table.schema.equals(plain):
+            raise DataError(f"{folder.place(file)}: its columns are not those of a part. Run refshard verify {folder}")
+    # pandas, which empty_table and to_numpy import, takes longer than all the rest.
+    together = pa.concat_tables([pa.Table.from_batches([], plain), *tables])
+
+    def column(name: str, dtype: Any) -> npt.NDArray[Any]:
+        values = together[name].cast(pa.from_numpy_dtype(dtype)).combine_chunks()
+        return np.frombuffer(values.buffers()[1], dtype)[values.offset :][: len(values)]
+
+    pairs = PairColumns(
+        keys=pair_keys(together),
+        rows=column("row", np.int64),
+        parts=np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+        prompt_tokens=column("prompt_tokens", np.int64),
+        chosen_tokens=column("chosen_tokens", np.int64),
+        rejected_tokens=column("rejected_tokens", np.int64),
+        chosen_logps=column("ref_chosen_logps", np.float64),
+        rejected_logps=column("ref_rejected_logps", np.float64),
+    )
+    fit = np.isfinite(pairs.chosen_logps) & np.isfinite(pairs.rejected_logps)
+    fit &= (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
+    if not fit.all():
+        raise DataError(
+            f"{folder}: row {pairs.rows[~fit][0]} has no tokens, or a log-prob that is not finite. "
+            f"refshard verify {folder} names all that is wrong"
+        )
+    return pairs
+
+
+def describe(store: Contents) -> dict[str, Any]:
+    """Sum a store up, in what JSON can say: counts, lengths, how the reference ranks the pairs, suspicious pairs."""
+    pairs = store.pairs
+    first = ranking.first_of_each(pairs.keys)
+    margins, per_token = ranking.margins(pairs), ranking.margins_per_token(pairs)
+    difference = ranking.length_differences(pairs)
+    return {
+        "store": str(store.folder),
+        "finished": store.unfinished is None,
+        "fingerprint": store.manifest["fingerprint"],
+        "identity": store.manifest["identity"],
+        "declared": store.manifest["declared"],
+        "totals": dict(store.totals),
+        "noise": vars(store.noise),
+        "parts": len(store.files),
+        "bytes": store.bytes,
+        "pairs": len(pairs),
+        "duplicates": int((first != np.arange(len(pairs))).sum()),
+        "tokens": {
+            side: statistics.percentiles(tokens) | {"total": int(tokens.sum())}
+            for side, tokens in (
+                ("prompt", pairs.prompt_tokens),
+                ("chosen", pairs.chosen_tokens),
+                ("rejected", pairs.rejected_tokens),
+            )
+        },
+        "reference_margin": {
+            **_spread(margins),
+            "share_chosen_preferred": statistics.share_positive(margins),
+            "share_chosen_preferred_per_token": statistics.share_positive(per_token),
+        },
+        "reference_margin_per_token": _spread(per_token),
+        "share_chosen_longer": statistics.share_positive(difference),
+        "length_bias": {
+            "correlation": statistics.correlation(margins, difference),
+            "correlation_per_token": statistics.correlation(per_token, difference),
+            "longer": ranking.longer_sides(pairs),
+        },
+        "suspicious": _suspicious(store, first),
+        "by_part": _by_part(store),
+    }
+
+
+def _spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    return {**statistics.percentiles(values), "mean": float(values.mean()) if len(values) else None}
+
+
+def _suspicious(store: Contents, first: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Examples of pairs to look at, by their rows, and how many there are."""
+    pairs = store.pairs
+    repeats = np.flatnonzero(first != np.arange(len(pairs)))
+    same = ranking.same_on_both_sides(pairs)
+    swaps = ranking.likely_swapped(pairs, first, store.noise.mean)
+    return {
+        "likely_mislabelled": [_pair(pairs, i) for i in ranking.worst(pairs, _EXAMPLES)],
+        "duplicates": {
+            "count": len(repeats),
+            "examples": [
+                {"row": int(pairs.rows[first[i]]), "again_in_row": int(pairs.rows[i])} for i in repeats[:_EXAMPLES]
+            ],
+        },
+        "same_on_both_sides": {"count": len(same), "rows": pairs.rows[same[:_EXAMPLES]].tolist()},
+        "likely_swapped": {
+            "count": len(swaps.indexes),
+            "coincide_in_the_same_order": swaps.same_order,
+            "tolerance_per_token": swaps.tolerance,
+            "examples": [[_pair(pairs, i) for i in both] for both in swaps.indexes[:_EXAMPLES]],
+        },
+    }
+
+
+def _pair(pairs: PairColumns, i: np.int64) -> dict[str, Any]:
+    chosen, rejected = float(pairs.chosen_logps[i]), float(pairs.rejected_logps[i])
+    chosen_tokens, rejected_tokens = int(pairs.chosen_tokens[i]), int(pairs.rejected_tokens[i])
+    return {
+        "row": int(pairs.rows[i]),
+        "margin": chosen - rejected,
+        "margin_per_token": chosen / chosen_tokens - rejected / rejected_tokens,
+        "prompt_tokens": int(pairs.prompt_tokens[i]),
+        "chosen_tokens": chosen_tokens,
+        "rejected_tokens": rejected_tokens,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
+
+
+def _by_part(store: Contents) -> list[dict[str, Any]]:
+    means = {name: values.tolist() for name, values in ranking.part_means(store.pairs, len(store.files)).items()}
+    return [
+        {"file": file}
+        | {name: values[i] if means["pairs"][i] else 0 if name == "pairs" else None for name, values in means.items()}
+        for i, file in enumerate(store.files)
+    ]
+
+
+def _described_reference(reference: Mapping[str, Any]) -> str:
+    if "declared" in reference:
+        return "declared by name, weights unknown"
+    quantization = f", {reference['quantization']['bits']} bits" if reference.get("quantization") else ""
+    return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
+
+
+def _described_noise(noise: Mapping[str, Any]) -> str:
+    if not noise["tokens"]:
+        return "not measured"
+    return f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most ({noise['tokens']:,} tokens scored twice)"
+
+
+def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Say for people whose store it is that `describe` has described, and how much is in it."""
+    identity, declared = entry["identity"], entry["declared"]
+    totals = Ledger()
+    totals.add(dict(entry["totals"]))
+    reference, tokenization = identity["reference"], identity["tokenization"]
+    stored = "stored" if tokenization["token_logps"] else "not stored"
+    found = {"reference": f"{declared.get('reference', 'unknown')} ({_described_reference(reference)})"}
+    if declared.get("reference_adapter") and reference.get("adapter"):
+        found["adapter"] = f"{declared['reference_adapter']} ({reference['adapter'][:12]})"
+    found |= {
+        "dataset": f"{declared.get('dataset', 'unknown')}",
+        "fingerprint": entry["fingerprint"],
+        "max_length": f"{tokenization['max_length']}, token logps {stored}",
+        "noise floor": _described_noise(entry["noise"]),
+        "rows": totals.summary(),
+        "pairs": f"{entry['pairs']:,} in {entry['parts']} parts, {entry['bytes'] / 2**20:,.1f} MiB; "
+        f"{entry['duplicates']:,} are duplicates of another",
+    }
+    return found
+
+
+def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
+    """Give the command that shows one pair of a store; stores are named after their sets."""
+    name = str(entry["store"]).rstrip("/").rpartition("/")[2]
+    option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
+    return f"refshard explain --config F{option} --row {row}"

@@ -1,0 +1,368 @@
+"""The files of a store: the schema of a part, the manifest, the index, and the seals that tell an edited file.
+
+docs/shard-format.md describes the format for readers outside this project.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.base.errors import DataError, IdentityError
+from pipeline.base.folders import Folder
+from pipeline.data.intake import Ledger
+from pipeline.scoring.agreement import NoiseFloor
+
+__all__ = [
+    "DELETE_INDEX",
+    "DELETE_PART",
+    "MANIFEST",
+    "MAX_BYTES",
+    "PART_NAME",
+    "CheckedPart",
+    "ScoredPair",
+    "SummedPair",
+    "_open_parquet",
+    "check_footer",
+    "check_index",
+    "check_part",
+    "content_digest",
+    "footer_of",
+    "has_shape_of_manifest",
+    "is_sealed",
+    "open_part",
+    "pair_keys",
+    "part_name",
+    "schema",
+    "sealed",
+    "to_table",
+]
+
+MANIFEST, INDEX, SKIPPED = "manifest.json", "index.json", "skipped.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPair:
+    """One shard row: the pair's key and what the reference gave its completions."""
+
+    key: bytes
+    row: int
+    prompt_tokens: int
+    chosen_token_logps: npt.NDArray[np.float32]
+    """[chosen tokens] nats"""
+    rejected_token_logps: npt.NDArray[np.float32]
+    """[rejected tokens] nats"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedPair:
+    """One shard row of which only the sums are known."""
+
+    key: bytes
+    row: int
+    prompt_tokens: int
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_logps: float
+    """Nats"""
+    rejected_logps: float
+
+
+PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
+
+
+@dataclass(frozen=True)
+class CheckedPart:
+    """What a part holds, once every byte of it is known to be what was written."""
+
+    table: pa.Table
+    ledger: Ledger
+    skipped: list[Any]
+    noise: NoiseFloor
+
+
+DELETE_PART = "Delete this part, then run the same command again: it scores this unit only"
+
+
+DELETE_INDEX = "Delete it and run refshard precompute again: it scores nothing twice"
+
+
+MAX_BYTES = 2**32
+"""Of a part, manifest or index. Parts of the default size have some megabytes"""
+
+
+def schema(*, token_logps: bool) -> pa.Schema:
+    """Columns of a part, schema version 1."""
+    fields = [
+        pa.field("pair_key", pa.binary(16), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("chosen_tokens", pa.int32(), nullable=False),
+        pa.field("rejected_tokens", pa.int32(), nullable=False),
+        pa.field("ref_chosen_logps", pa.float32(), nullable=False),
+        pa.field("ref_rejected_logps", pa.float32(), nullable=False),
+    ]
+    if token_logps:
+        item = pa.list_(pa.field("element", pa.float32(), nullable=False))
+        fields += [
+            pa.field("chosen_token_logps", item, nullable=False),
+            pa.field("rejected_token_logps", item, nullable=False),
+        ]
+    return pa.schema(fields)
+
+
+def part_name(unit: int) -> str:
+    return f"part-{unit:05d}.parquet"
+
+
+def pair_keys(part: pa.Table) -> npt.NDArray[np.bytes_]:
+    """The keys of a part's rows, [rows], as numpy strings of 16 bytes.
+
+    Comparing such strings ignores trailing zero bytes, which changes no order and no equality among keys of one
+    length.
+    """
+    column = part["pair_key"].combine_chunks()
+    return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
+
+
+def to_table(pairs: Sequence[ScoredPair] | Sequence[SummedPair], *, token_logps: bool) -> pa.Table:
+    columns: dict[str, Any] = {
+        "pair_key": [p.key for p in pairs],
+        "row": np.array([p.row for p in pairs], dtype=np.int64),
+        "prompt_tokens": np.array([p.prompt_tokens for p in pairs], dtype=np.int32),
+    }
+    for side in ("chosen", "rejected"):
+        lengths, sums, lists = _side_of(pairs, side)
+        for row, length, total in zip(columns["row"], lengths, sums, strict=True):
+            if length == 0 or not np.isfinite(total):
+                raise DataError(f"row {row}: a {side} log-prob is missing or not finite; it can't be stored")
+        columns[f"{side}_tokens"] = lengths
+        columns[f"ref_{side}_logps"] = sums
+        if token_logps:
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            flat = np.concatenate([*lists, np.empty(0, np.float32)]).astype(np.float32)
+            columns[f"{side}_token_logps"] = pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array(flat), type=schema(token_logps=True).field(f"{side}_token_logps").type
+            )
+    target = schema(token_logps=token_logps)
+    return pa.table([pa.array(columns[f.name], type=f.type) for f in target], schema=target)
+
+
+def _side_of(
+    pairs: Sequence[ScoredPair] | Sequence[SummedPair], side: str
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+    """Token counts and sums of one side's completions, and their token logps where they are known."""
+    lists = [getattr(pair, f"{side}_token_logps") for pair in pairs if isinstance(pair, ScoredPair)]
+    if len(lists) == len(pairs):
+        lengths = [len(values) for values in lists]
+        sums = [values.sum(dtype=np.float64) for values in lists]
+    else:
+        lengths = [getattr(pair, f"{side}_tokens") for pair in pairs]
+        sums = [getattr(pair, f"{side}_logps") for pair in pairs]
+    # A sum is finite only if every term is, and if it fits float32.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(lengths, dtype=np.int32), np.array(sums, dtype=np.float64).astype(np.float32), lists
+
+
+def has_shape_of_manifest(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything is there, and of its type, that readers take for granted."""
+    identity, plan, declared = (manifest.get(section) for section in ("identity", "plan", "declared"))
+    if not (isinstance(identity, dict) and isinstance(plan, dict) and isinstance(declared, dict)):
+        return False
+    tokenization = identity.get("tokenization")
+    return (
+        _has_shape_of_reference(identity.get("reference"))
+        and isinstance(tokenization, dict)
+        and isinstance(tokenization.get("token_logps"), bool)
+        and isinstance(tokenization.get("max_length"), int | None)
+        and ("rows" not in plan or _has_shape_of_ranges(plan))
+    )
+
+
+def _has_shape_of_ranges(plan: Mapping[str, Any]) -> bool:
+    rows = plan["rows"]
+    return (
+        isinstance(rows, str)
+        and re.fullmatch(r"[0-9]{1,18}:[0-9]{0,18}", rows) is not None
+        and _is_count(plan.get("rows_per_shard"))
+        and plan["rows_per_shard"] > 0
+    )
+
+
+def _has_shape_of_reference(reference: Any) -> bool:
+    if not isinstance(reference, dict) or "declared" in reference:
+        return isinstance(reference, dict)
+    bits = reference.get("quantization")
+    return (
+        all(isinstance(reference.get(name), str) for name in ("weights", "dtype"))
+        and isinstance(reference.get("adapter"), str | None)
+        and (bits is None or (isinstance(bits, dict) and _is_count(bits.get("bits"))))
+    )
+
+
+def check_part(folder: Folder, unit: int, content: bytes, manifest: Mapping[str, Any]) -> CheckedPart:
+    """Check the bytes of a part against themselves and the manifest: no index is needed for it.
+
+    Raises:
+        DataError: Damaged: the content digest in its footer is not that of its rows and footer.
+        IdentityError: Another run's part.
+    """
+    place, way_on = folder.place(part_name(unit)), DELETE_PART
+    with open_part(place, content, way_on) as part:
+        metadata = footer_of(part)
+        check_footer(place, metadata, manifest["fingerprint"], unit)
+        table = part.read()
+    if not table.schema.equals(schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))):
+        raise DataError(f"{place}: damaged, its columns are not those of a part. {way_on}")
+    footer = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()}
+    if footer.get("refshard.digest") != content_digest(table, footer):
+        raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {way_on}")
+    try:
+        ledger = Ledger()
+        ledger.add(json.loads(footer["refshard.ledger"]))
+        skipped = json.loads(footer["refshard.skipped"])
+        noise = NoiseFloor(**json.loads(footer["refshard.noise"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: damaged, its footer does not say what became of its rows. {way_on}") from error
+    if not table.num_rows == ledger.kept == ledger.rows - ledger.dropped.total():
+        raise DataError(f"{place}: damaged, its {table.num_rows} rows are not what its footer counts. {way_on}")
+    return CheckedPart(table=table, ledger=ledger, skipped=skipped, noise=noise)
+
+
+def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
+    """SHA-256 of what a part says, however Parquet has encoded it: its columns' values and the rest of its footer.
+
+    Page checksums let a flipped bit in a page's header through now and then, and do not cover the footer at all.
+    """
+    digest = hashlib.sha256()
+    said = {key: value for key, value in footer.items() if key.startswith("refshard.") and key != "refshard.digest"}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        digest.update(f"{name} {len(column)} {column.null_count}".encode())
+        if pa.types.is_list(column.type):
+            digest.update(np.asarray(pc.list_value_length(column)).astype("<i4").tobytes())
+            column = column.flatten()
+        if pa.types.is_fixed_size_binary(column.type):
+            digest.update(b"".join(column.to_pylist()))
+        else:
+            values = column.to_numpy(zero_copy_only=False)
+            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON file of what is said, with its own SHA-256 in it."""
+    return (json.dumps({**content, "sha256": _seal(content)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    return content.get("sha256") == _seal({key: value for key, value in content.items() if key != "sha256"})
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
+    parts, totals, noise = index.get("parts"), index.get("totals"), index.get("noise")
+    if index.get("fingerprint") != fingerprint or not isinstance(parts, list):
+        raise DataError(f"{place}: does not belong to the manifest beside it. {DELETE_INDEX}")
+    if not is_sealed(index):
+        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says. {DELETE_INDEX}")
+    for number, part in enumerate(parts):
+        # A name from a file must not lead out of its folder; there is only one right name anyway.
+        if not isinstance(part, dict) or part.get("file") != part_name(number):
+            raise DataError(f"{place}: entry {number} must name {part_name(number)}. {DELETE_INDEX}")
+    if (
+        not all(_is_count(part.get("rows")) and _is_count(part.get("bytes")) for part in parts)
+        or not _has_shape_of_totals(totals)
+        or not _has_shape_of_noise(noise)
+        or sum(part["rows"] for part in parts) != index["totals"]["kept"]
+    ):
+        raise DataError(f"{place}: damaged, its parts do not add up to its totals. {DELETE_INDEX}")
+
+
+def _has_shape_of_totals(totals: Any) -> bool:
+    return (
+        isinstance(totals, dict)
+        and all(_is_count(totals.get(name)) for name in ("rows", "kept"))
+        and all(
+            isinstance(totals.get(name), dict) and all(map(_is_count, totals[name].values()))
+            for name in ("dropped", "noted")
+        )
+    )
+
+
+def _has_shape_of_noise(noise: Any) -> bool:
+    return (
+        isinstance(noise, dict)
+        and noise.keys() == vars(NoiseFloor()).keys()
+        and _is_count(noise["tokens"])
+        and all(isinstance(noise[name], int | float) and 0 <= noise[name] < math.inf for name in ("mean", "largest"))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@contextlib.contextmanager
+def open_part(place: str, content: bytes, way_on: str) -> Iterator[pq.ParquetFile]:
+    """Open the bytes of a part once, for its footer and its columns. Raises DataError where they can't be read."""
+    unreadable = (pa.ArrowException, OSError, ValueError)
+    try:
+        part = _open_parquet(content)
+    except unreadable as error:
+        raise DataError(f"{place}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
+    with part:
+        try:
+            yield part
+        except unreadable as error:
+            raise DataError(f"{place}: damaged ({error}). {way_on}") from error
+
+
+def footer_of(part: pq.ParquetFile) -> dict[bytes, bytes]:
+    return dict(part.schema_arrow.metadata or {})
+
+
+def _open_parquet(content: bytes) -> pq.ParquetFile:
+    """Open the bytes of a part, from whomever they are.
+
+    Raises:
+        ValueError: They would unpack to more than any part does; or what the library raises for what is no Parquet.
+    """
+    start = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
+    # The footer may name types of other libraries, whose code would run to make them; columns are plain without it.
+    plain = content[:start] + content[start:].replace(b"ARROW:schema", b"no-ARROW-use")
+    part = pq.ParquetFile(
+        pa.BufferReader(plain),
+        page_checksum_verification=True,
+        # What a footer may have allocated: strings hold what a unit skipped, lists its row groups.
+        thrift_string_size_limit=2**28,
+        thrift_container_size_limit=2**20,
+    )
+    groups = range(part.metadata.num_row_groups)
+    if sum(part.metadata.row_group(number).total_byte_size for number in groups) > MAX_BYTES:
+        raise ValueError(f"would unpack to more than {MAX_BYTES:,} bytes")
+    return part
+
+
+def check_footer(place: str, metadata: Mapping[bytes, bytes], fingerprint: str, unit: int) -> None:
+    found = metadata.get(b"refshard.fingerprint", b"none").decode("utf-8", errors="replace")
+    if found != fingerprint:
+        raise IdentityError(
+            f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
+        )
+    if metadata.get(b"refshard.unit") != str(unit).encode():
+        raise DataError(f"{place}: holds another unit than its name says; delete it and run again")

@@ -1,0 +1,144 @@
+"""Tokenized pairs x shards -> dataset with reference columns, joined by the pair's key.
+
+Nothing is held in memory for each pair or token. The stores' keys and sums become an index on disk, sorted out of
+core and then memory-mapped; their token logps go to one flat file that is read batch by batch; the joined set is an
+Arrow file. Its order is that of the source, so shuffling stays the trainer's.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.base.errors import DataError, StorageError
+from pipeline.data.intake import KeptPair
+from pipeline.store.reference_table import ReferenceTable
+
+__all__ = [
+    "JoinReport",
+    "join",
+]
+
+_CHUNK = 1024
+
+
+_BATCH_BYTES = 16 * 2**20
+"""Of an Arrow batch: who opens the joined set holds 6 KiB for each, so chunks are put together"""
+
+
+@dataclass(frozen=True)
+class JoinReport:
+    """How the join went."""
+
+    matched: int
+    missing: int
+    first_missing: str | None
+    """Place of the first pair without reference logps"""
+    surplus: int
+    """Keys in the shards that no pair asked for"""
+
+    def summary(self) -> str:
+        return f"{self.matched:,} matched, {self.missing:,} missing, {self.surplus:,} surplus in the shards"
+
+
+def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_missing: bool = False) -> JoinReport:
+    """Look up every pair by key and write those that match to an Arrow file, in order.
+
+    Columns: `pair_key`, `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `truncated`, `part`, `ref_chosen_logps`,
+    `ref_rejected_logps`, and where the table has it `token_start`, for `TokenLogps`. Pairs without a match are counted,
+    not written; what that means is the caller's to say.
+
+    Args:
+        pairs: In the source's order.
+        table: What the stores hold.
+        file: Where the joined set goes.
+        keep_missing: Write pairs without a match too, with NaN for the reference's logps and -1 for part and start, so
+            that a pair's place in the set does not depend on which pairs are scored.
+
+    Raises:
+        DataError: A pair matches by key but not by its token counts: the shard was cut elsewhere.
+        StorageError: The file can't be written.
+    """
+    matched, missing, first_missing = 0, 0, None
+    used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # a bit for each row
+    columns = _joined_schema(with_tokens=table.with_tokens)
+    held: list[pa.RecordBatch] = []
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
+            for chunk in _chunks(pairs):
+                at, found = table.look_up([p.key for p in chunk])
+                hits = at >= 0
+                for pair, hit, tokens in zip(
+                    chunk, hits, found[["chosen_tokens", "rejected_tokens"]].tolist(), strict=True
+                ):
+                    if not hit:
+                        missing += 1
+                        first_missing = first_missing or pair.place
+                    elif (len(pair.pair.chosen_ids), len(pair.pair.rejected_ids)) != tokens:
+                        raise DataError(
+                            f"{pair.place}: the shards scored {tokens[0]} and {tokens[1]} tokens of it, this run has "
+                            f"{len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
+                        )
+                matched += int(hits.sum())
+                np.bitwise_or.at(used, at[hits] >> 3, np.left_shift(1, at[hits] & 7).astype(np.uint8))
+                written = np.arange(len(chunk)) if keep_missing else np.flatnonzero(hits)
+                if len(written):
+                    held.append(_joined_batch([chunk[i] for i in written], found[written], columns))
+                if sum(batch.nbytes for batch in held) >= _BATCH_BYTES:
+                    writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
+                    held = []
+            writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
+    except OSError as error:
+        raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
+    return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))
+
+
+_IDS = pa.list_(pa.int32())
+
+
+def _joined_schema(*, with_tokens: bool) -> pa.Schema:
+    fields = [
+        ("pair_key", pa.binary(16)),
+        ("row", pa.int64()),
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+        ("truncated", pa.bool_()),
+        ("part", pa.int32()),
+        ("ref_chosen_logps", pa.float32()),
+        ("ref_rejected_logps", pa.float32()),
+    ]
+    if with_tokens:
+        fields.append(("token_start", pa.int64()))
+    return pa.schema(fields)
+
+
+def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:
+    columns = {
+        "pair_key": [p.key for p in pairs],
+        "row": [p.row for p in pairs],
+        "prompt_ids": [p.pair.prompt_ids for p in pairs],
+        "chosen_ids": [p.pair.chosen_ids for p in pairs],
+        "rejected_ids": [p.pair.rejected_ids for p in pairs],
+        "truncated": [p.truncated for p in pairs],
+        "part": found["part"],
+        "ref_chosen_logps": found["chosen_logps"],
+        "ref_rejected_logps": found["rejected_logps"],
+        "token_start": found["token_start"],
+    }
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def _chunks(pairs: Iterable[KeptPair]) -> Iterator[list[KeptPair]]:
+    chunk: list[KeptPair] = []
+    for pair in pairs:
+        chunk.append(pair)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

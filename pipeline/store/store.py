@@ -1,0 +1,370 @@
+"""The shard store: manifest, parts and index of one split; schema, write, read, verify.
+
+    STORE/manifest.json        who the reference is, how pairs were tokenized; written once, first
+    STORE/part-00000.parquet   one per unit of `rows_per_shard` consecutive dataset rows
+    STORE/index.json           written last, when every unit is there
+
+A file under its final name is whole and never changes. A missing index means unfinished, never empty. This module
+needs pyarrow and numpy only.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.base.errors import DataError, IdentityError, UnfinishedError
+from pipeline.base.files import parse_json
+from pipeline.base.folders import Folder, Where, open_folder
+from pipeline.data.intake import Ledger
+from pipeline.models.identity import SCHEMA_VERSION, differences, fingerprint_of
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import (
+    DELETE_INDEX,
+    DELETE_PART,
+    INDEX,
+    MANIFEST,
+    MAX_BYTES,
+    PART_NAME,
+    SKIPPED,
+    ScoredPair,
+    SummedPair,
+    check_footer,
+    check_index,
+    check_part,
+    content_digest,
+    footer_of,
+    has_shape_of_manifest,
+    is_sealed,
+    open_part,
+    part_name,
+    sealed,
+    to_table,
+)
+
+__all__ = [
+    "Store",
+    "check_identity",
+    "create_store",
+    "delete_store",
+    "find_stores",
+    "finish_store",
+    "is_finished",
+    "open_store",
+    "part_exists",
+    "parts_there",
+    "read_content",
+    "read_manifest",
+    "read_part",
+    "read_parts",
+    "write_part",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A finished store, as its manifest and index describe it."""
+
+    folder: Folder
+    manifest: Mapping[str, Any]
+    index: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the index says: of the store's whole content, as it holds each part's own."""
+        return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        return list(self.index["parts"])
+
+    @property
+    def noise(self) -> NoiseFloor:
+        """The noise floor over all parts; of 0 tokens where nothing was scored twice, as in imported stores."""
+        return NoiseFloor(**self.index["noise"])
+
+
+def part_exists(where: Where, unit: int) -> bool:
+    return open_folder(where).size(part_name(unit)) is not None
+
+
+def parts_there(where: Where) -> frozenset[int]:
+    """Units whose part is there, with one look at the folder."""
+    return frozenset(int(match[1]) for name in open_folder(where).names() if (match := PART_NAME.fullmatch(name)))
+
+
+def is_finished(where: Where) -> bool:
+    return open_folder(where).size(INDEX) is not None
+
+
+def find_stores(where: Where) -> list[Folder]:
+    """The store that a folder is, or the stores that it holds.
+
+    Raises:
+        DataError: There is none.
+    """
+    folder = open_folder(where)
+    if folder.size(MANIFEST) is not None:
+        return [folder]
+    found = [folder.child(name) for name in folder.names() if folder.child(name).size(MANIFEST) is not None]
+    if not found:
+        raise DataError(f"{folder}: no shards there, neither a manifest.json nor folders with one")
+    return found
+
+
+def delete_store(where: Where) -> None:
+    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong.
+
+    Raises:
+        StorageError: A file can't be deleted.
+    """
+    folder = open_folder(where)
+    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), and those are not ours to delete.
+    parts = [name for name in folder.names() if PART_NAME.fullmatch(name)]
+    for name in (INDEX, SKIPPED, *parts, MANIFEST):
+        folder.delete(name)
+
+
+def create_store(
+    where: Where, identity: Mapping[str, Any], plan: Mapping[str, Any], declared: Mapping[str, Any]
+) -> str:
+    """Write the manifest, or check that the one that is there is this run's. Gives the fingerprint.
+
+    Args:
+        where: The store's folder or URL, made if needed.
+        identity: What must match: everything that a log-prob depends on.
+        plan: What must be equal for this store to be continued: rows per shard, dataset, rules for dropping.
+        declared: Recorded for people, compared with nothing.
+
+    Raises:
+        IdentityError: The folder holds another run's store; the differing fields are named.
+        StorageError: The folder can't be made, or is in an object store that can't put if absent.
+    """
+    folder = open_folder(where)
+    folder.make()
+    fingerprint = fingerprint_of(identity)
+    manifest = {
+        "format": "refshard",
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "identity": identity,
+        "plan": plan,
+        "declared": declared,
+    }
+    folder.put_if_absent(MANIFEST, sealed(manifest))
+    # Read back in any case: another worker may have been first.
+    stored = read_manifest(folder)
+    found = differences(stored["identity"], identity, joining=False)
+    # The manifest is JSON; compare the plan as JSON would give it back.
+    ours = json.loads(json.dumps(plan))
+    found += [
+        f"{key}: shards {stored['plan'].get(key)!r}, this run {ours.get(key)!r}"
+        for key in sorted({*stored["plan"], *ours})
+        if stored["plan"].get(key) != ours.get(key)
+    ]
+    if found:
+        raise IdentityError(
+            f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
+            "Set precompute.output to a new folder, or pass --overwrite to delete these shards"
+        )
+    return fingerprint
+
+
+def write_part(
+    where: Where,
+    unit: int,
+    pairs: Sequence[ScoredPair] | Sequence[SummedPair],
+    *,
+    fingerprint: str,
+    token_logps: bool,
+    ledger: Ledger,
+    provenance: Mapping[str, Any],
+    noise: NoiseFloor | None = None,
+) -> bool:
+    """Write one unit's part: serialized, read back and compared, then committed. False if another was first.
+
+    Raises:
+        DataError: A log-prob is not finite or a row has no tokens; nothing is written.
+        StorageError: The disk failed; nothing is left behind.
+    """
+    folder = open_folder(where)
+    footer = {
+        "refshard.fingerprint": fingerprint,
+        "refshard.unit": str(unit),
+        "refshard.ledger": json.dumps(ledger.as_dict()),
+        "refshard.skipped": json.dumps(ledger.skipped),
+        "refshard.provenance": json.dumps(provenance, sort_keys=True),
+        "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
+    }
+    table = to_table(pairs, token_logps=token_logps)
+    footer["refshard.digest"] = content_digest(table, footer)
+    table = table.replace_schema_metadata(footer)
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    content = buffer.getvalue()
+    # A writer can produce wrong bytes; what is committed must decode to what was meant.
+    if not pq.read_table(io.BytesIO(content), page_checksum_verification=True).equals(table, check_metadata=False):
+        raise DataError(
+            f"{folder.place(part_name(unit))}: does not read back as written; nothing was committed. Run again"
+        )
+    return folder.put_if_absent(part_name(unit), content)
+
+
+def finish_store(where: Where, num_units: int) -> list[int]:
+    """Write the index if every unit's part is there. Gives the units that are missing, none if finished.
+
+    Raises:
+        DataError: A part is damaged.
+        IdentityError: A part carries another fingerprint.
+        StorageError: A part can't be read, or the index can't be written.
+    """
+    folder = open_folder(where)
+    there = parts_there(folder)
+    missing = [unit for unit in range(num_units) if unit not in there]
+    if missing or is_finished(folder):
+        return missing
+    manifest = read_manifest(folder)
+    totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
+    for unit in range(num_units):
+        # From here on the index vouches for these bytes, whatever they are: so all of them is looked at, once.
+        content = read_content(folder, part_name(unit), DELETE_PART)
+        part = check_part(folder, unit, content, manifest)
+        totals.add(part.ledger.as_dict())
+        noise += part.noise
+        skipped += part.skipped
+        parts.append(
+            {
+                "file": part_name(unit),
+                "rows": part.table.num_rows,
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    if skipped:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+        folder.replace(SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
+    index = {
+        "fingerprint": manifest["fingerprint"],
+        "parts": parts,
+        "totals": totals.as_dict(),
+        "noise": vars(noise),
+    }
+    folder.put_if_absent(INDEX, sealed(index))
+    return []
+
+
+def open_store(where: Where) -> Store:
+    """Open a finished store. Its parts are checked when they are read.
+
+    Raises:
+        UnfinishedError: There is a store, but not all of it yet.
+        DataError: There is none, or its manifest or index is damaged.
+    """
+    folder = open_folder(where)
+    manifest = read_manifest(folder)
+    if not is_finished(folder):
+        raise UnfinishedError(
+            f"{folder}: unfinished, {len(parts_there(folder))} parts so far and no index. Run: refshard precompute "
+            "with the same settings"
+        )
+    index = parse_json(folder.place(INDEX), read_content(folder, INDEX, DELETE_INDEX))
+    check_index(folder.place(INDEX), index, manifest["fingerprint"])
+    return Store(folder=folder, manifest=manifest, index=index)
+
+
+def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a part after checking size, SHA-256, page checksums and fingerprint. Columns as in `schema`.
+
+    Raises:
+        DataError: The part is missing, damaged, or another run's; the message names it and the way on.
+    """
+    entry = store.parts[number]
+    name = part_name(number)
+    place = store.folder.place(name)
+    way_on = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
+    if (size := store.folder.size(name)) is None:
+        raise DataError(f"{place}: missing, though the index lists it. {way_on}")
+    # The size first: what is longer than it should be is not read at all.
+    if size != entry.get("bytes") or hashlib.sha256(
+        content := read_content(store.folder, name, way_on)
+    ).hexdigest() != entry.get("sha256"):
+        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {way_on}")
+    with open_part(place, content, way_on) as part:
+        check_footer(place, footer_of(part), store.fingerprint, number)
+        return part.read(columns and list(columns))
+
+
+def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Read the parts in order, one in memory at a time."""
+    for number in range(len(store.parts)):
+        yield read_part(store, number, columns)
+
+
+def read_manifest(where: Where) -> dict[str, Any]:
+    """Read a store's manifest.
+
+    Raises:
+        DataError: There is none, or it is damaged or was edited.
+        IdentityError: It is of another version of the format.
+    """
+    folder = open_folder(where)
+    place = folder.place(MANIFEST)
+    if folder.size(MANIFEST) is None:
+        raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
+    manifest = parse_json(place, read_content(folder, MANIFEST, "Restore it from a backup, or score again"))
+    if manifest.get("format") != "refshard" or not has_shape_of_manifest(manifest):
+        raise DataError(f"{place}: not a refshard manifest")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise IdentityError(
+            f"{place}: schema version {manifest.get('schema_version')}, this refshard reads {SCHEMA_VERSION}"
+        )
+    if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
+        raise DataError(f"{place}: edited or damaged, its fingerprint is not that of its identity")
+    if not is_sealed(manifest):
+        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says")
+    return manifest
+
+
+def read_content(folder: Folder, name: str, way_on: str) -> bytes:
+    """Read a store's file, unless it is far larger than any that this program writes.
+
+    Raises:
+        DataError: It is missing or too large.
+        StorageError: It can't be read.
+    """
+    if (size := folder.size(name) or 0) > MAX_BYTES:
+        raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {way_on}")
+    try:
+        return folder.read(name)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder.place(name)}: missing. {way_on}") from error
+
+
+def check_identity(stores: Sequence[Store], identity: Mapping[str, Any]) -> None:
+    """Refuse stores that were made by another reference or tokenization than this run's.
+
+    Raises:
+        IdentityError: The differing fields are named, both values side by side.
+    """
+    for store in stores:
+        found = differences(store.manifest["identity"], identity, joining=True)
+        if found:
+            raise IdentityError(
+                f"{store.folder}: these shards are not of this run's reference and tokenization. They differ in "
+                f"{'; '.join(found)}. Score again into another precompute.output, or restore the settings"
+            )

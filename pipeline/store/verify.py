@@ -1,0 +1,206 @@
+"""Whether a store is what stage one wrote: everything that is wrong with it, not only the first thing.
+
+    manifest -> its own digest, the fingerprint of its identity
+    index    -> its own digest, every unit, the totals
+    part     -> size and SHA-256 of the index, page checksums, content digest, fingerprint, schema
+    rows     -> in their unit's range, once each, finite, sums those of their tokens; equal keys, equal values
+
+Needs pyarrow and numpy only. Where there is no index yet, the parts that are there are checked all the same.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.errors import RefshardError, UnfinishedError
+from pipeline.base.folders import LEFTOVERS, Folder
+from pipeline.store.format import check_part, pair_keys, part_name
+from pipeline.store.store import Store, open_store, parts_there, read_content, read_manifest
+
+__all__ = [
+    "Findings",
+    "delete_leftovers",
+    "verify_store",
+]
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class Findings:
+    """What a store holds, and what is wrong with it."""
+
+    place: str
+    parts: int = 0
+    """That were read, whole"""
+    pairs: int = 0
+    token_logps: int = 0
+    duplicates: int = 0
+    """Pairs whose key an earlier pair has"""
+    largest_gap: float = 0.0
+    """Between the sums of two pairs with one key, nats"""
+    leftovers: list[str] = field(default_factory=list)
+    """Temporary files of writers that were killed, or of writers at work; nobody reads them"""
+    strangers: list[str] = field(default_factory=list)
+    """Other files; nobody reads them either"""
+    unfinished: UnfinishedError | None = None
+    problems: list[RefshardError | str] = field(default_factory=list)
+
+
+def verify_store(folder: Folder) -> Findings:
+    """Check all of a store. What is found is in the result; nothing is raised for it, and nothing is changed."""
+    findings = Findings(str(folder))
+    try:
+        manifest = read_manifest(folder)
+    except RefshardError as error:
+        # Without it nothing says what the parts should be.
+        findings.problems.append(error)
+        return findings
+    store = None
+    try:
+        store = open_store(folder)
+    except UnfinishedError as error:
+        findings.unfinished = error
+    except RefshardError as error:
+        findings.problems.append(error)
+    there = sorted(parts_there(folder))
+    units = range(len(store.parts)) if store else there
+    known = {"manifest.json", "index.json", "skipped.jsonl", *map(part_name, units)}
+    for name in folder.names():
+        if name.startswith(LEFTOVERS):
+            findings.leftovers.append(name)
+        elif name not in known:
+            findings.strangers.append(name)
+    _check_rows(_whole_parts(folder, store, units, manifest, findings), manifest, findings)
+    return findings
+
+
+def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
+    """Delete temporary files that were written long ago. Gives how many there were.
+
+    It may run beside workers: one whose file is taken away under it, because a clock has jumped, writes it again.
+
+    Args:
+        folder: The store.
+        older_than: Seconds, by the clock of the file server.
+
+    Raises:
+        StorageError: A file can't be deleted.
+    """
+    names = [name for name in folder.names() if name.startswith(LEFTOVERS)]
+    now_file = f"{LEFTOVERS[0]}{uuid.uuid4().hex}"
+    folder.replace(now_file, b"")
+    now = folder.modified(now_file) or 0.0
+    folder.delete(now_file)
+    old = [name for name in names if (written := folder.modified(name)) is not None and now - written >= older_than]
+    for name in old:
+        folder.delete(name)
+    return len(old)
+
+
+def _whole_parts(
+    folder: Folder, store: Store | None, units: Any, manifest: Mapping[str, Any], findings: Findings
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the units whose part is all that it should be; the others become problems."""
+    for unit in units:
+        name = part_name(unit)
+        try:
+            content = read_content(folder, name, "Delete index.json and run refshard precompute again")
+            if store is not None:
+                entry = store.parts[unit]
+                digest = hashlib.sha256(content).hexdigest()
+                if (len(content), digest) != (entry.get("bytes"), entry.get("sha256")):
+                    findings.problems.append(
+                        f"{folder.place(name)}: {len(content):,} bytes with SHA-256 {digest[:12]}, index.json says "
+                        f"{entry.get('bytes')} with {str(entry.get('sha256'))[:12]}. Delete this part and index.json, "
+                        "then run refshard precompute again: it scores this unit only"
+                    )
+                    continue
+            table = check_part(folder, unit, content, manifest).table
+        except RefshardError as error:
+            findings.problems.append(error)
+            continue
+        findings.parts += 1
+        yield unit, table
+
+
+def _check_rows(parts: Iterator[tuple[int, pa.Table]], manifest: Mapping[str, Any], findings: Findings) -> None:
+    keys: list[npt.NDArray[np.bytes_]] = []
+    sums: list[npt.NDArray[np.float32]] = []
+    last = -1
+    for unit, table in parts:
+        place = f"{findings.place}/{part_name(unit)}"
+        rows = table["row"].to_numpy()
+        findings.problems += [f"{place}: {problem}" for problem in _problems_of_rows(unit, table, manifest, last)]
+        last = max(last, int(rows.max(initial=last)))
+        keys.append(pair_keys(table))
+        sums.append(np.stack([table[f"ref_{side}_logps"].to_numpy() for side in _SIDES], axis=1))
+        findings.pairs += table.num_rows
+        findings.token_logps += sum(int(table[f"{side}_tokens"].to_numpy().sum()) for side in _SIDES)
+    if keys:
+        _check_duplicates(np.concatenate(keys), np.concatenate(sums), findings)
+
+
+def _problems_of_rows(unit: int, table: pa.Table, manifest: Mapping[str, Any], last: int) -> Iterator[str]:
+    plan = manifest["plan"]
+    rows = table["row"].to_numpy()
+    if (np.diff(rows, prepend=last) <= 0).any():
+        yield "its rows do not ascend, or an earlier part holds one of them"
+    # Imported pairs are counted off as they were kept, and those of a TR-DPO window are picked.
+    if isinstance(plan.get("rows"), str) and "window" not in plan:
+        start = int(plan["rows"].partition(":")[0] or 0)
+        size = int(plan["rows_per_shard"])
+        first, end = start + unit * size, start + (unit + 1) * size
+        if ((rows < first) | (rows >= end)).any():
+            yield f"it holds rows {rows.min()} to {rows.max()}, its unit's are {first} to {end - 1}"
+    if (table["prompt_tokens"].to_numpy() < 1).any():
+        yield "a prompt has no tokens"
+    for side in _SIDES:
+        totals = table[f"ref_{side}_logps"].to_numpy()
+        lengths = table[f"{side}_tokens"].to_numpy()
+        if not np.isfinite(totals).all():
+            yield f"row {rows[~np.isfinite(totals)][0]}: a {side} log-prob is not finite"
+        if (lengths < 1).any():
+            yield f"row {rows[lengths < 1][0]}: a {side} completion has no tokens"
+        if f"{side}_token_logps" not in table.column_names:
+            continue
+        lists = table[f"{side}_token_logps"].combine_chunks()
+        values = lists.flatten().to_numpy()
+        if not np.isfinite(values).all():
+            yield f"a token of a {side} completion has a log-prob that is not finite"
+        found = pc.list_value_length(lists).to_numpy()
+        if not np.array_equal(found, lengths):
+            yield f"row {rows[found != lengths][0]}: as many {side} token logps as {side}_tokens says are not there"
+        elif (lengths >= 1).all() and len(lengths):
+            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            added = np.add.reduceat(values.astype(np.float64), starts).astype(np.float32)
+            wrong = ~np.isclose(added, totals, rtol=1e-6, atol=1e-6)
+            if wrong.any():
+                yield f"row {rows[wrong][0]}: ref_{side}_logps is not the sum of its token logps"
+
+
+def _check_duplicates(keys: npt.NDArray[np.bytes_], sums: npt.NDArray[np.float32], findings: Findings) -> None:
+    """Equal keys are equal pairs: their log-probs may differ by the noise of another company, and no more."""
+    order = np.argsort(keys, kind="stable")
+    keys, sums = keys[order], sums[order].astype(np.float64)
+    same = keys[1:] == keys[:-1]
+    findings.duplicates = int(same.sum())
+    if not findings.duplicates:
+        return
+    gaps = np.abs(sums[1:] - sums[:-1])[same]
+    findings.largest_gap = float(gaps.max())
+    size = np.abs(sums[1:])[same]
+    # Far beyond what any dtype's noise adds up to, and far below what another prompt or model makes.
+    allowed = 1.0 + 0.05 * size
+    if (gaps > allowed).any():
+        findings.problems.append(
+            f"{findings.place}: two pairs with one key have log-probs {findings.largest_gap:.3g} nats apart: one of "
+            "them is not of this reference. Score again into another precompute.output"
+        )

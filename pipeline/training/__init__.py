@@ -1,0 +1,1 @@
+"""Joined rows to batches to loss to policy."""

@@ -1,0 +1,313 @@
+"""The parity gate: before step one, the policy must give what the shards say, wherever it starts as the reference.
+
+A sample of pairs, across lengths and shards, is scored by the policy as it will train (train mode, its dtype and
+autocast, its wrappers) and compared token by token. What is allowed comes from the noise floor that stage one
+measured for this model, dtype and kernel, never from how far the loss is from ln 2: a healthy mixture of experts
+reads far from it.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+import transformers
+
+from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
+from pipeline.models.identity import Kinship, significand_bits
+from pipeline.scoring.agreement import ROUNDING, allowed_gap
+from pipeline.scoring.forward import score
+from pipeline.store.format import part_name
+from pipeline.store.store import Store
+from pipeline.training.processes import of_main_process
+
+__all__ = [
+    "Gaps",
+    "Gate",
+    "GateCallback",
+    "choose_sample",
+]
+
+_SAMPLE = 32
+"""Pairs that are compared, unless there are more parts, each of which gives one up to the next number."""
+
+
+_MOST_PARTS = 128
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Policy minus stored, of every sampled completion."""
+
+    values: list[npt.NDArray[np.float64]]
+    """[tokens] nats each; where only sums are stored, one value: the sum's gap over its tokens"""
+    parts: list[int]
+    """The part that each of them comes from"""
+
+    @property
+    def flat(self) -> npt.NDArray[np.float64]:
+        return np.concatenate(self.values)
+
+    @property
+    def mean(self) -> float:
+        return float(np.abs(self.flat).mean())
+
+    @property
+    def largest(self) -> float:
+        return float(np.abs(self.flat).max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What is compared with what, and how near it must be."""
+
+    store: Store
+    reference_dtype: str
+    policy_dtype: str
+    """Dtype that the policy's products run in: autocast's where it is on"""
+    in_8_bits: bool
+    """The reference's weights are in 8 bits"""
+    kinship: Kinship
+    """Where the two must agree"""
+    start: int
+    """Step before whose successor the policy stands at its start"""
+    warn_only: bool
+    """Print what is found instead of stopping"""
+
+    @property
+    def allowed(self) -> tuple[float, float]:
+        """Mean and largest difference that pass, nats a token."""
+        return allowed_gap(self.store.noise, "int8" if self.in_8_bits else self.reference_dtype)
+
+    def passes(self, gaps: Gaps) -> bool:
+        """Whether the gaps are within what is allowed; NaN is not."""
+        mean, largest = self.allowed
+        return gaps.mean <= mean and gaps.largest <= largest
+
+
+class GateCallback(transformers.TrainerCallback):
+    """Runs the gate when training begins or goes on, on every rank alike."""
+
+    def __init__(self, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
+        self._gate = gate
+        self._say = say
+        self._leave_if_asked = leave_if_asked
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gate, trainer = self._gate, self.trainer
+        kin = gate.kinship
+        fresh = state.global_step == gate.start
+        if not (kin.adapters_off or kin.frozen_adapter or (kin.at_start and fresh)):
+            return
+        rows = choose_sample(trainer.train_dataset)
+        if not rows:
+            return
+        measure = _Measure(trainer, rows, self._leave_if_asked)
+        worn: dict[str, Any] = {}
+        if kin.at_start and fresh:
+            which = "the policy before its first step"
+        elif kin.adapters_off:
+            worn, which = {"adapters": False}, "the policy with its adapter switched off"
+        elif _is_sharded(trainer) or _trains_biases(trainer.model):
+            # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
+            self._say("Parity gate: not run, since the adapter that training began with can't be put back for it")
+            return
+        else:
+            worn, which = {"adapter": kin.frozen_adapter}, f"the policy with the adapter {kin.frozen_adapter}"
+        gaps = measure(**worn)
+        if gate.passes(gaps):
+            self._say(
+                f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
+                f"logps {gaps.mean:.2g} nats apart on average, {gaps.largest:.2g} at most "
+                f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
+            )
+            return
+        error = _explain(gate, gaps, which, measure, worn, fresh)
+        if not gate.warn_only:
+            raise error
+        self._say(f"warning: {error}")
+
+
+def choose_sample(dataset: Any) -> list[int]:
+    """Choose rows of the joined set for the gate: of every part, of every length, the same for every run.
+
+    Rows without reference logps are left out.
+    """
+    table = dataset.data.table if hasattr(dataset.data, "table") else dataset.data
+    scored = np.flatnonzero(np.isfinite(table["ref_chosen_logps"].to_numpy()))
+    if not len(scored):
+        return []
+    lengths = (
+        pc.list_value_length(table["prompt_ids"]).to_numpy() + pc.list_value_length(table["chosen_ids"]).to_numpy()
+    )
+    parts = table["part"].to_numpy()
+    by_length = scored[np.argsort(lengths[scored], kind="stable")]
+    chosen = set(_spread(by_length, _SAMPLE))
+    known = np.unique(parts[scored])
+    for i, part in enumerate(_spread(known, _MOST_PARTS)):
+        of_part = by_length[parts[by_length] == part]
+        if not chosen & set(of_part.tolist()):
+            # Short ones here, long ones there.
+            chosen.add(int(of_part[(i * len(of_part)) // len(known)]))
+    return sorted(chosen)
+
+
+def _spread(values: npt.NDArray[Any], count: int) -> list[int]:
+    """At most `count` of the values, evenly spaced, first and last among them."""
+    at = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [int(value) for value in np.unique(values[at])]
+
+
+class _Measure:
+    """Scores the sample in one way or another and compares with what is stored."""
+
+    def __init__(self, trainer: Any, rows: list[int], leave_if_asked: Callable[[], None]) -> None:
+        self._trainer = trainer
+        self._leave_if_asked = leave_if_asked
+        self._rows = [trainer.train_dataset[i] for i in rows]
+
+    def __call__(self, *, training: bool = True, adapters: bool = True, adapter: Path | None = None) -> Gaps:
+        trainer = self._trainer
+        model = trainer.model_wrapped
+        was_training = model.training
+        size = trainer.args.per_device_train_batch_size
+        gaps = Gaps([], [])
+        # Nothing of the run's random state may depend on whether the gate looked.
+        with torch.random.fork_rng(devices=_devices(trainer)), torch.no_grad(), trainer.accelerator.autocast():
+            with _worn(trainer.accelerator.unwrap_model(model), adapters, adapter):
+                model.train(training)
+                _silence_adapter_dropout(model)
+                for start in range(0, len(self._rows), size):
+                    self._leave_if_asked()
+                    self._add(gaps, model, self._rows[start : start + size])
+            model.train(was_training)
+        return of_main_process(gaps)
+
+    def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
+        inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))
+        scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
+        tokens = scores.tokens.logps.double().cpu().numpy()
+        lengths = scores.lengths.cpu().numpy()
+        ends = np.cumsum(lengths)[:-1]
+        stored = np.split(inputs["ref_token_logps"].double().cpu().numpy(), ends) if "ref_token_logps" in inputs else []
+        for i, ours in enumerate(np.split(tokens, ends)):
+            row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
+            # Under ld_alpha the stored sums are weighed; but it needs token logps, so sums alone are plain.
+            gap = ours - stored[i] if stored else np.array([(ours.sum() - row[f"ref_{side}_logps"]) / len(ours)])
+            gaps.values.append(gap)
+            gaps.parts.append(row["part"])
+
+
+@contextlib.contextmanager
+def _worn(model: Any, adapters: bool, adapter: Path | None) -> Iterator[None]:
+    """Let the model wear its own adapter, none, or that of a folder."""
+    if adapter is not None:
+        model.load_adapter(str(adapter), "reference", is_trainable=False)
+        active = model.active_adapter
+        model.set_adapter("reference")
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+            model.delete_adapter("reference")
+    elif not adapters:
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def _silence_adapter_dropout(model: Any) -> None:
+    """An adapter's own dropout is the user's choice, and no fault: out of the way for the comparison."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" in name:
+            module.train(False)
+
+
+def _devices(trainer: Any) -> list[Any]:
+    return [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _trains_biases(model: Any) -> bool:
+    return any(getattr(settings, "bias", "none") != "none" for settings in model.peft_config.values())
+
+
+def _explain(
+    gate: Gate, gaps: Gaps, which: str, measure: _Measure, worn: Mapping[str, Any], fresh: bool
+) -> RefshardError:
+    """Find the likely cause of gaps that do not pass, and say it."""
+    found = (
+        f"{which} is not the reference that {gate.store.folder} holds: token logps are {gaps.mean:.3g} nats apart on "
+        f"average, {gaps.largest:.3g} at most (allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
+    )
+    bad = _bad_parts(gate, gaps)
+    if bad and len(bad) < len(set(gaps.parts)):
+        names = ", ".join(part_name(part) for part in bad)
+        return DataError(
+            f"{found}, but only in {names}: what it holds is not what this reference gave. Delete it and index.json, "
+            "then run refshard precompute again"
+        )
+    if gate.kinship.adapters_off and gate.kinship.at_start and fresh and gate.passes(measure(adapters=False)):
+        return ConfigError(
+            f"{found}. With the adapter switched off it is, so the adapter, declared fresh, is not a zero change: "
+            "start from one whose change is zero, or name it in policy.adapter, which puts it on the reference too"
+        )
+    if gate.passes(measure(training=False, **worn)):
+        return ConfigError(
+            f"{found}. In evaluation mode it is, so dropout, or another noise of training, is on in the policy; the "
+            "reference was scored without. Set the rates in its config.json to 0"
+        )
+    flat = gaps.flat
+    shift, spread = float(flat.mean()), float(flat.std())
+    if abs(shift) > 10 * spread:
+        return DataError(
+            f"{found}. Every token is off by the same {-shift:+.3g}, which no model does: the stored values were "
+            "shifted. Score again into another precompute.output"
+        )
+    if (
+        significand_bits(gate.policy_dtype) < significand_bits(gate.reference_dtype)
+        and gaps.mean <= ROUNDING[gate.policy_dtype][0]
+    ):
+        return IdentityError(
+            f"{found}. The gap grows with length and is that of a dtype: the reference was scored in "
+            f"{gate.reference_dtype}, the policy computes in {gate.policy_dtype}. Set reference.dtype: "
+            f"{gate.policy_dtype} and score again into another precompute.output, or train in {gate.reference_dtype}"
+        )
+    edge = _share_at_edges(gaps)
+    if edge > 0.9:
+        return IdentityError(
+            f"{found}, nearly all of it at the completions' first or last token: a chat template or an EOS rule that "
+            "is not this run's. Score again with this run's tokenizer"
+        )
+    return IdentityError(
+        f"{found}, token by token and in every shard: the stored values are of other weights (the policy was loaded "
+        "from another checkpoint than the reference), or of other prompts (a chat template that is not this run's). "
+        "Name what was scored in reference.model, or score again into another precompute.output"
+    )
+
+
+def _bad_parts(gate: Gate, gaps: Gaps) -> list[int]:
+    bad = []
+    for part in sorted(set(gaps.parts)):
+        of_part = Gaps([v for v, p in zip(gaps.values, gaps.parts, strict=True) if p == part], [part])
+        if not gate.passes(of_part):
+            bad.append(part)
+    return bad
+
+
+def _share_at_edges(gaps: Gaps) -> float:
+    """Share of the absolute gap that lies at the first and the last token of the completions that have more."""
+    long = [np.abs(values) for values in gaps.values if len(values) > 4]
+    total = sum(float(values.sum()) for values in long)
+    return sum(float(values[0] + values[-1]) for values in long) / total if total and math.isfinite(total) else 0.0

@@ -1,0 +1,345 @@
+"""The DPO family: pure functions of logps, one per loss, each with its paper and equation.
+
+Words used below, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps
+minus the reference's; the score s is f'(ratio), which for the usual reverse KL is u itself; n is the number of
+completion tokens; delta is s_c - s_r. Every loss gives one value per pair, [P]; `total_loss` averages and adds up.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.schema import LossConfig, LossName
+
+__all__ = [
+    "PairLoss",
+    "Pairs",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "balance_weight",
+    "bco_pair",
+    "discopop",
+    "divergence_score",
+    "exo_pair",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "pair_losses",
+    "robust",
+    "router_aux_weight",
+    "sft",
+    "sigmoid",
+    "sppo_hard",
+    "total_loss",
+    "wpo_weights",
+]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What a loss may look at: P pairs under both models. Logps in nats; only the policy's carry a gradient."""
+
+    chosen_logps: Tensor
+    """[P] float32, policy; with `ld_alpha`, tokens past the shorter completion's length count `ld_alpha` each"""
+    rejected_logps: Tensor
+    """[P] float32, policy"""
+    ref_chosen_logps: Tensor
+    """[P] float32, reference, weighted as the policy's"""
+    ref_rejected_logps: Tensor
+    """[P] float32, reference"""
+    chosen_tokens: Tensor
+    """[P] tokens of each chosen completion"""
+    rejected_tokens: Tensor
+    """[P]"""
+    chosen_plain_logps: Tensor
+    """[P] float32, policy, every token counted once: `chosen_logps` where `ld_alpha` is not set"""
+    wpo_weights: Tensor | None = None
+    """[P] float32, no gradient; None without WPO"""
+
+    @property
+    def chosen_ratios(self) -> Tensor:
+        """[P] u_c"""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_ratios(self) -> Tensor:
+        """[P] u_r"""
+        return self.rejected_logps - self.ref_rejected_logps
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The objective over P pairs, and what is logged about each of them."""
+
+    loss: Tensor
+    """Scalar, carries the gradient"""
+    chosen_rewards: Tensor
+    """[P] float32, detached: beta times the plain log-ratio, whatever the loss or divergence"""
+    rejected_rewards: Tensor
+    """[P] float32, detached"""
+
+
+def total_loss(pairs: Pairs, settings: LossConfig) -> PairLoss:
+    """Add up the losses that the settings name, each averaged over the pairs and times its weight.
+
+    A policy equal to its reference has every reward at 0 and a `sigmoid` loss of ln 2: the numbers to look for at
+    step 0. The mean is over this micro-batch; the pairs that other ranks hold are not seen.
+    """
+    loss = torch.zeros((), dtype=pairs.chosen_logps.dtype, device=pairs.chosen_logps.device)
+    for name, weight in zip(settings.types, settings.weights_of_types, strict=True):
+        per_pair = pair_losses(name, pairs, settings)  # [P]
+        if pairs.wpo_weights is not None:
+            per_pair = per_pair * pairs.wpo_weights
+        loss = loss + weight * per_pair.mean()
+    return PairLoss(
+        loss=loss,
+        chosen_rewards=settings.beta * pairs.chosen_ratios.detach(),
+        rejected_rewards=settings.beta * pairs.rejected_ratios.detach(),
+    )
+
+
+def pair_losses(name: LossName, pairs: Pairs, settings: LossConfig) -> Tensor:
+    """Give the loss `name` of each pair, [P]."""
+    beta, smoothing = settings.beta, settings.label_smoothing
+    u_c, u_r = pairs.chosen_ratios, pairs.rejected_ratios
+    s_c, s_r = (divergence_score(u, settings.f_divergence_type, settings.f_alpha_divergence_coef) for u in (u_c, u_r))
+    n_c, n_r = pairs.chosen_tokens, pairs.rejected_tokens
+    match name:
+        case "sigmoid":
+            return sigmoid(s_c - s_r, beta=beta, label_smoothing=smoothing)
+        case "sigmoid_norm":
+            return sigmoid(s_c / n_c - s_r / n_r, beta=beta, label_smoothing=smoothing)
+        case "hinge":
+            return hinge(s_c - s_r, beta=beta)
+        case "ipo":
+            return ipo(s_c / n_c - s_r / n_r, beta=beta)
+        case "exo_pair":
+            return exo_pair(s_c - s_r, beta=beta, label_smoothing=smoothing)
+        case "robust":
+            return robust(s_c - s_r, beta=beta, label_smoothing=smoothing)
+        case "discopop":
+            return discopop(s_c - s_r, beta=beta, tau=settings.discopop_tau)
+        case "nca_pair":
+            return nca_pair(u_c, u_r, beta=beta)
+        case "bco_pair":
+            return bco_pair(u_c, u_r, beta=beta)
+        case "sppo_hard":
+            return sppo_hard(u_c, u_r, beta=beta)
+        case "apo_zero":
+            return apo_zero(u_c, u_r, beta=beta)
+        case "apo_down":
+            return apo_down(u_c, u_r, beta=beta)
+        case "aot":
+            policy = pairs.chosen_logps - pairs.rejected_logps
+            ref = pairs.ref_chosen_logps - pairs.ref_rejected_logps
+            return aot(policy, ref, beta=beta, label_smoothing=smoothing)
+        case "aot_unpaired":
+            return aot_unpaired(u_c, u_r, beta=beta, label_smoothing=smoothing)
+        case "sft":
+            return sft(pairs.chosen_plain_logps, n_c)
+
+
+def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
+    """Give f'(t) at t = exp(ratio) for the divergence D_f that ties policy and reference (f-DPO, arXiv 2309.16240).
+
+    reverse_kl: ln t, DPO's own. forward_kl: 1 - 1/t. js_divergence: ln 2t/(1+t). alpha_divergence:
+    (t^(alpha-1) - 1) / (alpha - 1), which tends to ln t as alpha tends to 1. Constants that cancel in the
+    difference of two scores are left out, as in TRL.
+
+    Args:
+        ratios: Log-ratios u, [P].
+        divergence: One of the four names.
+        alpha: Coefficient of the alpha divergence.
+    """
+    if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(alpha - 1) < 1e-6):
+        return ratios
+    if divergence == "forward_kl":
+        # e^80 is near the largest float32; beyond it the score would be infinite and its gradient NaN.
+        return 1 - torch.exp((-ratios).clamp(max=80.0))
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(ratios)
+    return (torch.exp(((alpha - 1) * ratios).clamp(max=80.0)) - 1) / (alpha - 1)
+
+
+def sigmoid(delta: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta delta).
+
+    With label smoothing e it is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3),
+    which supposes that a share e of the labels is flipped: -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta
+    delta). On scores divided by their completions' lengths it is `sigmoid_norm` (length-normalized DPO, arXiv
+    2411.15124, eq. 6).
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
+
+
+def hinge(delta: Tensor, *, beta: float) -> Tensor:
+    """RSO's hinge loss on the normalized likelihood (arXiv 2309.06657, eq. 10): max(0, 1 - beta delta)."""
+    return torch.relu(1 - beta * delta)
+
+
+def ipo(delta: Tensor, *, beta: float) -> Tensor:
+    """IPO (arXiv 2310.12036, eq. 17): (delta - 1/(2 beta))^2, with beta for the paper's tau.
+
+    Delta is the difference of the scores per token, as the paper's authors use it (TRL pull request 1265).
+    """
+    return (delta - 1 / (2 * beta)) ** 2
+
+
+def exo_pair(delta: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """EXO for pairs (arXiv 2402.00856, eq. 16): KL of the policy's preference from the smoothed label.
+
+    The policy prefers chosen with q = sigmoid(beta delta), the label with 1 - e: q ln(q/(1-e)) + (1-q) ln((1-q)/e).
+    """
+    log_q, log_not_q = F.logsigmoid(beta * delta), F.logsigmoid(-beta * delta)
+    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_not_q.exp() * (
+        log_not_q - math.log(label_smoothing)
+    )
+
+
+def robust(delta: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO (arXiv 2403.00409, section 3.1): unbiased where a share e below one half of the labels is flipped.
+
+    (-(1-e) log sigmoid(beta delta) + e log sigmoid(-beta delta)) / (1 - 2e)
+    """
+    right, flipped = -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
+    return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def discopop(delta: Tensor, *, beta: float, tau: float) -> Tensor:
+    """DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414, eq. 5).
+
+    With x = beta delta and m = sigmoid(x / tau): -(1-m) log sigmoid(x) + m exp(-x).
+    """
+    x = beta * delta
+    modulation = torch.sigmoid(x / tau)
+    # m exp(-x) in one exponential: a product of the two is 0 times infinity where x is far below 0.
+    exponential = torch.exp((F.logsigmoid(x / tau) - x).clamp(max=80.0))
+    return -(1 - modulation) * F.logsigmoid(x) + exponential
+
+
+def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """NCA for two completions of a prompt (arXiv 2402.05369, section 4, K = 2), on log-ratios.
+
+    -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r), with rewards r = beta u.
+    """
+    return -F.logsigmoid(beta * chosen) - 0.5 * F.logsigmoid(-beta * chosen) - 0.5 * F.logsigmoid(-beta * rejected)
+
+
+def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """BCO's bound on the DPO loss (arXiv 2404.04656, theorem 1), without the reward shift.
+
+    -log sigmoid(beta u_c) - log sigmoid(-beta u_r)
+    """
+    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+
+
+def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """SPPO (arXiv 2405.00675, eq. 4.7) with hard labels: (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2."""
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """APO-zero (arXiv 2408.06266, eq. 7): chosen up, rejected down: 1 - sigmoid(beta u_c) + sigmoid(beta u_r)."""
+    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """APO-down (arXiv 2408.06266, eq. 8): both down, rejected more.
+
+    sigmoid(beta u_c) + 1 - sigmoid(beta (u_c - u_r)); the paper has no 1, which changes no gradient.
+    """
+    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
+
+
+def aot(policy_margins: Tensor, ref_margins: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """Paired alignment by optimal transport (arXiv 2406.05882, section 3).
+
+    The policy's margins (chosen minus rejected logps), sorted over the micro-batch, should exceed the reference's,
+    sorted likewise; so the loss depends on which pairs share a micro-batch, and a value belongs to a rank in the
+    order, not to a pair.
+    """
+    delta = policy_margins.sort().values - ref_margins.sort().values
+    return sigmoid(delta, beta=beta, label_smoothing=label_smoothing)
+
+
+def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """Unpaired alignment by optimal transport (arXiv 2406.05882, section 3), on sorted log-ratios."""
+    delta = chosen.sort().values - rejected.sort().values
+    return sigmoid(delta, beta=beta, label_smoothing=label_smoothing)
+
+
+def sft(chosen_plain_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
+    """Cross-entropy on the chosen completions: the mean over all their tokens in the micro-batch, for every pair.
+
+    Added to `sigmoid` it is the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL loss, there averaged per
+    completion). The reference has no part in it.
+    """
+    return -(chosen_plain_logps.sum() / chosen_tokens.sum()).expand(len(chosen_plain_logps))
+
+
+def wpo_weights(token_logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -> Tensor:
+    """Weigh pairs by how likely the policy is to write them itself (arXiv 2406.11827, eq. 2 and its alignment).
+
+    The weight of a completion is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2; that of a
+    pair the product of both. No gradient.
+
+    Args:
+        token_logps: [N], row by row, all chosen and then all rejected.
+        log_sum_squares: [N], log of the summed squares of the policy's probabilities at each of those positions.
+        lengths: [2P], tokens of each row.
+
+    Returns:
+        [P] float32
+    """
+    rows = torch.repeat_interleave(lengths)  # [N], the row of each token
+    aligned = (token_logps - log_sum_squares).detach()
+    sums = torch.zeros(len(lengths), dtype=aligned.dtype, device=aligned.device).index_add(0, rows, aligned)
+    chosen, rejected = torch.exp(sums / lengths).chunk(2)
+    return chosen * rejected
+
+
+def router_aux_weight(config: Any, loss: LossConfig) -> float:
+    """Weight of the balance loss: the settings', or the model's own; 0 for a model without experts.
+
+    Raises:
+        ConfigError: A weight is set for a model that has no balance loss.
+    """
+    has_balance = hasattr(config, "output_router_logits")
+    if loss.router_aux_loss_coef and not has_balance:
+        raise ConfigError(
+            f"loss.router_aux_loss_coef: {config.model_type} is no mixture of experts that gives its router's logits; "
+            "leave it out"
+        )
+    if not has_balance:
+        return 0.0
+    own = getattr(config, "router_aux_loss_coef", 0.0)
+    return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+
+
+def balance_weight(model: Any, loss: LossConfig) -> float:
+    """Give the weight of the balance loss for a loaded model; 0 where no layer of it has experts."""
+    return router_aux_weight(model.config.get_text_config(), loss) if _has_router(model) else 0.0
+
+
+def _has_router(model: Any) -> bool:
+    """Whether any layer has experts: a family of mixtures has members without (Jamba with one expert)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    recorders = (getattr(causal.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    if recorders is None:
+        return True  # Not said; the config is.
+    # A class of modules, or a record of one with the name that they go by in a layer.
+    wanted: list[tuple[Any, str]] = [
+        (getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or "")
+        for recorder in (recorders if isinstance(recorders, list | tuple) else (recorders,))
+    ]
+    return any(
+        isinstance(module, kind) and part in name for name, module in causal.named_modules() for kind, part in wanted
+    )

@@ -1,0 +1,61 @@
+"""What the processes of one run decide together: each gets the same answer, and none is left waiting for another."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather
+
+from pipeline.base.errors import RefshardError
+
+__all__ = [
+    "largest",
+    "of_main_process",
+    "on_main_process",
+]
+
+T = TypeVar("T")
+
+
+def on_main_process(action: Callable[[], T]) -> T:
+    """Have the main process do something; every process gets its result, or raises its error.
+
+    Raises:
+        RefshardError: What the action raised, in every process.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    outcome: list[tuple[T | None, RefshardError | None]] = [(None, None)]
+    bug: Exception | None = None
+    if state.is_main_process:
+        try:
+            outcome = [(action(), None)]
+        except RefshardError as error:
+            outcome = [(None, error)]
+        except Exception as error:
+            # It may not travel; the others leave as well, and this process says what it was.
+            bug = error
+            outcome = [(None, RefshardError(f"the main process failed: {type(error).__name__}"))]
+    result, failure = broadcast_object_list(outcome)[0]
+    if bug is not None:
+        raise bug
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+def of_main_process(value: T) -> T:
+    """Give the main process's value to all, where all made one and must not decide differently by a rounding."""
+    if PartialState().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]  # type: ignore[no-any-return]
+
+
+def largest(value: int) -> int:
+    """Give the largest of the values that the processes call this with, each at the same point of its work."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return value
+    return int(gather(torch.tensor([value], device=state.device)).max().item())

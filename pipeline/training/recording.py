@@ -1,0 +1,177 @@
+"""What stage two says and writes down on its way: the progress line, the run's log, the margins of its pairs."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from pipeline.base.progress import Progress, emit, say
+from pipeline.base.versions import library_versions
+from pipeline.run.attempts import Attempt
+from pipeline.run.records import RunLog, write_margins
+from pipeline.scoring.memory import name_of_device, peak_memory
+
+__all__ = [
+    "Margins",
+    "RecordCallback",
+]
+
+_LAST_TRAINED = 2048
+"""Pairs of training whose margins are kept: enough for a histogram"""
+
+
+class Margins:
+    """Collects the margins of pairs as the trainer measures them, and writes them when a set is done."""
+
+    def __init__(self, attempt: Attempt, only_set: str | None) -> None:
+        self._attempt = attempt
+        self._only_set = only_set
+        self._held_out: list[npt.NDArray[np.float32]] = []
+        self._trained: deque[npt.NDArray[np.float32]] = deque(maxlen=_LAST_TRAINED)
+
+    def add(self, columns: Mapping[str, torch.Tensor], *, training: bool) -> None:
+        """Take the pairs of a micro-batch, of all processes: each column [P]."""
+        policy = columns["logps/chosen"] - columns["logps/rejected"]
+        shift = columns["logps/chosen_shift"]
+        rows = torch.stack(
+            [
+                columns["ref/margins"],
+                policy,
+                columns["rewards/margins"],
+                shift,
+                # log-ratio margin = chosen shift - rejected shift = policy margin - reference margin
+                shift - (policy - columns["ref/margins"]),
+            ],
+            dim=1,
+        ).to(torch.float32)
+        if training:
+            self._trained.extend(rows.numpy())
+        else:
+            self._held_out.append(rows.numpy())
+
+    def finish_set(self, prefix: str, step: int) -> None:
+        """Write what was measured of a held-out set, which the library names by its metrics' prefix."""
+        name = prefix.removeprefix("eval").removeprefix("_") or self._only_set
+        if self._held_out and name is not None:
+            self._write(name, step, np.concatenate(self._held_out))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was measured of a set whose evaluation was left."""
+        self._held_out = []
+
+    def finish_training(self, step: int) -> None:
+        """Write the last pairs that were trained on."""
+        if self._trained:
+            self._write("train", step, np.stack(list(self._trained)))
+
+    def _write(self, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
+        # What a start writes that another one has taken over from would mix with that one's.
+        if self._attempt.is_newest():
+            write_margins(self._attempt.run_folder, name, step, rows)
+
+
+class RecordCallback(transformers.TrainerCallback):
+    """Keeps the run's log and its progress line, in place of the library's own.
+
+    Args:
+        log: The run's log.
+        margins: What the trainer measures.
+        pairs: Of each set, by name.
+        batch_pairs: Of an optimizer step, over all processes.
+    """
+
+    def __init__(self, log: RunLog, margins: Margins, *, pairs: Mapping[str, int], batch_pairs: int) -> None:
+        self._log = log
+        self._margins = margins
+        self._pairs = pairs
+        self._batch_pairs = batch_pairs
+        self._progress: Progress | None = None
+        self._step = self._tokens = self._evaluated = 0
+        self.trainer: Any = None
+
+    def _begun(self, args: Any, state: Any) -> Progress | None:
+        """The progress of this start; None but on the first process.
+
+        Begins at the first event: a start that finds all steps done has evaluations to make and nothing to train.
+        """
+        if self._progress is None and args.process_index == 0:
+            self._step, self._tokens = state.global_step, state.num_input_tokens_seen
+            self._progress = Progress("train", state.max_steps, "steps", done=state.global_step)
+            self._add(
+                "start",
+                {
+                    "step": state.global_step,
+                    "max_steps": state.max_steps,
+                    "pairs": dict(self._pairs),
+                    "processes": args.world_size,
+                    "device": name_of_device(args.device),
+                    "batch_pairs": self._batch_pairs,
+                    "versions": library_versions(),
+                },
+            )
+        return self._progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun(args, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is None:
+            return
+        steps, tokens = state.global_step - self._step, state.num_input_tokens_seen - self._tokens
+        self._step, self._tokens = state.global_step, state.num_input_tokens_seen
+        self._progress.advance(steps, tokens=tokens, memory=peak_memory(args.device))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        progress = self._begun(args, state)
+        if progress is None:
+            return
+        kind = "summary" if "train_runtime" in logs else "log"
+        numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        measured = {"seconds": progress.seconds, "memory_bytes": peak_memory(args.device)}
+        self._add(kind, {"step": state.global_step, "epoch": state.epoch, **measured, **numbers})
+        if "loss" in logs:
+            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            progress.show({name: logs[key] for name, key in shown.items() if key in logs})
+        elif prefix := next((key[: -len("loss")] for key in logs if key.endswith("_loss") and kind == "log"), None):
+            say(_evaluation_line(prefix, logs, state.global_step))
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        self._evaluated += 1
+        progress = self._begun(args, state)
+        if progress is not None and eval_dataloader is not None:
+            progress.pulse(f"evaluating, batch {self._evaluated:,} of {len(eval_dataloader):,}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._margins.finish_training(state.global_step)
+
+    def end(self, step: int, *, finished: bool) -> None:
+        """Write down how this start ended; called once all evaluations are made."""
+        if self._progress is not None:
+            self._progress.close()
+            self._add("end", {"step": step, "finished": finished})
+
+    def _add(self, kind: str, record: Mapping[str, Any]) -> None:
+        self._log.add(kind, record)
+        emit(kind, record)
+
+
+def _evaluation_line(prefix: str, logs: Mapping[str, float], step: int) -> str:
+    name = prefix.removeprefix("eval").strip("_")
+    shown = [
+        f"{word} {logs[prefix + key]:.4g}"
+        for word, key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
+        if prefix + key in logs
+    ]
+    return f"step {step:,}: held-out{f' {name}' if name else ''} {', '.join(shown)}"

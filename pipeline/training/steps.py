@@ -1,0 +1,65 @@
+"""Which pairs each optimizer step sees, known before training begins.
+
+The library's own loader and sampler are asked, with row numbers in place of pairs, so that what they do with seeds,
+epochs, accumulation and incomplete batches is never guessed.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from pipeline.base.errors import ConfigError
+
+__all__ = [
+    "Order",
+    "order_of_run",
+]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The pairs of a run, step by step."""
+
+    steps: list[npt.NDArray[np.int64]]
+    """For each optimizer step, the indices of its pairs in the training set"""
+    steps_per_epoch: int
+
+    def pairs_of(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Indices of the pairs of steps `first` + 1 to `last`, ascending, each once."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.steps[first:last]]))
+
+
+def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> Order:
+    """Give the pairs of every step of a run of one process on a training set of `num_pairs`."""
+    arguments = copy.copy(arguments)
+    arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
+    trainer = transformers.Trainer(
+        model=torch.nn.Linear(1, 1),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"index": np.arange(num_pairs)}),
+        data_collator=lambda rows: {"index": torch.tensor([row["index"] for row in rows])},
+    )
+    loader: Any = trainer.get_train_dataloader()
+    accumulation = arguments.gradient_accumulation_steps
+    steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    if not len(loader):
+        raise ConfigError(
+            f"train: no step can be made of {num_pairs} pairs; a batch is larger than the set (dataloader_drop_last)"
+        )
+    steps: list[npt.NDArray[np.int64]] = []
+    for epoch in range(math.ceil(total / steps_per_epoch)):
+        loader.set_epoch(epoch)
+        batches = [batch["index"].cpu().numpy() for batch in loader]
+        # The last step of an epoch takes the micro-batches that are left.
+        steps += [np.concatenate(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation)]
+    if not steps[:total]:
+        raise ConfigError("train.num_train_epochs: no steps to train; with reference.sync there must be some")
+    return Order(steps[:total], steps_per_epoch)

@@ -1,0 +1,228 @@
+"""TR-DPO's windows: consecutive optimizer steps that share one reference, and where each of them keeps its things.
+
+The reference moves after steps K, 2K, ... Window w trains steps wK + 1 to (w + 1)K on the reference as it stands
+after step wK; an evaluation at step wK sees the moved reference already. Where a run stands is read from its
+checkpoints, so that every process finds out by itself.
+
+    precompute.output/train                        log-probs of the pairs of window 0 alone
+    train.output_dir/references/step-00001024/     the reference of window 2, float32, where K is 512
+    train.output_dir/references/.../shards/train   log-probs of the pairs of window 2 alone
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from pipeline.base.digests import sha256_of_files
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.files import read_json
+from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.models.files import ADAPTER_CONFIG, find_adapter, policy_settings, reference_dtype
+from pipeline.models.identity import identity_of_reference
+from pipeline.run.checkpoints import checkpoint_folders
+from pipeline.training.mixing import MARKER, mix
+from pipeline.training.steps import Order
+
+__all__ = [
+    "Window",
+    "WindowCallback",
+    "check_mixable",
+    "make_window",
+    "prepare_reference",
+    "window_at",
+    "window_config",
+]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps first + 1 to last, on the reference as it stands after step first."""
+
+    number: int
+    first: int
+    last: int
+    evaluations: frozenset[int]
+    """Steps at which held-out sets are evaluated on this window's reference, `first` among them if it is one"""
+    is_last: bool
+
+
+def window_at(
+    config: Config, arguments: transformers.TrainingArguments, order: Order, checkpoint: Path | None
+) -> Window:
+    """Give the window that a run's checkpoint stands in; the first one where there is none."""
+    assert config.reference.sync is not None
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    return make_window(config, arguments, order, step // config.reference.sync.steps)
+
+
+def make_window(config: Config, arguments: transformers.TrainingArguments, order: Order, number: int) -> Window:
+    """Give window `number`, or the last one there is."""
+    assert config.reference.sync is not None
+    size, total = config.reference.sync.steps, len(order.steps)
+    evaluated = _evaluated_steps(arguments, order) if config.data.eval else set()
+    # Where the reference moves at the very end, an evaluation there has a window of its own, without steps.
+    last_number = total // size if total % size or total in evaluated else total // size - 1
+    number = min(number, last_number)
+    return Window(
+        number=number,
+        first=size * number,
+        last=min(size * (number + 1), total),
+        evaluations=frozenset(step for step in evaluated if step // size == number),
+        is_last=number == last_number,
+    )
+
+
+def _evaluated_steps(arguments: transformers.TrainingArguments, order: Order) -> set[int]:
+    """Steps at which the library evaluates, and the last one, whose metrics go into the model card."""
+    total = len(order.steps)
+    steps = {total}
+    if arguments.eval_on_start:
+        steps.add(0)
+    strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    if strategy == "steps":
+        every = arguments.eval_steps or 1
+        every = math.ceil(total * every) if every < 1 else int(every)
+        steps |= {step for step in range(every, total, every) if step >= arguments.eval_delay}
+    elif strategy == "epoch":
+        per_epoch = order.steps_per_epoch
+        steps |= {step for step in range(per_epoch, total, per_epoch) if step / per_epoch >= arguments.eval_delay}
+    return steps
+
+
+def window_config(config: Config, window: Window, output: Path) -> Config:
+    """Give the settings of one window: the run's own, with the reference and the stores of this window."""
+    if window.number == 0:
+        return dataclasses.replace(config, reference=dataclasses.replace(config.reference, sync=None))
+    folder = _reference_folder(output, window.first)
+    return dataclasses.replace(
+        config,
+        reference=ReferenceConfig(model=str(folder), dtype=reference_dtype(config)),
+        precompute=dataclasses.replace(config.precompute, output=str(folder / "shards"), reuse=[]),
+    )
+
+
+def _reference_folder(output: Path, step: int) -> Path:
+    """Folder of the reference as it stands after a step."""
+    return output / "references" / f"step-{step:08d}"
+
+
+def prepare_reference(config: Config, window: Window, output: Path) -> None:
+    """Make the window's reference, unless it is there: the one before, moved toward the window's first checkpoint.
+
+    A reference that was made from another training than the checkpoint's (a run that went back to an older
+    checkpoint may come out differently) is made again, and its log-probs go with it.
+
+    Raises:
+        DataError: What it is made from is gone.
+    """
+    assert config.reference.sync is not None
+    if window.number == 0:
+        return
+    target = _reference_folder(output, window.first)
+    checkpoint = output / f"checkpoint-{window.first}"
+    before = window.first - config.reference.sync.steps
+    previous = _reference_folder(output, before) if before > 0 else None
+    made_from = {
+        "step": window.first,
+        "sync": dataclasses.asdict(config.reference.sync),
+        "policy": sha256_of_files(checkpoint.glob("*.safetensors")),
+        # Of a reference that is gone, having served, the first one's identity stands for all that followed.
+        "first": identity_of_reference(config),
+    }
+    if target.exists():
+        found = read_json(target / MARKER)
+        if not checkpoint.exists():
+            made_from["policy"] = found.get("policy")
+        if found == made_from:
+            return
+        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    for needed in (checkpoint, previous):
+        if needed is not None and not needed.exists():
+            raise DataError(
+                f"{needed}: gone, and the reference of step {window.first} is made from it. Restore it, or start over "
+                "with refshard train --overwrite"
+            )
+    mix(config, checkpoint=checkpoint, previous=previous, target=target, made_from=made_from)
+    _delete_older(output, config.reference.sync.steps)
+
+
+def check_mixable(config: Config) -> None:
+    """Refuse an adapter whose weights can't be told as one model's.
+
+    Where input embeddings and head are one tensor, an adapter on the embeddings parts them, and no checkpoint of the
+    architecture holds both.
+
+    Raises:
+        ConfigError: Such an adapter, with `reference.sync`.
+    """
+    policy = config.policy
+    if not policy.has_adapter or not getattr(policy_settings(config), "tie_word_embeddings", False):
+        return
+    named: list[str] = []
+    if policy.lora is not None:
+        named = [*policy.lora.modules_to_save, *_as_list(policy.lora.target_modules)]
+    elif policy.ia3 is not None:
+        named = policy.ia3.target_modules or []
+    elif policy.adapter is not None:
+        settings = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
+        named = [*_as_list(settings.get("modules_to_save")), *_as_list(settings.get("target_modules"))]
+    embeddings = [name for name in named if re.search(r"emb|wte|word", name)]
+    if embeddings:
+        raise ConfigError(
+            f"reference.sync: the adapter changes {embeddings[0]}, which the model shares with its head, so that "
+            "policy and reference can't be mixed; leave it out of the adapter"
+        )
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _delete_older(output: Path, size: int) -> None:
+    """Delete the references that no checkpoint can go on from."""
+    oldest = min(checkpoint_folders(output), default=0) // size * size
+    for folder in (output / "references").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class WindowCallback(transformers.TrainerCallback):
+    """Ends training where the reference moves, and evaluates there once it has moved.
+
+    The library evaluates at a step's end. Where the reference moves at that step, the evaluation is the next
+    window's first act, since its log-probs are not there before.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        first = self._window.first
+        if first > 0 and state.global_step == first and first in self._window.evaluations:
+            self.trainer.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._ends(state):
+            return
+        control.should_log = control.should_save = control.should_training_stop = True
+        control.should_evaluate = state.global_step in self._window.evaluations
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The end of a step is the end of an epoch at times; all is done by then.
+        if self._ends(state):
+            control.should_evaluate = control.should_save = False
+
+    def _ends(self, state: Any) -> bool:
+        return bool(state.global_step == self._window.last)

@@ -1,0 +1,1 @@
+"""`refshard check`: rows, tokens and estimates, before a GPU is booked."""

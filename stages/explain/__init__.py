@@ -1,0 +1,1 @@
+"""`refshard explain`: one pair as the models see it."""

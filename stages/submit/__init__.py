@@ -1,0 +1,1 @@
+"""`refshard submit`: job files for Slurm and Kubernetes."""

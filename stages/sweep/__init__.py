@@ -1,0 +1,1 @@
+"""`refshard sweep`: several policies on one set of shards."""
