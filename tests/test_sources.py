@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
 from pipeline.config.schema import DataConfig, EvalSetConfig
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import count_rows, describe, find_set, open_set, open_source, read_rows
 

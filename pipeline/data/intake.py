@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import BadRow
 from pipeline.config.schema import DataConfig
-from pipeline.data.pairs import Pair, to_pair
+from pipeline.data.layouts import to_pair
+from pipeline.data.pairs import Pair
 from pipeline.data.rows import Row
 from pipeline.data.tokens import TokenizedPair, pair_key, tokenize, truncate
 
