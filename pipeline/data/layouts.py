@@ -82,11 +82,8 @@ def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     Raises:
         ValueError: The texts share no beginning, or are equal and mark no turn.
     """
-    shared = 0
-    for a, b in zip(chosen, rejected, strict=False):
-        if a != b:
-            break
-        shared += 1
+    both = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((i for i, (a, b) in both if a != b), min(len(chosen), len(rejected)))
     turns = list(_TURN.finditer(chosen, 0, shared))
     if turns:
         end = turns[-1].end()
