@@ -284,7 +284,8 @@ def test_a_row_can_not_say_how_its_template_is_applied() -> None:
     assert own - {"self", "kwargs", "tools", "documents"} <= pairs._NO_TEMPLATE_KWARGS
     with pytest.raises(BadRow, match="chat_template_kwargs must not hold chat_template"):
         layouts.to_pair({**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, {}, "row 1")
-    assert layouts.to_pair({**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, {}, "row 1").chat_template_kwargs
+    allowed = {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    assert layouts.to_pair(allowed, {}, "row 1").chat_template_kwargs
 
 
 # Data
