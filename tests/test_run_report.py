@@ -214,10 +214,10 @@ def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) ->
     ]
     assert "not finished, at step 5 of 9" in page
     assert "log.jsonl: 1 of 9 lines" in page
-    assert "not finite (NaN or infinite): 1" in page
+    assert "1 values are not finite" in page
     header, costs = rows_of(page, "Cost")
     told = dict(zip(header, costs, strict=True))
-    assert (told["stage two"], told["steps"], told["done twice"]) == ("2 starts", "5", "2")
+    assert (told["stage two"], told["steps"], told["done twice"]) == ("2 attempts", "5", "2")
     assert (told["tokens"], told["time"], told["peak memory"]) == ("1,500", "1 min 06 s", "4.00 GiB")
     assert told["device"] == "cpu, cuda"
 
@@ -395,7 +395,7 @@ def test_the_charts_library_is_spoken_of_only_where_it_is(tmp_path: Path, capsys
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no run there" in refshard("report", tmp_path / "empty", check=2).stderr
+    assert "log.jsonl" in refshard("report", tmp_path / "empty", check=2).stderr
     refshard("report", check=2)
 
 

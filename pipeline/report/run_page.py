@@ -507,7 +507,7 @@ def _cost(shown: Sequence[Shown]) -> list[Section]:
         body += (Markup("<h3>{}</h3>").format(printable(name)) if name else Markup("")) + table(header, rows)
     header = [*(["run"] if len(shown) > 1 else []), "stage two", "processes", "steps", "done twice", "tokens"]
     header += ["time", "peak memory", "device"]
-    rows = [_stage_two_row(one, len(shown)) for one in shown if one.run.starts]
+    rows = [_stage_two_row(one, len(shown)) for one in shown if one.run.attempts]
     body += table(header, rows) if rows else Markup("")
     note = (
         "Stage one is shared by all runs on its shards. Time is that of scoring and training, evaluations included, "
@@ -544,19 +544,19 @@ def _stage_one_row(name: str, costs: Sequence[Mapping[str, Any]]) -> list[object
 
 
 def _stage_two_row(one: Shown, num_runs: int) -> list[object]:
-    starts = one.run.starts
+    attempts = one.run.attempts
     tokens = one.run.curve("num_tokens").last
-    again = sum(max(before.last_step - after.step, 0) for before, after in pairwise(starts))
+    again = sum(max(before.last_step - after.step, 0) for before, after in pairwise(attempts))
     return [
         *([_swatch(one)] if num_runs > 1 else []),
-        f"{len(starts):,} {'start' if len(starts) == 1 else 'starts'}",
-        starts[-1].processes,
+        f"{len(attempts):,} {'attempt' if len(attempts) == 1 else 'attempts'}",
+        attempts[-1].processes,
         one.run.step,
         again,
         None if tokens is None else int(tokens),
-        _duration(math.fsum(start.seconds for start in starts)),
-        _memory(max((start.memory_bytes or 0 for start in starts), default=0)),
-        ", ".join(dict.fromkeys(start.device for start in starts if start.device)),
+        _duration(math.fsum(attempt.seconds for attempt in attempts)),
+        _memory(max(attempt.memory_bytes or 0 for attempt in attempts)),
+        ", ".join(dict.fromkeys(attempt.device for attempt in attempts if attempt.device)),
     ]
 
 
@@ -582,7 +582,7 @@ def _settings(shown: Sequence[Shown]) -> list[Section]:
                     printable(str(one.run.folder)), _lines(text)
                 )
             )
-        if one.run.starts and (versions := one.run.starts[-1].versions):
+        if one.run.attempts and (versions := one.run.attempts[-1].versions):
             listed = ", ".join(f"{name} {version}" for name, version in versions.items())
             parts.append(Markup('<p class="note">{}</p>').format(printable(listed)))
     if not parts:
