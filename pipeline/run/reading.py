@@ -146,19 +146,19 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(_no_run(folder))
     remarks: list[str] = []
 
-    def read(name: str, reader: Callable[[Path], _Content], default: _Content, missing: str = "") -> _Content:
+    def read(name: str, reader: Callable[[Path], _Content], missing: str = "") -> _Content | None:
         file = folder / name
         if not file.exists():
             if missing:
                 remarks.append(f"{name} is missing: {missing}")
-            return default
+            return None
         try:
             return reader(file)
         except (RefshardError, pa.ArrowException, OSError, KeyError, ValueError) as error:
             remarks.append(f"{name} can't be read: {first_line(error)}")
-            return default
+            return None
 
-    lines, num_broken = read(LOG, _read_log, ([], 0), "the page has no curves")
+    lines, num_broken = read(LOG, _read_log, "the page has no curves") or ([], 0)
     if num_broken:
         remarks.append(f"{LOG}: {num_broken:,} of {num_broken + len(lines):,} lines can't be read")
     attempts = _attempts(lines)
@@ -167,16 +167,16 @@ def read_run(folder: Path) -> Run:
     if not_finite:
         remarks.append(f"{LOG}: {not_finite:,} values are not finite (NaN or infinite); the curves have gaps there")
     names = sorted(file.name for file in (folder / MARGINS).glob("*.parquet"))
-    margins = {Path(name).stem: read(f"{MARGINS}/{name}", _read_margins, None) for name in names}
+    margins = {Path(name).stem: read(f"{MARGINS}/{name}", _read_margins) for name in names}
     return Run(
         folder=folder,
-        settings=read(SETTINGS, lambda file: as_dict(load_config(file)), {}, "the run's settings are unknown"),
+        settings=read(SETTINGS, lambda file: as_dict(load_config(file)), "the run's settings are unknown") or {},
         records=records,
         attempts=attempts,
-        inputs=read(INPUTS, read_json, {}, "the run's reference, policy and sets are unknown"),
+        inputs=read(INPUTS, read_json, "the run's reference, policy and sets are unknown") or {},
         margins={name: rows for name, rows in margins.items() if rows is not None},
-        generations=read(GENERATIONS, read_generations, []),
-        finished=read(RECORD, read_json, {}).get("finished") is True,
+        generations=read(GENERATIONS, read_generations) or [],
+        finished=(read(RECORD, read_json) or {}).get("finished") is True,
         max_steps=next((line["max_steps"] for line in reversed(lines) if "max_steps" in line), None),
         last_written=max((line["time"] for line in lines), default=None),
         remarks=remarks,
