@@ -178,10 +178,8 @@ def _rank_without_memory(config: str, folder: str, environment: dict[str, str], 
     """A process of a launch in which batches of more than 200 tokens do not fit; run in a process of its own."""
     redirected(folder, environment)
     from pipeline.scoring import forward as scoring_forward
-    from pipeline.scoring import tensor_parallel
-    from stages import cli, precompute
-
-    pass
+    from pipeline.scoring import scorer, tensor_parallel
+    from stages import cli
 
     rank = int(environment["RANK"])
 
@@ -200,7 +198,7 @@ def _rank_without_memory(config: str, folder: str, environment: dict[str, str], 
 
         model.forward = short_of_memory
 
-    precompute.prepare = prepare
+    scorer.prepare = prepare
     tensor_parallel._PATIENCE_AFTER_FAILURE = tensor_parallel.timedelta(seconds=1)
     cli.sys.argv = ["refshard", "precompute", "--config", config, "-o", SPLIT, "-o", "precompute.output=" + folder]
     cli.run()

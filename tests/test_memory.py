@@ -22,9 +22,11 @@ from pipeline.config.reader import load_config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import policy_settings
-from pipeline.scoring import forward, memory
+from pipeline.scoring import memory
+from pipeline.scoring import scorer as scoring_scorer
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import Batch
+from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.format import ScoredPair
 from pipeline.store.store import create_store, finish_store, write_part
@@ -254,10 +256,11 @@ def test_an_index_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -
 def score_unit(model: Any, pairs: list[KeptPair], budget: int, *, packed: bool) -> tuple[list[Any], int]:
     """What stage one makes of a unit, and the budget that it ended with."""
     reference = object.__new__(precompute._Reference)
-    reference._model, reference._pad_id, reference._packed = model, 0, packed
-    reference._tokens_per_batch = budget
-    scored, _ = reference.score_unit(pairs, StopFlag(), lambda pair: None)
-    return scored, reference._tokens_per_batch
+    reference._scorer = Scorer(model=model, packed=packed, pad_id=0, key="reference.model", tokens_per_batch=budget)
+    counted: list[KeptPair] = []
+    scored, _ = reference.score_unit(pairs, StopFlag(), counted.append)
+    assert sorted(pair.row for pair in counted) == [pair.row for pair in pairs]
+    return scored, reference._scorer.fit()
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,7 @@ def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseExcept
             raise error
         return score(model, batch, **keywords)
 
-    monkeypatch.setattr(forward, "score", limited)
+    monkeypatch.setattr(scoring_scorer, "score", limited)
     return tried
 
 
@@ -350,7 +353,8 @@ import torch, transformers
 sys.path.insert(0, "tests")
 from test_memory import score_unit
 from pipeline.intake import KeptPair
-from pipeline.scoring import prepare, check_scoring
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring
 from pipeline.tokens import TokenizedPair
 torch.manual_seed(0)
 torch.set_num_threads(1)
