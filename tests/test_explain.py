@@ -25,10 +25,11 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.rows import Row
 from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
 from pipeline.run.checkpoints import commit_checkpoint
+from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.store import finish_store, open_store, read_manifest, read_part, read_parts
 from stages.explain import command
-from stages.explain import row as explain_row
+from stages.explain import row as row_module
 from stages.explain.pieces import shown, token_bytes
 from stages.explain.row import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
 
@@ -145,7 +146,7 @@ def test_a_policy_is_looked_for_before_a_model_is_loaded(
         loaded.append(config.reference)
         raise DataError("loaded")
 
-    monkeypatch.setattr(command, "load_reference", load)
+    monkeypatch.setattr(scorer, "load_reference", load)
     run, empty = tmp_path / "run", tmp_path / "empty"
     for folder in (run, empty):
         folder.mkdir()
@@ -180,7 +181,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
         read.append((number, columns is None))
         return read_part(store, number, columns)
 
-    monkeypatch.setattr(explain_row, "read_part", watched)
+    monkeypatch.setattr(row_module, "read_part", watched)
     stored, _ = find_stored(folder, key.hex(), 1, identity)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
