@@ -22,7 +22,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from pipeline.base.digests import sha256_of_files
-from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, stopped_as_asked
 from pipeline.base.folders import Folder, open_folder
 from pipeline.base.progress import Progress, emit
 from pipeline.base.signals import StopFlag, watch_signals
@@ -318,7 +318,7 @@ class _Reference:
             if count is not None:
                 count(pairs[i])
             if flag:
-                raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
+                raise stopped_as_asked("finished units are saved")
         return [scored[i] for i in range(len(pairs))]
 
     def _load(self) -> Scorer:
@@ -431,7 +431,7 @@ def _score_split(
                 # Another copy of this worker was first, since the unit was read.
                 continue
             if flag:
-                raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
+                raise stopped_as_asked("finished units are saved")
             scored, noise = _score_unit(unit, reference, reusable, config.precompute.on_nonfinite, flag, account)
             _check_unchanged(source, stamps)
             writer.put(unit, scored, noise)

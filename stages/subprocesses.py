@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from pipeline.base.errors import UnfinishedError
+from pipeline.base.errors import UnfinishedError, stopped_as_asked
 from pipeline.base.signals import StopFlag, leave_with_parent, process_context
 
 __all__ = [
@@ -29,7 +29,7 @@ def run_command(entry: Callable[[], None], words: Sequence[str], flag: StopFlag)
         UnfinishedError: Asked to stop before it began.
     """
     if flag:
-        raise UnfinishedError("stopped as asked; all that was done is saved. Run the same command again")
+        raise stopped_as_asked("all that was done is saved")
     process = process_context().Process(target=_run, args=(entry, ["refshard", *words]))
     process.start()
     told = False

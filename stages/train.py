@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from pipeline.base.errors import ConfigError, DataError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, UnfinishedError, stopped_as_asked
 from pipeline.base.files import read_json, replace_file, sync_tree, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_other_bars
@@ -91,7 +91,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)
-    stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
+    stores = {} if config.reference.sync else _open_stores(config, config.data.sets, tokenizer)
     identity = run_identity(config, _fingerprints(config, stores, tokenizer), state.num_processes)
 
     if not overwrite:
@@ -136,7 +136,7 @@ def _train(
     joined = output / JOINED / attempt.name
     on_missing = config.train.on_missing
     joins = on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
-    sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
+    sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in config.data.sets}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
     # DeepSpeed loads its own form of the weights by itself.
@@ -233,11 +233,8 @@ def _while_owned(attempt: Attempt) -> Iterator[None]:
 
 def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
     step, saved = trainer.state.global_step, newest_step(output)
-    return UnfinishedError(
-        f"stopped as asked after step {step} of {trainer.state.max_steps}; "
-        + (f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved")
-        + ". Run the same command again"
-    )
+    where = f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved"
+    return stopped_as_asked(where, f"after step {step} of {trainer.state.max_steps}")
 
 
 def _load_policy(
@@ -356,7 +353,7 @@ def _until_stopped(pairs: Iterator[KeptPair], flag: StopFlag) -> Iterator[KeptPa
     """The pairs, up to a stop request."""
     for pair in pairs:
         if flag:
-            raise UnfinishedError("stopped as asked before training began; run the same command again")
+            raise stopped_as_asked("nothing was to be saved", "before training began")
         yield pair
 
 
@@ -459,7 +456,7 @@ def _join_all(
     """Join every set to its store, in a file of its own; give what became of its rows, by set."""
     joins = {}
     token_file = _token_file(joined)
-    for name in ("train", *config.data.eval):
+    for name in config.data.sets:
         source = open_source(config.data, config.data.eval.get(name))
         ledger = Ledger()
         pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)

@@ -50,7 +50,7 @@ def run(
     output = config.train.folder
     if overwrite:
         delete_run(output)
-        for name in ("train", *config.data.eval):
+        for name in config.data.sets:
             delete_store(open_folder(config.precompute.output).child(name))
     for leftover in (output / "references").glob(".tmp-*"):
         # Of a process that was killed while it moved the reference: this one alone moves it now.

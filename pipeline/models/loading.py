@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.base.errors import ConfigError, DataError, first_line
+from pipeline.base.errors import ConfigError, DataError, first_line, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
 from pipeline.models.files import (
@@ -339,4 +339,4 @@ def _with_fresh_adapter(model: Any, adapter: Any, key: str) -> Any:
     try:
         return get_peft_model(model, adapter)
     except ValueError as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key}: {one_line(str(error))}") from error

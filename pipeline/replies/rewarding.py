@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.pairs import Message
 from pipeline.models.files import find_model
 
@@ -40,7 +40,7 @@ def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[M
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise ConfigError(f"--reward-model {name}: can't be loaded as a sequence classifier: {reason}") from error
     model, report = model
     if report["missing_keys"]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError, UnfinishedError
+from pipeline.base.errors import ConfigError, stopped_as_asked
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import outcomes
@@ -197,7 +197,7 @@ class _Asked(transformers.StoppingCriteria):  # type: ignore[misc, unused-ignore
 def leave_if_asked(flag: StopFlag) -> None:
     """Raise UnfinishedError if asked to stop: replies are written once all are there."""
     if flag:
-        raise UnfinishedError("stopped as asked; no replies were written. Run the same command again")
+        raise stopped_as_asked("no replies were written")
 
 
 def score_replies(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
@@ -60,7 +60,7 @@ def _check_padded(model: Any, key: str) -> None:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{key}: {name} can't be run as a causal language model ({' '.join(str(error).split())}); "
+            f"{key}: {name} can't be run as a causal language model ({one_line(str(error))}); "
             "this architecture is not supported"
         ) from error
     plain = torch.log_softmax(logits.float(), dim=-1).flatten(0, 1)[batch.predictors, batch.targets]

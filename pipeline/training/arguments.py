@@ -7,7 +7,7 @@ from typing import Any, cast
 import transformers
 from transformers.integrations import integration_utils
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.config.schema import Config
 
 __all__ = [
@@ -30,7 +30,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError, OSError) as error:
         # OSError: a file of fsdp_config or deepspeed that is not there.
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train: {one_line(str(error))}") from error
     # Without an accelerator there is nothing to pin for, and the loader would say so for every set.
     made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:
@@ -128,7 +128,7 @@ def _check_trackers(made: transformers.TrainingArguments) -> None:
     try:
         integration_utils.get_reporting_integration_callbacks(made.report_to)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise ConfigError(f"train.report_to: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train.report_to: {one_line(str(error))}") from error
     for tracker in made.report_to or ():
         # The library asks for azure_ml by is_azureml_available, for comet_ml by is_comet_available.
         names = (f"is_{spelled}_available" for spelled in (tracker.replace("_", ""), tracker.replace("_ml", "")))

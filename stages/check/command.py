@@ -98,7 +98,7 @@ def run(
     batch_pairs = int(options.get("per_device_train_batch_size", 8))
     sets = {
         name: _look_at(config, open_source(config.data, config.data.eval.get(name)), tokenizer, rows, batch_pairs)
-        for name in ("train", *config.data.eval)
+        for name in config.data.sets
     }
     device = torch.device("cpu") if hardware == "cpu" else pick_device()
     stores = {} if config.reference.sync is not None else _look_at_stores(config, sets, tokenizer)

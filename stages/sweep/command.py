@@ -206,7 +206,7 @@ def _can_draw() -> bool:
 
 def _is_scored(config: Config) -> bool:
     output = open_folder(config.precompute.output)
-    return all(is_finished(output.child(name)) for name in ("train", *config.data.eval))
+    return all(is_finished(output.child(name)) for name in config.data.sets)
 
 
 def _options(overrides: Sequence[str]) -> list[str]:
