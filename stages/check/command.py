@@ -6,7 +6,7 @@ the weights on disk are read once for their digests, which tell if the shards ar
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from pipeline.base.errors import ConfigError, DataError, RefshardError, printable
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.sources import describe
 from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
 from pipeline.models.identity import check_dtypes, identity_of_run
@@ -68,25 +67,24 @@ def run(
         DataError: Rows would stop stage one, or more are dropped or cut than the limits allow.
         IdentityError: The stores are of another run.
     """
-    options = training_settings(config) if config.train else {}
-    if options:
-        check_dtypes(config, options)
+    if not config.train.is_empty:
+        check_dtypes(config)
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
-    batch_pairs = int(options.get("per_device_train_batch_size", 8))
+    batch_pairs = int(config.train.options.get("per_device_train_batch_size", 8))
     sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in ("train", *config.data.eval)}
     stores = {} if config.reference.sync is not None else look_at_stores(config, sets, tokenizer)
     found = Findings(sets=sets, stores=stores)
     if sets["train"].ledger.kept:
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
-        estimated, probe = _estimate(config, options, found, planned, device)
+        estimated, probe = _estimate(config, found, planned, device)
         host = this_hardware(torch.device("cpu")).memory if planned is None else None
         found = dataclasses.replace(found, estimate=estimated, probe=probe, host_memory=host)
     text = json.dumps(as_dict(found), indent=1) if as_json else _text(found, config)
     click.echo(text)
     if any(state.differences for state in stores.values()):
         check_identity(begun_stores(config, stores), identity_of_run(config, tokenizer))
-    if problems := [*_problems(config, options, found), *above_limits(found, limits or Limits())]:
+    if problems := [*_problems(config, found), *above_limits(found, limits or Limits())]:
         raise type(problems[0])("; ".join(map(str, problems)))
 
 
@@ -95,7 +93,7 @@ def _text(found: Findings, config: Config) -> str:
 
 
 def _estimate(
-    config: Config, options: Mapping[str, Any], found: Findings, planned: Hardware | None, device: torch.device
+    config: Config, found: Findings, planned: Hardware | None, device: torch.device
 ) -> tuple[Estimate, Probe | None]:
     """Estimate the cost on the planned hardware, or on this machine, whose speed is then measured."""
     lengths = add_up({"train": found.sets["train"]}, found.stores)
@@ -105,6 +103,7 @@ def _estimate(
     dtype: Any = resolve_dtype(config.reference.dtype, reference_model.to_dict())
     probe = None
     if planned is None:
+        options = config.train.options
         probe = probe_layer(
             policy_model,
             shapes,
@@ -125,7 +124,7 @@ def _estimate(
     return estimated, probe
 
 
-def _problems(config: Config, options: Mapping[str, Any], found: Findings) -> Iterator[RefshardError]:
+def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
     """Yield what would stop a stage, besides stores of another run."""
     size = min(model.vocab_size for model in model_settings(config))
     for name, pairs in found.sets.items():
@@ -146,7 +145,7 @@ def _problems(config: Config, options: Mapping[str, Any], found: Findings) -> It
                 "weights and tokenizer, or reference and policy, do not belong together"
             )
         state = found.stores.get(name)
-        if state is not None and state.pairs_missing and options.get("on_missing", "stop") == "stop":
+        if state is not None and state.pairs_missing and config.train.on_missing == "stop":
             yield DataError(
                 f"{state.pairs_missing:,} of {ledger.kept:,} pairs of {dataset} have no reference logps in "
                 f"{state.folder}: the dataset has changed since they were scored. Score again into a new "

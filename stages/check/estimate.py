@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.models.files import reference_quantization
 from pipeline.scoring.head import positions_of_chunk
 from pipeline.scoring.memory import tokens_for
@@ -154,7 +153,7 @@ def estimate(
     used = hardware if sync is None else replace(hardware, count=1)
     sets = [lengths] if held_out is None else [lengths, held_out]
     schedule = Schedule(
-        options=training_settings(config) if config.train else {},
+        options=config.train.options,
         pairs=lengths.pairs,
         processes=used.count,
         window=None if sync is None else sync.steps,
@@ -164,7 +163,9 @@ def estimate(
     return Estimate(
         hardware=hardware,
         precompute=_stage_one(config, reference or shapes, sets, passes, used, measured and measured[0]),
-        train=_stage_two(config, shapes, sets, schedule, used, measured and measured[1]) if config.train else None,
+        train=None
+        if config.train.is_empty
+        else _stage_two(config, shapes, sets, schedule, used, measured and measured[1]),
         disk=_disk(config, shapes, sets, schedule),
         host_memory=used.count * (weight_bytes(shapes, config.policy.dtype, config.policy.quantization) + _PROGRAM),
     )
@@ -227,14 +228,14 @@ def _stage_two(
 ) -> StageEstimate:
     lengths, *held_out = sets
     tokens = lengths.longest_pair + (schedule.batch_pairs - 1) * lengths.usual_pair
-    memory = _training_memory(config, shapes, lengths, schedule.options, hardware, tokens)
+    memory = _training_memory(config, shapes, lengths, hardware, tokens)
     total = sum(memory.values())
     if schedule.batches_per_step == 1:
         # Backward frees a layer's activations while it makes its gradients, so the larger of the two counts.
         total -= min(memory.get("gradients", 0), memory.get("activations", 0))
     # Backward makes gradients of activations and, unless they are frozen, of weights. The head's logits are made again
     # for it, or, if the head is frozen, their gradient is made in the forward pass.
-    through_layers = (2 if shapes.has_adapter else 3) + _is_checkpointed(schedule.options)
+    through_layers = (2 if shapes.has_adapter else 3) + _is_checkpointed(config)
     through_head = 2 if shapes.has_adapter else 4
     flops = schedule.epochs * (
         through_layers * forward_flops(shapes, lengths.packed_tokens, 0, lengths.context)
@@ -245,7 +246,7 @@ def _stage_two(
     for s in held_out:
         computed += evaluations * s.packed_tokens
         flops += evaluations * forward_flops(shapes, s.packed_tokens, s.completion_tokens, s.context)
-    sixteen = _has_autocast(config, schedule.options) or bytes_of(config.policy.dtype) == 2
+    sixteen = _has_autocast(config) or bytes_of(config.policy.dtype) == 2
     return StageEstimate(
         memory=memory,
         total_memory=total,
@@ -262,14 +263,13 @@ def _training_memory(
     config: Config,
     shapes: Shapes,
     lengths: Lengths,
-    options: Mapping[str, Any],
     hardware: Hardware,
     tokens: int,
 ) -> dict[str, int]:
     """Return the bytes of one device while it trains on a batch of `tokens`, by what holds them."""
+    options = config.train.options
     size = bytes_of(config.policy.dtype)
-    autocast, checkpointed = _has_autocast(config, options), _is_checkpointed(options)
-    offloaded = bool(options.get("activation_offload"))
+    autocast, checkpointed, offloaded = _has_autocast(config), _is_checkpointed(config), config.train.activation_offload
     sharded = hardware.count > 1 and bool(options.get("fsdp") or options.get("deepspeed"))
     devices = hardware.count if sharded else 1
     one_layer = shapes.layer_parameters // shapes.layers
@@ -332,11 +332,13 @@ def _chunk_bytes(shapes: Shapes, scored: int, size: int, hardware: Hardware, *, 
     return rows * shapes.vocabulary * ((size if size == 2 else 0) + 4 * buffers)
 
 
-def _has_autocast(config: Config, options: Mapping[str, Any]) -> bool:
+def _has_autocast(config: Config) -> bool:
+    options = config.train.options
     return config.policy.dtype == "float32" and bool(options.get("bf16") or options.get("fp16"))
 
 
-def _is_checkpointed(options: Mapping[str, Any]) -> bool:
+def _is_checkpointed(config: Config) -> bool:
+    options = config.train.options
     of_fsdp = options.get("fsdp_config")
     inside = isinstance(of_fsdp, Mapping) and of_fsdp.get("activation_checkpointing")
     return bool(options.get("gradient_checkpointing") or options.get("activation_checkpointing") or inside)
@@ -361,7 +363,7 @@ def _disk(config: Config, shapes: Shapes, sets: Sequence[Lengths], schedule: Sch
     per_token = 4 if config.precompute.token_logps else 0
     logps = sum(44 * s.pairs + per_token * s.completion_tokens for s in sets)
     disk = {"shards": logps + sum(8192 * math.ceil(s.pairs / config.precompute.rows_per_shard) for s in sets)}
-    if not config.train:
+    if config.train.is_empty:
         return disk
     size = 4 if shapes.has_adapter or config.policy.dtype == "float32" else 2
     policy = shapes.trained_parameters * size

@@ -13,7 +13,7 @@ class Schedule:
     """Steps of a run, by the `train` section and the number of training pairs."""
 
     options: Mapping[str, Any]
-    """The `train` section, converted. TrainingArguments' defaults hold for what it leaves out."""
+    """The library's fields of the `train` section, converted. TrainingArguments' defaults hold for the others."""
     pairs: int
     processes: int
     window: int | None = None
