@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.data.tokens import TokenizedPair
-from pipeline.scoring.forward import input_device, score
+from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.packing import make_batch
 
 __all__ = [
@@ -68,7 +68,7 @@ def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        score(model, batch, statistics=False)
+        score(model, batch, want=LOGPS)
     return [int(torch.cuda.max_memory_allocated(device)) for device in devices]
 
 

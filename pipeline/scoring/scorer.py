@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
-from pipeline.scoring.forward import input_device, prepare, score
+from pipeline.scoring.forward import LOGPS, input_device, prepare, score
 from pipeline.scoring.memory import free_memory, is_out_of_memory, tokens_that_fit
 from pipeline.scoring.packing import Batch, make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
@@ -108,7 +108,7 @@ class Scorer:
         """Score one batch; give the token logps of each pair's chosen and rejected completion."""
         batch = self.batch(pairs)
         with torch.inference_mode():
-            scores = score(self.model, batch.to(input_device(self.model)), statistics=False)
+            scores = score(self.model, batch.to(input_device(self.model)), want=LOGPS)
         flat = scores.tokens.logps.float().cpu().numpy()
         completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
         return list(zip(completions[: len(pairs)], completions[len(pairs) :], strict=True))

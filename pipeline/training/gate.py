@@ -22,7 +22,7 @@ import transformers
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.models.identity import Kinship, significand_bits
 from pipeline.scoring.agreement import ROUNDING, allowed_gap
-from pipeline.scoring.forward import score
+from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
 from pipeline.training.processes import of_main_process
@@ -192,7 +192,7 @@ class _Measure:
 
     def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
         inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))
-        scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
+        scores = score(model, inputs["batch"].to(self._trainer.args.device), want=LOGPS)
         tokens = scores.tokens.logps.double().cpu().numpy()
         lengths = scores.lengths.cpu().numpy()
         ends = np.cumsum(lengths)[:-1]

@@ -19,7 +19,7 @@ from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
 from pipeline.run.checkpoints import processes_of
-from pipeline.scoring.forward import score
+from pipeline.scoring.forward import Want, score
 from pipeline.scoring.packing import Batch
 from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
@@ -135,7 +135,8 @@ class PairTrainer(transformers.Trainer):
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
         batch = cast(Batch, inputs["batch"]).to(self.args.device)
         with self._offload if self._offload and torch.is_grad_enabled() else nullcontext():
-            scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
+            want = Want(squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
+            scores = score(model, batch, want)
         pairs = pairs_of(scores, inputs, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
