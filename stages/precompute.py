@@ -375,19 +375,13 @@ _PAIRS_PER_SECOND_SCORING = 64
 
 
 def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
-    if not once:
-        return NoiseFloor()
-    gaps = [
-        np.abs(getattr(a, side).astype(np.float64) - getattr(b, side))
-        for a, b in zip(once, again, strict=True)
-        for side in ("chosen_token_logps", "rejected_token_logps")
-    ]
-    flat = np.concatenate(gaps)
-    # What is not finite is dealt with pair by pair, and measures nothing.
-    flat = flat[np.isfinite(flat)]
-    if not len(flat):
-        return NoiseFloor()
-    return NoiseFloor(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max()))
+    return NoiseFloor.of(
+        [
+            getattr(a, side).astype(np.float64) - getattr(b, side)
+            for a, b in zip(once, again, strict=True)
+            for side in ("chosen_token_logps", "rejected_token_logps")
+        ]
+    )
 
 
 # Loading processes of one worker: the reference is what takes time, and a few keep up with it.

@@ -21,7 +21,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.models.identity import Kinship, significand_bits
-from pipeline.scoring.agreement import ROUNDING, allowed_gap
+from pipeline.scoring.agreement import ROUNDING, allowed_gap, compare, completion_gap
 from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
@@ -83,12 +83,11 @@ class Gate:
     @property
     def allowed(self) -> tuple[float, float]:
         """Mean and largest difference that pass, nats a token."""
-        return allowed_gap(self.store.noise, "int8" if self.in_8_bits else self.reference_dtype)
+        return allowed_gap(self.store.noise, self.reference_dtype, in_8_bits=self.in_8_bits)
 
     def passes(self, gaps: Gaps) -> bool:
         """Whether the gaps are within what is allowed; NaN is not."""
-        mean, largest = self.allowed
-        return gaps.mean <= mean and gaps.largest <= largest
+        return compare(gaps.values, self.allowed).agrees
 
 
 class GateCallback(transformers.TrainerCallback):
@@ -124,9 +123,8 @@ class GateCallback(transformers.TrainerCallback):
         gaps = measure(**worn)
         if gate.passes(gaps):
             self._say(
-                f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
-                f"logps {gaps.mean:.2g} nats apart on average, {gaps.largest:.2g} at most "
-                f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
+                f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, "
+                f"{compare(gaps.values, gate.allowed)}"
             )
             return
         error = _explain(gate, gaps, which, measure, worn, fresh)
@@ -200,8 +198,7 @@ class _Measure:
         for i, ours in enumerate(np.split(tokens, ends)):
             row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
             # Under ld_alpha the stored sums are weighed; but it needs token logps, so sums alone are plain.
-            gap = ours - stored[i] if stored else np.array([(ours.sum() - row[f"ref_{side}_logps"]) / len(ours)])
-            gaps.values.append(gap)
+            gaps.values.append(completion_gap(ours, stored[i] if stored else None, row[f"ref_{side}_logps"]))
             gaps.parts.append(row["part"])
 
 
