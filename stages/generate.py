@@ -22,7 +22,7 @@ from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources import describe, open_set
 from pipeline.models.files import in_one_process, load_tokenizer, policy_as_reference, reference_dtype
-from pipeline.models.identity import identity_of_reference, kinship
+from pipeline.models.identity import differing_fields, identity_of_reference, policy_reference_relation
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.replies.records import GENERATIONS, Generation, Reply, write_generations
@@ -155,7 +155,7 @@ def _check_reference(config: Config, run_folder: Path) -> None:
     if not (run_folder / INPUTS).exists():
         return
     stored, now = read_json(run_folder / INPUTS)["reference"]["identity"], identity_of_reference(config)
-    found = [key for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
+    found = [field for field, _, _ in differing_fields(stored, now)]
     if found:
         raise IdentityError(
             f"{run_folder}: the reference that its settings name is not the one that it was trained against; other "
@@ -176,7 +176,7 @@ def _draw(
         progress=Progress("generate", 2 * len(prompts), "replies"),
     )
     try:
-        if kinship(config).adapters_off and reference_dtype(config) == reference_dtype(trained):
+        if policy_reference_relation(config).adapters_off and reference_dtype(config) == reference_dtype(trained):
             theirs, ours, ref_logps, policy_logps = _with_model(trained, "policy", tokenizer, partial(_do_all, work))
         else:
             theirs = _with_model(config, "reference", tokenizer, work.draw)

@@ -29,7 +29,12 @@ from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.sources import describe, open_source
 from pipeline.models.files import at_checkpoint, load_tokenizer, policy_dtype, policy_settings
-from pipeline.models.identity import Kinship, fingerprint_of, identity_of_run, kinship
+from pipeline.models.identity import (
+    PolicyReferenceRelation,
+    fingerprint_of,
+    identity_of_run,
+    policy_reference_relation,
+)
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt, claim_run
 from pipeline.run.card import model_card
@@ -407,11 +412,11 @@ def _gate(
     store: Store,
     window: Window | None,
 ) -> Gate:
-    kin = kinship(settings_of_window)
+    kin = policy_reference_relation(settings_of_window)
     if window is not None and window.number > 0:
         # A reference that has moved is the policy's equal only where it is a copy of it.
         copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
-        kin = Kinship(at_start=copied, adapters_off=False, frozen_adapter=None)
+        kin = PolicyReferenceRelation(at_start=copied, adapters_off=False, frozen_adapter=None)
     reference = store.manifest["identity"]["reference"]
     return Gate(
         store=store,

@@ -13,6 +13,7 @@ from pipeline.base.errors import IdentityError
 from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config
 from pipeline.data.sources import data_files, open_source
+from pipeline.models.identity import describe_differences
 
 __all__ = [
     "check_same_run",
@@ -71,23 +72,12 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
     Raises:
         IdentityError: The differing settings are named, both values side by side.
     """
-    found = [f"{field}: saved {old!r}, this run {new!r}" for field, old, new in _differences(stored, run)]
+    found = describe_differences(stored, run, "saved")
     if found:
         raise IdentityError(
             f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. "
             "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
         )
-
-
-def _differences(stored: Any, run: Any, field: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two identities differ, by their full names."""
-    if not (isinstance(stored, Mapping) and isinstance(run, Mapping)):
-        return [] if stored == run else [(field, stored, run)]
-    return [
-        difference
-        for key in sorted({*stored, *run})
-        for difference in _differences(stored.get(key), run.get(key), f"{field}.{key}" if field else key)
-    ]
 
 
 def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int) -> dict[str, Any]:

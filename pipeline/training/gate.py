@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
-from pipeline.models.identity import Kinship, significand_bits
+from pipeline.models.identity import PolicyReferenceRelation, significand_bits
 from pipeline.scoring.agreement import ROUNDING, allowed_gap, compare, completion_gap
 from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
@@ -73,7 +73,7 @@ class Gate:
     """Dtype that the policy's products run in: autocast's where it is on"""
     in_8_bits: bool
     """The reference's weights are in 8 bits"""
-    kinship: Kinship
+    kinship: PolicyReferenceRelation
     """Where the two must agree"""
     start: int
     """Step before whose successor the policy stands at its start"""

@@ -380,10 +380,10 @@ def test_a_folder_of_another_run_is_refused_before_it_is_taken_over(tmp_path: Pa
     ("change", "named"),
     [
         ({"beta": 0.2}, "beta: saved 0.1, this run 0.2"),
-        ({"fingerprint": "e" * 64}, "fingerprint: saved 'ffff"),
-        ({"lora": {"r": 8}}, "lora: saved None, this run {'r': 8}"),
+        ({"fingerprint": "e" * 64}, "fingerprint: saved ffff"),
+        ({"lora": {"r": 8}}, "lora: saved none, this run {'r': 8}"),
         ({"train": {"seed": 1, "max_steps": 3}}, "train.seed: saved 42, this run 1."),
-        ({"new": 1}, "new: saved None, this run 1"),
+        ({"new": 1}, "new: saved none, this run 1"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_and_only_the_differing_field_named(
