@@ -42,7 +42,7 @@ from pipeline.scoring.agreement import NoiseFloor
 from pipeline.scoring.memory import free_memory, is_out_of_memory, name_of_device, peak_memory
 from pipeline.scoring.scorer import Scorer, load_scorer
 from pipeline.scoring.selfcheck import not_packed
-from pipeline.scoring.tensor_parallel import Ensemble, Led, processes_of_launch, share_of_process
+from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.format import ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored, open_reusable
 from pipeline.store.store import (
@@ -115,7 +115,7 @@ def _follow(config: Config, ensemble: Ensemble) -> None:
             model = _load_scorer(config, load_tokenizer(config, weights=False), ensemble).model
             continue
         try:
-            Led.follow(model, content, ensemble, pick_device())
+            LeaderModel.follow(model, content, ensemble, pick_device())
             continue
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -340,7 +340,7 @@ class _Reference:
         if not scorer.packed:
             click.echo(f"warning: {not_packed(scorer.model)}", err=True)
         if self._ensemble is not None:
-            scorer.model = Led(scorer.model, self._ensemble)
+            scorer.model = LeaderModel(scorer.model, self._ensemble)
         return scorer
 
     def _check_vocabulary(self, scorer: Scorer, pairs: list[KeptPair]) -> None:

@@ -23,10 +23,10 @@ __all__ = ["LOGPS", "Scores", "Want", "input_device", "prepare", "score", "sum_l
 
 @dataclass(frozen=True, kw_only=True)
 class Want:
-    """What scoring gives beside the log-probs."""
+    """Results that scoring gives beside the log-probs."""
 
     statistics: bool = True
-    """What training logs about each token; without it no gradient flows"""
+    """Numbers that training logs about each token; without them no gradient flows"""
     squares: bool = False
     """The tokens' `log_sum_squares`"""
     aux_loss: bool = False
@@ -55,7 +55,7 @@ class Scores:
 
 @dataclass
 class _Output(TokenStatistics):
-    """What a prepared model's forward gives."""
+    """Output of a prepared model's forward."""
 
     aux_loss: torch.Tensor | None = None
 
