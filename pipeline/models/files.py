@@ -39,8 +39,17 @@ __all__ = [
 
 # Errors of the libraries for a config.json or weights that they can't use: a size of 0, text in place of a number,
 # weights of another shape, a missing package.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
-UNREADABLE += (AssertionError,)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

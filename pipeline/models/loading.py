@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.base.errors import ConfigError, DataError, first_line, one_line
 from pipeline.base.files import read_json
-from pipeline.config.schema import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
+from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
 from pipeline.models.files import (
     UNREADABLE,
     NamedModel,
@@ -129,11 +129,7 @@ def load_policy(config: Config) -> Any:
     model = _load(NamedModel.policy(config), policy.dtype, device, policy.quantization, "policy")
     if policy.adapter is not None:
         return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
-    if policy.lora is not None:
-        return _with_fresh_adapter(model, _lora_config(policy.lora), "policy.lora")
-    if policy.ia3 is not None:
-        return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
-    return model
+    return _with_fresh_adapter(model, policy, _adapter_config(policy)) if policy.has_adapter else model
 
 
 def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
@@ -150,33 +146,20 @@ def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[
         ConfigError: The library can't make a causal language model of it, or the adapter does not fit.
     """
     import torch
-
-    try:
-        with torch.device("meta"):
-            model = _from_config(model_config)
-    except UNREADABLE as error:
-        raise ConfigError(f"policy.model: can't be made from its config.json: {first_line(error)}") from error
-    if policy is None or not policy.has_adapter:
-        return model, None
-    if policy.adapter is not None:
-        from peft import PeftConfig
-
-        adapter: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
-        adapter.inference_mode = False
-    else:
-        adapter = _lora_config(policy.lora) if policy.lora is not None else _ia3_config(policy.ia3 or Ia3Settings())
-    # The plain model must not change: the caller counts its weights.
-    with torch.device("meta"):
-        wrapped = _with_fresh_adapter(_from_config(model_config), adapter, "policy")
-    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return model, (trained, int(getattr(adapter, "r", 0) or 0))
-
-
-def _from_config(model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     library: Any = AutoModelForCausalLM
-    return library.from_config(model_config, trust_remote_code=False)
+    with _loading("policy.model", "can't be made from its config.json"), torch.device("meta"):
+        model = library.from_config(model_config, trust_remote_code=False)
+    if policy is None or not policy.has_adapter:
+        return model, None
+    adapter = _adapter_config(policy)
+    # The plain model must not change: the caller counts its weights.
+    with torch.device("meta"):
+        other = library.from_config(model_config, trust_remote_code=False)
+        wrapped = _with_fresh_adapter(other, policy, adapter)
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return model, (trained, int(getattr(adapter, "r", 0) or 0))
 
 
 def load_plain(config: Config) -> Any:
@@ -302,34 +285,38 @@ def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
     )
 
 
-def _lora_config(settings: LoraSettings) -> Any:
-    from peft import LoraConfig, TaskType
+def _adapter_config(policy: PolicyConfig) -> Any:
+    """Make the PEFT config of the policy's adapter, saved or fresh."""
+    from peft import IA3Config, LoraConfig, PeftConfig, TaskType
 
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        modules_to_save=settings.modules_to_save or None,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-    )
-
-
-def _ia3_config(settings: Ia3Settings) -> Any:
-    from peft import IA3Config, TaskType
-
-    modules = settings.target_modules
+    if policy.adapter is not None:
+        saved: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
+        saved.inference_mode = False
+        return saved
+    if policy.lora is not None:
+        lora = policy.lora
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save or None,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+        )
+    assert policy.ia3 is not None
+    modules, feedforward = policy.ia3.target_modules, policy.ia3.feedforward_modules
     # If only targets are named, all of them scale outputs.
-    feedforward = settings.feedforward_modules if modules is None else settings.feedforward_modules or []
+    feedforward = feedforward if modules is None else feedforward or []
     return IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=feedforward)
 
 
-def _with_fresh_adapter(model: Any, adapter: Any, key: str) -> Any:
+def _with_fresh_adapter(model: Any, policy: PolicyConfig, adapter: Any) -> Any:
     from peft import get_peft_model
 
     try:
         return get_peft_model(model, adapter)
     except ValueError as error:
-        raise ConfigError(f"{key}: {one_line(str(error))}") from error
+        key = next(key for key in ("adapter", "lora", "ia3") if getattr(policy, key) is not None)
+        raise ConfigError(f"policy.{key}: {one_line(str(error))}") from error

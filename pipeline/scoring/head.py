@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 __all__ = ["Head", "TokenStatistics", "head_of", "positions_of_chunk", "token_logps", "token_statistics"]
 

@@ -377,7 +377,7 @@ def test_a_cpu_that_really_ran_out_of_memory_goes_on_with_less() -> None:
     assert "Out of memory: resuming with" in done.stderr
     assert budget < 8000 and count == 60
     assert gap < 1e-4
-    tally("memory that ran out in the middle of a unit", 1, outcome="the unit scored again in smaller batches")
+    tally("memory that ran out in the middle of a unit", 1, outcome="the rest of the unit scored in smaller batches")
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
