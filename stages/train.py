@@ -50,16 +50,16 @@ from pipeline.scoring.selfcheck import check_scoring, not_packed
 from pipeline.store.join import join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.store import Store, check_identity, open_store
-from pipeline.training.arguments import training_arguments
+from pipeline.training.arguments import arguments_of_loop, training_arguments
 from pipeline.training.batches import make_collator
 from pipeline.training.commit import CommitCallback
-from pipeline.training.gate import Gate, GateCallback
+from pipeline.training.gate import Gate, run_gate
 from pipeline.training.losses import balance_weight, router_aux_weight
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.steps import order_of_run
 from pipeline.training.trainer import EvaluationLeft, PairTrainer, saving
-from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
+from pipeline.training.windows import Window, WindowCallback, check_mixable, evaluate_moved, window_at, window_config
 
 __all__ = [
     "run",
@@ -147,10 +147,7 @@ def _train(
     policy, packed = _load_policy(
         at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
     )
-    keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
-    # A run that goes on has been measured at its start.
-    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-    commit = CommitCallback(identity, flag, attempt=attempt, keep=keep, going_on_from=checkpoint)
+    commit = CommitCallback(identity, flag, attempt=attempt, keep=arguments.save_total_limit)
     margins = Margins(attempt, next(iter(config.data.eval)) if len(config.data.eval) == 1 else None)
     record = RecordCallback(
         RunLog(attempt),
@@ -160,22 +157,30 @@ def _train(
             arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * state.num_processes
         ),
     )
-    callbacks: list[Any] = [record]
-    if "train" in stores:
-        gate = _gate(config, settings_of_window, settings, stores["train"], window)
-        callbacks.append(GateCallback(gate, lambda text: _say(state, text), commit.leave_if_asked))
-    if window is not None:
-        callbacks.append(WindowCallback(window))
-    # Last, since a stop request overrules what the others want done at a step's end.
-    callbacks.append(commit)
+    # A stop request comes last, since it overrules what the others want done at a step's end.
+    callbacks = [record, *([] if window is None else [WindowCallback(window)]), commit]
+    gate = _gate(config, settings_of_window, settings, stores["train"], window) if "train" in stores else None
+
+    def before_training(trainer: PairTrainer) -> None:
+        if gate is not None:
+            run_gate(trainer, gate, lambda text: _say(state, text), commit.leave_if_asked)
+        if window is not None:
+            evaluate_moved(trainer, window)
+        commit.leave_if_asked()
+        if checkpoint is not None:
+            trainer.finish_evaluation(checkpoint)
+        elif arguments.eval_on_start:
+            trainer.evaluate()
+
     trainer = PairTrainer(
         loss=config.loss,
         activation_offload=bool(settings.get("activation_offload", False)),
         attempt=attempt,
         load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
+        before_training=[before_training],
         model=policy,
-        args=arguments,
+        args=arguments_of_loop(arguments),
         data_collator=make_collator(
             tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             config.data.max_length,
@@ -187,23 +192,21 @@ def _train(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    for callback in callbacks:
-        callback.trainer = trainer
     for librarys_own in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(librarys_own)
     on_main_process(lambda: write_inputs(output, _inputs(config, stores, joins, sets, policy)))
     if checkpoint is not None:
         _say(state, f"Going on from {checkpoint}{_with_other_processes(checkpoint, policy, state)}")
     try:
-        with contextlib.suppress(EvaluationLeft), without_other_bars():
+        with without_other_bars():
             if checkpoint is not None and finished:
                 # All steps are done, and the library would take one more.
                 trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
                 trainer.finish_evaluation(checkpoint)
-                if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-                    trainer._load_best_model()
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except EvaluationLeft as left:
+        trainer.leave(save=left.save)
     except pickle.UnpicklingError as error:
         # Its digests hold, so it was saved like that, and not by this program.
         raise DataError(f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run") from error
@@ -214,6 +217,12 @@ def _train(
         record.end(trainer.state.global_step, finished=False)
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
+    if (
+        arguments.load_best_model_at_end
+        and trainer.state.best_model_checkpoint is not None
+        and (finished or trainer.is_fsdp_enabled)
+    ):
+        trainer.load_best()
     try:
         _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
     except UnfinishedError:

@@ -1,5 +1,6 @@
 """Make TrainingArguments from the `train` section; refuse what stage two cannot do."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any, cast
@@ -11,9 +12,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.schema import Config
 from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
 
-__all__ = [
-    "training_arguments",
-]
+__all__ = ["arguments_of_loop", "training_arguments"]
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:
@@ -71,6 +70,18 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             # Every window ends in a checkpoint; one behind the newest is kept, in case that one is cut short.
             made.save_total_limit = made.save_total_limit or 2
     return made
+
+
+def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers.TrainingArguments:
+    """Give the arguments to train with: the run's, but for what stage two does in the library's place."""
+    arguments = copy.copy(arguments)
+    # The library would count broken checkpoints.
+    arguments.save_total_limit = None
+    # A resumed run was measured at its start.
+    arguments.eval_on_start = False
+    # The library knows sharded weights in a form of its own alone.
+    arguments.load_best_model_at_end &= not arguments.fsdp
+    return arguments
 
 
 def _check_launcher(settings: Mapping[str, Any]) -> None:

@@ -1,19 +1,48 @@
 """Collate joined rows to a batch: packed or padded token ids, and the reference log-probs of its pairs."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.data.tokens import TokenizedPair, truncate
-from pipeline.scoring.packing import make_batch
+from pipeline.scoring.packing import Batch, make_batch
 from pipeline.store.reference_table import TokenLogps
 
-__all__ = [
-    "make_collator",
-]
+__all__ = ["JoinedBatch", "make_collator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedBatch:
+    """A micro-batch of P pairs with N completion tokens.
+
+    It moves itself between devices. What is in it is no tensor to the libraries, one of which (DeepSpeed's part of
+    transformers) would round each float tensor of a batch to the policy's dtype, reference logps too.
+    """
+
+    batch: Batch
+    ref_chosen_logps: torch.Tensor
+    """Reference logps of the chosen completions, [P] float32, nats"""
+    ref_rejected_logps: torch.Tensor
+    """Reference logps of the rejected completions, [P] float32, nats"""
+    truncated: torch.Tensor
+    """True where a completion was cut, [P] bool"""
+    ref_token_logps: torch.Tensor | None
+    """Reference token logps in the scorer's order, [N] float32, nats; None where sums alone are stored"""
+
+    def to(self, device: torch.device) -> "JoinedBatch":
+        return self._each(lambda part: part.to(device, non_blocking=True) if torch.is_tensor(part) else part.to(device))
+
+    def pin_memory(self) -> "JoinedBatch":
+        """Called by the data loader, so that moving to a GPU overlaps with work."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> "JoinedBatch":
+        parts: dict[str, Any] = vars(self)
+        return JoinedBatch(**{name: None if part is None else change(part) for name, part in parts.items()})
 
 
 def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
@@ -47,17 +76,17 @@ def _collate(
         if pair is None:
             raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
         pairs.append(pair)
-    # The first entry tells the library how many pairs there are.
-    columns: dict[str, Any] = {
-        "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
-        "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
-        "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-        "batch": make_batch(pairs, pad_id, packed=packed),
-    }
-    if token_logps is not None and "token_start" in rows[0]:
-        # [N], in the order in which the scorer gives the policy's
-        columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
-    return columns
+    joined = JoinedBatch(
+        batch=make_batch(pairs, pad_id, packed=packed),
+        ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
+        ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+        truncated=torch.tensor([row["truncated"] for row in rows]),
+        ref_token_logps=(
+            _ref_token_logps(rows, pairs, token_logps) if token_logps is not None and "token_start" in rows[0] else None
+        ),
+    )
+    # The first entry tells the libraries how many pairs there are.
+    return {"rows": torch.tensor([row["row"] for row in rows]), "joined": joined}
 
 
 def _ref_token_logps(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate import PartialState
 
 from pipeline.base.signals import StopFlag
 from pipeline.run.attempts import Attempt
 from pipeline.run.checkpoints import commit_checkpoint, delete_older
 from pipeline.training.processes import largest, on_main_process
-from pipeline.training.trainer import EvaluationLeft, PairTrainer
+from pipeline.training.trainer import EvaluationLeft
 
 __all__ = [
     "CommitCallback",
@@ -26,7 +27,6 @@ class CommitCallback(transformers.TrainerCallback):
         flag: The stop request.
         attempt: This start of the run.
         keep: The user's `save_total_limit`.
-        going_on_from: The checkpoint that training goes on from.
         clock: Seconds that never jump, unlike those of the wall.
     """
 
@@ -40,18 +40,15 @@ class CommitCallback(transformers.TrainerCallback):
         *,
         attempt: Attempt,
         keep: int | None = None,
-        going_on_from: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._flag = flag
         self._attempt = attempt
         self._keep = keep
-        self._going_on_from = going_on_from
         self._clock = clock
         self._committed_at: float | None = None
         self.stopped_early = False
-        self.trainer: PairTrainer | None = None
 
     def leave_if_asked(self) -> None:
         """Leave where no training was done since the last save, if any process was asked to stop.
@@ -62,12 +59,6 @@ class CommitCallback(transformers.TrainerCallback):
         if self._request():
             self.stopped_early = True
             raise EvaluationLeft(save=False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.leave_if_asked()
-        if self._going_on_from is not None:
-            assert self.trainer is not None
-            self.trainer.finish_evaluation(self._going_on_from)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         request = self._request()
@@ -92,9 +83,8 @@ class CommitCallback(transformers.TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
         # Every rank saves its own random state; the marker may only follow the last of them.
-        self.trainer.accelerator.wait_for_everyone()
+        PartialState().wait_for_everyone()
         on_main_process(lambda: self._commit(Path(args.output_dir), state))
         self._committed_at = self._clock()
 

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
-import transformers
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.models.identity import Kinship, significand_bits
@@ -30,8 +29,8 @@ from pipeline.training.processes import of_main_process
 __all__ = [
     "Gaps",
     "Gate",
-    "GateCallback",
     "choose_sample",
+    "run_gate",
 ]
 
 _SAMPLE = 32
@@ -91,48 +90,49 @@ class Gate:
         return gaps.mean <= mean and gaps.largest <= largest
 
 
-class GateCallback(transformers.TrainerCallback):
-    """Runs the gate when training begins or goes on, on every rank alike."""
+def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
+    """Run the gate before the first step of an attempt, on every rank alike.
 
-    def __init__(self, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
-        self._gate = gate
-        self._say = say
-        self._leave_if_asked = leave_if_asked
-        self.trainer: Any = None
+    Args:
+        trainer: The policy's, ready for its first step.
+        gate: What is compared with what.
+        say: Tells people what was found.
+        leave_if_asked: Raises where a stop request came.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gate, trainer = self._gate, self.trainer
-        kin = gate.kinship
-        fresh = state.global_step == gate.start
-        if not (kin.adapters_off or kin.frozen_adapter or (kin.at_start and fresh)):
-            return
-        rows = choose_sample(trainer.train_dataset)
-        if not rows:
-            return
-        measure = _Measure(trainer, rows, self._leave_if_asked)
-        worn: dict[str, Any] = {}
-        if kin.at_start and fresh:
-            which = "the policy before its first step"
-        elif kin.adapters_off:
-            worn, which = {"adapters": False}, "the policy with its adapter switched off"
-        elif _is_sharded(trainer) or _trains_biases(trainer.model):
-            # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
-            self._say("Parity gate: not run, since the adapter that training began with can't be put back for it")
-            return
-        else:
-            worn, which = {"adapter": kin.frozen_adapter}, f"the policy with the adapter {kin.frozen_adapter}"
-        gaps = measure(**worn)
-        if gate.passes(gaps):
-            self._say(
-                f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
-                f"logps {gaps.mean:.2g} nats apart on average, {gaps.largest:.2g} at most "
-                f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
-            )
-            return
-        error = _explain(gate, gaps, which, measure, worn, fresh)
-        if not gate.warn_only:
-            raise error
-        self._say(f"warning: {error}")
+    Raises:
+        RefshardError: The policy is not the reference; its likely cause is named.
+    """
+    kin = gate.kinship
+    fresh = trainer.state.global_step == gate.start
+    if not (kin.adapters_off or kin.frozen_adapter or (kin.at_start and fresh)):
+        return
+    rows = choose_sample(trainer.train_dataset)
+    if not rows:
+        return
+    measure = _Measure(trainer, rows, leave_if_asked)
+    worn: dict[str, Any] = {}
+    if kin.at_start and fresh:
+        which = "the policy before its first step"
+    elif kin.adapters_off:
+        worn, which = {"adapters": False}, "the policy with its adapter switched off"
+    elif _is_sharded(trainer) or _trains_biases(trainer.model):
+        # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
+        say("Parity gate: not run, since the adapter that training began with can't be put back for it")
+        return
+    else:
+        worn, which = {"adapter": kin.frozen_adapter}, f"the policy with the adapter {kin.frozen_adapter}"
+    gaps = measure(**worn)
+    if gate.passes(gaps):
+        say(
+            f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
+            f"logps {gaps.mean:.2g} nats apart on average, {gaps.largest:.2g} at most "
+            f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
+        )
+        return
+    error = _explain(gate, gaps, which, measure, worn, fresh)
+    if not gate.warn_only:
+        raise error
+    say(f"warning: {error}")
 
 
 def choose_sample(dataset: Any) -> list[int]:
@@ -191,12 +191,12 @@ class _Measure:
         return of_main_process(gaps)
 
     def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
-        inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))
-        scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
+        joined = self._trainer.data_collator(rows)["joined"]
+        scores = score(model, joined.batch.to(self._trainer.args.device), statistics=False)
         tokens = scores.tokens.logps.double().cpu().numpy()
         lengths = scores.lengths.cpu().numpy()
         ends = np.cumsum(lengths)[:-1]
-        stored = np.split(inputs["ref_token_logps"].double().cpu().numpy(), ends) if "ref_token_logps" in inputs else []
+        stored = [] if joined.ref_token_logps is None else np.split(joined.ref_token_logps.double().numpy(), ends)
         for i, ours in enumerate(np.split(tokens, ends)):
             row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
             # Under ld_alpha the stored sums are weighed; but it needs token logps, so sums alone are plain.

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.schema import LossConfig
 from pipeline.scoring.forward import Scores, weighted_sums
-from pipeline.scoring.packing import Batch
+from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-def pairs_of(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig) -> Pairs:
+def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
     """What the losses look at: policy logps from the scorer, reference logps from the batch."""
     chosen, rejected = plain = scores.sums()
     if loss.ld_alpha is not None:
@@ -31,8 +31,8 @@ def pairs_of(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfi
     return Pairs(
         chosen_logps=chosen,
         rejected_logps=rejected,
-        ref_chosen_logps=inputs["ref_chosen_logps"],
-        ref_rejected_logps=inputs["ref_rejected_logps"],
+        ref_chosen_logps=joined.ref_chosen_logps,
+        ref_rejected_logps=joined.ref_rejected_logps,
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_plain_logps=plain[0],
@@ -47,9 +47,7 @@ def first_pairs(pairs: Pairs, count: int) -> Pairs:
     )
 
 
-def columns_of(
-    batch: Batch, scores: Scores, inputs: Mapping[str, torch.Tensor], pairs: Pairs, objective: PairLoss
-) -> dict[str, torch.Tensor]:
+def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss) -> dict[str, torch.Tensor]:
     """Everything that is averaged, as sums per pair: each [P], float32."""
     ref_margins = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     margins = objective.chosen_rewards - objective.rejected_rewards
@@ -65,17 +63,17 @@ def columns_of(
         "ref/accuracies": _share_above_zero(ref_margins),
         "lengths/chosen": pairs.chosen_tokens,
         "lengths/rejected": pairs.rejected_tokens,
-        "lengths/truncated": inputs["truncated"],
+        "lengths/truncated": joined.truncated,
     }
     if scores.aux_loss is not None:
-        columns["aux_loss"] = scores.aux_loss.expand(batch.num_pairs)
-    columns["tokens"] = batch.num_tokens
+        columns["aux_loss"] = scores.aux_loss.expand(joined.batch.num_pairs)
+    columns["tokens"] = joined.batch.num_tokens
     tokens = scores.tokens
     assert tokens.entropy is not None and tokens.is_top1 is not None and tokens.mean_logit is not None
     per_token = {"entropy": tokens.entropy, "top1": tokens.is_top1, "logit": tokens.mean_logit}
-    if "ref_token_logps" in inputs:
+    if joined.ref_token_logps is not None:
         # The k3 estimator (joschu.net/blog/kl-approx.html): never negative, 0 where the two agree.
-        gap = inputs["ref_token_logps"] - tokens.logps.detach()
+        gap = joined.ref_token_logps - tokens.logps.detach()
         per_token["kl"] = torch.expm1(gap) - gap
     rows = torch.repeat_interleave(scores.lengths)
     for name, values in per_token.items():

@@ -92,7 +92,6 @@ class RecordCallback(transformers.TrainerCallback):
         self._batch_pairs = batch_pairs
         self._progress: Progress | None = None
         self._step = self._tokens = self._evaluated = 0
-        self.trainer: Any = None
 
     def _begun(self, args: Any, state: Any) -> Progress | None:
         """The progress of this start; None but on the first process.

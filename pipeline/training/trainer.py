@@ -5,7 +5,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 
 import functools
 import multiprocessing.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
 from pipeline.run.checkpoints import processes_of
 from pipeline.scoring.forward import score
-from pipeline.scoring.packing import Batch
+from pipeline.training.batches import JoinedBatch
 from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
 from pipeline.training.metrics import averages_of, columns_of, first_pairs, pairs_of
@@ -79,6 +79,7 @@ class PairTrainer(transformers.Trainer):
         attempt: This start of the run; it saves only as long as the run's folder is its own.
         load_policy: Loads the policy as a checkpoint has it, for the best one of a run under FSDP.
         margins: Takes what each pair has come to.
+        before_training: Called with the trainer, in turn, once all is ready for the first step.
     """
 
     model: torch.nn.Module
@@ -91,9 +92,12 @@ class PairTrainer(transformers.Trainer):
         attempt: Attempt | None = None,
         load_policy: Callable[[Path], Any] | None = None,
         margins: Margins | None = None,
+        before_training: Sequence[Callable[["PairTrainer"], None]] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.add_callback(_BeforeTraining(self, before_training))
+        self._first_step = 0
         self._attempt = attempt
         self._load_policy = load_policy
         self._margins = margins
@@ -131,19 +135,20 @@ class PairTrainer(transformers.Trainer):
         Raises:
             DataError: A pair has no reference logps.
         """
-        if not torch.isfinite(inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).all():
+        joined = cast(JoinedBatch, inputs["joined"]).to(self.args.device)
+        batch = joined.batch
+        if not torch.isfinite(joined.ref_chosen_logps + joined.ref_rejected_logps).all():
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
-        batch = cast(Batch, inputs["batch"]).to(self.args.device)
         with self._offload if self._offload and torch.is_grad_enabled() else nullcontext():
             scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
-        pairs = pairs_of(scores, inputs, self._loss)
+        pairs = pairs_of(scores, joined, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
         if not self.model.training and 0 < (real := self._real_pairs(batch.num_pairs)) < batch.num_pairs:
             loss = total_loss(first_pairs(pairs, real), self._loss).loss
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
-        self._add_metrics(columns_of(batch, scores, inputs, pairs, objective))
+        self._add_metrics(columns_of(joined, scores, pairs, objective))
         return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
 
     def _real_pairs(self, count: int) -> int:
@@ -159,23 +164,37 @@ class PairTrainer(transformers.Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The library counts by the ids that went in.
-        return int(super().floating_point_ops({"input_ids": inputs["batch"].input_ids}))
+        return int(super().floating_point_ops({"input_ids": inputs["joined"].batch.input_ids}))
 
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+    def get_train_dataloader(self) -> Any:
+        return self._unsignalled(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self._unsignalled(super().get_eval_dataloader(eval_dataset))
+
+    def _unsignalled(self, loader: Any) -> Any:
+        """Have the loader's workers ignore the signals that the run gets."""
+        # The one that has the workers is inside of accelerate's, and is kept between evaluations if they persist.
+        inner = getattr(loader, "base_dataloader", loader)
+        if getattr(inner.worker_init_fn, "func", None) is not _start_worker:
+            inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
+        return loader
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         # Loaders draw a seed when they start. Training's random numbers must not depend on how often it is measured.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            metrics = super().evaluate(*arguments, **options)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._margins is not None:
-            prefix = next(key[: -len("_runtime")] for key in metrics if key.endswith("_runtime"))
-            self._margins.finish_set(prefix, self.state.global_step)
+            self._margins.finish_set(metric_key_prefix, self.state.global_step)
         return metrics
 
     def finish_evaluation(self, checkpoint: Path) -> None:
@@ -206,15 +225,15 @@ class PairTrainer(transformers.Trainer):
             self._margins.forget()
         self.model.train()
 
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        try:
-            super()._maybe_log_save_evaluate(*arguments, **options)
-        except EvaluationLeft as left:
+    def leave(self, *, save: bool) -> None:
+        """End training where an evaluation was left."""
+        self.forget_evaluation()
+        if not self.is_in_train:
+            return
+        if save and self.state.global_step > self._first_step:
             # The control, in which the evaluation is due still, is saved with the checkpoint.
-            self.forget_evaluation()
-            self.control.should_training_stop = True
-            if left.save:
-                self.save_checkpoint()
+            self.save_checkpoint()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         def make_way(folder: Path) -> None:
@@ -227,33 +246,38 @@ class PairTrainer(transformers.Trainer):
         with saving(f"{self.args.output_dir}: the checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
-    # A process that was stopped while it saved may come back when another start has made a folder of the same name,
-    # so it looks again before each of the files.
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            # All steps were done at the start: the policy is in one piece, and DeepSpeed was never begun.
+        folder = Path(output_dir or str(self.args.output_dir))
+        # The library would save no model at all where FSDP saves the state in shares. And where all steps were done at
+        # the start, DeepSpeed was never begun: the policy is in one piece.
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.deepspeed is None):
+            trained_only = hasattr(self.model, "peft_config")
+            weights = whole_weights(self.model, trained_only=trained_only) if self.is_fsdp_enabled else None
             if self.args.should_save:
-                self._save(output_dir)
-            return
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        # Where the state is saved in shares, the library would save no model at all.
-        weights = whole_weights(self.model, trained_only=hasattr(self.model, "peft_config"))
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+                    folder, state_dict=weights
+                )
+                assert self.processing_class is not None
+                self.processing_class.save_pretrained(folder)
+        else:
+            super().save_model(str(folder), _internal_call)
         if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
+            # A pickle of the arguments, access tokens included. Nothing here reads it; refshard.yaml has the settings.
+            (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # A process that was stopped while it saved may come back when another start has made a folder of the same
+        # name. Every process has files of its own to save, this and its random state, so it looks before each.
         self._check_owner()
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            folder, whole = Path(output_dir), not self._saves_shares
+            save_optimizer(self._inner_optimizer, folder, self.args.process_index, self.args.world_size, whole=whole)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        folder, whole = Path(output_dir), not self._saves_shares
-        save_optimizer(self._inner_optimizer, folder, self.args.process_index, self.args.world_size, whole=whole)
-        if self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+        self._check_owner()
 
     @property
     def _saves_shares(self) -> bool:
@@ -264,12 +288,7 @@ class PairTrainer(transformers.Trainer):
         optimizer: Any = self.optimizer
         return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate's is around it
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        self._check_owner()
-        super()._save_rng_state(output_dir)
-
     def _check_owner(self) -> None:
-        # Every process has files of its own to save.
         if self._attempt is not None:
             self._attempt.check()
 
@@ -277,14 +296,14 @@ class PairTrainer(transformers.Trainer):
         """Do nothing where the library would load the weights: the policy was loaded from the checkpoint.
 
         `from_pretrained` knows all that a saved folder may be; this method of the library warns of weights that it
-        does not find, and knows nothing of what is renamed or merged when a model is loaded.
+        does not find, and knows nothing of what is renamed or merged when a model is loaded. DeepSpeed, which loads
+        weights in a form of its own, does not come here.
         """
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
+    def load_best(self) -> None:
+        """Give the policy the weights of the run's best checkpoint."""
         if not self.is_fsdp_enabled:
-            super()._load_best_model()
+            self._load_best_model()
             return
         has_adapter = hasattr(self.model, "peft_config")
         weights: dict[str, torch.Tensor] = {}
@@ -328,18 +347,6 @@ class PairTrainer(transformers.Trainer):
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and schedule.last_epoch != step:
             raise DataError(f"{checkpoint / 'scheduler.pt'}: is at step {schedule.last_epoch}, the training at {step}")
 
-    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        loader = super()._get_dataloader(*arguments, **options)
-        # The one that has the workers is inside of accelerate's.
-        inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
-        return loader
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments, access tokens included. Nothing here reads it; refshard.yaml has the settings.
-        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log to what the library logs, under TRL's names."""
         mode = "train" if self.model.training else "eval"
@@ -368,6 +375,17 @@ class PairTrainer(transformers.Trainer):
         if mode == "train":
             # Kept in the library's own counter, so that a checkpoint carries it.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+class _BeforeTraining(transformers.TrainerCallback):
+    def __init__(self, trainer: PairTrainer, actions: Sequence[Callable[[PairTrainer], None]]) -> None:
+        self._trainer = trainer
+        self._actions = actions
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._first_step = state.global_step
+        for action in self._actions:
+            action(self._trainer)
 
 
 def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:

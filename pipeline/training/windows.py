@@ -35,6 +35,7 @@ __all__ = [
     "Window",
     "WindowCallback",
     "check_mixable",
+    "evaluate_moved",
     "make_window",
     "prepare_reference",
     "window_at",
@@ -197,21 +198,21 @@ def _delete_older(output: Path, size: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class WindowCallback(transformers.TrainerCallback):
-    """Ends training where the reference moves, and evaluates there once it has moved.
+def evaluate_moved(trainer: transformers.Trainer, window: Window) -> None:
+    """Evaluate where a window begins, if an evaluation is due at that step.
 
     The library evaluates at a step's end. Where the reference moves at that step, the evaluation is the next
     window's first act, since its log-probs are not there before.
     """
+    if trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
+        trainer.evaluate()
+
+
+class WindowCallback(transformers.TrainerCallback):
+    """Ends training where the reference moves."""
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self.trainer: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first = self._window.first
-        if first > 0 and state.global_step == first and first in self._window.evaluations:
-            self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._ends(state):
