@@ -19,17 +19,22 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
-from pipeline.models.identity import Kinship, significand_bits
+from pipeline.config.schema import Config
+from pipeline.config.training import training_settings
+from pipeline.models.files import policy_dtype
+from pipeline.models.identity import Kinship, kinship, significand_bits
 from pipeline.scoring.agreement import ROUNDING, allowed_gap
 from pipeline.scoring.forward import score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
 from pipeline.training.processes import of_main_process
+from pipeline.training.windows import Window
 
 __all__ = [
     "Gaps",
     "Gate",
     "choose_sample",
+    "make_gate",
     "run_gate",
 ]
 
@@ -88,6 +93,34 @@ class Gate:
         """Whether the gaps are within what is allowed; NaN is not."""
         mean, largest = self.allowed
         return gaps.mean <= mean and gaps.largest <= largest
+
+
+def make_gate(config: Config, scored: Config, store: Store, window: Window | None) -> Gate:
+    """Make the gate of a run.
+
+    Args:
+        config: The run's settings.
+        scored: Settings that the store was scored with: the run's own, or the window's.
+        store: The training set's store.
+        window: With `reference.sync`, the window that is trained.
+    """
+    kin = kinship(scored)
+    if window is not None and window.number > 0:
+        # A reference that has moved equals the policy only if it is a copy of it.
+        copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
+        kin = Kinship(at_start=copied, adapters_off=False, frozen_adapter=None)
+    settings = training_settings(config)
+    reference = store.manifest["identity"]["reference"]
+    return Gate(
+        store=store,
+        # Nothing is known of a reference that is known by name alone, and nothing is compared.
+        reference_dtype=str(reference.get("dtype", "float32")),
+        policy_dtype=policy_dtype(config, settings),
+        in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
+        kinship=kin,
+        start=0 if window is None else window.first,
+        warn_only=settings.get("on_mismatch") == "warn",
+    )
 
 
 def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ The reference is two numbers per pair in the batch; nothing here knows how to lo
 
 import functools
 import multiprocessing.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -79,7 +79,7 @@ class PairTrainer(transformers.Trainer):
         attempt: This start of the run; it saves only as long as the run's folder is its own.
         load_policy: Loads the policy as a checkpoint has it, for the best one of a run under FSDP.
         margins: Takes what each pair has come to.
-        before_training: Called with the trainer, in turn, once all is ready for the first step.
+        before_training: Called with the trainer once all is ready for the first step.
     """
 
     model: torch.nn.Module
@@ -92,7 +92,7 @@ class PairTrainer(transformers.Trainer):
         attempt: Attempt | None = None,
         load_policy: Callable[[Path], Any] | None = None,
         margins: Margins | None = None,
-        before_training: Sequence[Callable[["PairTrainer"], None]] = (),
+        before_training: Callable[["PairTrainer"], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -378,14 +378,14 @@ class PairTrainer(transformers.Trainer):
 
 
 class _BeforeTraining(transformers.TrainerCallback):
-    def __init__(self, trainer: PairTrainer, actions: Sequence[Callable[[PairTrainer], None]]) -> None:
+    def __init__(self, trainer: PairTrainer, action: Callable[[PairTrainer], None] | None) -> None:
         self._trainer = trainer
-        self._actions = actions
+        self._action = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._first_step = state.global_step
-        for action in self._actions:
-            action(self._trainer)
+        if self._action is not None:
+            self._action(self._trainer)
 
 
 def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:
