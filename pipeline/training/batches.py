@@ -41,8 +41,8 @@ class JoinedBatch:
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Callable[[Any], Any]) -> "JoinedBatch":
-        parts: dict[str, Any] = vars(self)
-        return JoinedBatch(**{name: None if part is None else change(part) for name, part in parts.items()})
+        changed: dict[str, Any] = {n: None if part is None else change(part) for n, part in vars(self).items()}
+        return JoinedBatch(**changed)
 
 
 def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
