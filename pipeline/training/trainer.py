@@ -190,8 +190,7 @@ class PairTrainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         # Loaders draw a seed when they start. Training's random numbers must not depend on how often it is measured.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=gpus_of(self)):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._margins is not None:
             self._margins.finish_set(metric_key_prefix, self.state.global_step)
@@ -375,6 +374,12 @@ class PairTrainer(transformers.Trainer):
         if mode == "train":
             # Kept in the library's own counter, so that a checkpoint carries it.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+def gpus_of(trainer: transformers.Trainer) -> list[torch.device]:
+    """Give the devices whose random state an evaluation must leave as it is, beside the CPU's."""
+    device = trainer.args.device
+    return [device] if device.type == "cuda" else []
 
 
 class _BeforeTraining(transformers.TrainerCallback):
