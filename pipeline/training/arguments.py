@@ -1,4 +1,4 @@
-"""Make TrainingArguments from the `train` section; refuse what stage two cannot do."""
+"""Make TrainingArguments from the `train` section, and refuse what stage two can't do."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ __all__ = ["arguments_of_loop", "training_arguments"]
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:
-    """Make the library's arguments from the settings, and refuse what can't work.
+    """Make the library's arguments from the settings.
 
     Raises:
         ConfigError: A field is unknown, of the wrong type, or impossible here.
@@ -25,25 +25,25 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     for own in OWN_TRAIN_FIELDS:
         settings.pop(own, None)
     if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
-        # The library declares a word, its old way of saying how; YAML's yes and no are meant.
+        # The library declares this field as a string. YAML's yes and no are meant.
         settings["fsdp"] = _is_on(settings["fsdp"]) or None
     _check_launcher(settings)
     try:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError, OSError) as error:
-        # OSError: a file of fsdp_config or deepspeed that is not there.
+        # OSError: the file of fsdp_config or deepspeed is missing.
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
-    # Without an accelerator there is nothing to pin for, and the loader would say so for every set.
+    # Without an accelerator the loader would warn for every set that it can't pin.
     made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:
         raise ConfigError(
-            "train: several GPUs are visible to one process; start one for each (refshard train --processes N), or set "
-            "CUDA_VISIBLE_DEVICES to one of them"
+            f"train: {made.n_gpu} GPUs are visible to one process. Start a process for each (refshard train "
+            "--processes N), or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if made.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Each would train the whole run by itself, into one folder.
+        # Each process would train the whole run by itself, into one folder.
         raise ConfigError(
-            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own; to train in "
+            f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own. To train in "
             "processes on CPUs, set train.use_cpu: true"
         )
     _check_trackers(made)
@@ -67,7 +67,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
                 f"reference.sync: {made.world_size} processes; windows are planned for one process. Start it alone"
             )
         if made.save_strategy == "no":
-            # Every window ends in a checkpoint; one behind the newest is kept, in case that one is cut short.
+            # Every window ends in a checkpoint. Keep one behind the newest, in case that one is cut short.
             made.save_total_limit = made.save_total_limit or 2
     return made
 
@@ -85,7 +85,7 @@ def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers
 
 
 def _check_launcher(settings: Mapping[str, Any]) -> None:
-    """Refuse what accelerate was told and the settings were not: one of the two would be the one that is not heard."""
+    """Refuse FSDP or DeepSpeed that accelerate launch was told of and the settings were not: one would be ignored."""
     for key, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
         if _is_on(os.environ.get(f"ACCELERATE_USE_{name.upper()}")) and not settings.get(key):
             raise ConfigError(
@@ -113,7 +113,7 @@ def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
             "loaded before it is sharded"
         )
     if _is_on(settings.get("activation_checkpointing")) and config.policy.has_adapter:
-        # PEFT saves what it finds by its modules' names, which the checkpoints' wrappers change: an empty adapter.
+        # PEFT saves modules by name, and the checkpointing wrappers change the names: the adapter would be empty.
         raise ConfigError(
             "train.fsdp_config.activation_checkpointing: can't be set with an adapter; set train.gradient_checkpointing"
         )
@@ -135,16 +135,16 @@ def _is_on(value: Any) -> bool:
 
 
 def _check_trackers(made: transformers.TrainingArguments) -> None:
-    """Make sure that the trackers are installed, which the library says after the model is loaded.
+    """Check that the trackers are installed, which the library would report only after the model is loaded.
 
-    None is made for that: some lock files, or open a connection, as soon as they are.
+    No tracker is made for that: some lock files or open a connection at once.
     """
     try:
         integration_utils.get_reporting_integration_callbacks(made.report_to)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise ConfigError(f"train.report_to: {' '.join(str(error).split())}") from error
     for tracker in made.report_to or ():
-        # The library asks for azure_ml by is_azureml_available, for comet_ml by is_comet_available.
+        # The library's functions are is_azureml_available for azure_ml, is_comet_available for comet_ml.
         names = (f"is_{spelled}_available" for spelled in (tracker.replace("_", ""), tracker.replace("_ml", "")))
         is_available = next((found for name in names if (found := getattr(integration_utils, name, None))), None)
         if is_available is not None and not is_available():

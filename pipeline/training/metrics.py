@@ -1,6 +1,5 @@
-"""Per-pair metrics of a batch, and their averages over the pairs that were logged together."""
+"""Per-pair metrics of a micro-batch, and their averages over the pairs of one log entry."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -10,19 +9,14 @@ from pipeline.scoring.forward import Scores, weighted_sums
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
 
-__all__ = [
-    "averages_of",
-    "columns_of",
-    "first_pairs",
-    "pairs_of",
-]
+__all__ = ["averages_of", "columns_of", "first_pairs", "pairs_of"]
 
 
 def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
-    """What the losses look at: policy logps from the scorer, reference logps from the batch."""
+    """Put together the losses' inputs: policy logps from the scorer, reference logps from the batch."""
     chosen, rejected = plain = scores.sums()
     if loss.ld_alpha is not None:
-        # The reference's sums were weighed by the join, in the same way.
+        # The join has weighted the reference's sums likewise.
         chosen, rejected = weighted_sums(scores.tokens.logps, scores.lengths, loss.ld_alpha)
     weights = None
     if scores.tokens.log_sum_squares is not None:
@@ -41,14 +35,12 @@ def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
 
 
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
-    columns = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
-    return dataclasses.replace(
-        pairs, **{name: column[:count] for name, column in columns.items() if column is not None}
-    )
+    """Give the first `count` pairs."""
+    return Pairs(**{name: None if column is None else column[:count] for name, column in vars(pairs).items()})
 
 
 def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss) -> dict[str, torch.Tensor]:
-    """Everything that is averaged, as sums per pair: each [P], float32."""
+    """Compute all that is averaged, as sums per pair: each [P] float32."""
     ref_margins = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     margins = objective.chosen_rewards - objective.rejected_rewards
     columns = {
@@ -84,12 +76,12 @@ def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: Pai
 
 
 def _share_above_zero(margins: torch.Tensor) -> torch.Tensor:
-    # A tie says nothing: it counts as half right, so a policy equal to its reference reads 0.5, not 0.
+    # A tie counts as half right, so a policy equal to its reference has an accuracy of 0.5, not 0.
     return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def averages_of(totals: Mapping[str, float]) -> dict[str, float]:
-    """Averages over pairs, or over tokens where the metric is one of tokens."""
+    """Average over pairs, or over tokens for a metric of tokens."""
     chosen, rejected, pairs = totals["num_chosen"], totals["num_rejected"], totals["pairs"]
     averages = {name: total / pairs for name, total in totals.items() if "/" in name or name == "aux_loss"}
     averages["logits/chosen"] = totals["logit_chosen"] / chosen

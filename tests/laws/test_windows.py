@@ -332,8 +332,8 @@ def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.num_train_epochs=0", "no steps to train"),
-        ("train.dataloader_drop_last=true", "no step can be made of 38 pairs"),
+        ("train.num_train_epochs=0", "num_train_epochs: must be above 0"),
+        ("train.dataloader_drop_last=true", "dataloader_drop_last: must be false for 38 pairs"),
         ("train.train_sampling_strategy=group_by_length", "not supported"),
         ("train.save_strategy=best", "metric_for_best_model"),
         ("train.save_total_limit=1", "at least 2"),
