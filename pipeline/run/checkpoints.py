@@ -258,5 +258,5 @@ def processes_of(checkpoint: Path) -> int:
     wanted = [f"rng_state_{rank}.pth" for rank in range(max(len(found), 2))] if found else ["rng_state.pth"]
     for name in wanted:
         if name not in found:
-            raise DataError(f"{checkpoint}: {name} is missing, so that the run can't go on as if it never stopped")
+            raise DataError(f"{checkpoint}: {name} is missing, so the run can't resume exactly")
     return len(found)
