@@ -1,6 +1,7 @@
 """Per-pair metrics of a micro-batch, and their averages over the pairs of one log entry."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
 
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
     """Give the first `count` pairs."""
-    return Pairs(**{name: None if column is None else column[:count] for name, column in vars(pairs).items()})
+    columns: dict[str, Any] = {n: None if column is None else column[:count] for n, column in vars(pairs).items()}
+    return Pairs(**columns)
 
 
 def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss) -> dict[str, torch.Tensor]:
