@@ -373,7 +373,7 @@ def test_the_page_of_recipes_names_every_file_and_repeats_their_figures() -> Non
     for name in FORMS:
         assert name in page
     best, about, worst = UTILISATION[::-1]
-    assert f"reaches {about} of its\npeak ({best} to {worst} in brackets)" in page
+    assert f"reaches {about} of its peak ({best} to {worst} in brackets)" in " ".join(page.split())
     assert f"within {MEMORY_BAND[0]} to {MEMORY_BAND[1]} times" in page
 
 
