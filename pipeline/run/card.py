@@ -1,4 +1,4 @@
-"""The model card of a trained policy: what it was trained on, against which reference, with which settings."""
+"""The model card of a trained policy: its data, its reference, its settings."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ _TIMINGS = ("runtime", "per_second", "preparation_time")
 
 
 def _named_loss(loss: Mapping[str, Any]) -> str:
-    """The losses with their weights, and every option that is not left as it is."""
+    """Name the losses with their weights, and every option that is not its default."""
     names = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
     weights = loss.get("weights") or [1] * len(names)
     text = " + ".join(
@@ -104,14 +104,13 @@ _LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
 
 
 def _quoted(value: Any) -> str:
-    """The value as JSON that YAML reads as well: it knows no pairs of surrogates, so only what does not print is
-    escaped."""
+    """Give the value as JSON that is also YAML, which has no surrogate pairs: escape only unprintable characters."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _plain(value: Any) -> str:
-    """Text that can't end its table cell, start markup, or span lines."""
+    """Escape text so that it can't end its table cell, start markup, or span lines."""
     text = one_line(str(value))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
@@ -120,6 +119,6 @@ def _plain(value: Any) -> str:
 
 def _code(value: Any) -> str:
     text = one_line(str(value)).replace("`", "'")
-    # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
+    # Backslashes before a pipe would escape each other, and the pipe would end the cell.
     text = re.sub(r"\\*\|", lambda _: r"\|", text)
     return f"`{text}`"
