@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
-from pipeline.data.pairs import Pair, to_pair
+from pipeline.data.layouts import to_pair
+from pipeline.data.pairs import Pair
 from pipeline.data.sources import open_source, read_rows
 from stages.check.estimate import MEMORY_BAND, UTILISATION, shapes_of
 from stages.cli import main
