@@ -240,7 +240,7 @@ def _train(run: TrainingRun) -> None:
     trainer, record, commit = _make_trainer(run, sets, policy, packed)
     inputs = on_main_process(lambda: _write_inputs(run, described, policy))
     if run.checkpoint is not None:
-        _say(f"Going on from {run.checkpoint}{_with_other_processes(run.checkpoint, policy)}")
+        _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, policy)}")
     try:
         _run_steps(run, trainer)
         if commit.stopped_early:

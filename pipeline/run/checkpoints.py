@@ -31,7 +31,6 @@ __all__ = [
     "find_checkpoint",
     "is_recorded",
     "newest_step",
-    "newest_whole",
     "processes_of",
     "refuse_other_run",
     "saved_policy",
@@ -39,8 +38,6 @@ __all__ = [
 ]
 
 MARKER = "refshard-commit.json"
-
-
 # The library's own saving on a signal leaves this file until it is done. It is off here, but a folder may be copied.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
 
@@ -89,7 +86,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
             )
     for broken, problem in unfit.items():
         kind = "damaged" if (broken / MARKER).exists() else "cut short while it was saved"
-        warn(f"{broken}: {kind} ({problem}); set aside as {set_aside(broken)}, going on without it")
+        warn(f"{broken}: {kind} ({problem}); set aside as {set_aside(broken)}")
     return folder
 
 
@@ -120,14 +117,6 @@ def newest_step(run_folder: Path) -> int:
     return max(committed, default=0)
 
 
-def newest_whole(run_folder: Path) -> tuple[int, Path] | None:
-    """Give step and folder of the newest checkpoint whose marker and files hold. Nothing is renamed."""
-    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
-        if _problem(folder, step) is None:
-            return step, folder
-    return None
-
-
 def saved_policy(run_folder: Path) -> tuple[int, Path]:
     """Give step and folder of a run's policy: the finished one, or the newest whole checkpoint.
 
@@ -136,10 +125,10 @@ def saved_policy(run_folder: Path) -> tuple[int, Path]:
     """
     if is_recorded(run_folder):
         return int(read_json(run_folder / RECORD)["step"]), run_folder
-    saved = newest_whole(run_folder)
-    if saved is None:
-        raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
-    return saved
+    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
+        if _problem(folder, step) is None:
+            return step, folder
+    raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
 
 
 def trained_weights(config: Config, folder: Path, option: str) -> Path:

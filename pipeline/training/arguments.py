@@ -101,7 +101,7 @@ def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
     if made.world_size == 1:
         raise ConfigError(
             "train.fsdp: one process has nobody to share the policy with; start with torchrun or accelerate launch, or "
-            "leave it out (-o train.fsdp=false), also to go on alone with a run that had several"
+            "leave it out (-o train.fsdp=false), also to resume alone a run of several processes"
         )
     if int(settings.get("version", 2)) != 2 or settings.get("xla"):
         raise ConfigError("train.fsdp_config: FSDP2 alone is supported; set version: 2, and leave xla out")

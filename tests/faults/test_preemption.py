@@ -336,7 +336,7 @@ def _resume_damaged(scenario: Scenario, stopped: Path, output: Path, kind: str) 
     shutil.copytree(stopped, output)
     DAMAGES[kind](output / "checkpoint-6")
     done = refshard(*words(scenario, output))
-    assert "Going on from" in done.stdout
+    assert "Resuming" in done.stdout
     assert "checkpoint-4" in done.stdout
     name = MARKER if kind == "empty" else next(name for name in FILES if name in kind)
     gone = kind in ("empty", f"no {MARKER}")

@@ -253,7 +253,7 @@ def _change(runs: Callable[[str], Runs], kind: str, before: str, after: str) -> 
     name = f"{before} then {after}"
     group.stop(name, before)
     ranks = group.train(name, after)
-    assert f"Going on from {group.folder / name}" in ranks[0].out
+    assert f"Resuming {group.folder / name}" in ranks[0].out
     changed = WAYS[before][0] != WAYS[after][0]
     assert ("saved by" in ranks[0].out) == changed
     assert "dropout" not in ranks[0].out
