@@ -46,8 +46,8 @@ class Attempt:
         newest = _newest(self.run_folder)
         if newest > self.number:
             raise FencedError(
-                f"{self.run_folder}: attempt {newest} of this run has taken over from this one (attempt {self.number}), "
-                "which stops and saves nothing more. Let the newer one finish"
+                f"{self.run_folder}: attempt {newest} of this run has taken over from this one (attempt "
+                f"{self.number}), which stops and saves nothing more. Let the newer one finish"
             )
 
 
