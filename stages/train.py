@@ -43,8 +43,8 @@ from pipeline.run.identity import check_same_run, run_identity
 from pipeline.run.inputs import PolicyInputs, RunInputs, SetInputs, describe_adapter, describe_reference
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import RunLog, read_costs, write_inputs
-from pipeline.scoring.forward import prepare
-from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.store import Store, check_identity, open_store
 from pipeline.training.arguments import arguments_of_loop, training_arguments
 from pipeline.training.batches import make_collator
@@ -236,11 +236,11 @@ def _train(run: TrainingRun) -> None:
         )
     )
     sets = {name: open_joined(run.joined, name) for name in described}
-    policy, packed = _load_policy(run)
-    trainer, record, commit = _make_trainer(run, sets, policy, packed)
-    inputs = on_main_process(lambda: _write_inputs(run, described, policy))
+    scorer = _load_policy(run)
+    trainer, record, commit = _make_trainer(run, sets, scorer)
+    inputs = on_main_process(lambda: _write_inputs(run, described, scorer.model))
     if run.checkpoint is not None:
-        _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, policy)}")
+        _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, scorer.model)}")
     try:
         _run_steps(run, trainer)
         if commit.stopped_early:
@@ -256,8 +256,8 @@ def _train(run: TrainingRun) -> None:
         _say(f"Window {window} is done: step {trainer.state.global_step}; next the reference moves")
 
 
-def _load_policy(run: TrainingRun) -> tuple[Any, bool]:
-    """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
+def _load_policy(run: TrainingRun) -> Scorer:
+    """Load the policy, ready to be scored and trained."""
     config, arguments = run.config, run.arguments
     # DeepSpeed loads its own form of the weights by itself.
     if run.checkpoint is not None and (run.all_steps_are_done or not arguments.deepspeed):
@@ -266,18 +266,18 @@ def _load_policy(run: TrainingRun) -> tuple[Any, bool]:
     transformers.set_seed(arguments.seed)
     with _in_one_piece(arguments):
         policy = load_policy(config)
-    prepare(policy)
-    packed = check_scoring(policy, "policy.model")
-    if not packed:
+    scorer = Scorer.check(policy, run.tokenizer, "policy.model")
+    if not scorer.packed:
         _say(f"warning: {not_packed(policy)}")
-    # A balance loss counts every token as often as it stands in padded rows.
-    packed = packed and not balance_weight(policy, config.loss)
+    if balance_weight(policy, config.loss):
+        # A balance loss counts every token as often as it stands in padded rows.
+        scorer.packed = False
     if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(f"Training {trained:,} of {total:,} parameters")
-    return policy, packed
+    return scorer
 
 
 @contextlib.contextmanager
@@ -314,7 +314,7 @@ def _write_inputs(run: TrainingRun, sets: Mapping[str, SetInputs], policy: Any) 
 
 
 def _make_trainer(
-    run: TrainingRun, sets: Mapping[str, datasets.Dataset], policy: Any, packed: bool
+    run: TrainingRun, sets: Mapping[str, datasets.Dataset], scorer: Scorer
 ) -> tuple[PairTrainer, RecordCallback, CommitCallback]:
     config, arguments, window = run.config, run.arguments, run.window
     state = PartialState()
@@ -349,13 +349,10 @@ def _make_trainer(
         load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
         before_training=before_training,
-        model=policy,
+        model=scorer.model,
         args=arguments_of_loop(arguments),
         data_collator=make_collator(
-            run.tokenizer.pad_token_id or run.tokenizer.eos_token_id or 0,
-            config.data.max_length,
-            joined_token_logps(run.joined),
-            packed=packed,
+            scorer.pad_id, config.data.max_length, joined_token_logps(run.joined), packed=scorer.packed
         ),
         train_dataset=sets["train"],
         # One held-out set logs under `eval_`, several under `eval_NAME_`.
