@@ -15,7 +15,30 @@ import torch.nn.functional as F
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import LossConfig, LossName
 
-__all__ = ["PairLoss", "Pairs", "balance_weight", "pair_losses", "router_aux_weight", "total_loss", "wpo_weights"]
+__all__ = [
+    "PairLoss",
+    "Pairs",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "balance_weight",
+    "bco_pair",
+    "discopop",
+    "divergence_score",
+    "exo_pair",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "pair_losses",
+    "robust",
+    "router_aux_weight",
+    "sft",
+    "sigmoid",
+    "sppo_hard",
+    "total_loss",
+    "wpo_weights",
+]
 
 Tensor = torch.Tensor
 
