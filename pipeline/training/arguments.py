@@ -50,21 +50,29 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     _check_fsdp(made, config)
     _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
-        raise ConfigError("train.eval_strategy: set, but data.eval names no held-out set")
+        raise ConfigError(
+            f"train.eval_strategy: must be no without a held-out set, got {made.eval_strategy.value}. Set data.eval"
+        )
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
-        raise ConfigError("train.train_sampling_strategy: group_by_length is not supported; leave it out or use random")
+        raise ConfigError(
+            "train.train_sampling_strategy: must be random or sequential, got group_by_length. Leave it out"
+        )
     if made.save_strategy == "best" and not made.metric_for_best_model:
-        raise ConfigError("train.save_strategy: best of what? Set train.metric_for_best_model, like eval_loss")
+        raise ConfigError(
+            "train.metric_for_best_model: must name a metric with train.save_strategy best, got none. Set eval_loss"
+        )
     if made.save_total_limit == 1:
         raise ConfigError(
-            "train.save_total_limit: at least 2, since the checkpoint before is what is left if the newest is cut short"
+            "train.save_total_limit: must be at least 2, as a kill may cut the newest checkpoint short, got 1. Raise it"
         )
     if config.reference.sync is not None:
         if made.save_strategy == "best":
-            raise ConfigError("train.save_strategy: best can't be told across windows (reference.sync)")
+            raise ConfigError(
+                "train.save_strategy: must be no, steps or epoch with reference.sync, got best. Change it"
+            )
         if made.world_size > 1:
             raise ConfigError(
-                f"reference.sync: {made.world_size} processes; windows are planned for one process. Start it alone"
+                f"reference.sync: must run in one process, got {made.world_size}. Start it without a launcher"
             )
         if made.save_strategy == "no":
             # Every window ends in a checkpoint. Keep one behind the newest, in case that one is cut short.
@@ -89,8 +97,8 @@ def _check_launcher(settings: Mapping[str, Any]) -> None:
     for key, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
         if _is_on(os.environ.get(f"ACCELERATE_USE_{name.upper()}")) and not settings.get(key):
             raise ConfigError(
-                f"train.{key}: accelerate launch was told to use {name}, but the settings were not; set train.{key}, "
-                "and leave it out of accelerate's own settings"
+                f"train.{key}: must be set, as accelerate launch was told to use {name}, got none. Set it, and leave "
+                f"{name} out of accelerate's own settings"
             )
 
 
@@ -100,22 +108,29 @@ def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
     settings = cast("dict[str, Any]", made.fsdp_config)
     if made.world_size == 1:
         raise ConfigError(
-            "train.fsdp: one process has nobody to share the policy with; start with torchrun or accelerate launch, or "
-            "leave it out (-o train.fsdp=false), also to resume alone a run of several processes"
+            "train.fsdp: must be off in one process, got on. Start several with torchrun or accelerate launch, or set "
+            "-o train.fsdp=false, which also resumes a run of several processes"
         )
     if int(settings.get("version", 2)) != 2 or settings.get("xla"):
-        raise ConfigError("train.fsdp_config: FSDP2 alone is supported; set version: 2, and leave xla out")
-    if str(settings.get("state_dict_type", "FULL_STATE_DICT")) not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        raise ConfigError("train.fsdp_config.state_dict_type: expected FULL_STATE_DICT or SHARDED_STATE_DICT")
+        raise ConfigError(
+            f"train.fsdp_config: must be FSDP2's, got version {settings.get('version', 2)}, xla {settings.get('xla')}. "
+            "Set version: 2, and leave xla out"
+        )
+    state_dict = str(settings.get("state_dict_type", "FULL_STATE_DICT"))
+    if state_dict not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise ConfigError(
+            f"train.fsdp_config.state_dict_type: must be FULL_STATE_DICT or SHARDED_STATE_DICT, got {state_dict}"
+        )
     if _is_on(settings.get("cpu_ram_efficient_loading")):
         raise ConfigError(
-            "train.fsdp_config.cpu_ram_efficient_loading: can't be set: each process checks the policy that it has "
-            "loaded before it is sharded"
+            "train.fsdp_config.cpu_ram_efficient_loading: must be off, as each process checks the whole policy before "
+            "it is sharded, got on. Leave it out"
         )
     if _is_on(settings.get("activation_checkpointing")) and config.policy.has_adapter:
         # PEFT saves modules by name, and the checkpointing wrappers change the names: the adapter would be empty.
         raise ConfigError(
-            "train.fsdp_config.activation_checkpointing: can't be set with an adapter; set train.gradient_checkpointing"
+            "train.fsdp_config.activation_checkpointing: must be off with an adapter, got on. Set "
+            "train.gradient_checkpointing: true"
         )
 
 
@@ -125,8 +140,8 @@ def _check_deepspeed(made: transformers.TrainingArguments) -> None:
     settings: Any = made.hf_deepspeed_config
     if settings.is_zero3() and not settings.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
         raise ConfigError(
-            "train.deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save: true, without which no "
-            "policy would be saved that can be loaded"
+            "train.deepspeed: zero_optimization.stage3_gather_16bit_weights_on_model_save must be true, got false. Set "
+            "it; no policy that loads would be saved otherwise"
         )
 
 
@@ -149,4 +164,6 @@ def _check_trackers(made: transformers.TrainingArguments) -> None:
         is_available = next((found for name in names if (found := getattr(integration_utils, name, None))), None)
         if is_available is not None and not is_available():
             package = tracker.replace("_", "-")
-            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {package}")
+            raise ConfigError(
+                f"train.report_to: must name installed trackers, got {tracker}. Run pip install {package}"
+            )

@@ -334,7 +334,7 @@ def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path
     [
         ("train.num_train_epochs=0", "num_train_epochs: must be above 0"),
         ("train.dataloader_drop_last=true", "dataloader_drop_last: must be false for 38 pairs"),
-        ("train.train_sampling_strategy=group_by_length", "not supported"),
+        ("train.train_sampling_strategy=group_by_length", "got group_by_length"),
         ("train.save_strategy=best", "metric_for_best_model"),
         ("train.save_total_limit=1", "at least 2"),
         ("train.include_num_input_tokens_seen=all", "can't be set"),
