@@ -25,7 +25,6 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import as_dict, settings_text
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.models.files import at_checkpoint, load_tokenizer, policy_settings
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.loading import load_policy
@@ -99,10 +98,6 @@ class TrainingRun:
         return self.output / _JOINED / self.attempt.name
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return training_settings(self.config)
-
-    @property
     def store(self) -> Store:
         """The training set's store, or a held-out one's in a window that only evaluates."""
         return self.stores["train"] if "train" in self.stores else next(iter(self.stores.values()))
@@ -126,14 +121,13 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     """
     flag = watch_signals(stop_at)
     arguments = training_arguments(config)
-    output = Path(str(arguments.output_dir))
+    output = config.train.folder
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
-    fingerprints = _fingerprints(config, stores, tokenizer)
-    identity = run_identity(config, training_settings(config), fingerprints, PartialState().num_processes)
+    identity = run_identity(config, _fingerprints(config, stores, tokenizer), PartialState().num_processes)
 
     if not overwrite:
         if _is_finished(output, identity):
@@ -229,11 +223,9 @@ def _sets_of(config: Config, window: Window) -> list[str]:
 
 
 def _train(run: TrainingRun) -> None:
-    on_missing, window = str(run.settings.get("on_missing", "stop")), None if run.window is None else run.window.number
+    window = None if run.window is None else run.window.number
     described = on_main_process(
-        lambda: join_sets(
-            run.config, run.stores, run.tokenizer, run.joined, run.flag, on_missing=on_missing, window=window
-        )
+        lambda: join_sets(run.config, run.stores, run.tokenizer, run.joined, run.flag, window=window)
     )
     sets = {name: open_joined(run.joined, name) for name in described}
     scorer = _load_policy(run)
@@ -344,7 +336,7 @@ def _make_trainer(
 
     trainer = PairTrainer(
         loss=config.loss,
-        activation_offload=bool(run.settings.get("activation_offload", False)),
+        activation_offload=config.train.activation_offload,
         attempt=run.attempt,
         load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
@@ -429,13 +421,14 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     train_loss = sum(losses) / len(losses) if losses else None
+    options = run.config.train.options
     card = model_card(
         inputs,
         name=output.name,
         pairs=pairs,
         loss=as_dict(run.config)["loss"],
         hub=hub_names(run.config),
-        training={key: run.settings[key] for key in _ON_CARD if key in run.settings},
+        training={key: options[key] for key in _ON_CARD if key in options},
         metrics=metrics,
     )
     replace_file(output / "README.md", card.encode("utf-8", errors="replace"))

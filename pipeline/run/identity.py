@@ -37,8 +37,6 @@ _FREE = {
     "include_for_metrics",
     "load_best_model_at_end",
     "local_rank",
-    "on_mismatch",
-    "output_dir",
     "per_device_eval_batch_size",
     "prediction_loss_only",
     "project",
@@ -88,9 +86,7 @@ def _differences(stored: Any, run: Any, field: str = "") -> list[tuple[str, Any,
     ]
 
 
-def run_identity(
-    config: Config, settings: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
-) -> dict[str, Any]:
+def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int) -> dict[str, Any]:
     """Collect what a checkpoint must agree with to be resumed as if training had never stopped.
 
     A setting that equals its default is left out. The number of processes may change as long as a step has as many
@@ -100,9 +96,10 @@ def run_identity(
     for field in dataclasses.fields(transformers.TrainingArguments):
         make = field.default_factory
         defaults[field.name] = field.default if make is dataclasses.MISSING else make()
+    options = config.train.options
     fixed = {
         key: value
-        for key, value in settings.items()
+        for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
     run = as_dict(config)
@@ -114,9 +111,9 @@ def run_identity(
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
         "train": fixed,
-        "processes x gradient_accumulation_steps": processes * settings.get("gradient_accumulation_steps", 1),
+        "processes x gradient_accumulation_steps": processes * options.get("gradient_accumulation_steps", 1),
     }
-    if settings.get("deepspeed"):
+    if options.get("deepspeed"):
         # DeepSpeed's shares can be loaded only by as many processes.
         identity["processes"] = processes
     # As JSON gives it back, without tuples.

@@ -19,7 +19,6 @@ import torch
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.models.files import policy_dtype
 from pipeline.models.identity import Kinship, kinship, significand_bits
 from pipeline.scoring.agreement import ROUNDING, allowed_gap
@@ -102,17 +101,16 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
         # A moved reference equals the policy only if it is a copy.
         copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
         kin = Kinship(at_start=copied, adapters_off=False, frozen_adapter=None)
-    settings = training_settings(config)
     reference = store.manifest["identity"]["reference"]
     return Gate(
         store=store,
         # Nothing is known of a reference that is known by name alone, and nothing is compared.
         reference_dtype=str(reference.get("dtype", "float32")),
-        policy_dtype=policy_dtype(config, settings),
+        policy_dtype=policy_dtype(config),
         in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         kinship=kin,
         start=0 if window is None else window.first,
-        warn_only=settings.get("on_mismatch") == "warn",
+        warn_only=config.train.on_mismatch == "warn",
     )
 
 

@@ -30,7 +30,6 @@ def join_sets(
     folder: Path,
     flag: StopFlag,
     *,
-    on_missing: str = "stop",
     window: int | None = None,
 ) -> dict[str, SetInputs]:
     """Join every set to its store; give what became of its rows, by set.
@@ -41,11 +40,10 @@ def join_sets(
         tokenizer: The policy's.
         folder: Folder for the joined files.
         flag: The stop request.
-        on_missing: "stop" or "drop", for pairs without reference logps.
         window: Number of the window, whose own pairs alone have reference logps; the others are kept without.
 
     Raises:
-        DataError: Pairs have no reference logps.
+        DataError: Pairs have no reference logps, and `train.on_missing` is stop.
         ConfigError: The tokenizer gives an id that the policy does not have.
         UnfinishedError: A signal or the time asked to stop.
     """
@@ -66,7 +64,7 @@ def join_sets(
         else:
             assert store is not None
             click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
-            _check_matched(report, ledger.kept, describe(source), store, on_missing)
+            _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
         columns = open_joined(folder, name).data.table
         joined[name] = SetInputs(
             dataset=describe(source),
