@@ -48,7 +48,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     _check_deepspeed(made)
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError(
-            f"train.eval_strategy: must be no without a held-out set, got {made.eval_strategy.value}. Set data.eval"
+            f"train.eval_strategy: must be no without a held-out set, got {settings['eval_strategy']}. Set data.eval"
         )
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
         raise ConfigError(
