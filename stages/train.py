@@ -75,7 +75,7 @@ class TrainingRun:
     """The `train` section, as the user has set it"""
     tokenizer: Any
     identity: Mapping[str, Any]
-    """What a checkpoint must agree with"""
+    """Identity that a checkpoint must have"""
     attempt: Attempt
     flag: StopFlag
     checkpoint: Path | None

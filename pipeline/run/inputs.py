@@ -1,4 +1,4 @@
-"""What an attempt of a run begins with: one record for `inputs.json` and for the model card."""
+"""Inputs of an attempt: one record for `inputs.json` and for the model card."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -59,13 +59,13 @@ class SetInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What an attempt begins with."""
+    """Inputs of an attempt."""
 
     reference: ReferenceInputs
     policy: PolicyInputs
     sets: Mapping[str, SetInputs]
     stage_one: list[dict[str, Any]]
-    """What each worker of stage one has written down of its costs"""
+    """Costs of stage one, as its workers have recorded them"""
 
     def as_dict(self) -> dict[str, Any]:
         """Give the content of `inputs.json`."""

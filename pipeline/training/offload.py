@@ -1,9 +1,9 @@
 """Keep saved activations in the CPU's memory until backward needs them.
 
 This frees the memory of every layer's activations on a GPU, and costs two transfers of each over the bus. Parameters
-and small tensors stay where they are. `torch.autograd.graph.save_on_cpu` does not serve: it moves parameters as well
-(a third of all bytes in a small Llama's full fine-tune, and a second copy of each weight on the GPU in backward), and
-pinned copies lose their strides.
+and small tensors stay where they are. `torch.autograd.graph.save_on_cpu` does not serve. It moves parameters as well:
+a third of all bytes in a small Llama, and a second copy of each weight on the GPU in backward. Its pinned copies lose
+their strides.
 """
 
 from typing import Any

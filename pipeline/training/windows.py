@@ -117,8 +117,8 @@ def _reference_folder(output: Path, step: int) -> Path:
 def prepare_reference(config: Config, window: Window, output: Path) -> None:
     """Make the window's reference unless it exists: the previous one, moved toward the window's first checkpoint.
 
-    If it was made from another checkpoint of that step (a run that went back to an older checkpoint may differ), it is
-    made again, and its log-probs are deleted.
+    A run that went back to an older checkpoint may reach this step with other weights. Then the reference is made
+    again, and its log-probs are deleted.
 
     Raises:
         DataError: The checkpoint or the previous reference is gone.
