@@ -4,6 +4,7 @@ An upgrade that renames one of them may leave an override that is never called, 
 says which assumption died.
 """
 
+import atexit
 import inspect
 import multiprocessing.util
 from collections.abc import Callable
@@ -146,6 +147,10 @@ def test_the_loader_that_has_the_workers_is_inside_of_accelerates() -> None:
     assert hasattr(prepared.base_dataloader, "worker_init_fn")
     finalizer = multiprocessing.util.Finalize(None, print, args=(), exitpriority=0)
     finalizer.cancel()
+
+
+def test_functions_that_wait_for_the_end_of_the_process_can_be_run_before_it() -> None:
+    assert callable(atexit._run_exitfuncs)
 
 
 def test_the_processes_state_is_shared_by_its_dict() -> None:
