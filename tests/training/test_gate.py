@@ -363,7 +363,7 @@ def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
         reference_dtype=dtype,
         policy_dtype=dtype,
         in_8_bits=False,
-        kinship=nothing,
+        relation=nothing,
         start=0,
         warn_only=False,
     )
