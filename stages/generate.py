@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.data.sources import describe, open_set
 from pipeline.models.files import in_one_process, load_tokenizer
 from pipeline.models.identity import identity_of_reference
 from pipeline.models.loading import pick_device
-from pipeline.replies.drawing import Drawn, draw_both
+from pipeline.replies.drawing import draw_both
 from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.replies.records import GENERATIONS, Generation, Reply, write_generations
 from pipeline.replies.rewarding import load_reward_model
@@ -64,9 +65,9 @@ def run(
     prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
     if not prompts:
         raise ConfigError(f"--set: must be a set with pairs, got {name} ({describe(source)}). Choose another set")
-    reference, policy = draw_both(config, policy_folder, [prompt.ids for prompt in prompts], sampling, tokenizer, flag)
-    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.ids] for drawn in (reference, policy)]
-    rewards = _rewards(reward_model, prompts, texts, flag)
+    replies = draw_both(config, policy_folder, [prompt.ids for prompt in prompts], sampling, tokenizer, flag)
+    if reward_model is not None:
+        replies = _rewarded(reward_model, prompts, replies, flag)
     generations = [
         Generation(
             set_name=name,
@@ -78,10 +79,10 @@ def run(
             seed=sampling.seed,
             num_prompts=num_prompts,
             reward_by=reward_model,
-            reference=_reply(reference, i, texts[0][i], rewards[i][0]),
-            policy=_reply(policy, i, texts[1][i], rewards[i][1]),
+            reference=reference,
+            policy=policy,
         )
-        for i, prompt in enumerate(prompts)
+        for prompt, (reference, policy) in zip(prompts, replies, strict=True)
     ]
     write_generations(run_folder, generations)
     _print_result(generations, run_folder, step)
@@ -116,29 +117,18 @@ def _check_reference(config: Config, run_folder: Path) -> None:
         )
 
 
-def _rewards(
-    reward_model: str | None, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], flag: StopFlag
-) -> list[list[float | None]]:
-    """Give the rewards of each prompt's replies; None without a reward model."""
-    if reward_model is None:
-        return [[None for _ in texts] for _ in prompts]
+def _rewarded(
+    reward_model: str, prompts: Sequence[Prompt], replies: Sequence[tuple[Reply, Reply]], flag: StopFlag
+) -> list[tuple[Reply, Reply]]:
+    """Give the replies with the reward model's rewards."""
     click.echo(f"Loading the reward model {reward_model} ...")
     reward = load_reward_model(reward_model, pick_device())
-    rewards: list[list[float | None]] = []
-    for prompt, *replies in zip(prompts, *texts, strict=True):
+    rewarded = []
+    for prompt, (reference, policy) in zip(prompts, replies, strict=True):
         leave_if_asked(flag)
-        rewards.append([*reward(prompt.content, replies)])
-    return rewards
-
-
-def _reply(drawn: Drawn, i: int, text: str, reward: float | None) -> Reply:
-    return Reply(
-        text=text,
-        num_tokens=len(drawn.ids[i]),
-        ref_logps=drawn.ref_logps[i],
-        policy_logps=drawn.policy_logps[i],
-        reward=reward,
-    )
+        before, after = reward(prompt.content, [reference.text, policy.text])
+        rewarded.append((replace(reference, reward=before), replace(policy, reward=after)))
+    return rewarded
 
 
 def _print_result(generations: Sequence[Generation], run_folder: Path, step: int) -> None:

@@ -7,7 +7,6 @@ One model is in memory at a time. A reference that is the policy with its adapte
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,12 @@ from pipeline.config.schema import Config
 from pipeline.models.files import policy_as_reference, reference_dtype
 from pipeline.models.identity import kinship
 from pipeline.models.loading import load_reference, pick_device
+from pipeline.replies.records import Reply
 from pipeline.replies.sampling import Sampling, draw_replies, leave_if_asked, score_replies, stop_ids
 from pipeline.scoring.memory import peak_memory
 from pipeline.scoring.scorer import Scorer
 
-__all__ = ["Drawn", "draw_both", "loaded_scorer"]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One model's replies to N prompts."""
-
-    ids: list[list[int]]
-    """Token ids of each reply"""
-    ref_logps: list[float]
-    """Log-prob of each reply under the reference, nats"""
-    policy_logps: list[float]
-    """Log-prob of each reply under the policy, nats"""
+__all__ = ["draw_both", "loaded_scorer"]
 
 
 def draw_both(
@@ -46,7 +34,7 @@ def draw_both(
     sampling: Sampling,
     tokenizer: Any,
     flag: StopFlag,
-) -> tuple[Drawn, Drawn]:
+) -> list[tuple[Reply, Reply]]:
     """Draw a reply of the reference and one of the policy to each prompt, and score all under both.
 
     Args:
@@ -58,7 +46,7 @@ def draw_both(
         flag: Request to stop.
 
     Returns:
-        The reference's replies, and the policy's.
+        For each prompt, the reply of the reference and that of the policy, without rewards.
 
     Raises:
         ConfigError: A model can't draw or score replies.
@@ -99,7 +87,14 @@ def draw_both(
                 ref_logps = score(scorer)
     finally:
         progress.close()
-    return Drawn(of_reference, ref_logps[1], policy_logps[1]), Drawn(of_policy, ref_logps[0], policy_logps[0])
+
+    def reply(ids: list[int], ref_logps: float, policy_logps: float) -> Reply:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return Reply(text=text, num_tokens=len(ids), ref_logps=ref_logps, policy_logps=policy_logps, reward=None)
+
+    by_policy = map(reply, of_policy, ref_logps[0], policy_logps[0])
+    by_reference = map(reply, of_reference, ref_logps[1], policy_logps[1])
+    return list(zip(by_reference, by_policy, strict=True))
 
 
 @contextmanager

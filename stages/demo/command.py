@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
@@ -43,9 +43,9 @@ from pipeline.data.sources import open_set, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import load_tokenizer, policy_as_reference
 from pipeline.replies import sampling
-from pipeline.replies.drawing import Drawn, draw_both, loaded_scorer
+from pipeline.replies.drawing import draw_both, loaded_scorer
 from pipeline.replies.means import estimate_kl
-from pipeline.replies.records import Generation, Reply, write_generations
+from pipeline.replies.records import Generation, write_generations
 from pipeline.replies.sampling import Sampling, draw_replies, score_replies
 from pipeline.run.checkpoints import is_recorded
 from pipeline.run.reading import RECORD
@@ -145,25 +145,23 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
     with _two_threads():
         margins = _policy_margins(config, run_folder, pairs, tokenizer)
         margins -= _reference_margins(config, name, [one.key for one in kept])
-        before, after = draw_both(config, run_folder, prompts, _sampling(seed), tokenizer, StopFlag())
-    how = {
-        "set_name": name,
-        "step": int(read_json(run_folder / RECORD)["step"]),
-        "temperature": _sampling(seed).temperature,
-        "max_tokens": _sampling(seed).max_tokens,
-        "seed": seed,
-        "num_prompts": len(prompts),
-        "reward_by": "true reward of the demo",
-    }
+        replies = draw_both(config, run_folder, prompts, _sampling(seed), tokenizer, StopFlag())
+    step = int(read_json(run_folder / RECORD)["step"])
     generations = [
         Generation(
-            row=i,
+            set_name=name,
+            row=row,
             prompt=tokenizer.decode(ids),
-            reference=_reply(before, i, tokenizer),
-            policy=_reply(after, i, tokenizer),
-            **how,
+            step=step,
+            temperature=_sampling(seed).temperature,
+            max_tokens=_sampling(seed).max_tokens,
+            seed=seed,
+            num_prompts=len(prompts),
+            reward_by="true reward of the demo",
+            reference=replace(before, reward=float(reviews.true_reward(before.text))),
+            policy=replace(after, reward=float(reviews.true_reward(after.text))),
         )
-        for i, ids in enumerate(prompts)
+        for row, (ids, (before, after)) in enumerate(zip(prompts, replies, strict=True))
     ]
     figures = _figures(folder, (config.loss.beta * margins).tolist(), generations)
     write_generations(run_folder, generations)
@@ -189,17 +187,6 @@ def _policy_margins(
     prompts, chosen, rejected = zip(*((p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs), strict=True)
     with loaded_scorer(policy_as_reference(config, run_folder), "policy", tokenizer) as scorer:
         return np.subtract(*score_replies(scorer, prompts, chosen, rejected))
-
-
-def _reply(drawn: Drawn, i: int, tokenizer: Any) -> Reply:
-    text = tokenizer.decode(drawn.ids[i], skip_special_tokens=True)
-    return Reply(
-        text=text,
-        num_tokens=len(drawn.ids[i]),
-        ref_logps=drawn.ref_logps[i],
-        policy_logps=drawn.policy_logps[i],
-        reward=float(reviews.true_reward(text)),
-    )
 
 
 def _figures(folder: Path, margins: Sequence[float], generations: Sequence[Generation]) -> dict[str, float]:
