@@ -64,7 +64,7 @@ def read_generations(file: Path) -> list[Generation]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             generations.append(_generation(json.loads(line)))
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise DataError(
                 f"{file}, line {number}: must be a prompt with two replies ({first_line(error)}). "
                 "Run `refshard generate` again"

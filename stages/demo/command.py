@@ -186,7 +186,8 @@ def _policy_margins(
     """Score a set's pairs with the policy, and give its margins: [P], nats."""
     prompts, chosen, rejected = zip(*((p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs), strict=True)
     with loaded_scorer(policy_as_reference(config, run_folder), "policy", tokenizer) as scorer:
-        return np.subtract(*score_replies(scorer, prompts, chosen, rejected))
+        of_chosen, of_rejected = score_replies(scorer, prompts, chosen, rejected)
+    return np.array(of_chosen, dtype=np.float64) - np.array(of_rejected, dtype=np.float64)
 
 
 def _figures(folder: Path, margins: Sequence[float], generations: Sequence[Generation]) -> dict[str, float]:
