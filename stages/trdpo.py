@@ -1,10 +1,10 @@
-"""TR-DPO: the two stages in alternation, each in a process of its own, so that no two models are ever in memory.
+"""TR-DPO: the two stages in alternation, each in a process of its own, so that two models are never in memory.
 
     move the reference -> score the next window's pairs -> train the window -> move the reference -> ...
 
-Each process finds out from the checkpoints where the run stands, so it does not matter which of them is killed, or
-when: the same command goes on. A scheduler can run the two commands in turn itself:
-`refshard precompute --config F`, then `refshard train --config F --one-window`.
+Each process reads the current window from the checkpoints. If any of them is killed at any time, the same command
+resumes. A scheduler can run the two commands in turn itself: `refshard precompute --config F`, then
+`refshard train --config F --one-window`.
 """
 
 import importlib
@@ -21,9 +21,7 @@ from pipeline.run.checkpoints import delete_run, is_recorded, newest_step
 from pipeline.store.store import delete_store
 from stages.subprocesses import run_command
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 _UNFINISHED = UnfinishedError.exit_status
 
@@ -35,13 +33,13 @@ def run(
 
     Args:
         config: The run's settings, with `reference.sync`.
-        words: The options that the two commands are called with: `--config FILE -o KEY=VALUE ...`.
+        words: Options of the two commands: `--config FILE -o KEY=VALUE ...`.
         overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
-        debug: Have the commands show tracebacks.
+        debug: Show the commands' tracebacks.
         stop_at: When to stop, on `time.monotonic`'s clock.
 
     Raises:
-        click.exceptions.Exit: A command failed, which has said why; with its exit status.
+        click.exceptions.Exit: A command failed and has printed why; with its exit status.
     """
     flag = watch_signals(stop_at)
     for needed in ("pipeline.training.gate", "pipeline.training.trainer", "pipeline.training.windows"):
@@ -53,10 +51,10 @@ def run(
         for name in ("train", *config.data.eval):
             delete_store(open_folder(config.precompute.output).child(name))
     for leftover in (output / "references").glob(".tmp-*"):
-        # Of a process that was killed while it moved the reference: this one alone moves it now.
+        # A process was killed while it moved the reference. No other one moves it now.
         shutil.rmtree(leftover, ignore_errors=True)
     if is_recorded(output):
-        # Says that the run is finished, or that the folder is another run's.
+        # Prints that the run is finished, or that the folder is another run's.
         _command([*program, "train", *words, "--one-window"], flag)
     while not is_recorded(output):
         _command([*program, "precompute", *words], flag)
@@ -71,7 +69,7 @@ def run(
 
 
 def _command(words: Sequence[str], flag: StopFlag, accept: Sequence[int] = (0,)) -> int:
-    """Run a command in a process of its own; a status that is not accepted ends this one with it."""
+    """Run a command in a process of its own; exit with its status if that is not accepted."""
     status = run_command(importlib.import_module("stages.cli").run, words, flag)
     if status not in accept:
         raise click.exceptions.Exit(status)

@@ -21,6 +21,7 @@ from pipeline.base.errors import RefshardError
 from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.models.files import load_tokenizer
+from pipeline.training.joining import join_sets, open_joined
 from stages import precompute, train
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
@@ -55,9 +56,8 @@ class Scored:
         tokenizer = load_tokenizer(config)
         stores = train._open_stores(config, ["train"], tokenizer)
         joined = self.folder / "policy" / "joined"
-        train._join_all(config, stores, tokenizer, joined, "stop", None, StopFlag())
-        with pa.ipc.open_stream(str(train._joined_file(joined, "train"))) as reader:
-            return reader.read_all()
+        join_sets(config, stores, tokenizer, joined, StopFlag())
+        return open_joined(joined, "train").data.table
 
     def _here(self, overrides: tuple[str, ...]) -> list[str]:
         places = {"data.path": self.data, "policy.model": self.model, "precompute.output": self.folder / "shards"}
