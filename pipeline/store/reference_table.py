@@ -42,16 +42,16 @@ stores"""
 _ABSENT = np.array((b"", -1, np.nan, np.nan, 0, 0, -1), INDEX_ROW)
 
 
-_SORTED_ROWS = 2**18
-"""Rows that are sorted at once, in memory: 11 MiB, of which there are about four copies"""
+_ROWS_PER_WRITE = 2**18
+"""Rows copied at once, 11 MiB"""
 
 
-_BLOCK = 128
-"""Rows, 5.5 KiB of them, for which one key stays in memory: an eighth of a byte a pair"""
+_BLOCK = 32
+"""Rows for which one key stays in memory: half a byte a row"""
 
 
-_AT_ONCE = 32
-"""Keys that are looked up before the pages are let go: the system maps up to 2 MiB for one that is read"""
+_KEYS_AT_ONCE = 32
+"""Keys looked up between two releases of mapped pages: the system maps up to 2 MiB for a page that is read"""
 
 
 class ReferenceTable:
@@ -69,7 +69,7 @@ class ReferenceTable:
         self._fence = fence
         # An empty file can't be mapped.
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if rows else None
-        self.rows: npt.NDArray[np.void] = np.empty(0, INDEX_ROW) if self._map is None else _view(self._map)
+        self.rows: npt.NDArray[np.void] = np.frombuffer(self._map or b"", INDEX_ROW)
         """[R] `INDEX_ROW`, read-only"""
         self.with_tokens = with_tokens
 
@@ -94,33 +94,21 @@ class ReferenceTable:
         wanted = np.array(keys, dtype="S16")
         at = np.full(len(wanted), -1, dtype=np.int64)
         found = np.full(len(wanted), _ABSENT)
-        if not len(self):
+        if self._map is None:
             return at, found
         # Ascending, so that neighbours in the file are read together.
         order = np.argsort(wanted)
-        for start in range(0, len(order), _AT_ONCE):
-            some = order[start : start + _AT_ONCE]
-            near = self._last_not_above(wanted[some])
-            hits = self.keys[near] == wanted[some]
-            at[some[hits]] = near[hits]
-            found[some[hits]] = self.rows[near[hits]]
-            self._let_go()
-        return at, found
-
-    def _last_not_above(self, keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
-        """For each key, the last row whose key is not above it, or the first row if all are."""
-        near = np.maximum(np.searchsorted(self._fence, keys, side="right") - 1, 0) * _BLOCK
-        step = _BLOCK // 2
-        while step:
-            further = np.minimum(near + step, len(self) - 1)
-            near = np.where(self.keys[further] <= keys, further, near)
-            step //= 2
-        return near
-
-    def _let_go(self) -> None:
-        """Unmap the pages that were read. They stay in the system's cache, but no longer count as this process's."""
-        if self._map is not None:
+        for start in range(0, len(order), _KEYS_AT_ONCE):
+            some = order[start : start + _KEYS_AT_ONCE]
+            blocks = np.maximum(np.searchsorted(self._fence, wanted[some], side="right") - 1, 0)
+            near = np.minimum(blocks[:, None] * _BLOCK + np.arange(_BLOCK), len(self) - 1)
+            same = self.keys[near] == wanted[some, None]
+            hit = same.any(axis=1)
+            at[some[hit]] = near[hit, same[hit].argmax(axis=1)]
+            found[some[hit]] = self.rows[at[some[hit]]]
+            # The pages stay in the system's cache, but no longer count as this process's memory.
             self._map.madvise(mmap.MADV_DONTNEED)
+        return at, found
 
 
 class TokenLogps:
@@ -191,91 +179,37 @@ def load_reference_table(
         )
     token_file = token_file if stored else None
     pieces = _pieces(stores, max_length, ld_alpha, token_file)
-    rows = sum(part["rows"] for store in stores for part in store.parts)
-    return build_reference_table(pieces, rows, folder=folder, with_tokens=token_file is not None)
+    return build_reference_table(pieces, folder=folder, with_tokens=token_file is not None)
 
 
 def build_reference_table(
-    pieces: Iterable[npt.NDArray[np.void]], rows: int, *, folder: Path | None = None, with_tokens: bool = False
+    pieces: Iterable[npt.NDArray[np.void]], *, folder: Path | None = None, with_tokens: bool = False
 ) -> ReferenceTable:
-    """Sort rows by key on disk. Of rows with equal keys the first stays.
-
-    Keys are digests, so their first bits spread the rows evenly over as many buckets as make one small enough to be
-    sorted in memory; what the buckets give one after the other is in order.
+    """Sort rows by key in memory, about 110 bytes a row at most, and map them from a file. Equal keys keep the first.
 
     Args:
-        pieces: Rows in any order, `INDEX_ROW`; each piece is in memory while it is taken.
-        rows: About how many there are in all.
-        folder: As for `load_reference_table`, made if needed.
+        pieces: Rows in any order, `INDEX_ROW`.
+        folder: Folder of the file, made if needed; as for `load_reference_table`.
         with_tokens: The rows say where their token logps are.
 
     Raises:
         StorageError: The disk is full or failing.
     """
-    bits = min(max(rows - 1, 0) // _SORTED_ROWS, 2**16 - 1).bit_length()
-    kept, fence = 0, [np.empty(0, "S16")]
+    rows = np.concatenate([np.empty(0, INDEX_ROW), *pieces])
+    keys, first = np.unique(rows["key"], return_index=True)
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            for bucket in _buckets(pieces, bits, folder):
-                keys = np.ascontiguousarray(bucket["key"])
-                order = np.argsort(keys, kind="stable")
-                keys = keys[order]
-                first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-                keys = keys[first]
-                _write_rows(file, bucket, order[first])
-                fence.append(keys[-kept % _BLOCK :: _BLOCK].copy())  # a view would hold all of them
-                kept += len(keys)
+            # As bytes without fields: numpy copies those an order of magnitude faster.
+            whole = rows.view(f"V{INDEX_ROW.itemsize}")
+            for start in range(0, len(first), _ROWS_PER_WRITE):
+                file.write(whole[first[start : start + _ROWS_PER_WRITE]].tobytes())
             file.flush()
-            return ReferenceTable(file, kept, np.concatenate(fence), with_tokens=with_tokens)
+            return ReferenceTable(file, len(keys), keys[::_BLOCK].copy(), with_tokens=with_tokens)
     except OSError as error:
         where = folder or tempfile.gettempdir()
         raise StorageError(f"{where}: the stores' index can't be written ({error.strerror or error})") from error
-
-
-def _buckets(pieces: Iterable[npt.NDArray[np.void]], bits: int, folder: Path | None) -> Iterator[npt.NDArray[np.void]]:
-    """Yield the rows by their keys' first bits, ascending; those of one bucket in the order in which they came."""
-    if not bits:
-        yield np.concatenate([np.empty(0, INDEX_ROW), *pieces])
-        return
-    with tempfile.TemporaryFile(dir=folder) as spill:
-        # One file of many runs, each in the buckets' order, and where in it each bucket of each run begins.
-        edges, written = [], 0
-        for run in _runs(pieces):
-            numbers = np.ascontiguousarray(run["key"]).view(">u2")[::8].astype(np.uint16) >> (16 - bits)
-            _write_rows(spill, run, np.argsort(numbers, kind="stable"))
-            ends = np.cumsum(np.bincount(numbers, minlength=2**bits))
-            edges.append(written + np.concatenate([[0], ends]))
-            written += len(run)
-        spill.flush()
-        for number in range(2**bits):
-            yield np.concatenate([_read_rows(spill, *run[number : number + 2].tolist()) for run in edges])
-
-
-def _runs(pieces: Iterable[npt.NDArray[np.void]]) -> Iterator[npt.NDArray[np.void]]:
-    """Put pieces together until there are enough rows to be worth a visit to every bucket."""
-    held: list[npt.NDArray[np.void]] = []
-    for piece in pieces:
-        held.append(piece)
-        if sum(map(len, held)) >= _SORTED_ROWS:
-            yield np.concatenate(held)
-            held = []
-    yield np.concatenate([np.empty(0, INDEX_ROW), *held])
-
-
-def _write_rows(file: IO[bytes], rows: npt.NDArray[np.void], order: npt.NDArray[np.int64]) -> None:
-    # As bytes without fields: numpy moves those whole, an order faster.
-    file.write(rows.view(f"V{INDEX_ROW.itemsize}")[order].tobytes())
-
-
-def _read_rows(file: IO[bytes], start: int, end: int) -> npt.NDArray[np.void]:
-    size = INDEX_ROW.itemsize
-    return np.frombuffer(os.pread(file.fileno(), (end - start) * size, start * size), INDEX_ROW)
-
-
-def _view(mapped: mmap.mmap) -> npt.NDArray[np.void]:
-    return np.frombuffer(mapped, INDEX_ROW)
 
 
 def _pieces(
