@@ -49,7 +49,7 @@ class Target:
     seeds: Sequence[bytes]
     words: Sequence[bytes] = ()
     """What the format is made of; put in here and there"""
-    traced: Collection[str] = tuple(map(str, PACKAGE.glob("*.py")))
+    traced: Collection[str] = tuple(map(str, PACKAGE.rglob("*.py")))
     """Files whose lines count"""
 
 

@@ -358,8 +358,6 @@ def test_each_start_takes_the_next_number_and_only_the_newest_may_save(tmp_path:
 
 
 def test_of_two_starts_at_once_each_has_a_number_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass
-
     claim_run(tmp_path, IDENTITY)
     real, stale = attempts._newest, [0, 0]
     # The folder as it looked before the other start had put its file.

@@ -295,7 +295,7 @@ def test_the_losses_are_the_frozen_ones() -> None:
 
 
 def test_importing_the_settings_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, pipeline.config; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = "import sys, pipeline.config.reader; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

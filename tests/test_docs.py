@@ -21,7 +21,6 @@ import torch
 import transformers
 import trl
 from conftest import refshard, simple_rows, write_config, write_jsonl
-from test_layout import PIPELINE, STAGES
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
@@ -537,13 +536,6 @@ def test_the_tables_of_the_format_name_what_is_in_the_files_and_nothing_else(sco
 # --- Contributing ---
 
 HOW_TO = "docs/contributing.md"
-
-
-def test_the_tree_lists_every_module_in_its_order() -> None:
-    tree = next(block for kind, block in blocks(read(HOW_TO)) if kind == "shell" and "pipeline/ " in block)
-    of_parts, of_stages = tree[tree.index("pipeline/ ") : tree.index("tests/ ")].split("stages/ ")
-    assert re.findall(r"^  (\w+)\.py ", of_parts, re.MULTILINE) == PIPELINE
-    assert set(re.findall(r"^  (\w+)\.py ", of_stages, re.MULTILINE)) == set(STAGES)
 
 
 def test_every_law_names_tests() -> None:

@@ -181,8 +181,6 @@ def _rank_without_memory(config: str, folder: str, environment: dict[str, str], 
     from pipeline.scoring import tensor_parallel
     from stages import cli, precompute
 
-    pass
-
     rank = int(environment["RANK"])
 
     def prepare(model: Any) -> None:
@@ -248,7 +246,7 @@ def _one_of_one(monkeypatch: pytest.MonkeyPatch) -> Ensemble:
     """A launch of one process, as far as it is told."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline.ensemble.processes_of_launch", lambda: (0, 2))
+    monkeypatch.setattr("pipeline.scoring.tensor_parallel.processes_of_launch", lambda: (0, 2))
     return Ensemble(StopFlag())
 
 
@@ -256,10 +254,10 @@ def test_a_step_is_done_when_the_gpu_is_done_with_it(monkeypatch: pytest.MonkeyP
     """A GPU is handed a whole pass at once: a sum that another process never came to would meet the next step's."""
     ensemble, events = _one_of_one(monkeypatch), list[str]()
     try:
-        worst = tensor_parallel._worst
+        worst = ensemble._worst
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
-        monkeypatch.setattr(tensor_parallel, "_worst", lambda *how: (events.append("said"), worst(*how))[1])
+        monkeypatch.setattr(ensemble, "_worst", lambda *how: (events.append("said"), worst(*how))[1])
 
         def step() -> None:
             events.append("begun")
@@ -268,9 +266,9 @@ def test_a_step_is_done_when_the_gpu_is_done_with_it(monkeypatch: pytest.MonkeyP
             step()
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        tensor_parallel.together(step)
+        ensemble.together(step)
         with pytest.raises(torch.OutOfMemoryError):
-            tensor_parallel.together(fails)
+            ensemble.together(fails)
     finally:
         torch.distributed.destroy_process_group()
     assert events == ["begun", "waited", "said"] * 2
@@ -324,8 +322,8 @@ def test_what_does_not_go_with_a_split_reference_is_refused_before_anything_is_l
 def test_a_sample_is_scored_again_by_a_reference_that_is_spread_where_there_are_several_gpus(
     config: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pass
-    pass
+    from pipeline.models import loading
+    from stages import verify
 
     real, places = loading.load_reference, []
 

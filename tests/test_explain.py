@@ -28,7 +28,7 @@ from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.store import finish_store, open_store, read_manifest, read_part, read_parts
 from stages.explain import command
-from stages.explain import row as explain_row
+from stages.explain import row as row_module
 from stages.explain.pieces import shown, token_bytes
 from stages.explain.row import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
 
@@ -180,7 +180,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
         read.append((number, columns is None))
         return read_part(store, number, columns)
 
-    monkeypatch.setattr(explain_row, "read_part", watched)
+    monkeypatch.setattr(row_module, "read_part", watched)
     stored, _ = find_stored(folder, key.hex(), 1, identity)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]

@@ -20,6 +20,7 @@ from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageE
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.tokens import TokenizedPair
 from pipeline.store import join as module
+from pipeline.store import reference_table
 from pipeline.store.format import ScoredPair
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import (
@@ -273,7 +274,7 @@ def test_an_index_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
 
 
 def test_the_index_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SORTED_ROWS", 2)
+    monkeypatch.setattr(reference_table, "_SORTED_ROWS", 2)
     store = make_store(tmp_path / "train", [[scored(key(n)) for n in range(9)]])
     table = load_reference_table([store], 64, folder=tmp_path / "index")
     assert list((tmp_path / "index").iterdir()) == []
@@ -566,8 +567,8 @@ def test_an_index_of_any_number_of_buckets_is_a_dict(
             oracle.setdefault(k, start)
     wanted = [*asked_for, bytes(16), b"\xff" * 16, *oracle]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SORTED_ROWS", sorted_rows)
-        patch.setattr(module, "_BLOCK", block)
+        patch.setattr(reference_table, "_SORTED_ROWS", sorted_rows)
+        patch.setattr(reference_table, "_BLOCK", block)
         table = build_reference_table(iter(arrays), declared)
         at, found = table.look_up(wanted)
     assert [k.ljust(16, b"\0") for k in table.keys.tolist()] == sorted(oracle)
@@ -591,7 +592,7 @@ def test_stores_in_many_buckets_join_as_in_one(tmp_path: Path, monkeypatch: pyte
     pairs = [asked(key(n), row=n) for n in range(90)]
     found = []
     for sorted_rows in (2**18, 7):
-        monkeypatch.setattr(module, "_SORTED_ROWS", sorted_rows)
+        monkeypatch.setattr(reference_table, "_SORTED_ROWS", sorted_rows)
         token_file = tmp_path / f"tokens-{sorted_rows}"
         table = load_reference_table(stores, 64, token_file=token_file)
         report, joined_rows = joined(pairs, table, tmp_path)

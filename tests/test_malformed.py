@@ -33,7 +33,7 @@ from pipeline.base.folders import LocalFolder
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.config.training import training_settings
-from pipeline.data import sources
+from pipeline.data import readers
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
 from pipeline.data.rows import LARGEST_ROW
 from pipeline.data.sources import count_rows, open_source, read_rows
@@ -648,7 +648,7 @@ def test_settings_are_refused_by_file_or_key(case: Case, tmp_path: Path, monkeyp
 
 
 def test_a_long_line_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGEST_ROW", 2**16)
+    monkeypatch.setattr(readers, "LARGEST_ROW", 2**16)
     (tmp_path / "p.jsonl").write_bytes(LINE + b"a" * 2**24 + b"\n" + LINE)
     rows = read_rows(open_source(DataConfig(path=str(tmp_path / "p.jsonl"))))
     tracemalloc.start()
@@ -689,7 +689,7 @@ def test_flipped_bits_in_parquet_are_never_a_bug_nor_a_lost_row(tmp_path: Path) 
 
 def test_a_footer_that_can_not_be_true_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(_table(100), tmp_path / "p.parquet", row_group_size=50)
-    monkeypatch.setattr(sources, "_LARGEST_GROUP", 10)
+    monkeypatch.setattr(readers, "_LARGEST_GROUP", 10)
     assert "unpacks to more than 10 bytes" in str(refused(tmp_path / "p.parquet"))
 
 
@@ -708,7 +708,7 @@ def test_a_disk_that_fails_under_parquet_is_no_damaged_file(tmp_path: Path, monk
 def test_an_array_that_is_too_large_is_refused_before_it_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_LARGEST_ARRAY", 2**20)
+    monkeypatch.setattr(readers, "_LARGEST_ARRAY", 2**20)
     (tmp_path / "p.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2**24))
     tracemalloc.start()
     assert "a JSON array above" in str(refused(tmp_path / "p.json.gz"))

@@ -128,7 +128,7 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
         "import datasets, torch, transformers, trl; from trl import DPOTrainer",
         _TRL.format(data=str(data), model=str(model), output=str(tmp_path / "trl"), train=train),
     )
-    sizes = {"weights": weights, "stage one": forward, "stage two": training, "TRL": trl}
+    sizes = {"weights": weights, "stage one": scoring, "stage two": training, "TRL": trl}
     print({name: f"{size / MIB:.0f} MiB" for name, size in sizes.items()})
     # One copy of the weights and one of their gradients, and no third: the reference's.
     assert training < 2.6 * weights
@@ -142,14 +142,14 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
         reference_dtype="float32",
     )
     assert estimated.train is not None
-    for measured, stage in ((forward, estimated.precompute), (training, estimated.train)):
+    for measured, stage in ((scoring, estimated.precompute), (training, estimated.train)):
         # What was there after the imports is not in what is measured.
         about = stage.total_memory - stage.memory["Python and torch"]
         low, high = (share * about for share in MEMORY_BAND)
         print(f"estimated {low / MIB:.0f} to {high / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
         assert low < measured < high
     assert trl - training > 0.8 * weights
-    assert forward < 1.8 * weights
+    assert scoring < 1.8 * weights
 
 
 def test_stage_one_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -> None:
@@ -212,9 +212,10 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
         assert finish_store(folder, count // rows_per_part) == []
         work = tmp_path / f"work-{count}"
         [peaks[count]] = _measure(
-            "from pipeline import join as module; from pipeline.join import TokenLogps, join, load_reference_table; "
-            "from pipeline.intake import KeptPair; "
-            "from pipeline.shards import open_store; from pipeline.tokens import TokenizedPair",
+            "from pipeline.store import join as module; from pipeline.store.join import join; "
+            "from pipeline.store.reference_table import TokenLogps, load_reference_table; "
+            "from pipeline.data.intake import KeptPair; "
+            "from pipeline.store.store import open_store; from pipeline.data.tokens import TokenizedPair",
             _JOIN.format(store=str(folder), work=str(work), tokens=tokens, count=count),
         )
     print({count: f"{peak / MIB:.1f} MiB" for count, peak in peaks.items()})
@@ -223,25 +224,25 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
 
 
 _INDEX = """
-join._SORTED_ROWS = 2**14
+table._SORTED_ROWS = 2**14
 def pieces():
     for seed in range({pieces}):
-        rows = np.zeros(10000, join.INDEX_ROW)
+        rows = np.zeros(10000, table.INDEX_ROW)
         rows["key"] = np.frombuffer(np.random.default_rng(seed).bytes(160000), "S16")
         rows["part"] = seed
         yield rows
-table = join.build_reference_table(pieces(), 10000 * {pieces}, folder=Path({work!r}))
-assert len(table) == 10000 * {pieces}
+index = table.build_reference_table(pieces(), 10000 * {pieces}, folder=Path({work!r}))
+assert len(index) == 10000 * {pieces}
 for rows in pieces():
     for start in range(0, 10000, 1000):
-        found = table.look_up(rows["key"][start : start + 1000].tolist())[1]
+        found = index.look_up(rows["key"][start : start + 1000].tolist())[1]
         assert (found["part"] == rows["part"][0]).all()
 """
 
 
 def test_an_index_takes_no_more_memory_for_ten_times_the_pairs(tmp_path: Path) -> None:
     """Neither to build, nor to look all its keys up."""
-    imports = "import numpy as np; from pipeline import join; np.random.default_rng(0)"
+    imports = "import numpy as np; from pipeline.store import reference_table as table; np.random.default_rng(0)"
     peaks = {n: _measure(imports, _INDEX.format(pieces=n, work=str(tmp_path)))[0] for n in (20, 200)}
     print({10000 * n: f"{peak / MIB:.1f} MiB" for n, peak in peaks.items()})
     # 1.8 million rows more are 76 MiB.
@@ -349,9 +350,10 @@ import json, resource, sys
 import torch, transformers
 sys.path.insert(0, "tests")
 from test_memory import score_unit
-from pipeline.intake import KeptPair
-from pipeline.scoring import prepare, check_scoring
-from pipeline.tokens import TokenizedPair
+from pipeline.data.intake import KeptPair
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.selfcheck import check_scoring
 torch.manual_seed(0)
 torch.set_num_threads(1)
 # A wide layer: 2,000 tokens take 2,000 * 16,384 * 4 bytes, 125 MiB, of each of its three tensors.

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.base.errors import ConfigError, DataError, RefshardError
 from pipeline.config.reader import load_config
 from pipeline.run.checkpoints import MARKER, checkpoint_folders, processes_of
-from pipeline.training import arguments, gate, trainer
+from pipeline.training import arguments, gate
 from pipeline.training import processes as training_processes
 from pipeline.training.arguments import training_arguments
 from pipeline.training.fsdp import load_optimizer
@@ -401,7 +401,7 @@ def test_fsdp_is_switched_by_yes_and_no(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, word: str, fsdp: bool | None
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(trainer, "_check_fsdp", lambda made, config: seen.append(made.fsdp))
+    monkeypatch.setattr(arguments, "_check_fsdp", lambda made, config: seen.append(made.fsdp))
     training_arguments(load_config(make_run(), [f"train.fsdp={word}"]))
     assert seen == [fsdp]
 

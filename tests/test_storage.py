@@ -132,7 +132,7 @@ def test_the_bytes_are_synced_before_the_name_and_the_folder_after_it(
 def test_the_system_is_asked_in_this_order(tmp_path: Path, write: str, order: str) -> None:
     """As the kernel sees it: whatever Python does in between."""
     file = str(tmp_path / "part")
-    program = f"from pathlib import Path; from pipeline.storage import {write}; {write}(Path({file!r}), b'x')"
+    program = f"from pathlib import Path; from pipeline.base.files import {write}; {write}(Path({file!r}), b'x')"
     log = tmp_path.with_name(f"{tmp_path.name}.log")
     traced = "openat,write,fsync,fdatasync,link,linkat,rename,renameat,renameat2,unlink,unlinkat"
     done = subprocess.run(

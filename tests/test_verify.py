@@ -83,7 +83,7 @@ def test_sums_and_token_counts_must_be_those_of_the_token_logps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made with the writer itself, its arithmetic broken: nothing but a look at the values can tell."""
-    from pipeline.store import format, store
+    from pipeline.store import format
 
     side_of = format._side_of
 
@@ -91,7 +91,7 @@ def test_sums_and_token_counts_must_be_those_of_the_token_logps(
         lengths, sums, lists = side_of(pairs, side)
         return lengths, sums + np.float32(0.25), lists
 
-    monkeypatch.setattr(store, "_side_of", wrong_sums)
+    monkeypatch.setattr(format, "_side_of", wrong_sums)
     found = problems_of(store_of(tmp_path, [[pair(0), pair(1)]]))
     assert "row 0: ref_chosen_logps is not the sum of its token logps" in found
     assert "row 0: ref_rejected_logps is not the sum" in found
@@ -148,11 +148,11 @@ def test_the_model_is_asked_again_and_another_model_or_dataset_or_value_is_found
     config = make_run(rows=simple_rows(40))
     refshard("precompute", "--config", config)
     shards = tmp_path / "shards"
-    said = refshard("verify", store, "--model", model_folder, "--sample", 10).stdout
+    said = refshard("verify", shards, "--model", model_folder, "--sample", 10).stdout
     assert "10 pairs scored again" in said
 
     other = make_model(tmp_path / "other", tokenizer, seed=1)
-    said = refshard("verify", store, "--model", other, check=78).stderr
+    said = refshard("verify", shards, "--model", other, check=78).stderr
     assert "not the reference" in said
     assert "reference.weights" in said
 
@@ -161,7 +161,7 @@ def test_the_model_is_asked_again_and_another_model_or_dataset_or_value_is_found
         "precompute", "--config", config, "-o", f"policy.model={other}", "-o", f"precompute.output={tmp_path / 'o'}"
     )
     (tmp_path / "forged").mkdir()
-    _forge(tmp_path / "o" / "train", store / "train", tmp_path / "forged" / "train")
+    _forge(tmp_path / "o" / "train", shards / "train", tmp_path / "forged" / "train")
     assert "whole" in refshard("verify", tmp_path / "forged").stdout
     said = refshard("verify", tmp_path / "forged", "--model", model_folder, check=65).stderr
     assert "nats apart on average" in said
@@ -169,7 +169,7 @@ def test_the_model_is_asked_again_and_another_model_or_dataset_or_value_is_found
     rows = simple_rows(40)
     rows[0]["chosen"] = " Something else."
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    said = refshard("verify", store, "--model", model_folder, check=65).stderr
+    said = refshard("verify", shards, "--model", model_folder, check=65).stderr
     assert "row 0 is not what was scored" in said
 
 

@@ -2,7 +2,7 @@
 
 `prepare` makes, from fixed seeds and without a network, what a first run needs: a small reference model that writes
 reviews, and preference pairs of its own reviews, labelled by a noisy judge who knows the true reward
-(`pipeline.reviews`). `summary` reads the finished run and sets every figure beside what was possible: accuracy
+(`stages.demo.reviews`). `summary` reads the finished run and sets every figure beside what was possible: accuracy
 beside its ceiling, reward beside the best reward at the same KL.
 
 The model is small (0.7 M parameters) because what it lacks at first is steps, not size: 625 steps of 16 reviews take
