@@ -68,8 +68,8 @@ def _as_text(found: Findings) -> str:
             f"  leftovers   {len(found.leftovers)} temporary files, of writers killed or at work; nobody reads them "
             "(--clean deletes old ones)"
         )
-    if found.strangers:
-        lines.append(f"  strangers   {', '.join(found.strangers[:5])}: not the store's; nobody reads them")
+    if found.unknown_files:
+        lines.append(f"  unknown     {', '.join(found.unknown_files[:5])}: not the store's; nobody reads them")
     return "\n".join(map(printable, lines))
 
 

@@ -46,7 +46,7 @@ def problems_of(folder: LocalFolder) -> str:
 def test_a_whole_store_has_no_problems_and_is_counted(tmp_path: Path) -> None:
     found = verify_store(store_of(tmp_path, [[pair(0), pair(1)], [pair(2)]]))
     assert (found.parts, found.pairs, found.token_logps, found.problems) == (2, 3, 9, [])
-    assert (found.duplicates, found.leftovers, found.strangers) == (0, [], [])
+    assert (found.duplicates, found.leftovers, found.unknown_files) == (0, [], [])
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ Needs pyarrow and numpy only. A store that is unfinished is read as far as it go
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,30 +19,13 @@ from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import ranking
-from pipeline.store.format import check_part, pair_keys, part_name, schema
+from pipeline.store.format import CheckedPart, pair_keys, part_name, schema
 from pipeline.store.ranking import PairColumns
-from pipeline.store.store import open_store, parts_there, read_content, read_manifest, read_part
+from pipeline.store.store import Store, load_store, read_checked_part
 
-__all__ = [
-    "Contents",
-    "describe",
-    "explain_command",
-    "identity_facts",
-    "read_contents",
-]
+__all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
 
-T = TypeVar("T")
-
-
-_COLUMNS = (
-    "pair_key",
-    "row",
-    "prompt_tokens",
-    "chosen_tokens",
-    "rejected_tokens",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
+_COLUMNS = schema(token_logps=False).names
 
 
 _EXAMPLES = 20
@@ -78,58 +61,30 @@ def read_contents(folder: Folder) -> Contents:
         IdentityError: A part is another run's.
         StorageError: A part can't be read.
     """
-    manifest = read_manifest(folder)
-    try:
-        store = open_store(folder)
-    except UnfinishedError as error:
-        return _read_unfinished(folder, manifest, error)
-    parts = store.parts
-    files = [str(part["file"]) for part in parts]
-    tables = _at_once(lambda number: read_part(store, number, _COLUMNS), range(len(parts)))
-    return Contents(
-        folder=folder,
-        manifest=manifest,
-        totals=store.index["totals"],
-        noise=store.noise,
-        files=files,
-        bytes=sum(int(part["bytes"]) for part in parts),
-        pairs=_to_columns(folder, files, tables),
-        unfinished=None,
-    )
-
-
-def _read_unfinished(folder: Folder, manifest: Mapping[str, Any], error: UnfinishedError) -> Contents:
-    """Read the parts that are there. Without an index each is checked against the digest in its own footer."""
-    units = sorted(parts_there(folder))
-
-    def read(unit: int) -> tuple[pa.Table, dict[str, Any], NoiseFloor, int]:
-        content = read_content(folder, part_name(unit), "Run the same command again")
-        part = check_part(folder, unit, content, manifest)
-        return part.table.select(list(_COLUMNS)), part.ledger.as_dict(), part.noise, len(content)
-
-    files = [part_name(unit) for unit in units]
-    found = _at_once(read, units)
+    store = load_store(folder)
+    parts = _read_parts(store)
     totals, noise = Ledger(), NoiseFloor()
-    for _, ledger, noise_of_part, _ in found:
-        totals.add(ledger)
-        noise += noise_of_part
+    for part in parts:
+        totals.add(part.ledger.as_dict())
+        noise += part.noise
+    files = [part_name(unit) for unit in store.units]
     return Contents(
         folder=folder,
-        manifest=manifest,
+        manifest=store.manifest,
         totals=totals.as_dict(),
         noise=noise,
         files=files,
-        bytes=sum(size for *_, size in found),
-        pairs=_to_columns(folder, files, [table for table, *_ in found]),
-        unfinished=error,
+        bytes=sum(part.size for part in parts),
+        pairs=_to_columns(folder, files, [part.table for part in parts]),
+        unfinished=store.unfinished,
     )
 
 
-def _at_once(read: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
-    """Read several parts at a time; gives them in their order. The first failure ends it."""
+def _read_parts(store: Store) -> list[CheckedPart]:
+    """Read several parts at a time; give them in order. The first failure ends it."""
     readers = ThreadPoolExecutor(_READERS)
     try:
-        return list(readers.map(read, numbers))
+        return list(readers.map(lambda unit: read_checked_part(store, unit, _COLUMNS), store.units))
     finally:
         readers.shutdown(cancel_futures=True)
 

@@ -27,21 +27,21 @@ from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import (
     DELETE_INDEX,
     DELETE_PART,
+    DELETE_VOUCHED_PART,
     INDEX,
     MANIFEST,
+    MANIFEST_SHAPE,
     MAX_BYTES,
     PART_NAME,
     SKIPPED,
+    CheckedPart,
     ScoredPair,
     SummedPair,
-    check_footer,
     check_index,
     check_part,
     content_digest,
-    footer_of,
-    has_shape_of_manifest,
+    fits,
     is_sealed,
-    open_part,
     part_name,
     sealed,
     to_table,
@@ -55,9 +55,11 @@ __all__ = [
     "find_stores",
     "finish_store",
     "is_finished",
+    "load_store",
     "open_store",
     "part_exists",
     "parts_there",
+    "read_checked_part",
     "read_content",
     "read_manifest",
     "read_part",
@@ -68,11 +70,24 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """A finished store, as its manifest and index describe it."""
+    """A store, finished or not, as its manifest and index describe it."""
 
     folder: Folder
     manifest: Mapping[str, Any]
     index: Mapping[str, Any]
+    """Empty until the store is finished"""
+    units: Sequence[int] = ()
+    """Units whose part is there, ascending; all of them once the store is finished"""
+
+    @property
+    def unfinished(self) -> UnfinishedError | None:
+        """Error that says how to finish the store; None once it is finished."""
+        if self.index:
+            return None
+        return UnfinishedError(
+            f"{self.folder}: unfinished, {len(self.units)} parts so far and no index. Run: refshard precompute with "
+            "the same settings"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -80,16 +95,17 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the index says: of the store's whole content, as it holds each part's own."""
+        """SHA-256 of the index, which holds the SHA-256 of every part."""
         return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:
+        """Index entries of the parts."""
         return list(self.index["parts"])
 
     @property
     def noise(self) -> NoiseFloor:
-        """The noise floor over all parts; of 0 tokens where nothing was scored twice, as in imported stores."""
+        """Noise floor over all parts; 0 tokens where nothing was scored twice, as in imported stores."""
         return NoiseFloor(**self.index["noise"])
 
 
@@ -268,51 +284,69 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     return []
 
 
-def open_store(where: Where) -> Store:
-    """Open a finished store. Its parts are checked when they are read.
+def load_store(where: Where) -> Store:
+    """Open a store, finished or not. Its parts are checked when they are read.
 
     Raises:
-        UnfinishedError: There is a store, but not all of it yet.
-        DataError: There is none, or its manifest or index is damaged.
+        DataError: There is no store, or its manifest or index is damaged.
+        IdentityError: The store is of another version of the format.
     """
     folder = open_folder(where)
     manifest = read_manifest(folder)
     if not is_finished(folder):
-        raise UnfinishedError(
-            f"{folder}: unfinished, {len(parts_there(folder))} parts so far and no index. Run: refshard precompute "
-            "with the same settings"
-        )
+        return Store(folder=folder, manifest=manifest, index={}, units=sorted(parts_there(folder)))
     index = parse_json(folder.place(INDEX), read_content(folder, INDEX, DELETE_INDEX))
     check_index(folder.place(INDEX), index, manifest["fingerprint"])
-    return Store(folder=folder, manifest=manifest, index=index)
+    return Store(folder=folder, manifest=manifest, index=index, units=range(len(index["parts"])))
+
+
+def open_store(where: Where) -> Store:
+    """Open a finished store. Raises UnfinishedError where parts are missing, and as `load_store` does."""
+    store = load_store(where)
+    if store.unfinished is not None:
+        raise store.unfinished
+    return store
+
+
+def read_checked_part(
+    store: Store, unit: int, columns: Sequence[str] | None = None, *, thorough: bool = False
+) -> CheckedPart:
+    """Read a part after checking its bytes: against the index, or, without one, against the digest in its footer.
+
+    Args:
+        store: Finished or not.
+        unit: Number of the part.
+        columns: Columns to give; None for all, as in `schema`.
+        thorough: Check the digest in the footer although an index vouches for the bytes.
+
+    Raises:
+        DataError: The part is missing or damaged; the message names it and the remedy.
+        IdentityError: The part is another run's.
+    """
+    name = part_name(unit)
+    if not store.index:
+        content = read_content(store.folder, name, DELETE_PART)
+        return check_part(store.folder, unit, content, store.manifest, columns)
+    place, entry = store.folder.place(name), store.parts[unit]
+    if (size := store.folder.size(name)) is None:
+        raise DataError(f"{place}: missing, though the index lists it. {DELETE_VOUCHED_PART}")
+    # The size first: a file that is longer than it should be is not read at all.
+    if size != entry["bytes"] or hashlib.sha256(
+        content := read_content(store.folder, name, DELETE_VOUCHED_PART)
+    ).hexdigest() != entry.get("sha256"):
+        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {DELETE_VOUCHED_PART}")
+    return check_part(store.folder, unit, content, store.manifest, columns, vouched=not thorough)
 
 
 def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a part after checking size, SHA-256, page checksums and fingerprint. Columns as in `schema`.
-
-    Raises:
-        DataError: The part is missing, damaged, or another run's; the message names it and the way on.
-    """
-    entry = store.parts[number]
-    name = part_name(number)
-    place = store.folder.place(name)
-    way_on = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
-    if (size := store.folder.size(name)) is None:
-        raise DataError(f"{place}: missing, though the index lists it. {way_on}")
-    # The size first: what is longer than it should be is not read at all.
-    if size != entry.get("bytes") or hashlib.sha256(
-        content := read_content(store.folder, name, way_on)
-    ).hexdigest() != entry.get("sha256"):
-        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {way_on}")
-    with open_part(place, content, way_on) as part:
-        check_footer(place, footer_of(part), store.fingerprint, number)
-        return part.read(columns and list(columns))
+    """Read the rows of a part. Arguments and errors are those of `read_checked_part`."""
+    return read_checked_part(store, number, columns).table
 
 
 def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Read the parts in order, one in memory at a time."""
-    for number in range(len(store.parts)):
-        yield read_part(store, number, columns)
+    for unit in store.units:
+        yield read_part(store, unit, columns)
 
 
 def read_manifest(where: Where) -> dict[str, Any]:
@@ -327,7 +361,7 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if folder.size(MANIFEST) is None:
         raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
     manifest = parse_json(place, read_content(folder, MANIFEST, "Restore it from a backup, or score again"))
-    if manifest.get("format") != "refshard" or not has_shape_of_manifest(manifest):
+    if manifest.get("format") != "refshard" or not fits(manifest, MANIFEST_SHAPE):
         raise DataError(f"{place}: not a refshard manifest")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise IdentityError(
