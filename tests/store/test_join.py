@@ -546,9 +546,7 @@ def test_a_store_cut_later_joins_with_one_cut_at_this_runs_length(tmp_path: Path
     block=st.sampled_from([1, 4, 128]),
 )
 @settings(max_examples=150, deadline=None)
-def test_an_index_is_a_dict(
-    pieces: list[list[bytes]], asked_for: list[bytes], rows_per_write: int, block: int
-) -> None:
+def test_an_index_is_a_dict(pieces: list[list[bytes]], asked_for: list[bytes], rows_per_write: int, block: int) -> None:
     """The first of equal keys is what is kept, and an absent key gives nothing, below, between and above the others."""
     oracle: dict[bytes, int] = {}
     arrays = []
