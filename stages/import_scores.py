@@ -26,7 +26,7 @@ from pipeline.data.sources import find_set, open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
+from pipeline.store.store import PartHeader, create_store, delete_store, finish_store, is_finished, write_part
 
 __all__ = [
     "run",
@@ -84,22 +84,16 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     if is_finished(folder):
         click.echo(f"{folder}: imported already; nothing to do.")
         return
+    provenance = {"imported": str(scores), "versions": library_versions()}
+    header = PartHeader(fingerprint=fingerprint, token_logps=token_logps, provenance=provenance)
     unit, written = 0, Ledger()
     while pairs:
-        books = copy.deepcopy(ledger)
-        # Looked at before the part is written: rows dropped after the last pair belong to the last part.
+        ledger_copy = copy.deepcopy(ledger)
+        # Read before the part is written: rows dropped after the last pair belong to the last part.
         following = [read(pair, row) for pair, row in itertools.islice(rows, config.precompute.rows_per_shard)]
-        books = books if following else ledger
-        write_part(
-            folder,
-            unit,
-            pairs,  # type: ignore[arg-type]
-            fingerprint=fingerprint,
-            token_logps=token_logps,
-            ledger=books.since(written),
-            provenance={"imported": str(scores), "versions": library_versions()},
-        )
-        pairs, written, unit = following, books, unit + 1
+        ledger_copy = ledger_copy if following else ledger
+        write_part(folder, unit, pairs, ledger_copy.since(written), header=header)  # type: ignore[arg-type]
+        pairs, written, unit = following, ledger_copy, unit + 1
     finish_store(folder, unit)
     kind = "a log-prob for each token" if token_logps else "sums"
     click.echo(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")

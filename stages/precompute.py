@@ -48,6 +48,7 @@ from pipeline.scoring.tensor_parallel import Ensemble, Led, processes_of_launch,
 from pipeline.store.format import ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored, open_reusable
 from pipeline.store.store import (
+    PartHeader,
     create_store,
     delete_store,
     finish_store,
@@ -503,13 +504,10 @@ class _Writer:
     _MOST_PENDING = 2
 
     def __init__(self, folder: Folder, config: Config, fingerprint: str) -> None:
-        self._write = functools.partial(
-            write_part,
-            folder,
-            fingerprint=fingerprint,
-            token_logps=config.precompute.token_logps,
-            provenance=_provenance(config),
+        header = PartHeader(
+            fingerprint=fingerprint, token_logps=config.precompute.token_logps, provenance=_provenance(config)
         )
+        self._write = functools.partial(write_part, folder, header=header)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[Future[bool]] = deque()
 
@@ -520,7 +518,7 @@ class _Writer:
         """Have a part written; waits while too many are pending."""
         while self._pending and (len(self._pending) >= self._MOST_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, unit.number, scored, ledger=unit.ledger, noise=noise))
+        self._pending.append(self._thread.submit(self._write, unit.number, scored, unit.ledger, noise))
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -48,6 +48,7 @@ from pipeline.store.format import (
 )
 
 __all__ = [
+    "PartHeader",
     "Store",
     "check_identity",
     "create_store",
@@ -195,18 +196,27 @@ def create_store(
     return fingerprint
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartHeader:
+    """What every part of a store has in common."""
+
+    fingerprint: str
+    token_logps: bool
+    """Parts hold token logps, not sums alone"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, device, and versions that wrote the part; recorded for people"""
+
+
 def write_part(
     where: Where,
     unit: int,
     pairs: Sequence[ScoredPair] | Sequence[SummedPair],
-    *,
-    fingerprint: str,
-    token_logps: bool,
     ledger: Ledger,
-    provenance: Mapping[str, Any],
     noise: NoiseFloor | None = None,
+    *,
+    header: PartHeader,
 ) -> bool:
-    """Write one unit's part: serialized, read back and compared, then committed. False if another was first.
+    """Write the part of a unit: serialize, read back, compare, commit. Return False if another writer was first.
 
     Raises:
         DataError: A log-prob is not finite or a row has no tokens; nothing is written.
@@ -214,24 +224,18 @@ def write_part(
     """
     folder = open_folder(where)
     footer = {
-        "refshard.fingerprint": fingerprint,
+        "refshard.fingerprint": header.fingerprint,
         "refshard.unit": str(unit),
         "refshard.ledger": json.dumps(ledger.as_dict()),
         "refshard.skipped": json.dumps(ledger.skipped),
-        "refshard.provenance": json.dumps(provenance, sort_keys=True),
+        "refshard.provenance": json.dumps(header.provenance, sort_keys=True),
         "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
     }
-    table = to_table(pairs, token_logps=token_logps)
+    table = to_table(pairs, token_logps=header.token_logps)
     footer["refshard.digest"] = content_digest(table, footer)
     table = table.replace_schema_metadata(footer)
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        compression="zstd",
-        write_page_checksum=True,
-        store_schema=True,
-    )
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, store_schema=True)
     content = buffer.getvalue()
     # A writer can produce wrong bytes; what is committed must decode to what was meant.
     if not pq.read_table(io.BytesIO(content), page_checksum_verification=True).equals(table, check_metadata=False):

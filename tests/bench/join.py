@@ -38,7 +38,7 @@ from pipeline.store.reference_table import (  # noqa: E402
     build_reference_table,
     load_reference_table,
 )
-from pipeline.store.store import create_store, finish_store, open_store, write_part  # noqa: E402
+from pipeline.store.store import PartHeader, create_store, finish_store, open_store, write_part  # noqa: E402
 
 PIECE, CHUNK, TOKENS_A_PAIR = 16_384, 1024, 4
 MOST_LOOKED_UP = 4_000_000
@@ -133,7 +133,7 @@ def measure_files(folder: Path) -> tuple[dict[str, float], dict[int, dict[str, f
     lists = random.standard_normal((2, REAL_PAIRS, REAL_TOKENS), np.float32)
     keys = keys_of(0, REAL_PAIRS)
     ids = random.integers(0, 100_000, (3, REAL_PAIRS, REAL_TOKENS)).tolist()
-    identity: dict[str, Any] = {"tokenization": {"token_logps": True}}
+    identity: dict[str, Any] = {"reference": {"declared": "random"}, "tokenization": {"token_logps": True}}
     fingerprint = create_store(folder / "store", identity, {}, {})
     for unit, start in enumerate(range(0, REAL_PAIRS, REAL_PART)):
         part = [
@@ -147,9 +147,7 @@ def measure_files(folder: Path) -> tuple[dict[str, float], dict[int, dict[str, f
             for i in range(start, start + REAL_PART)
         ]
         ledger = Ledger(rows=REAL_PART, kept=REAL_PART)
-        write_part(
-            folder / "store", unit, part, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={}
-        )
+        write_part(folder / "store", unit, part, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     finish_store(folder / "store", REAL_PAIRS // REAL_PART)
     pairs = [
         KeptPair(

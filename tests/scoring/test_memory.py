@@ -24,7 +24,7 @@ from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import Batch
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.format import ScoredPair
-from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.store import PartHeader, create_store, finish_store, write_part
 from stages.check.estimate import MEMORY_BAND, Lengths, estimate, shapes_of
 from stages.check.hardware import Hardware
 from support.models import make_model, make_tokenizer
@@ -209,7 +209,7 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
                 for n in numbers
             ]
             ledger = Ledger(rows=len(pairs), kept=len(pairs))
-            write_part(folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+            write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
         assert finish_store(folder, count // rows_per_part) == []
         work = tmp_path / f"work-{count}"
         [peaks[count]] = _measure(

@@ -29,7 +29,7 @@ from pipeline.store.reference_table import (
     build_reference_table,
     load_reference_table,
 )
-from pipeline.store.store import Store, check_identity, create_store, finish_store, open_store, write_part
+from pipeline.store.store import PartHeader, Store, check_identity, create_store, finish_store, open_store, write_part
 from support.stores import IDENTITY, forge_part
 
 
@@ -62,10 +62,8 @@ def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapp
             folder,
             unit,
             pairs,
-            fingerprint=fingerprint,
-            token_logps=stored["tokenization"]["token_logps"],
-            ledger=Ledger(rows=len(pairs), kept=len(pairs)),
-            provenance={},
+            Ledger(rows=len(pairs), kept=len(pairs)),
+            header=PartHeader(fingerprint=fingerprint, token_logps=stored["tokenization"]["token_logps"]),
         )
     assert finish_store(folder, len(parts)) == []
     return open_store(folder)
