@@ -1,7 +1,4 @@
-"""What a store holds: its columns, and what they say of the reference and of the pairs, as JSON has it.
-
-Needs pyarrow and numpy only. A store that is unfinished is read as far as it goes.
-"""
+"""Read a store's columns, finished or not, and sum them up as JSON. Needs pyarrow and numpy only."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -26,38 +23,34 @@ from pipeline.store.store import Store, load_store, read_checked_part
 __all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
 
 _COLUMNS = schema(token_logps=False).names
-
-
 _EXAMPLES = 20
-"""Of each kind of suspicious pairs"""
-
-
+"""Examples of each kind of suspicious pairs"""
 _READERS = 8
-"""Parts read at once: checking digests leaves Python's lock, and a network answers late"""
+"""Parts read at once: computing digests releases the interpreter's lock, and a network has latency"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A store's books and columns; of an unfinished store, those of the parts that are there."""
+    """Counts and columns of a store's parts; of an unfinished store, those that are there."""
 
     folder: Folder
     manifest: Mapping[str, Any]
     totals: Mapping[str, Any]
     noise: NoiseFloor
     files: list[str]
-    """Of the parts, in order"""
+    """Names of the parts, in order"""
     bytes: int
-    """Of all parts"""
+    """Size of all parts"""
     pairs: PairColumns
     unfinished: UnfinishedError | None
-    """What is to be done; None where the store is finished"""
+    """Error that says how to finish the store; None once it is finished"""
 
 
 def read_contents(folder: Folder) -> Contents:
-    """Read a store's columns (not its token logps). Every part's digest is checked on the way.
+    """Read a store's columns, but not its token logps, and check every part's digest.
 
     Raises:
-        DataError: Something is damaged, or a value can't be.
+        DataError: A file is damaged, or a value is impossible.
         IdentityError: A part is another run's.
         StorageError: A part can't be read.
     """
@@ -81,7 +74,7 @@ def read_contents(folder: Folder) -> Contents:
 
 
 def _read_parts(store: Store) -> list[CheckedPart]:
-    """Read several parts at a time; give them in order. The first failure ends it."""
+    """Read several parts at a time; give them in order. The first error cancels the others."""
     readers = ThreadPoolExecutor(_READERS)
     try:
         return list(readers.map(lambda unit: read_checked_part(store, unit, _COLUMNS), store.units))
@@ -94,7 +87,7 @@ def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]
     for file, table in zip(files, tables, strict=True):
         if not table.schema.equals(plain):
             raise DataError(f"{folder.place(file)}: its columns are not those of a part. Run refshard verify {folder}")
-    # pandas, which empty_table and to_numpy import, takes longer than all the rest.
+    # Not by empty_table and to_numpy: they import pandas, which takes longer than all the rest.
     together = pa.concat_tables([pa.Table.from_batches([], plain), *tables])
 
     def column(name: str, dtype: Any) -> npt.NDArray[Any]:
@@ -122,7 +115,7 @@ def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]
 
 
 def describe(store: Contents) -> dict[str, Any]:
-    """Sum a store up, in what JSON can say: counts, lengths, how the reference ranks the pairs, suspicious pairs."""
+    """Sum a store up for JSON: counts, lengths, the reference's margins, and suspicious pairs."""
     pairs = store.pairs
     first = ranking.first_of_each(pairs.keys)
     margins, per_token = ranking.margins(pairs), ranking.margins_per_token(pairs)
@@ -169,7 +162,7 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
 
 
 def _suspicious(store: Contents, first: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Examples of pairs to look at, by their rows, and how many there are."""
+    """Count each kind of suspicious pairs, and give examples by their rows."""
     pairs = store.pairs
     repeats = np.flatnonzero(first != np.arange(len(pairs)))
     same = ranking.same_on_both_sides(pairs)
@@ -230,7 +223,7 @@ def _described_noise(noise: Mapping[str, Any]) -> str:
 
 
 def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Say for people whose store it is that `describe` has described, and how much is in it."""
+    """Give the lines of text on a store's reference, dataset, and size; `entry` is the result of `describe`."""
     identity, declared = entry["identity"], entry["declared"]
     totals = Ledger()
     totals.add(dict(entry["totals"]))
@@ -252,7 +245,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
-    """Give the command that shows one pair of a store; stores are named after their sets."""
+    """Give the command that shows one pair of a store, whose folder is named after its set."""
     name = str(entry["store"]).rstrip("/").rpartition("/")[2]
     option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
     return f"refshard explain --config F{option} --row {row}"

@@ -1,4 +1,4 @@
-"""The files of a store: the schema of a part, the manifest, the index, and the seals that tell an edited file.
+"""File formats of a store: schema and checks of a part, shapes and checks of the manifest and the index.
 
 docs/shard-format.md describes the format for readers outside this project.
 """
@@ -51,20 +51,20 @@ MANIFEST, INDEX, SKIPPED = "manifest.json", "index.json", "skipped.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPair:
-    """One shard row: the pair's key and what the reference gave its completions."""
+    """One row of a part: a pair's key and the token log-probs of its completions."""
 
     key: bytes
     row: int
     prompt_tokens: int
     chosen_token_logps: npt.NDArray[np.float32]
-    """[chosen tokens] nats"""
+    """[chosen tokens], nats"""
     rejected_token_logps: npt.NDArray[np.float32]
-    """[rejected tokens] nats"""
+    """[rejected tokens], nats"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummedPair:
-    """One shard row of which only the sums are known."""
+    """One row of a part whose token log-probs are not known, only their sums."""
 
     key: bytes
     row: int
@@ -76,12 +76,9 @@ class SummedPair:
     rejected_logps: float
 
 
-PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
-
-
 @dataclass(frozen=True)
 class CheckedPart:
-    """What a part holds, once every byte of it is known to be what was written."""
+    """Content of a part whose bytes were checked."""
 
     table: pa.Table
     ledger: Ledger
@@ -91,21 +88,16 @@ class CheckedPart:
     """Bytes of the file"""
 
 
+PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
 DELETE_PART = "Delete this part, then run refshard precompute again: it scores this unit only"
-
-
 DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
-
-
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores nothing twice"
-
-
 MAX_BYTES = 2**32
-"""Of a part, manifest or index. Parts of the default size have some megabytes"""
+"""Largest part, manifest, or index. Parts of the default size have some megabytes"""
 
 
 def schema(*, token_logps: bool) -> pa.Schema:
-    """Columns of a part, schema version 1."""
+    """Give the columns of a part, schema version 1."""
     fields = [
         pa.field("pair_key", pa.binary(16), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -129,10 +121,9 @@ def part_name(unit: int) -> str:
 
 
 def pair_keys(part: pa.Table) -> npt.NDArray[np.bytes_]:
-    """The keys of a part's rows, [rows], as numpy strings of 16 bytes.
+    """Give the keys of a part's rows as numpy strings of 16 bytes, [rows].
 
-    Comparing such strings ignores trailing zero bytes, which changes no order and no equality among keys of one
-    length.
+    numpy ignores trailing zero bytes in comparisons, which changes no order and no equality among keys of one length.
     """
     column = part["pair_key"].combine_chunks()
     return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
@@ -164,7 +155,7 @@ def to_table(pairs: Sequence[ScoredPair] | Sequence[SummedPair], *, token_logps:
 def _side_of(
     pairs: Sequence[ScoredPair] | Sequence[SummedPair], side: str
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-    """Token counts and sums of one side's completions, and their token logps where they are known."""
+    """Give the token counts, the sums, and, where known, the token logps of one side's completions."""
     lists = [getattr(pair, f"{side}_token_logps") for pair in pairs if isinstance(pair, ScoredPair)]
     if len(lists) == len(pairs):
         lengths = [len(values) for values in lists]
@@ -242,13 +233,13 @@ def _decode_footer(part: pq.ParquetFile) -> dict[str, str]:
 
 
 def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
-    """SHA-256 of what a part says, however Parquet has encoded it: its columns' values and the rest of its footer.
+    """Give the SHA-256 of a part's values and footer, which does not depend on Parquet's encoding.
 
-    Page checksums let a flipped bit in a page's header through now and then, and do not cover the footer at all.
+    Page checksums miss some flipped bits in page headers, and do not cover the footer.
     """
     digest = hashlib.sha256()
-    said = {key: value for key, value in footer.items() if key.startswith("refshard.") and key != "refshard.digest"}
-    digest.update(json.dumps(said, sort_keys=True).encode())
+    ours = {key: value for key, value in footer.items() if key.startswith("refshard.") and key != "refshard.digest"}
+    digest.update(json.dumps(ours, sort_keys=True).encode())
     for name in table.column_names:
         column = table[name].combine_chunks()
         digest.update(f"{name} {len(column)} {column.null_count}".encode())
@@ -264,11 +255,12 @@ def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """A JSON file of what is said, with its own SHA-256 in it."""
+    """Encode a JSON file that holds the SHA-256 of its own content."""
     return (json.dumps({**content, "sha256": _seal(content)}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Return True if a JSON file holds the SHA-256 of its own content."""
     return content.get("sha256") == _seal({key: value for key, value in content.items() if key != "sha256"})
 
 
@@ -346,18 +338,18 @@ def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:
-    """Open the bytes of a part, from whomever they are.
+    """Open the bytes of a part; they may be a stranger's.
 
     Raises:
-        ValueError: They would unpack to more than any part does; or what the library raises for what is no Parquet.
+        ValueError: The bytes would unpack to more than any part does. The library raises its own errors besides.
     """
     start = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
-    # The footer may name types of other libraries, whose code would run to make them; columns are plain without it.
+    # The Arrow schema in a footer may name extension types, whose code would run. Columns are plain without it.
     plain = content[:start] + content[start:].replace(b"ARROW:schema", b"no-ARROW-use")
     part = pq.ParquetFile(
         pa.BufferReader(plain),
         page_checksum_verification=True,
-        # What a footer may have allocated: strings hold what a unit skipped, lists its row groups.
+        # Limits on what a footer makes the reader allocate: strings hold skipped rows, lists row groups.
         thrift_string_size_limit=2**28,
         thrift_container_size_limit=2**20,
     )

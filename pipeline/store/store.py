@@ -1,11 +1,11 @@
-"""The shard store: manifest, parts and index of one split; schema, write, read, verify.
+"""Create, write, finish, open, and read a store: the shards of one set.
 
-    STORE/manifest.json        who the reference is, how pairs were tokenized; written once, first
+    STORE/manifest.json        identity of the reference and tokenization; written once, first
     STORE/part-00000.parquet   one per unit of `rows_per_shard` consecutive dataset rows
-    STORE/index.json           written last, when every unit is there
+    STORE/index.json           written last, once every unit has its part
 
-A file under its final name is whole and never changes. A missing index means unfinished, never empty. This module
-needs pyarrow and numpy only.
+A file under its final name is complete and never changes. A store without an index is unfinished, never empty. This
+module needs pyarrow and numpy only.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ def part_exists(where: Where, unit: int) -> bool:
 
 
 def parts_there(where: Where) -> frozenset[int]:
-    """Units whose part is there, with one look at the folder."""
+    """List the units whose part is there, with one request."""
     return frozenset(int(match[1]) for name in open_folder(where).names() if (match := PART_NAME.fullmatch(name)))
 
 
@@ -124,11 +124,7 @@ def is_finished(where: Where) -> bool:
 
 
 def find_stores(where: Where) -> list[Folder]:
-    """The store that a folder is, or the stores that it holds.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Give the store in a folder, or the stores in its subfolders. Raises DataError where there are none."""
     folder = open_folder(where)
     if folder.size(MANIFEST) is not None:
         return [folder]
@@ -139,13 +135,13 @@ def find_stores(where: Where) -> list[Folder]:
 
 
 def delete_store(where: Where) -> None:
-    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong.
+    """Delete a store's own files, the index first, so that an interruption leaves an unfinished store.
 
     Raises:
         StorageError: A file can't be deleted.
     """
     folder = open_folder(where)
-    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), and those are not ours to delete.
+    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), which are not ours to delete.
     parts = [name for name in folder.names() if PART_NAME.fullmatch(name)]
     for name in (INDEX, SKIPPED, *parts, MANIFEST):
         folder.delete(name)
@@ -154,17 +150,17 @@ def delete_store(where: Where) -> None:
 def create_store(
     where: Where, identity: Mapping[str, Any], plan: Mapping[str, Any], declared: Mapping[str, Any]
 ) -> str:
-    """Write the manifest, or check that the one that is there is this run's. Gives the fingerprint.
+    """Write the manifest, or check that the one that is there is this run's. Return the fingerprint.
 
     Args:
-        where: The store's folder or URL, made if needed.
-        identity: What must match: everything that a log-prob depends on.
-        plan: What must be equal for this store to be continued: rows per shard, dataset, rules for dropping.
+        where: Folder or URL of the store, made if needed.
+        identity: Everything that a log-prob depends on; must match.
+        plan: Everything else that must be equal to continue a store: rows per shard, dataset, rules for dropping.
         declared: Recorded for people, compared with nothing.
 
     Raises:
-        IdentityError: The folder holds another run's store; the differing fields are named.
-        StorageError: The folder can't be made, or is in an object store that can't put if absent.
+        IdentityError: The folder holds another run's store; the message names the fields that differ.
+        StorageError: The folder can't be made, or is in an object store without conditional writes.
     """
     folder = open_folder(where)
     folder.make()
@@ -178,10 +174,10 @@ def create_store(
         "declared": declared,
     }
     folder.put_if_absent(MANIFEST, sealed(manifest))
-    # Read back in any case: another worker may have been first.
+    # Read back: another worker may have been first.
     stored = read_manifest(folder)
     found = differences(stored["identity"], identity, joining=False)
-    # The manifest is JSON; compare the plan as JSON would give it back.
+    # Compare the plan as JSON gives it back.
     ours = json.loads(json.dumps(plan))
     found += [
         f"{key}: shards {stored['plan'].get(key)!r}, this run {ours.get(key)!r}"
@@ -191,7 +187,7 @@ def create_store(
     if found:
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
-            "Set precompute.output to a new folder, or pass --overwrite to delete these shards"
+            "Set precompute.output to a new folder, or pass --overwrite to refshard precompute to delete these shards"
         )
     return fingerprint
 
@@ -237,7 +233,7 @@ def write_part(
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, store_schema=True)
     content = buffer.getvalue()
-    # A writer can produce wrong bytes; what is committed must decode to what was meant.
+    # Guard against a writer that produces wrong bytes.
     if not pq.read_table(io.BytesIO(content), page_checksum_verification=True).equals(table, check_metadata=False):
         raise DataError(
             f"{folder.place(part_name(unit))}: does not read back as written; nothing was committed. Run again"
@@ -246,7 +242,7 @@ def write_part(
 
 
 def finish_store(where: Where, num_units: int) -> list[int]:
-    """Write the index if every unit's part is there. Gives the units that are missing, none if finished.
+    """Write the index if every unit's part is there. Return the missing units.
 
     Raises:
         DataError: A part is damaged.
@@ -261,7 +257,7 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     manifest = read_manifest(folder)
     totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
     for unit in range(num_units):
-        # From here on the index vouches for these bytes, whatever they are: so all of them is looked at, once.
+        # Check all bytes once: from here on the index vouches for them.
         content = read_content(folder, part_name(unit), DELETE_PART)
         part = check_part(folder, unit, content, manifest)
         totals.add(part.ledger.as_dict())
@@ -348,7 +344,7 @@ def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -
 
 
 def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Read the parts in order, one in memory at a time."""
+    """Read the parts in order, one at a time."""
     for unit in store.units:
         yield read_part(store, unit, columns)
 
@@ -357,8 +353,8 @@ def read_manifest(where: Where) -> dict[str, Any]:
     """Read a store's manifest.
 
     Raises:
-        DataError: There is none, or it is damaged or was edited.
-        IdentityError: It is of another version of the format.
+        DataError: The manifest is missing, damaged, or was edited.
+        IdentityError: The manifest is of another version of the format.
     """
     folder = open_folder(where)
     place = folder.place(MANIFEST)
@@ -374,30 +370,30 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
         raise DataError(f"{place}: edited or damaged, its fingerprint is not that of its identity")
     if not is_sealed(manifest):
-        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says")
+        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content")
     return manifest
 
 
-def read_content(folder: Folder, name: str, way_on: str) -> bytes:
+def read_content(folder: Folder, name: str, remedy: str) -> bytes:
     """Read a store's file, unless it is far larger than any that this program writes.
 
     Raises:
-        DataError: It is missing or too large.
-        StorageError: It can't be read.
+        DataError: The file is missing or too large; the message ends with the remedy.
+        StorageError: The file can't be read.
     """
     if (size := folder.size(name) or 0) > MAX_BYTES:
-        raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {way_on}")
+        raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {remedy}")
     try:
         return folder.read(name)
     except FileNotFoundError as error:
-        raise DataError(f"{folder.place(name)}: missing. {way_on}") from error
+        raise DataError(f"{folder.place(name)}: missing. {remedy}") from error
 
 
 def check_identity(stores: Sequence[Store], identity: Mapping[str, Any]) -> None:
-    """Refuse stores that were made by another reference or tokenization than this run's.
+    """Refuse stores of another reference or tokenization than this run's.
 
     Raises:
-        IdentityError: The differing fields are named, both values side by side.
+        IdentityError: The message names the fields that differ, with both values.
     """
     for store in stores:
         found = differences(store.manifest["identity"], identity, joining=True)
