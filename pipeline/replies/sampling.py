@@ -24,8 +24,8 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import find_model, policy_settings
-from pipeline.scoring.forward import input_device, score_pairs
-from pipeline.scoring.memory import tokens_that_fit
+from pipeline.scoring.forward import input_device
+from pipeline.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,16 +200,14 @@ def leave_if_asked(flag: StopFlag) -> None:
 
 
 def score_replies(
-    model: Any, prompts: Sequence[Sequence[int]], *replies: Sequence[Sequence[int]], packed: bool, pad_id: int
+    scorer: Scorer, prompts: Sequence[Sequence[int]], *replies: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Give a model's logps of replies, with the scorer of both stages.
+    """Give a model's logps of replies.
 
     Args:
-        model: A prepared causal language model; its adapter, if any, as it is worn now.
+        scorer: Holds the model; its adapter, if any, as it is worn now.
         prompts: Token ids of N prompts.
         replies: One or two lists of N replies each, as token ids.
-        packed: The model reads packed batches.
-        pad_id: What padding is filled with, where there is any.
 
     Returns:
         For each list, the logps of its replies: nats, summed over the tokens.
@@ -219,6 +217,5 @@ def score_replies(
         TokenizedPair(prompt_ids=list(prompt), chosen_ids=list(one), rejected_ids=list(other))
         for prompt, one, other in zip(prompts, replies[0], replies[-1], strict=True)
     ]
-    scored = score_pairs(model, pairs, tokens_per_batch=tokens_that_fit(model, packed), pad_id=pad_id, packed=packed)
-    sums = {i: (math.fsum(one.tolist()), math.fsum(other.tolist())) for i, one, other in scored}
+    sums = {i: (math.fsum(one.tolist()), math.fsum(other.tolist())) for i, one, other in scorer.logps(pairs)}
     return [[sums[i][side] for i in range(len(pairs))] for side in range(len(replies))]
