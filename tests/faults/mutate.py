@@ -258,8 +258,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the data file unchanged while it is scored",
-        "stages/precompute.py",
-        "    if _stamps(source) != stamps:",
+        "stages/precompute_worker.py",
+        "    if stamps_of(job.source) != job.stamps:",
         "    if False:",
         "tests/faults/test_stage_one_faults.py -k changes",
     ),
