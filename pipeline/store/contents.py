@@ -60,15 +60,14 @@ def read_contents(folder: Folder) -> Contents:
     for part in parts:
         totals.add(part.ledger.as_dict())
         noise += part.noise
-    files = [part_name(unit) for unit in store.units]
     return Contents(
         folder=folder,
         manifest=store.manifest,
         totals=totals.as_dict(),
         noise=noise,
-        files=files,
+        files=[part_name(unit) for unit in store.units],
         bytes=sum(part.size for part in parts),
-        pairs=_to_columns(folder, files, [part.table for part in parts]),
+        pairs=_to_columns(folder, [part.table for part in parts]),
         unfinished=store.unfinished,
     )
 
@@ -82,13 +81,9 @@ def _read_parts(store: Store) -> list[CheckedPart]:
         readers.shutdown(cancel_futures=True)
 
 
-def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]) -> PairColumns:
-    plain = schema(token_logps=False)
-    for file, table in zip(files, tables, strict=True):
-        if not table.schema.equals(plain):
-            raise DataError(f"{folder.place(file)}: its columns are not those of a part. Run refshard verify {folder}")
+def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
     # Not by empty_table and to_numpy: they import pandas, which takes longer than all the rest.
-    together = pa.concat_tables([pa.Table.from_batches([], plain), *tables])
+    together = pa.concat_tables([pa.Table.from_batches([], schema(token_logps=False)), *tables])
 
     def column(name: str, dtype: Any) -> npt.NDArray[Any]:
         values = together[name].cast(pa.from_numpy_dtype(dtype)).combine_chunks()

@@ -192,18 +192,18 @@ def check_part(
         IdentityError: The part is another run's.
     """
     place, remedy = folder.place(part_name(unit)), DELETE_VOUCHED_PART if vouched else DELETE_PART
+    expected = schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))
     try:
         with _open_parquet(content) as part:
             footer = _decode_footer(part)
             _check_footer(place, footer, manifest["fingerprint"], unit)
+            if not part.schema_arrow.equals(expected):
+                raise DataError(f"{place}: damaged, its columns are not those of a part. {remedy}")
             table = part.read(list(columns) if columns and vouched else None)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{place}: damaged ({error}). {remedy}") from error
-    if not vouched:
-        if not table.schema.equals(schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))):
-            raise DataError(f"{place}: damaged, its columns are not those of a part. {remedy}")
-        if footer.get("refshard.digest") != content_digest(table, footer):
-            raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {remedy}")
+    if not vouched and footer.get("refshard.digest") != content_digest(table, footer):
+        raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {remedy}")
     try:
         ledger = Ledger()
         ledger.add(json.loads(footer["refshard.ledger"]))

@@ -21,6 +21,19 @@ __all__ = ["JoinReport", "join"]
 _CHUNK = 1024
 _BATCH_BYTES = 16 * 2**20
 """Size of an Arrow batch. A reader of the joined set holds 6 KiB for each batch, so chunks are combined"""
+_SCHEMA = pa.schema(
+    [
+        ("pair_key", pa.binary(16)),
+        ("row", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("truncated", pa.bool_()),
+        ("part", pa.int32()),
+        ("ref_chosen_logps", pa.float32()),
+        ("ref_rejected_logps", pa.float32()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     """
     matched, missing, first_missing = 0, 0, None
     used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # one bit a row
-    columns = _joined_schema(with_tokens=table.with_tokens)
+    columns = _SCHEMA.append(pa.field("token_start", pa.int64())) if table.with_tokens else _SCHEMA
     held: list[pa.RecordBatch] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,26 +102,6 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     except OSError as error:
         raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
     return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))
-
-
-_IDS = pa.list_(pa.int32())
-
-
-def _joined_schema(*, with_tokens: bool) -> pa.Schema:
-    fields = [
-        ("pair_key", pa.binary(16)),
-        ("row", pa.int64()),
-        ("prompt_ids", _IDS),
-        ("chosen_ids", _IDS),
-        ("rejected_ids", _IDS),
-        ("truncated", pa.bool_()),
-        ("part", pa.int32()),
-        ("ref_chosen_logps", pa.float32()),
-        ("ref_rejected_logps", pa.float32()),
-    ]
-    if with_tokens:
-        fields.append(("token_start", pa.int64()))
-    return pa.schema(fields)
 
 
 def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:

@@ -202,19 +202,21 @@ def _pieces(
     stores: Sequence[Store], max_length: int | None, ld_alpha: float | None, token_file: Path | None
 ) -> Iterator[npt.NDArray[np.void]]:
     """Yield the index rows of each part, and append its token logps to their file."""
-    number = 0
     start = token_file.stat().st_size // 4 if token_file is not None and token_file.exists() else 0
-    for store in stores:
-        for part in read_parts(store):
-            piece, lists = _piece(store, part, number, max_length, ld_alpha)
-            piece["token_start"] = -1
-            if token_file is not None:
-                values, starts = _side_by_side(*lists)
-                piece["token_start"] = start + starts
-                start += len(values)
-                _append(token_file, values)
-            yield piece
-            number += 1
+    parts = ((store, part) for store in stores for part in read_parts(store))
+    for number, (store, part) in enumerate(parts):
+        piece, lists = _piece(store, part, number, max_length, ld_alpha)
+        if token_file is not None:
+            values, starts = _side_by_side(*lists)
+            piece["token_start"] = start + starts
+            start += len(values)
+            try:
+                token_file.parent.mkdir(parents=True, exist_ok=True)
+                with token_file.open("ab") as sink:
+                    sink.write(values.tobytes())
+            except OSError as error:
+                raise StorageError(f"{token_file}: can't be written ({error.strerror or error})") from error
+        yield piece
 
 
 def _piece(
@@ -228,7 +230,7 @@ def _piece(
     }
     common = np.minimum(tokens["chosen"], tokens["rejected"])
     piece = np.empty(part.num_rows, INDEX_ROW)
-    piece["key"], piece["part"] = pair_keys(part), number
+    piece["key"], piece["part"], piece["token_start"] = pair_keys(part), number, -1
     lists = []
     for side, counts in tokens.items():
         sums = part[f"ref_{side}_logps"].to_numpy()
@@ -259,15 +261,6 @@ def _side_by_side(
     values = np.empty(len(is_chosen), "<f4")
     values[is_chosen], values[~is_chosen] = chosen.flatten().to_numpy(), rejected.flatten().to_numpy()
     return values, starts
-
-
-def _append(file: Path, values: npt.NDArray[np.float32]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as sink:
-            sink.write(values.tobytes())
-    except OSError as error:
-        raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
 
 
 def _sums_of(

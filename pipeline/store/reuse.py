@@ -1,7 +1,8 @@
 """Copy the log-probs of pairs that other stores have scored, so that adding 5% of data means scoring 5%."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class Reusable:
     """Keys, [R] of 16 bytes, ascending"""
     places: npt.NDArray[np.int64]
     """Store, part, and row in the part of each pair, [R, 3]"""
-    parts: dict[tuple[int, int], pa.Table] = field(default_factory=dict)
+    read: Callable[[int, int], pa.Table]
+    """Reads the token logps of a part, by store and part; keeps the latest tables"""
 
 
 def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusable:
@@ -61,7 +63,12 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
             rows = np.arange(table.num_rows)
             places.append(np.stack([np.full_like(rows, number), np.full_like(rows, part), rows], axis=1))
     unique, first = np.unique(np.concatenate([np.empty(0, "S16"), *keys]), return_index=True)
-    return Reusable(stores, unique, np.concatenate([np.empty((0, 3), np.int64), *places])[first])
+
+    @functools.lru_cache(_PARTS_IN_MEMORY)
+    def read(store: int, part: int) -> pa.Table:
+        return read_part(stores[store], part, ["chosen_token_logps", "rejected_token_logps"]).combine_chunks()
+
+    return Reusable(stores, unique, np.concatenate([np.empty((0, 3), np.int64), *places])[first], read)
 
 
 def copy_scored(reusable: Reusable, pairs: Sequence[KeptPair]) -> dict[int, ScoredPair]:
@@ -77,17 +84,8 @@ def copy_scored(reusable: Reusable, pairs: Sequence[KeptPair]) -> dict[int, Scor
     copied = {}
     for i in np.flatnonzero(reusable.keys[at] == wanted).tolist():
         store, part, row = reusable.places[at[i]].tolist()
-        copied[i] = _scored_pair(_part(reusable, store, part), row, pairs[i])
+        copied[i] = _scored_pair(reusable.read(store, part), row, pairs[i])
     return copied
-
-
-def _part(reusable: Reusable, store: int, part: int) -> pa.Table:
-    if (store, part) not in reusable.parts:
-        while len(reusable.parts) >= _PARTS_IN_MEMORY:
-            reusable.parts.pop(next(iter(reusable.parts)))
-        columns = ["chosen_token_logps", "rejected_token_logps"]
-        reusable.parts[store, part] = read_part(reusable.stores[store], part, columns).combine_chunks()
-    return reusable.parts[store, part]
 
 
 def _scored_pair(table: pa.Table, row: int, pair: KeptPair) -> ScoredPair:
