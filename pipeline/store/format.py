@@ -268,16 +268,16 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def is_count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_positive(value: Any) -> bool:
-    return is_count(value) and value > 0
+    return _is_count(value) and value > 0
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(is_count, value.values()))
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
 
 
 def _is_gap(value: Any) -> bool:
@@ -287,16 +287,16 @@ def _is_gap(value: Any) -> bool:
 _IDENTITY = {
     "reference": (
         {"declared": str},
-        {"weights": str, "dtype": str, "adapter": str | None, "quantization": (NoneType, {"bits": is_count})},
+        {"weights": str, "dtype": str, "adapter": str | None, "quantization": (NoneType, {"bits": _is_count})},
     ),
     "tokenization": {"token_logps": bool, "max_length": int | None},
 }
 _RANGE = {"rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"), "rows_per_shard": _is_positive}
 MANIFEST_SHAPE = {"identity": _IDENTITY, "plan": ({"rows": NoneType}, _RANGE), "declared": dict}
 _INDEX_SHAPE = {
-    "parts": [{"file": str, "rows": is_count, "bytes": is_count}],
-    "totals": {"rows": is_count, "kept": is_count, "dropped": _are_counts, "noted": _are_counts},
-    "noise": {"tokens": is_count, "mean": _is_gap, "largest": _is_gap},
+    "parts": [{"file": str, "rows": _is_count, "bytes": _is_count}],
+    "totals": {"rows": _is_count, "kept": _is_count, "dropped": _are_counts, "noted": _are_counts},
+    "noise": {"tokens": _is_count, "mean": _is_gap, "largest": _is_gap},
 }
 
 

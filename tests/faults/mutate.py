@@ -258,7 +258,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the data file unchanged while it is scored",
-        "stages/precompute_worker.py",
+        "stages/precompute/worker.py",
         "    if stamps_of(job.source) != job.stamps:",
         "    if False:",
         "tests/faults/test_stage_one_faults.py -k changes",

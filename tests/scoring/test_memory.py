@@ -58,7 +58,7 @@ from stages.cli import main
 main.main({arguments!r}, standalone_mode=False)
 """
 
-_IMPORTS = "import stages.precompute, stages.train; from transformers import AutoTokenizer, LlamaForCausalLM"
+_IMPORTS = "import stages.precompute.command, stages.train; from transformers import AutoTokenizer, LlamaForCausalLM"
 
 _TRL = """
 rows = [json.loads(line) for line in Path({data!r}).read_text().splitlines()]

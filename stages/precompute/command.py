@@ -32,7 +32,7 @@ from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
 from pipeline.training.windows import next_window
-from stages.precompute_worker import ScoringJob, Worker, load_reference_scorer, stamps_of
+from stages.precompute.worker import ScoringJob, Worker, load_reference_scorer, stamps_of
 
 __all__ = ["run"]
 
