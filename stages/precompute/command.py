@@ -32,7 +32,7 @@ from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
 from pipeline.training.windows import next_window
-from stages.precompute.worker import ScoringJob, Worker, load_reference_scorer, stamps_of
+from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer, stamps_of
 
 __all__ = ["run"]
 
@@ -116,14 +116,22 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             return
         config, sources, rows = window
     identity = identity_of_run(config, tokenizer)
-    worker = Worker(config, share, tokenizer, open_reusable(config.precompute.reuse, identity), flag, ensemble)
+    worker = Worker(
+        config=config,
+        share=share,
+        tokenizer=tokenizer,
+        reference=Reference(config, tokenizer, ensemble),
+        reusable=open_reusable(config.precompute.reuse, identity),
+        flag=flag,
+        costs_in=costs_in,
+    )
     missing = 0
     for name, source in sources.items():
         if overwrite:
             delete_store(open_folder(config.precompute.output).child(name))
             delete_costs(costs_in, name)
         job = _make_job(name, source, rows if name == "train" else None, worker, identity)
-        missing += worker.score(job, costs_in)
+        missing += worker.score(job)
         if is_finished(job.folder):
             _report_finished(job)
     if missing:

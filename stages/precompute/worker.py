@@ -39,7 +39,7 @@ from pipeline.store.store import PartHeader, finish_store, is_finished, part_exi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
+__all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
 
 _STOPPED = "stopped as asked; finished units are saved. Run the same command again"
 _MOST_LOADERS = 4
@@ -62,40 +62,30 @@ class ScoringJob:
     header: PartHeader
 
 
+@dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One of the processes that score: worker `index` of `count` takes every unit whose number leaves `index`."""
+    """One process that scores."""
 
-    def __init__(
-        self,
-        config: Config,
-        share: tuple[int, int],
-        tokenizer: "PreTrainedTokenizerBase",
-        reusable: Reusable,
-        flag: StopFlag,
-        ensemble: Ensemble | None,
-    ) -> None:
-        """Score with the settings' reference.
+    config: Config
+    share: tuple[int, int]
+    """(index, count): the worker takes every unit whose number leaves index when divided by count"""
+    tokenizer: "PreTrainedTokenizerBase"
+    reference: "Reference"
+    reusable: Reusable
+    """Stores to copy scored pairs from"""
+    flag: StopFlag
+    """Set when the process is asked to stop"""
+    costs_in: Folder
+    """Folder that the cost of the scoring is recorded in"""
 
-        Args:
-            config: The run's settings.
-            share: (index, count).
-            tokenizer: The run's tokenizer.
-            reusable: Stores to copy scored pairs from.
-            flag: Set when the process is asked to stop.
-            ensemble: Processes that hold one reference together, which this one leads; None without them.
-        """
-        self.config, self.share, self.tokenizer, self.reusable, self.flag = config, share, tokenizer, reusable, flag
-        self.name = f"{share[0]}/{share[1]}"
-        self.reference = _Reference(config, tokenizer, ensemble)
+    @property
+    def name(self) -> str:
+        return f"{self.share[0]}/{self.share[1]}"
 
-    def score(self, job: ScoringJob, costs_in: Folder) -> int:
+    def score(self, job: ScoringJob) -> int:
         """Score this worker's missing units, and finish the store if no unit is missing.
 
         While a unit is scored, the next ones are read and tokenized, and the last ones are written.
-
-        Args:
-            job: The set.
-            costs_in: Folder that the cost of the scoring is recorded in.
 
         Returns:
             Number of units that other workers still owe.
@@ -115,8 +105,11 @@ class Worker:
             is_done=functools.partial(part_exists, job.folder),
             num_loaders=count_loaders(job.source, to_do, size, most=_MOST_LOADERS),
         )
-        account = _Account(costs_in, job.name, self.name, to_do)
-        with queue as units, account, _Writer(job.folder, job.header) as writer:
+        with (
+            queue as units,
+            _Account(self.costs_in, job.name, self.name, to_do) as account,
+            _Writer(job.folder, job.header) as writer,
+        ):
             for unit in units:
                 if part_exists(job.folder, unit.number):
                     # A copy of this worker wrote the part since the unit was read.
@@ -222,7 +215,7 @@ class _Account:
         emit("cost", cost)
 
 
-class _Reference:
+class Reference:
     """The reference model. The first unit that needs it loads it, so a rerun with nothing to do loads nothing."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None = None) -> None:

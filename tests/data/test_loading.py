@@ -377,10 +377,10 @@ def test_a_process_that_ends_with_a_queue_still_open_ends_at_once(source: Source
 def _start(config: Path) -> subprocess.Popen[str]:
     # Slow enough to be caught in the middle.
     code = (
-        "import sys, time, stages.precompute.worker as s; from stages.cli import run; f = s._Reference.score_unit\n"
+        "import sys, time, stages.precompute.worker as s; from stages.cli import run; f = s.Reference.score_unit\n"
         "s.count_loaders = lambda *a, **k: 3\n"
         "def slow(*a): time.sleep(0.3); return f(*a)\n"
-        f"s._Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
+        f"s.Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -511,7 +511,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag = StopFlag()
-    score, write = worker._Reference.score_unit, worker.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
     scored: list[int] = []
 
     def stopping(*arguments: Any) -> Any:
@@ -526,7 +526,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
         return write(*arguments, **settings)
 
     monkeypatch.setattr(precompute, "watch_signals", lambda stop_at: flag)
-    monkeypatch.setattr(worker._Reference, "score_unit", stopping)
+    monkeypatch.setattr(worker.Reference, "score_unit", stopping)
     monkeypatch.setattr(worker, "write_part", slow)
     with pytest.raises(UnfinishedError):
         _precompute(make_run(rows=simple_rows(80)), monkeypatch, tmp_path / "shards", 1)
@@ -538,7 +538,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
 
 def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit: float = 0, a_part: float = 0) -> None:
     """Have reading, scoring and writing take so many seconds more, each asleep, so that CPUs don't matter."""
-    score, write = worker._Reference.score_unit, worker.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
 
     def slow_score(*arguments: Any) -> Any:
         time.sleep(a_unit)
@@ -549,7 +549,7 @@ def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit
         return write(*arguments, **settings)
 
     monkeypatch.setattr(module, "read_rows", slow_rows(a_row))
-    monkeypatch.setattr(worker._Reference, "score_unit", slow_score)
+    monkeypatch.setattr(worker.Reference, "score_unit", slow_score)
     monkeypatch.setattr(worker, "write_part", slow_write)
 
 
@@ -603,7 +603,7 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
 ) -> None:
     most = 0
     scored, written = [], []
-    score, write = worker._Reference.score_unit, worker.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
 
     def counting(*arguments: Any) -> Any:
         nonlocal most
@@ -617,7 +617,7 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
         written.append(0)
         return done
 
-    monkeypatch.setattr(worker._Reference, "score_unit", counting)
+    monkeypatch.setattr(worker.Reference, "score_unit", counting)
     monkeypatch.setattr(worker, "write_part", slow)
     _precompute(make_run(rows=simple_rows(96)), monkeypatch, tmp_path / "shards", 1)
     # Two pending, one being scored; one more is scored and waits to be taken.
