@@ -25,7 +25,7 @@ from pipeline.models.files import in_one_process, load_tokenizer, policy_as_refe
 from pipeline.models.identity import identity_of_reference, kinship
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.replies.means import estimate_kl, estimate_reward
-from pipeline.replies.records import Generation, Reply, generation_row
+from pipeline.replies.records import GENERATIONS, Generation, Reply, write_generations
 from pipeline.replies.rewarding import load_reward_model
 from pipeline.replies.sampling import (
     Prompt,
@@ -38,7 +38,7 @@ from pipeline.replies.sampling import (
 )
 from pipeline.run.checkpoints import saved_policy
 from pipeline.run.reading import SETTINGS
-from pipeline.run.records import GENERATIONS, INPUTS, write_generations
+from pipeline.run.records import INPUTS
 from pipeline.scoring.memory import peak_memory
 from pipeline.scoring.scorer import Scorer
 
@@ -121,7 +121,7 @@ def run(
         )
         for prompt, reference, policy in zip(prompts, replies["reference"], replies["policy"], strict=True)
     ]
-    write_generations(run_folder, map(generation_row, generations))
+    write_generations(run_folder, generations)
     _say_result(generations, run_folder, step)
 
 

@@ -18,8 +18,8 @@ import transformers
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
-from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.pairs import Message, to_pair
+from pipeline.data.intake import outcomes
+from pipeline.data.pairs import Message
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
@@ -90,12 +90,13 @@ def choose_prompts(
         if position < wanted[len(chosen)]:
             continue
         # A row that was dropped, or whose prompt was there already, leaves its place to the next.
-        for kept in kept_pairs([row], tokenizer, config.data, Ledger()):
-            ids = kept.pair.prompt_ids
+        for outcome in outcomes([row], tokenizer, config.data):
+            if outcome.kept is None or outcome.pair is None:
+                continue
+            ids = outcome.kept.pair.prompt_ids
             if tuple(ids) not in seen:
                 seen.add(tuple(ids))
-                content = to_pair(row.load(), source.columns, row.place).prompt
-                chosen.append(Prompt(row=row.number, ids=ids, content=content))
+                chosen.append(Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
     return chosen
 
 

@@ -39,11 +39,10 @@ from pipeline.data.sources import open_set, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import load_tokenizer
 from pipeline.replies import records
-from pipeline.replies.records import generation_row
+from pipeline.replies.records import write_generations
 from pipeline.replies.sampling import score_replies
 from pipeline.run import reading
 from pipeline.run.checkpoints import is_recorded
-from pipeline.run.records import write_generations
 from pipeline.scoring.scorer import Scorer
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
@@ -181,7 +180,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples, seed)))
+    write_generations(run_folder, _generations(config, tokenizer, run_folder, samples, seed))
     replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures

@@ -25,7 +25,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.config.training import _FIXED_TRAIN_FIELDS, OWN_TRAIN_FIELDS, training_settings
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from stages.cli import main
 from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_config, write_jsonl

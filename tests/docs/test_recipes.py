@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
-from pipeline.data.pairs import Pair, to_pair
+from pipeline.data.layouts import to_pair
+from pipeline.data.pairs import Pair
 from pipeline.data.sources import open_source, read_rows
 from stages.check.estimate import MEMORY_BAND, UTILISATION, shapes_of
 from stages.cli import main
@@ -373,7 +374,7 @@ def test_the_page_of_recipes_names_every_file_and_repeats_their_figures() -> Non
     for name in FORMS:
         assert name in page
     best, about, worst = UTILISATION[::-1]
-    assert f"reaches {about} of its\npeak ({best} to {worst} in brackets)" in page
+    assert f"reaches {about} of its peak ({best} to {worst} in brackets)" in " ".join(page.split())
     assert f"within {MEMORY_BAND[0]} to {MEMORY_BAND[1]} times" in page
 
 

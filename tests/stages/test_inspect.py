@@ -194,7 +194,7 @@ def test_the_page_has_the_pictures_in_itself_and_escapes_what_it_is_told(
     figures = re.findall(r'<figure role="img" aria-label="([^"]+)"', text)
     # Two histograms of margins, lengths, margins by length, two lines over the parts: of either store.
     assert len(figures) == 12
-    for title in ("train: How the reference ranks the pairs", "test: From part to part", "test: Pairs to look at"):
+    for title in ("train: Margins of the reference", "test: Parts", "test: Suspicious pairs"):
         assert f">{title}</h2>" in text
     worst = json.loads(done.stdout)[0]["suspicious"]["likely_mislabelled"][0]
     assert f"<td>{worst['row']}</td>" in text

@@ -28,7 +28,7 @@ from pipeline.base.folders import LocalFolder
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.config.training import training_settings
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.sources import count_rows, open_source, read_rows
 from pipeline.models.identity import fingerprint_of
 from pipeline.store.format import sealed
