@@ -338,7 +338,7 @@ def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:
-    """Open the bytes of a part; they may be a stranger's.
+    """Open the bytes of a part, which may come from an untrusted writer.
 
     Raises:
         ValueError: The bytes would unpack to more than any part does. The library raises its own errors besides.

@@ -194,7 +194,7 @@ def create_store(
 
 @dataclass(frozen=True, kw_only=True)
 class PartHeader:
-    """What every part of a store has in common."""
+    """Footer entries that all parts of a store share."""
 
     fingerprint: str
     token_logps: bool
