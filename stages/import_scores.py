@@ -57,7 +57,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
     if source.format not in ("jsonl", "parquet"):
-        raise ConfigError(f"{scores}: must be a Parquet or JSON Lines file, got {source.format}. Convert it")
+        raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
     ledger = Ledger()
     rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
