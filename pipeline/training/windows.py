@@ -27,7 +27,6 @@ from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
-from pipeline.config.training import training_settings
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
@@ -218,7 +217,7 @@ def next_window(
         The window's settings, the sets that it needs scored, and its training rows; None if the run is finished.
     """
     arguments = training_arguments(config)
-    output = Path(str(arguments.output_dir))
+    output = config.train.folder
     if is_recorded(output):
         click.echo(f"{output}: this run is finished already; nothing to score.")
         return None
@@ -226,7 +225,7 @@ def next_window(
     order = order_of_run(arguments, len(kept))
     check_mixable(config)
     fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
-    identity = run_identity(config, training_settings(config), {"reference": fingerprint}, arguments.world_size)
+    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
     # Refuses another run's checkpoints too, before the reference is moved to them.
     checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)

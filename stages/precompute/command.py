@@ -18,7 +18,6 @@ from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
 from pipeline.data.sources import data_files, describe, open_source
@@ -99,10 +98,10 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
             "refshard import, or name a model in reference.model"
         )
-    if config.train:
+    if not config.train.is_empty:
         # Report a mistake in the other stage's section before an hour of scoring, not after it.
-        settings = training_settings(config)
-        check_dtypes(config, settings)
+        _ = config.train.options
+        check_dtypes(config)
         router_aux_weight(policy_settings(config), config.loss)
     sources = {"train": open_source(config.data)}
     sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
