@@ -152,7 +152,7 @@ def precompute(
     if processes > 1:
         _launch(config, processes)
         return
-    from stages import precompute as stage
+    from stages.precompute import command as stage
 
     stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
 

@@ -46,7 +46,7 @@ def run(count: int, words: Sequence[str]) -> None:
         raise ConfigError("--processes: this process is one of several already; give it to none, or start one alone")
     # As many threads in all as there are cores; read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    for stage in ("stages.precompute", "stages.train"):
+    for stage in ("stages.precompute.command", "stages.train"):
         importlib.import_module(stage)
     import torch.distributed as dist
 

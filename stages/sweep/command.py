@@ -86,7 +86,7 @@ def run(
     runs = [_one_run(config_file, overrides, member, parent) for member in make_grid(over)]
     _check_served(base, runs, processes)
     drawn = _can_draw()
-    for needed in ("stages.precompute", "stages.train"):
+    for needed in ("stages.precompute.command", "stages.train"):
         importlib.import_module(needed)
     entry = importlib.import_module("stages.cli").run
     start = ["--debug"] if debug else []
