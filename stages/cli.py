@@ -151,7 +151,7 @@ def precompute(
     if processes > 1:
         _launch(config, processes)
         return
-    from stages import precompute as stage
+    from stages.precompute import command as stage
 
     stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
 
@@ -353,15 +353,15 @@ def generate(
     checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
     folder says.
     """
+    from pipeline.replies.sampling import Sampling
     from stages import generate as stage
 
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     stage.run(
         run_folder,
-        num_prompts=prompts,
         set_name=set_name,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
+        num_prompts=prompts,
+        sampling=sampling,
         reward_model=reward_model,
         stop_at=stop_at,
     )

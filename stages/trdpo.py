@@ -1,10 +1,10 @@
-"""TR-DPO: the two stages in alternation, each in a process of its own, so that no two models are ever in memory.
+"""TR-DPO: the two stages in alternation, each in a process of its own, so that two models are never in memory.
 
     move the reference -> score the next window's pairs -> train the window -> move the reference -> ...
 
-Each process finds out from the checkpoints where the run stands, so it does not matter which of them is killed, or
-when: the same command goes on. A scheduler can run the two commands in turn itself:
-`refshard precompute --config F`, then `refshard train --config F --one-window`.
+Each process reads the current window from the checkpoints. If any of them is killed at any time, the same command
+resumes. A scheduler can run the two commands in turn itself: `refshard precompute --config F`, then
+`refshard train --config F --one-window`.
 """
 
 import shutil
@@ -34,7 +34,7 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
         overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
 
     Raises:
-        click.exceptions.Exit: A command failed, which has said why; with its exit status.
+        click.exceptions.Exit: A command failed and has printed why; with its exit status.
     """
     import_libraries()
     output = config.train.folder
@@ -43,10 +43,10 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
         for name in config.data.sets:
             delete_store(open_folder(config.precompute.output).child(name))
     for leftover in (output / "references").glob(".tmp-*"):
-        # Of a process that was killed while it moved the reference: this one alone moves it now.
+        # A process was killed while it moved the reference. No other one moves it now.
         shutil.rmtree(leftover, ignore_errors=True)
     if is_recorded(output):
-        # Says that the run is finished, or that the folder is another run's.
+        # Prints that the run is finished, or that the folder is another run's.
         _command(commands, ["train", *words, "--one-window"])
     while not is_recorded(output):
         _command(commands, ["precompute", *words])

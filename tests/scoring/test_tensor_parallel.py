@@ -230,8 +230,8 @@ def _run_without_memory(config: Path, fault: str) -> tuple[list[int], list[str],
 def test_memory_that_ran_out_halves_the_batches_of_all(config: Path, fault: str) -> None:
     statuses, errors, folder = _run_without_memory(config, fault)
     assert statuses == [0, 0], errors
-    assert "Out of memory: going on with 256 tokens in a batch" in errors[0]
-    assert "Out of memory: going on with 128 tokens in a batch" in errors[0]
+    assert "Out of memory: resuming with 256 tokens in a batch" in errors[0]
+    assert "Out of memory: resuming with 128 tokens in a batch" in errors[0]
     gap = np.abs(_token_logps(_store(folder)) - _token_logps(_store(config.parent / "shards"))).max()
     assert gap < 1e-5
 

@@ -398,7 +398,7 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     assert slurm.wait(train) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
     assert "stopped as asked after step" in log.read_text()
-    assert "Going on from" in log.read_text()
+    assert "Resuming" in log.read_text()
     assert weights(odd / "policy") == weights(tmp_path / "other")
     assert not list(tmp_path.rglob("x"))
     tally("a task of an array killed; Slurm's warning in the middle of training", 2, outcome=SAME)
@@ -526,7 +526,7 @@ def test_jobs_that_more_urgent_ones_push_out_come_back_and_finish(
     slurm.run(*urgent)
     assert slurm.wait(train, 240) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
-    assert "Going on from" in log.read_text()
+    assert "Resuming" in log.read_text()
     assert weights(tmp_path / "policy") == undisturbed[0]
     tally("array and trainer pushed out by more urgent jobs", 2, outcome=f"queued again by themselves; {SAME}")
 
@@ -545,7 +545,7 @@ def test_a_job_at_its_time_limit_goes_on_where_it_was(
     folder = tmp_path / "policy" / "jobs"
     assert slurm.wait(train, 400) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) >= 1
-    assert "Going on from" in log_of(train, folder).read_text()
+    assert "Resuming" in log_of(train, folder).read_text()
     tally("the time limit", slurm.restarts(train), outcome="queued again, went on from its checkpoint")
 
 

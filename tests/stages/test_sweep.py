@@ -56,7 +56,7 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     costs = [json.loads(file.read_text()) for file in (tmp_path / "shards" / "costs").glob("*.json")]
     assert sorted((cost["set"], cost["pairs"]) for cost in costs) == [("test", 8), ("train", 24)]
     assert [(into / "beta-0.05" / name).stat().st_mtime_ns for name in ("run.json", "generations.jsonl")] == first
-    assert "Going on from" in done.stdout
+    assert "Resuming" in done.stdout
     refshard("train", "--config", config, "-o", "loss.beta=0.5", "-o", f"train.output_dir={tmp_path / 'alone'}")
     assert losses(into / "beta-0.5") == losses(tmp_path / "alone")
     ends = {beta: losses(into / f"beta-{beta}") for beta in ("0.05", "0.1", "0.5")}
