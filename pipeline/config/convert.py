@@ -122,8 +122,8 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str) -> Any:
     members = tuple(member for member in members if _has_form(value, member)) or members
     if len(members) == 1:
         return convert(value, members[0], where)
-    order = [dict, list, bool, int, float]
-    for member in sorted(members, key=lambda m: order.index(k) if (k := typing.get_origin(m) or m) in order else 9):
+    order: dict[Any, int] = {dict: 0, list: 1, bool: 2, int: 3, float: 4}
+    for member in sorted(members, key=lambda m: order.get(typing.get_origin(m), order.get(m, 5))):
         with contextlib.suppress(ConfigError):
             return convert(value, member, where)
     raise ConfigError(f"{where}: must be {' or '.join(map(_name_of, members))}, got {kind_of(value)}")

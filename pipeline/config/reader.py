@@ -126,16 +126,18 @@ def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
     raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the tag {node.tag!r} is of no type that a setting has")
 
 
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> Any:
+    return loader.construct_sequence(node, deep=True)
+
+
+def _word(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    return loader.construct_scalar(node)
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
-
-
+_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
 for _name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _Loader.construct_scalar)
-
-
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _word)
 _Loader.add_constructor(None, _refuse_tag)
 
 
