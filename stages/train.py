@@ -25,7 +25,6 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import as_dict, settings_text
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.sources import describe, open_source
@@ -45,8 +44,8 @@ from pipeline.run.checkpoints import (
 from pipeline.run.identity import check_same_run, run_identity
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import RunLog, read_costs, write_inputs
-from pipeline.scoring.forward import prepare
-from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.join import join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.store import Store, check_identity, open_store
@@ -85,16 +84,15 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         FencedError: Another start of this run has taken over.
     """
     flag = watch_signals(stop_at)
-    settings = training_settings(config)
     arguments = training_arguments(config)
-    output = Path(str(arguments.output_dir))
+    output = config.train.folder
     state = PartialState()
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
-    identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
+    identity = run_identity(config, _fingerprints(config, stores, tokenizer), state.num_processes)
 
     if not overwrite:
         if _is_finished(output, identity):
@@ -103,7 +101,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         refuse_other_run(output, identity)
     attempt = on_main_process(lambda: claim_run(output, identity))
     with _while_owned(attempt):
-        _train(config, arguments, attempt, flag, stores, tokenizer, identity, settings, state, overwrite=overwrite)
+        _train(config, arguments, attempt, flag, stores, tokenizer, identity, state, overwrite=overwrite)
 
 
 def _train(
@@ -114,7 +112,6 @@ def _train(
     stores: dict[str, Store],
     tokenizer: Any,
     identity: Mapping[str, Any],
-    settings: Mapping[str, Any],
     state: PartialState,
     *,
     overwrite: bool,
@@ -137,16 +134,17 @@ def _train(
         settings_of_window = window_config(config, window, output)
         stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
     joined = output / JOINED / attempt.name
-    on_missing = str(settings.get("on_missing", "stop"))
+    on_missing = config.train.on_missing
     joins = on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
     sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
     finished = checkpoint is not None and _is_trained(checkpoint)
     # DeepSpeed loads its own form of the weights by itself.
     comes_with_weights = checkpoint is not None and (finished or not arguments.deepspeed)
-    policy, packed = _load_policy(
-        at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
+    scorer = _load_policy(
+        at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, tokenizer, arguments, state
     )
+    policy = scorer.model
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
     # A run that goes on has been measured at its start.
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
@@ -162,7 +160,7 @@ def _train(
     )
     callbacks: list[Any] = [record]
     if "train" in stores:
-        gate = _gate(config, settings_of_window, settings, stores["train"], window)
+        gate = _gate(config, settings_of_window, stores["train"], window)
         callbacks.append(GateCallback(gate, lambda text: _say(state, text), commit.leave_if_asked))
     if window is not None:
         callbacks.append(WindowCallback(window))
@@ -170,17 +168,17 @@ def _train(
     callbacks.append(commit)
     trainer = PairTrainer(
         loss=config.loss,
-        activation_offload=bool(settings.get("activation_offload", False)),
+        activation_offload=config.train.activation_offload,
         attempt=attempt,
         load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
         model=policy,
         args=arguments,
         data_collator=make_collator(
-            tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            scorer.pad_id,
             config.data.max_length,
             TokenLogps(_token_file(joined)),
-            packed=packed,
+            packed=scorer.packed,
         ),
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
@@ -215,7 +213,7 @@ def _train(
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
     try:
-        _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
+        _finish(config, trainer, attempt, stores, identity, len(sets["train"]), state)
     except UnfinishedError:
         record.end(trainer.state.global_step, finished=False)
         raise
@@ -242,24 +240,26 @@ def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
     )
 
 
-def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> tuple[Any, bool]:
-    """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
+def _load_policy(
+    config: Config, tokenizer: Any, arguments: transformers.TrainingArguments, state: PartialState
+) -> Scorer:
+    """Load the policy, ready to be scored and trained."""
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
     with _in_one_piece(arguments):
         policy = load_policy(config)
-    prepare(policy)
-    packed = check_scoring(policy, "policy.model")
-    if not packed:
+    scorer = Scorer.check(policy, tokenizer, "policy.model")
+    if not scorer.packed:
         _say(state, f"warning: {not_packed(policy)}")
-    # A balance loss counts every token as often as it stands in padded rows.
-    packed = packed and not balance_weight(policy, config.loss)
+    if balance_weight(policy, config.loss):
+        # A balance loss counts every token as often as it stands in padded rows.
+        scorer.packed = False
     if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
-    return policy, packed
+    return scorer
 
 
 @contextlib.contextmanager
@@ -283,7 +283,6 @@ def _finish(
     attempt: Attempt,
     stores: Mapping[str, Store],
     identity: Mapping[str, Any],
-    settings: Mapping[str, Any],
     pairs: int,
     state: PartialState,
 ) -> None:
@@ -302,7 +301,7 @@ def _finish(
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     train_loss = sum(losses) / len(losses) if losses else None
-    _write_card(config, output, stores, pairs, settings, metrics)
+    _write_card(config, output, stores, pairs, metrics)
     record = {"finished": True, "step": trainer.state.global_step, "identity": identity, "train_loss": train_loss}
     attempt.check()
     write_json(output / RECORD, {**record, "metrics": metrics, "versions": library_versions()})
@@ -405,7 +404,6 @@ def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[s
 def _gate(
     config: Config,
     settings_of_window: Config,
-    settings: Mapping[str, Any],
     store: Store,
     window: Window | None,
 ) -> Gate:
@@ -419,11 +417,11 @@ def _gate(
         store=store,
         # Of a reference known by name alone nothing is known, and nothing compared.
         reference_dtype=str(reference.get("dtype", "float32")),
-        policy_dtype=policy_dtype(config, settings),
+        policy_dtype=policy_dtype(config),
         in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         kinship=kin,
         start=0 if window is None else window.first,
-        warn_only=settings.get("on_mismatch") == "warn",
+        warn_only=config.train.on_mismatch == "warn",
     )
 
 
@@ -576,12 +574,11 @@ def _write_card(
     output: Path,
     stores: Mapping[str, Store],
     pairs: int,
-    settings: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> None:
     # The last window of all may have held-out sets alone.
     store = stores["train"] if "train" in stores else next(iter(stores.values()))
-    policy = config.policy
+    policy, options = config.policy, config.train.options
     shown = (
         "learning_rate",
         "per_device_train_batch_size",
@@ -599,7 +596,7 @@ def _write_card(
         pairs=pairs,
         loss=as_dict(config)["loss"],
         adapter=_adapter_text(config),
-        training={key: settings[key] for key in shown if key in settings},
+        training={key: options[key] for key in shown if key in options},
         metrics={key: value for key, value in metrics.items() if not _is_timing(key)},
         versions=library_versions(),
         hub_model=None if Path(policy.model).exists() else policy.model,

@@ -43,8 +43,7 @@ from pipeline.replies.records import write_generations
 from pipeline.replies.sampling import score_replies
 from pipeline.run import reading
 from pipeline.run.checkpoints import is_recorded
-from pipeline.scoring.forward import prepare as prepare_scoring
-from pipeline.scoring.selfcheck import check_scoring
+from pipeline.scoring.scorer import Scorer
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
 from stages.demo import reviews
@@ -171,7 +170,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
     Raises:
         UnfinishedError: The run has not finished.
     """
-    run_folder = Path(str(config.train["output_dir"]))
+    run_folder = config.train.folder
     if not is_recorded(run_folder):
         raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)
@@ -198,28 +197,28 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     if (at < 0).any():
         raise AssertionError("held-out pairs that were scored by this run are not in its shards")
     ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
-    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True), [pair.pair for pair in pairs])
+    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
+    sums = _sums(policy, tokenizer, [pair.pair for pair in pairs])
     return [
         config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
     ]
 
 
-def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
+def _sums(model: Any, tokenizer: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
     """Logps of each pair's chosen and rejected completion."""
     prompts, chosen, rejected = (
         [getattr(p, f"{side}_ids") for p in pairs] for side in ("prompt", "chosen", "rejected")
     )
-    prepare_scoring(model)
-    packed = check_scoring(model, "policy.model")
-    return list(zip(*score_replies(model, prompts, chosen, rejected, packed=packed, pad_id=0), strict=True))
+    scorer = Scorer.check(model, tokenizer, "policy.model")
+    return list(zip(*score_replies(scorer, prompts, chosen, rejected), strict=True))
 
 
-def _logps(model: Any, replies: Sequence[Reply]) -> list[float]:
+def _logps(model: Any, tokenizer: Any, replies: Sequence[Reply]) -> list[float]:
     """Logps of replies."""
     twins = [
         TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in replies
     ]
-    return [logps for logps, _ in _sums(model, twins)]
+    return [logps for logps, _ in _sums(model, tokenizer, twins)]
 
 
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
@@ -232,9 +231,9 @@ def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: lis
     before = draw_replies(load_reference(), tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
     after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    before_policy_logps = _logps(policy, before)
+    before_policy_logps = _logps(policy, tokenizer, before)
     del policy
-    return Samples(before, after, before_policy_logps, _logps(load_reference(), after))
+    return Samples(before, after, before_policy_logps, _logps(load_reference(), tokenizer, after))
 
 
 def _generations(

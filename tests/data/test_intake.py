@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.base.errors import BadRow, ConfigError, DataError
 from pipeline.config.schema import DataConfig
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row
 from pipeline.data.tokens import pair_key, tokenize
 from support.models import make_tokenizer

@@ -10,7 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow
-from pipeline.data.pairs import Pair, is_conversational, split_shared_prompt, to_pair
+from pipeline.data.layouts import split_shared_prompt, to_pair
+from pipeline.data.pairs import Pair, is_conversational
 
 
 def user(content: Any) -> dict[str, Any]:

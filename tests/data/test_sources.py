@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
 from pipeline.config.schema import DataConfig, EvalSetConfig
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import count_rows, describe, find_set, open_set, open_source, read_rows
 from support.runs import simple_rows, write_jsonl
@@ -269,14 +269,14 @@ def test_format_overrules_the_ending(tmp_path: Path) -> None:
         ("missing", {"format": "parquet"}, "no such file or folder"),
         ("", {}, "no such file or folder"),
         (".", {"split": "validation"}, "no file of split 'validation' in it"),
-        (".", {"format": "disk"}, "no folder made by save_to_disk"),
-        ("pairs.jsonl", {"format": "disk"}, "no folder made by save_to_disk"),
-        ("pairs.jsonl", {"split": "train[5]"}, "is no split"),
-        ("pairs.jsonl", {"split": "train[:10%]"}, "is no split"),
-        ("pairs.jsonl", {"split": "train[-5:]"}, "is no split"),
-        ("pairs.jsonl", {"split": ""}, "is no split"),
-        ("pairs.jsonl", {"split": "train[7:7]"}, "holds no rows"),
-        ("pairs.jsonl", {"split": "train[:0]"}, "holds no rows"),
+        (".", {"format": "disk"}, "save_to_disk"),
+        ("pairs.jsonl", {"format": "disk"}, "save_to_disk"),
+        ("pairs.jsonl", {"split": "train[5]"}, "data.split: must be"),
+        ("pairs.jsonl", {"split": "train[:10%]"}, "data.split: must be"),
+        ("pairs.jsonl", {"split": "train[-5:]"}, "data.split: must be"),
+        ("pairs.jsonl", {"split": ""}, "data.split: must be"),
+        ("pairs.jsonl", {"split": "train[7:7]"}, "data.split: must hold rows"),
+        ("pairs.jsonl", {"split": "train[:0]"}, "data.split: must hold rows"),
     ],
 )
 def test_path_or_split_that_leads_nowhere_is_refused(

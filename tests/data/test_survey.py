@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.intake import KeptPair, Ledger, outcomes
 from pipeline.data.rows import Row
 from pipeline.data.survey import PERCENTILES, REASONS, Survey, percentiles
 from pipeline.scoring.packing import pack_pairs, pad_pairs
@@ -34,7 +34,11 @@ def take(
     for start in range(0, len(rows), unit):
         part = Survey(batch_pairs)
         numbered = [Row(n, f"row {n}", lambda row=row: row) for n, row in enumerate(rows[start : start + unit], start)]
-        units.append(list(kept_pairs(numbered, tokenizer, data_settings, ledger, part)))
+        found = list(outcomes(numbered, tokenizer, data_settings))
+        for outcome in found:
+            ledger.take(outcome)
+            part.take(outcome, tokenizer)
+        units.append([outcome.kept for outcome in found if outcome.kept is not None])
         part.close()
         # Between processes it travels so.
         whole.add(pickle.loads(pickle.dumps(part)))

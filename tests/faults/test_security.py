@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from pipeline.base.errors import BadRow, ConfigError, one_line
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
-from pipeline.data import pairs, tokens
+from pipeline.data import layouts, pairs, tokens
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_source, read_rows
 from pipeline.run.card import model_card
@@ -81,7 +81,7 @@ BREAKOUTS = [
 
 
 def tokenize_chat(template: str) -> tokens.TokenizedPair:
-    return tokens.tokenize(pairs.to_pair(CHAT, {}, "row 1"), make_tokenizer(template=template), "row 1")
+    return tokens.tokenize(layouts.to_pair(CHAT, {}, "row 1"), make_tokenizer(template=template), "row 1")
 
 
 @pytest.mark.parametrize("template", BREAKOUTS)
@@ -117,8 +117,9 @@ def test_a_row_can_not_say_how_its_template_is_applied() -> None:
     own = set(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters)
     assert own - {"self", "kwargs", "tools", "documents"} <= pairs._NO_TEMPLATE_KWARGS
     with pytest.raises(BadRow, match="chat_template_kwargs must not hold chat_template"):
-        pairs.to_pair({**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, {}, "row 1")
-    assert pairs.to_pair({**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, {}, "row 1").chat_template_kwargs
+        layouts.to_pair({**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, {}, "row 1")
+    allowed = {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    assert layouts.to_pair(allowed, {}, "row 1").chat_template_kwargs
 
 
 # Data

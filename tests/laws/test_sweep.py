@@ -11,6 +11,7 @@ import transformers
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossName
 from pipeline.models import loading
+from pipeline.scoring import scorer
 from stages import train
 from support.models import make_model
 from support.runs import refshard, simple_rows
@@ -63,7 +64,7 @@ def test_a_sweep_leaves_the_shards_as_they_are_and_loads_no_reference(
         raise AssertionError("stage two loads no reference")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counting)
-    monkeypatch.setattr(loading, "load_reference", refusing)
+    monkeypatch.setattr(scorer, "load_reference", refusing)
     monkeypatch.setattr(loading, "load_plain", refusing)
     trajectories: dict[str, tuple[float, ...]] = {}
     for number, (name, overrides) in enumerate(SWEEP.items()):

@@ -38,8 +38,9 @@ from pipeline.models.files import (
     reference_weights,
 )
 from pipeline.models.loading import disable_dropout, load_policy, load_reference, pick_device
-from pipeline.scoring.forward import input_device, prepare, score, score_pairs
+from pipeline.scoring.forward import input_device, prepare, score
 from pipeline.scoring.packing import pad_pairs
+from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
 from support.models import make_model, make_tokenizer
 
@@ -188,10 +189,9 @@ def pair_logps(model: Any) -> list[Any]:
         TokenizedPair(prompt_ids=[3 + i, 4, 5], chosen_ids=[6 + i, 7, 8], rejected_ids=[9, 10 + i]) for i in range(5)
     ]
     prepare(model)
-    packed = check_scoring(model, "reference.model")
-    assert packed
-    scored = score_pairs(model, pairs, tokens_per_batch=64, pad_id=0, packed=packed)
-    return [logps.tolist() for _, *both in scored for logps in both]
+    assert check_scoring(model, "reference.model")
+    scorer = Scorer(model=model, packed=True, pad_id=0, key="reference.model", tokens_per_batch=64)
+    return [logps.tolist() for _, *both in scorer.logps(pairs) for logps in both]
 
 
 @pytest.mark.parametrize(

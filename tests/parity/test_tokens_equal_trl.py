@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row
 from pipeline.data.sources import open_source, read_rows
 from pipeline.data.tokens import TokenizedPair, tokenize

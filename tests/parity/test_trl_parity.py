@@ -18,7 +18,7 @@ import trl
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossConfig
 from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.loading import load_policy
 from pipeline.scoring.forward import prepare

@@ -19,7 +19,8 @@ from pipeline.config.reader import load_config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import policy_settings
-from pipeline.scoring import forward, memory
+from pipeline.scoring import memory
+from pipeline.scoring import scorer as scoring_scorer
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import Batch
 from pipeline.scoring.selfcheck import check_scoring
@@ -296,7 +297,7 @@ def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseExcept
             raise error
         return score(model, batch, **keywords)
 
-    monkeypatch.setattr(forward, "score", limited)
+    monkeypatch.setattr(scoring_scorer, "score", limited)
     return tried
 
 

@@ -180,8 +180,8 @@ def _rank_without_memory(config: str, folder: str, environment: dict[str, str], 
     """A process of a launch in which batches of more than 200 tokens do not fit; run in a process of its own."""
     redirected(folder, environment)
     from pipeline.scoring import forward as scoring_forward
-    from pipeline.scoring import tensor_parallel
-    from stages import cli, precompute
+    from pipeline.scoring import scorer, tensor_parallel
+    from stages import cli
 
     rank = int(environment["RANK"])
 
@@ -200,7 +200,7 @@ def _rank_without_memory(config: str, folder: str, environment: dict[str, str], 
 
         model.forward = short_of_memory
 
-    precompute.prepare = prepare
+    scorer.prepare = prepare
     tensor_parallel._PATIENCE_AFTER_FAILURE = tensor_parallel.timedelta(seconds=1)
     cli.sys.argv = ["refshard", "precompute", "--config", config, "-o", SPLIT, "-o", "precompute.output=" + folder]
     cli.run()
@@ -324,10 +324,10 @@ def test_what_does_not_go_with_a_split_reference_is_refused_before_anything_is_l
 def test_a_sample_is_scored_again_by_a_reference_that_is_spread_where_there_are_several_gpus(
     config: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.models import loading
+    from pipeline.scoring import scorer
     from stages import verify
 
-    real, places = loading.load_reference, []
+    real, places = scorer.load_reference, []
 
     def load(config: Any, device: torch.device) -> Any:
         places.append(config.precompute.device_map)
@@ -336,6 +336,6 @@ def test_a_sample_is_scored_again_by_a_reference_that_is_spread_where_there_are_
 
     for gpus in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        monkeypatch.setattr(loading, "load_reference", load)
+        monkeypatch.setattr(scorer, "load_reference", load)
         verify.run(str(config.parent / "shards"), model=str(model_folder), sample=4, clean=False)
     assert places == [None, "auto"]

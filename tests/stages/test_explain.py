@@ -24,6 +24,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.rows import Row
 from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
 from pipeline.run.checkpoints import commit_checkpoint
+from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.store import finish_store, open_store, read_manifest, read_part, read_parts
 from stages.explain import command
@@ -147,7 +148,7 @@ def test_a_policy_is_looked_for_before_a_model_is_loaded(
         loaded.append(config.reference)
         raise DataError("loaded")
 
-    monkeypatch.setattr(command, "load_reference", load)
+    monkeypatch.setattr(scorer, "load_reference", load)
     run, empty = tmp_path / "run", tmp_path / "empty"
     for folder in (run, empty):
         folder.mkdir()

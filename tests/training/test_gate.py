@@ -18,7 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.models import loading
 from pipeline.models.identity import Kinship
-from pipeline.scoring import forward
+from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import score
@@ -338,9 +338,9 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
         moved = dataclasses.replace(scores.tokens, logps=scores.tokens.logps - 0.01 * batch.num_pairs)
         return dataclasses.replace(scores, tokens=moved)
 
-    monkeypatch.setattr(forward, "score", leaning)
+    monkeypatch.setattr(scorer, "score", leaning)
     # The whole check would see that something is wrong.
-    monkeypatch.setattr(precompute, "check_scoring", lambda model, key: switch_attention(model))
+    monkeypatch.setattr(scorer, "check_scoring", lambda model, key: switch_attention(model))
     output = tmp_path / "leaning"
     precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
     store = open_store(output / "train")
