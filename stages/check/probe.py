@@ -1,6 +1,6 @@
-"""Operations per second that one decoder layer of a model reaches on this machine, timed for a few seconds.
+"""Measure the operations per second that one decoder layer of a model reaches on this machine, in a few seconds.
 
-The layer has the model's shape and random weights, so nothing is loaded; its speed stands for all of them.
+The layer has the model's shape and random weights, so nothing is loaded. Its speed stands for all layers.
 """
 
 import copy
@@ -14,43 +14,34 @@ from typing import Any
 import torch
 
 from pipeline.scoring.memory import name_of_device
-from stages.check.estimate import Shapes, forward_flops, shapes_of
 from stages.check.hardware import Hardware
+from stages.check.shapes import Shapes, forward_flops, shapes_of
 
-__all__ = [
-    "Probe",
-    "probe_layer",
-    "this_hardware",
-]
+__all__ = ["Probe", "probe_layer", "this_hardware"]
 
-_TOKENS = 256
-
-
-_TOKENS_ON_GPU = 4096
-
+_TOKENS, _TOKENS_ON_GPU = 256, 4096
 
 _SECONDS = 0.5
-"""Of each timing, about, but for a layer that takes longer"""
-
+"""Approximate length of each timing, unless one pass of the layer takes longer."""
 
 _VOCABULARY = 32
-"""Of the probe's model, whose embedding and head are not what is timed"""
+"""Vocabulary of the probe's model, whose embedding and head are not timed."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one layer reached, in operations per second."""
+    """Operations per second of one layer."""
 
     forward: float
     training: float
-    """Forward and backward, of the layer's weights or, with an adapter, of its input alone"""
+    """Operations per second of forward and backward: of the layer's weights, or with an adapter of its input alone."""
     device: str
     seconds: float
-    """That the probe took"""
+    """Length of the probe."""
 
 
 def this_hardware(device: torch.device) -> Hardware:
-    """Describe this machine's device; of its speed nothing is known but what a probe finds."""
+    """Describe this machine's device. Only a probe tells its speed."""
     if device.type == "cuda":
         memory = int(torch.cuda.get_device_properties(device).total_memory)
         return Hardware(
@@ -63,29 +54,34 @@ def this_hardware(device: torch.device) -> Hardware:
 
 
 def probe_layer(
-    settings: Any, shapes: Shapes, device: torch.device, *, scoring: str, training: str, autocast: torch.dtype | None
+    model_config: Any,
+    shapes: Shapes,
+    device: torch.device,
+    *,
+    scoring: str,
+    training: str,
+    autocast: torch.dtype | None,
 ) -> Probe | None:
     """Time a few passes of one layer.
 
     Args:
-        settings: The model's transformers config, of its text model.
-        shapes: Its shapes, and whether its weights or an adapter are trained.
-        device: Where.
+        model_config: The transformers config of the text model.
+        shapes: Sizes of the model, which tell if its weights or an adapter are trained.
+        device: Device to time on.
         scoring: Dtype of stage one's weights.
         training: Dtype of the policy's weights.
-        autocast: The 16-bit dtype that training's products run in, if it is not that of the weights.
+        autocast: 16-bit dtype of training's products if it is not the weights' dtype.
 
     Returns:
-        None where a layer of the model can't be made alone, or takes more than a quarter of the device's memory.
+        None if one layer of the model can't be made alone, or takes more than a quarter of the device's memory.
     """
     began = time.perf_counter()
-    one_layer = shapes.layer_parameters // shapes.layers
-    # Weights and gradients.
-    if 8 * one_layer > this_hardware(device).memory / 4:
+    # Weights and gradients in float32.
+    if 8 * shapes.layer_parameters // shapes.layers > this_hardware(device).memory / 4:
         return None
     try:
-        model = _one_layer(settings).to(device)
-    except Exception:  # a family with a config of its own; there is no telling how it fails
+        model = _one_layer(model_config).to(device)
+    except Exception:  # a family with a config of its own may fail in any way
         return None
     tokens = _TOKENS if device.type == "cpu" else _TOKENS_ON_GPU
     ids = torch.arange(tokens, device=device)[None] % _VOCABULARY
@@ -104,11 +100,10 @@ def probe_layer(
         forward_seconds = _time(forward, device)
     model.train().to(getattr(torch, training))
     for name, parameter in model.named_parameters():
-        # The embedding's gradient has the layer's input made one.
+        # A trained embedding makes backward compute the gradient of the layer's input.
         parameter.requires_grad_(not shapes.has_adapter or "embed" in name)
     train_seconds = _time(train, device)
-    alone = shapes_of(model.config)
-    flops = forward_flops(alone, tokens, 0, tokens / 2)
+    flops = forward_flops(shapes_of(model.config), tokens, 0, tokens / 2)
     return Probe(
         forward=flops / forward_seconds,
         training=flops * (2 if shapes.has_adapter else 3) / train_seconds,
@@ -117,11 +112,11 @@ def probe_layer(
     )
 
 
-def _one_layer(settings: Any) -> Any:
+def _one_layer(model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     library: Any = AutoModelForCausalLM
-    alone = copy.deepcopy(settings)
+    alone = copy.deepcopy(model_config)
     alone.num_hidden_layers, alone.vocab_size = 1, _VOCABULARY
     alone.pad_token_id = alone.bos_token_id = alone.eos_token_id = None
     if getattr(alone, "layer_types", None):
@@ -130,7 +125,7 @@ def _one_layer(settings: Any) -> Any:
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the median of some, after one to warm up."""
+    """Return the seconds of one call: the median of some, after one to warm up."""
 
     def once() -> float:
         began = time.perf_counter()

@@ -20,7 +20,8 @@ from pipeline.config.reader import load_config
 from pipeline.data.layouts import to_pair
 from pipeline.data.pairs import Pair
 from pipeline.data.sources import open_source, read_rows
-from stages.check.estimate import MEMORY_BAND, UTILISATION, shapes_of
+from stages.check.estimate import MEMORY_BAND, UTILISATION
+from stages.check.shapes import shapes_of
 from stages.cli import main
 from support import recipe_figures
 from support.models import make_model, make_tokenizer

@@ -1,5 +1,6 @@
 """Memory: stage two holds one model, stage one and the join do not grow with the data, and go on where it ran out."""
 
+import dataclasses
 import json
 import os
 import re
@@ -26,8 +27,9 @@ from pipeline.scoring.packing import Batch
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.format import ScoredPair
 from pipeline.store.store import create_store, finish_store, write_part
-from stages.check.estimate import MEMORY_BAND, Lengths, estimate, shapes_of
+from stages.check.estimate import MEMORY_BAND, Lengths, estimate
 from stages.check.hardware import Hardware
+from stages.check.shapes import shapes_of
 from support.models import make_model, make_tokenizer
 from support.processes import ROOT
 from support.runs import simple_rows, write_config, write_jsonl
@@ -137,11 +139,10 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
     # What `refshard check` would have said of both.
     settings = load_config(config, ())
     estimated = estimate(
-        settings,
+        dataclasses.replace(settings, reference=dataclasses.replace(settings.reference, dtype="float32")),
         shapes_of(policy_settings(settings)),
         Lengths(pairs=8, prompt_tokens=120, chosen_tokens=120, rejected_tokens=160, longest_pair=80, usual_pair=60),
         Hardware(name="cpu", memory=0, is_gpu=False),
-        reference_dtype="float32",
     )
     assert estimated.train is not None
     for measured, stage in ((scoring, estimated.precompute), (training, estimated.train)):

@@ -12,9 +12,12 @@ import transformers
 
 from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
-from stages.check.command import Limits, _above_limits, _estimate_as_dict, _estimate_as_text
-from stages.check.estimate import Lengths, estimate, shapes_of
+from stages.check.command import Limits, above_limits
+from stages.check.estimate import Lengths, estimate
+from stages.check.findings import Findings
 from stages.check.hardware import HARDWARE, hardware_named
+from stages.check.printed import estimate_lines
+from stages.check.shapes import shapes_of
 from stages.cli import main
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config
@@ -176,20 +179,21 @@ def test_a_finished_stage_is_done_and_too_little_memory_of_the_machine_is_said()
         precompute=PrecomputeConfig(output="o"),
         train=TrainSection(output_dir="o"),
     )
-    lengths = Lengths(pairs=9, prompt_tokens=90, chosen_tokens=90, rejected_tokens=90, longest_pair=30, usual_pair=30)
+    lengths = Lengths(
+        pairs=9, prompt_tokens=90, chosen_tokens=90, rejected_tokens=90, longest_pair=30, usual_pair=30, unscored=0
+    )
     found = estimate(
         config,
         shapes_of(transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=8)),
         lengths,
         hardware_named("2xt4-16gb"),
-        unscored=(0, 0),
     )
     for here, verdict in ((10**9, ": too much, this machine has 1.0 GB"), (2 * 10**9, ": fits"), (None, "whole")):
-        lines = _estimate_as_text(_estimate_as_dict(found, None, here))
+        lines = list(estimate_lines(Findings(sets={}, stores={}, estimate=found, host_memory=here)))
         [memory] = [line for line in lines if "CPU memory" in line]
         assert "1.0 GB on the machine, all its processes together" in memory and verdict in memory
         assert "  precompute    done" in lines
-    [above] = _above_limits({}, found, Limits(max_memory=1))
+    [above] = above_limits(Findings(sets={}, stores={}, estimate=found), Limits(max_memory=1))
     assert str(above).startswith("train: ")
 
 

@@ -28,13 +28,10 @@ from stages.check.estimate import (
     UTILISATION,
     Estimate,
     Lengths,
-    Shapes,
-    activation_bytes,
     estimate,
-    forward_flops,
-    shapes_of,
 )
 from stages.check.hardware import Hardware, hardware_named
+from stages.check.shapes import Shapes, activation_bytes, forward_flops, shapes_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200,
@@ -304,7 +301,8 @@ def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole()
 
 def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:
     cpu = Hardware(name="cpu", memory=64 * 10**9, is_gpu=False)
-    found = estimate(make_config(), EIGHT, LENGTHS, cpu, reference_dtype="float32")
+    config = dataclasses.replace(make_config(), reference=ReferenceConfig(dtype="float32"))
+    found = estimate(config, EIGHT, LENGTHS, cpu)
     assert found.train is not None
     for stage in (found.precompute, found.train):
         assert 0.4e9 < stage.memory["Python and torch"] < 0.7e9
@@ -314,8 +312,8 @@ def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:
 
 def test_stage_one_is_charged_for_the_pairs_that_it_has_still_to_score() -> None:
     def left(*unscored: float) -> Estimate:
-        gpu = hardware_named("h100-80gb")
-        return estimate(make_config(), EIGHT, LENGTHS, gpu, held_out=LENGTHS, unscored=(unscored[0], unscored[1]))
+        sets = [dataclasses.replace(LENGTHS, unscored=share) for share in unscored]
+        return estimate(make_config(), EIGHT, sets[0], hardware_named("h100-80gb"), held_out=sets[1])
 
     whole, quarter, none = left(1, 1), left(0.5, 0), left(0, 0)
     assert quarter.precompute.flops == pytest.approx(whole.precompute.flops / 4)
@@ -335,8 +333,7 @@ def test_the_last_batch_of_an_epoch_is_not_filled() -> None:
     [
         ({"eval_strategy": "steps", "eval_steps": 50}, 5),
         ({"eval_strategy": "steps", "eval_steps": 60}, 4),
-        ({"eval_strategy": "steps", "eval_steps": 50, "eval_delay": 100}, 4),
-        ({"eval_strategy": "steps", "eval_steps": 0.25, "eval_on_start": "true"}, 5),
+        ({"eval_strategy": "steps", "eval_steps": 0.25}, 4),
         # 240 steps are an epoch of 125 and part of another.
         ({"eval_strategy": "epoch"}, 2),
         ({}, 1),

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config, LoraSettings
-from stages.check.estimate import Estimate, Lengths, Shapes, StageEstimate, estimate
+from stages.check.estimate import Estimate, Lengths, StageEstimate, estimate
 from stages.check.hardware import Hardware, hardware_named
+from stages.check.shapes import Shapes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "stages" / "recipes"

@@ -1,0 +1,187 @@
+"""Find what becomes of the rows of each set, and what stage one has already done with them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.base.folders import Folder, open_folder
+from pipeline.config.schema import Config
+from pipeline.data.intake import Ledger
+from pipeline.data.loading import survey_pairs
+from pipeline.data.rows import Source
+from pipeline.data.sources import count_rows, open_source
+from pipeline.data.survey import Survey, percentiles
+from pipeline.models.identity import differences, identity_of_run
+from pipeline.store.format import MANIFEST, pair_keys
+from pipeline.store.store import Store, is_finished, open_store, parts_there, read_manifest, read_parts
+from stages.check.estimate import Estimate, Lengths
+from stages.check.probe import Probe
+
+__all__ = ["Findings", "PairSet", "StoreState", "add_up", "begun_stores", "look_at_set", "look_at_stores"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """One set of pairs, surveyed."""
+
+    source: Source
+    ledger: Ledger
+    survey: Survey
+    rows: int | None
+    """Number of rows of the whole set; None if only a full read would tell."""
+    only_first_rows: int | None
+    """Number of rows that were surveyed if there are more; None: all."""
+
+    @property
+    def scale(self) -> float:
+        """Rows of the whole set as a multiple of the surveyed rows."""
+        if self.only_first_rows is None or self.rows is None or not self.ledger.rows:
+            return 1.0
+        return self.rows / self.ledger.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreState:
+    """Progress of stage one in the store of a set. None: unknown."""
+
+    folder: str
+    state: str
+    """not begun, unfinished or finished."""
+    differences: list[str] | None = None
+    """Fields in which the store's identity differs from this run's."""
+    units_done: int | None = None
+    units: int | None = None
+    totals: Mapping[str, Any] | None = None
+    """Counts of a finished store, as its index has them."""
+    pairs_missing: int | None = None
+    """Number of kept pairs that a finished store lacks."""
+    rows_of_set: int | None = None
+    rows_missing: int | None = None
+    """Number of rows whose part an unfinished store lacks."""
+
+    def missing_share(self, kept: int) -> float:
+        """Return the share of the set's `kept` pairs to score; all if the store is another run's or unknown."""
+        if self.differences:
+            return 1.0
+        if self.state == "finished":
+            return (self.pairs_missing or 0) / max(1, kept)
+        return 1.0 if self.rows_missing is None else self.rows_missing / max(1, self.rows_of_set or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All that is printed."""
+
+    sets: Mapping[str, PairSet]
+    stores: Mapping[str, StoreState]
+    estimate: Estimate | None = None
+    """None if no training pair was kept."""
+    probe: Probe | None = None
+    """None if nothing was measured here."""
+    host_memory: int | None = None
+    """Bytes of this machine's memory; None if the run is planned for another one."""
+
+
+def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, batch_pairs: int) -> PairSet:
+    """Survey a set, or its first `rows`. Bad rows are counted whatever `data.on_bad_row` says."""
+    source = open_source(config.data, config.data.eval.get(name))
+    total = count_rows(source)
+    surveyed = source
+    if rows is not None and (total is None or total > rows):
+        surveyed = dataclasses.replace(source, stop=source.start + rows)
+    ledger = Ledger()
+    survey = survey_pairs(
+        surveyed,
+        tokenizer,
+        dataclasses.replace(config.data, on_bad_row="skip"),
+        ledger,
+        rows_per_unit=config.precompute.rows_per_shard,
+        batch_pairs=batch_pairs,
+    )
+    is_part = surveyed is not source and (total is not None or ledger.rows == rows)
+    return PairSet(source=source, ledger=ledger, survey=survey, rows=total, only_first_rows=rows if is_part else None)
+
+
+def add_up(sets: Mapping[str, PairSet], stores: Mapping[str, StoreState]) -> Lengths | None:
+    """Add up the tokens of some sets, extended to the rows that were not surveyed; None if no pair was kept."""
+    found = list(sets.values())
+    pair_lengths = [percentiles(s.survey.lengths.get("pair", {})) for s in found]
+    shared = {name: s.scale * s.survey.shared_tokens for name, s in sets.items()}
+    missing = sum(
+        shared[name] * (stores[name].missing_share(s.ledger.kept) if name in stores else 1.0)
+        for name, s in sets.items()
+    )
+    whole = sum(shared.values())
+    pairs = sum(round(s.scale * s.ledger.kept) for s in found)
+    if not pairs:
+        return None
+    return Lengths(
+        pairs=pairs,
+        prompt_tokens=_scored(found, "prompt"),
+        chosen_tokens=_scored(found, "chosen"),
+        rejected_tokens=_scored(found, "rejected"),
+        longest_pair=max(p.get("p100", 0) for p in pair_lengths),
+        usual_pair=max(p.get("p95", 0) for p in pair_lengths),
+        shared_tokens=sum(map(round, shared.values())),
+        unscored=missing / whole if whole else 1.0,
+    )
+
+
+def _scored(sets: Sequence[PairSet], side: str) -> int:
+    return sum(round(s.scale * s.survey.scored[side]) for s in sets)
+
+
+def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) -> dict[str, StoreState]:
+    """Return what stage one has done for each set, what is missing, and what differs from this run."""
+    identity = None
+    states = {}
+    for name, pairs in sets.items():
+        folder = open_folder(config.precompute.output).child(name)
+        if folder.size(MANIFEST) is None:
+            states[name] = StoreState(folder=str(folder), state="not begun")
+            continue
+        # It takes digests of the weights, so only if there is a store to compare with.
+        identity = identity or identity_of_run(config, tokenizer)
+        states[name] = _state_of(folder, pairs, identity, config)
+    return states
+
+
+def _state_of(folder: Folder, pairs: PairSet, identity: Mapping[str, Any], config: Config) -> StoreState:
+    manifest, there = read_manifest(folder), parts_there(folder)
+    found = differences(manifest["identity"], identity, joining=True)
+    begun = StoreState(folder=str(folder), state="unfinished", differences=found, units_done=len(there))
+    if is_finished(folder):
+        store = open_store(folder)
+        missing = None
+        if pairs.only_first_rows is None and not found:
+            missing = pairs.survey.missing_from(
+                _first_bytes(pair_keys(part)) for part in read_parts(store, ["pair_key"])
+            )
+        return dataclasses.replace(
+            begun, state="finished", units=len(there), totals=store.index["totals"], pairs_missing=missing
+        )
+    total = pairs.rows
+    if total is None and pairs.only_first_rows is None:
+        total = pairs.ledger.rows
+    if total is None or "window" in manifest["plan"]:
+        return begun
+    size = int(manifest["plan"].get("rows_per_shard", config.precompute.rows_per_shard))
+    units = -(-total // size)
+    rows_missing = sum(min(size, total - unit * size) for unit in range(units) if unit not in there)
+    return dataclasses.replace(begun, units=units, rows_of_set=total, rows_missing=rows_missing)
+
+
+def begun_stores(config: Config, states: Mapping[str, StoreState]) -> list[Store]:
+    """Return the stores that have begun, with their manifests alone."""
+    output = open_folder(config.precompute.output)
+    folders = [output.child(name) for name, state in states.items() if state.state != "not begun"]
+    return [Store(folder=folder, manifest=read_manifest(folder), index={}) for folder in folders]
+
+
+def _first_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
+    """Return the first 8 bytes of each key as a number, as a survey keeps them."""
+    return keys.view(np.uint8).reshape(-1, 16)[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)

@@ -1,0 +1,196 @@
+"""Write the findings of a check as one JSON object, or as lines of text."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.data.sources import describe
+from pipeline.data.survey import PERCENTILES, REASONS, percentiles
+from stages.check.estimate import MEMORY_BAND, UTILISATION, StageEstimate
+from stages.check.findings import Findings, PairSet, StoreState
+from stages.check.hardware import GB
+
+__all__ = ["as_dict", "as_text", "estimate_lines", "gigabytes"]
+
+
+def as_dict(found: Findings) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    return {
+        "sets": {name: _set_as_dict(pairs) for name, pairs in found.sets.items()},
+        "estimate": _estimate_as_dict(found),
+        "stores": {
+            name: {key: value for key, value in dataclasses.asdict(state).items() if value is not None}
+            for name, state in found.stores.items()
+        },
+    }
+
+
+def _set_as_dict(pairs: PairSet) -> dict[str, Any]:
+    survey = pairs.survey
+    return {
+        "dataset": describe(pairs.source),
+        "rows_of_set": pairs.rows,
+        "only_first_rows": pairs.only_first_rows,
+        **pairs.ledger.as_dict(),
+        "found": dict(sorted(survey.found.items())),
+        "examples": {
+            reason: [dataclasses.asdict(example) for example in examples]
+            for reason, examples in sorted(survey.examples.items())
+        },
+        "lengths": {name: percentiles(counts) for name, counts in sorted(survey.lengths.items())},
+        "tokens": {
+            **{side: survey.scored[side] for side in ("prompt", "chosen", "rejected")},
+            "unshared": _unshared_tokens(pairs),
+            "shared": survey.shared_tokens,
+            "padded": survey.padded_tokens,
+            "padded_batch_pairs": survey.batch_pairs,
+        },
+        "duplicates": survey.duplicates,
+        "prompts": survey.prompt_groups(),
+    }
+
+
+def _unshared_tokens(pairs: PairSet) -> int:
+    scored = pairs.survey.scored
+    return 2 * scored["prompt"] + scored["chosen"] + scored["rejected"]
+
+
+def _estimate_as_dict(found: Findings) -> dict[str, Any] | None:
+    estimate = found.estimate
+    if estimate is None:
+        return None
+    return {
+        "hardware": dataclasses.asdict(estimate.hardware),
+        "memory_band": MEMORY_BAND,
+        "utilisation": None if estimate.precompute.measured else UTILISATION,
+        "probe": None if found.probe is None else dataclasses.asdict(found.probe),
+        "stages": {name: dataclasses.asdict(stage) for name, stage in estimate.stages.items()},
+        "host_memory": estimate.host_memory,
+        "host_memory_here": found.host_memory,
+        "disk": dict(estimate.disk),
+    }
+
+
+def as_text(found: Findings, max_length: int | None) -> list[str]:
+    """Return the lines for people. They quote the data, so they must be made printable."""
+    lines: list[str] = []
+    for name, pairs in found.sets.items():
+        lines += [f"{name}: {describe(pairs.source)}", *_set_lines(pairs, max_length), ""]
+    if found.estimate is not None:
+        lines += [*estimate_lines(found), ""]
+    for name, state in found.stores.items():
+        lines += _store_lines(name, state)
+    return lines
+
+
+def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
+    ledger, survey = pairs.ledger, pairs.survey
+    if pairs.only_first_rows is not None:
+        total = "an unknown number" if pairs.rows is None else f"{pairs.rows:,}"
+        known = "not of the whole set" if pairs.rows is None else "extended to the whole set"
+        yield f"  only the first {ledger.rows:,} of {total} rows; the estimates are {known}"
+    yield f"  rows          {ledger.rows:,} in, {ledger.kept:,} kept{_share(ledger.kept, ledger.rows)}"
+    for kind, counts, whole in (("dropped", ledger.dropped, ledger.rows), ("found", survey.found, ledger.kept)):
+        for reason, count in sorted(counts.items()):
+            yield f"  {kind:14}{count:,}{_share(count, whole)}: {REASONS.get(reason, reason.replace('_', ' '))}"
+            yield from (f"    {example.place}: {example.text}" for example in survey.examples.get(reason, ()))
+    if survey.lengths:
+        yield ""
+        yield f"  {'tokens':22}" + "".join(f"{f'{p}%' if p < 100 else 'max':>8}" for p in PERCENTILES)
+        for label in ("prompt", "chosen", "rejected", "total"):
+            values = percentiles(survey.lengths[label]).values()
+            yield f"  {label:22}" + "".join(f"{value:>8,}" for value in values)
+        yield f"  before truncation at max_length {max_length}; total: prompt and longer completion"
+    if ledger.kept:
+        shared, unshared, padded = survey.shared_tokens, _unshared_tokens(pairs), survey.padded_tokens
+        prompts = survey.prompt_groups()
+        yield ""
+        yield (
+            f"  computed      {shared:,} tokens with shared prompts, {unshared:,} without (saves "
+            f"{1 - shared / unshared:.0%}), {padded:,} in padded batches of {survey.batch_pairs} pairs (saves "
+            f"{1 - shared / padded:.0%})"
+        )
+        yield (
+            f"  equal         {survey.duplicates:,} pairs are duplicates; {prompts['distinct']:,} distinct prompts, "
+            f"{prompts['shared']:,} of them in several pairs, at most {prompts['largest']:,}"
+        )
+
+
+def _share(count: int, whole: int) -> str:
+    return f" ({count / whole:.1%})" if whole else ""
+
+
+def estimate_lines(found: Findings) -> Iterator[str]:
+    """Yield the lines about both stages, the CPU's memory and the disk. There must be an estimate."""
+    estimate, probe = found.estimate, found.probe
+    assert estimate is not None
+    hardware = estimate.hardware
+    yield f"about, on {hardware.label} ({gigabytes(hardware.memory)} each; {hardware.source})"
+    for name, stage in estimate.stages.items():
+        yield from _stage_lines(name, stage, hardware.memory)
+    needed, here = estimate.host_memory, found.host_memory
+    verdict = ""
+    if here is not None:
+        verdict = f": {'too much' if needed > here else 'fits'}, this machine has {gigabytes(here)}"
+    yield (
+        f"  {'CPU memory':14}{gigabytes(needed)} on the machine, all its processes together, while each loads the "
+        f"policy whole{verdict}"
+    )
+    disk = ", ".join(f"{part} {gigabytes(size)}" for part, size in estimate.disk.items())
+    yield f"  {'disk':14}{gigabytes(estimate.total_disk)}: {disk}"
+    if probe is not None:
+        yield (
+            f"  Measured here: one layer of the model reaches {probe.forward / 1e9:,.0f} GFLOP/s forward, "
+            f"{probe.training / 1e9:,.0f} in training ({probe.device}). The rest is arithmetic."
+        )
+    elif hardware.tflops_16bit is None:
+        yield "  Nothing is measured, and the speed of this hardware is not known: no times."
+    else:
+        bad, usual, good = UTILISATION
+        yield (
+            f"  Nothing is measured: {usual:.0%} of the data sheet's peak is assumed ({bad:.0%} to {good:.0%} in the "
+            "range), and memory counted from the model's config."
+        )
+
+
+def _stage_lines(name: str, stage: StageEstimate, memory: int) -> Iterator[str]:
+    if not stage.tokens:
+        yield f"  {name:14}done"
+        return
+    low, high = stage.memory_range
+    largest = sorted(stage.memory.items(), key=lambda part: -part[1])[:4]
+    parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in largest)
+    verdict = "too much" if low > memory else "maybe too much" if high > memory else "fits"
+    steps = f", {stage.steps:,} steps" if stage.steps else ""
+    yield f"  {name:14}{_time(stage.seconds)} for {stage.tokens:,} tokens{steps}"
+    yield (
+        f"  {'':14}{gigabytes(stage.total_memory)} of memory a device ({gigabytes(low)} to {gigabytes(high)}: "
+        f"{verdict}): {parts}; at {stage.batch_tokens:,} tokens at once"
+    )
+
+
+def gigabytes(size: float) -> str:
+    """Write a number of bytes in the unit that fits."""
+    for unit, name in ((GB, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}" if size < 100 * unit else f"{size / unit:,.0f} {name}"
+    return f"{size / 1000:,.0f} kB"
+
+
+def _time(seconds: tuple[float, float, float] | None) -> str:
+    if seconds is None:
+        return "no time known"
+    best, about, worst = seconds
+    unit, name = (3600, "hours") if about >= 3600 else (60, "minutes") if about >= 60 else (1, "seconds")
+    return f"{about / unit:,.1f} {name} ({best / unit:,.1f} to {worst / unit:,.1f})"
+
+
+def _store_lines(name: str, state: StoreState) -> Iterator[str]:
+    if state.units_done is None:
+        yield f"stage one, {name}: not begun in {state.folder}"
+        return
+    of = "" if state.units is None else f" of {state.units:,}"
+    missing = f"; {state.rows_missing:,} rows missing" if state.rows_missing else ""
+    missing += f"; {state.pairs_missing:,} pairs missing" if state.pairs_missing else ""
+    yield f"stage one, {name}: {state.state}, {state.units_done:,}{of} units in {state.folder}{missing}"
+    yield from (f"  differs in {difference}" for difference in state.differences or ())
