@@ -25,7 +25,7 @@ from pipeline.models.files import in_one_process, load_tokenizer, policy_as_refe
 from pipeline.models.identity import identity_of_reference, kinship
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.replies.means import estimate_kl, estimate_reward
-from pipeline.replies.records import Generation, Reply, generation_row
+from pipeline.replies.records import GENERATIONS, Generation, Reply, write_generations
 from pipeline.replies.rewarding import load_reward_model
 from pipeline.replies.sampling import (
     Prompt,
@@ -38,10 +38,9 @@ from pipeline.replies.sampling import (
 )
 from pipeline.run.checkpoints import saved_policy
 from pipeline.run.reading import SETTINGS
-from pipeline.run.records import GENERATIONS, INPUTS, write_generations
-from pipeline.scoring.forward import prepare
-from pipeline.scoring.memory import free_memory, peak_memory
-from pipeline.scoring.selfcheck import check_scoring
+from pipeline.run.records import INPUTS
+from pipeline.scoring.memory import peak_memory
+from pipeline.scoring.scorer import Scorer
 
 __all__ = [
     "run",
@@ -122,7 +121,7 @@ def run(
         )
         for prompt, reference, policy in zip(prompts, replies["reference"], replies["policy"], strict=True)
     ]
-    write_generations(run_folder, map(generation_row, generations))
+    write_generations(run_folder, generations)
     _say_result(generations, run_folder, step)
 
 
@@ -173,17 +172,16 @@ def _draw(
         prompts=[prompt.ids for prompt in prompts],
         sampling=sampling,
         stops=stop_ids(config, tokenizer),
-        pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         flag=flag,
         progress=Progress("generate", 2 * len(prompts), "replies"),
     )
     try:
         if kinship(config).adapters_off and reference_dtype(config) == reference_dtype(trained):
-            theirs, ours, ref_logps, policy_logps = _with_model(trained, "policy", partial(_do_all, work))
+            theirs, ours, ref_logps, policy_logps = _with_model(trained, "policy", tokenizer, partial(_do_all, work))
         else:
-            theirs = _with_model(config, "reference", lambda model, packed: work.draw(model))
-            ours, policy_logps = _with_model(trained, "policy", partial(_draw_and_score, work, theirs))
-            ref_logps = _with_model(config, "reference", lambda model, packed: work.score(model, packed, ours, theirs))
+            theirs = _with_model(config, "reference", tokenizer, work.draw)
+            ours, policy_logps = _with_model(trained, "policy", tokenizer, partial(_draw_and_score, work, theirs))
+            ref_logps = _with_model(config, "reference", tokenizer, lambda scorer: work.score(scorer, ours, theirs))
     finally:
         work.progress.close()
     return {
@@ -199,49 +197,46 @@ class _Work:
     prompts: list[list[int]]
     sampling: Sampling
     stops: list[int]
-    pad_id: int
     flag: StopFlag
     progress: Progress
 
-    def draw(self, model: Any) -> list[list[int]]:
+    def draw(self, scorer: Scorer) -> list[list[int]]:
         """Have a model write a reply to each prompt."""
         return draw_replies(
-            model,
+            scorer.model,
             self.prompts,
             self.sampling,
             stops=self.stops,
-            pad_id=self.pad_id,
+            pad_id=scorer.pad_id,
             flag=self.flag,
             count=lambda replies, tokens: self.progress.advance(
                 replies, tokens=tokens, memory=peak_memory(pick_device())
             ),
         )
 
-    def score(self, model: Any, packed: bool, ours: list[list[int]], theirs: list[list[int]]) -> list[list[float]]:
+    def score(self, scorer: Scorer, ours: list[list[int]], theirs: list[list[int]]) -> list[list[float]]:
         """Give a model's logps of the policy's and of the reference's replies."""
         leave_if_asked(self.flag)
-        return score_replies(model, self.prompts, ours, theirs, packed=packed, pad_id=self.pad_id)
+        return score_replies(scorer, self.prompts, ours, theirs)
 
 
-def _draw_and_score(
-    work: _Work, theirs: list[list[int]], model: Any, packed: bool
-) -> tuple[list[list[int]], list[list[float]]]:
-    ours = work.draw(model)
-    return ours, work.score(model, packed, ours, theirs)
+def _draw_and_score(work: _Work, theirs: list[list[int]], scorer: Scorer) -> tuple[list[list[int]], list[list[float]]]:
+    ours = work.draw(scorer)
+    return ours, work.score(scorer, ours, theirs)
 
 
 def _do_all(
-    work: _Work, model: Any, packed: bool
+    work: _Work, scorer: Scorer
 ) -> tuple[list[list[int]], list[list[int]], list[list[float]], list[list[float]]]:
     """Do both models' part with one, whose adapter is switched off for the reference's."""
-    with model.disable_adapter():
-        theirs = work.draw(model)
-    ours, policy_logps = _draw_and_score(work, theirs, model, packed)
-    with model.disable_adapter():
-        return theirs, ours, work.score(model, packed, ours, theirs), policy_logps
+    with scorer.model.disable_adapter():
+        theirs = work.draw(scorer)
+    ours, policy_logps = _draw_and_score(work, theirs, scorer)
+    with scorer.model.disable_adapter():
+        return theirs, ours, work.score(scorer, ours, theirs), policy_logps
 
 
-def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
+def _with_model(config: Config, what: str, tokenizer: Any, work: Callable[[Scorer], T]) -> T:
     """Load the reference that the settings name, have it work, and let go of it."""
     named = config.reference
     click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
@@ -249,12 +244,12 @@ def _with_model(config: Config, what: str, work: Callable[[Any, bool], T]) -> T:
         model: Any = load_reference(config, pick_device())
     if not all(bool(weight.isfinite().all()) for weight in model.parameters() if _is_here(weight)):
         raise DataError(f"the {what}'s weights are not all numbers; if that is the policy, its training has diverged")
-    prepare(model)
+    scorer = Scorer.check(model, tokenizer, f"the {what}")
+    del model
     try:
-        return work(model, check_scoring(model, f"the {what}"))
+        return work(scorer)
     finally:
-        del model
-        free_memory()
+        scorer.release()
 
 
 def _is_here(weight: Any) -> bool:

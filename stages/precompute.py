@@ -36,14 +36,14 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, data_files, describe, open_source
 from pipeline.models.files import declared_reference, load_tokenizer, policy_settings, reference_sources
 from pipeline.models.identity import check_dtypes, fingerprint_of, identity_of_run
-from pipeline.models.loading import load_reference, pick_device
+from pipeline.models.loading import pick_device
 from pipeline.run.checkpoints import find_checkpoint, is_recorded
 from pipeline.run.identity import run_identity
 from pipeline.run.records import delete_costs, write_cost
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.scoring.forward import prepare, score_pairs
-from pipeline.scoring.memory import free_memory, is_out_of_memory, name_of_device, peak_memory, tokens_that_fit
-from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.scoring.memory import free_memory, is_out_of_memory, name_of_device, peak_memory
+from pipeline.scoring.scorer import Scorer, load_scorer
+from pipeline.scoring.selfcheck import not_packed
 from pipeline.scoring.tensor_parallel import Ensemble, Led, processes_of_launch, share_of_process
 from pipeline.store.format import ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored, open_reusable
@@ -114,7 +114,7 @@ def _follow(config: Config, ensemble: Ensemble) -> None:
                 raise click.exceptions.Exit(content)
             return
         if order == "load":
-            model, *_ = _load_reference(config, ensemble)
+            model = _load_scorer(config, load_tokenizer(config, weights=False), ensemble).model
             continue
         try:
             Led.follow(model, content, ensemble, pick_device())
@@ -228,17 +228,15 @@ class _Account:
         self._device = pick_device()
         self._progress = Progress(name, to_do, "rows")
         self._pairs = self._rows = self._tokens = 0
-        self._of_unit: set[int] = set()
+        self._of_unit = 0
         self._last_look = time.monotonic()
 
     def __enter__(self) -> "_Account":
         return self
 
     def add(self, pair: KeptPair) -> None:
-        """Count a pair that was scored; once, though what ran out of memory is scored anew."""
-        if pair.row in self._of_unit:
-            return
-        self._of_unit.add(pair.row)
+        """Count a pair that was scored."""
+        self._of_unit += 1
         self._rows += 1
         self._pairs += 1
         self._tokens += _num_tokens(pair)
@@ -247,8 +245,8 @@ class _Account:
 
     def finish_unit(self, unit: Unit) -> None:
         """Count the rows that were dropped or copied, too."""
-        self._rows += unit.ledger.rows - len(self._of_unit)
-        self._of_unit.clear()
+        self._rows += unit.ledger.rows - self._of_unit
+        self._of_unit = 0
         self._look()
 
     def _look(self) -> None:
@@ -277,11 +275,8 @@ class _Reference:
     """The reference model, loaded when the first unit needs it: a rerun with nothing to do loads nothing."""
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None = None) -> None:
-        self._config, self._ensemble = config, ensemble
-        self._pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        self._model: Any = None
-        self._packed = False
-        self._tokens_per_batch = 0
+        self._config, self._tokenizer, self._ensemble = config, tokenizer, ensemble
+        self._scorer: Scorer | None = None
 
     def score_unit(
         self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None]
@@ -291,7 +286,7 @@ class _Reference:
         Args:
             pairs: Of the unit.
             flag: Asks to stop.
-            count: Called for each pair that is scored; again, where memory ran out and it is scored again.
+            count: Called for each pair that is scored.
 
         Returns:
             The scored pairs, in the order that they came in, and how far the second scoring was from the first.
@@ -299,67 +294,36 @@ class _Reference:
         Raises:
             UnfinishedError: A signal came; the unit is dropped as a whole.
         """
-        if self._model is None:
-            self._load()
-        self._check_vocabulary(pairs)
-        scored = self._score(pairs, flag, count)
+        if self._scorer is None:
+            self._scorer = self._load()
+        self._check_vocabulary(self._scorer, pairs)
+        scored = self._score(self._scorer, pairs, flag, count)
         # One pair alone has no other company to be scored in.
         twice = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
         again = [i * len(pairs) // twice for i in range(twice)]
-        return scored, _noise_floor([scored[i] for i in again], self._score([pairs[i] for i in again], flag, None))
+        second = self._score(self._scorer, [pairs[i] for i in again], flag, None)
+        return scored, _noise_floor([scored[i] for i in again], second)
 
     def _score(
-        self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
+        self, scorer: Scorer, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
     ) -> list[ScoredPair]:
         """Score pairs in batches of similar length; give them in the order that they came in."""
-        scored: list[ScoredPair | None] = [None] * len(pairs)
-        batches = score_pairs(
-            self._model,
-            [p.pair for p in pairs],
-            tokens_per_batch=self._tokens_per_batch,
-            pad_id=self._pad_id,
-            packed=self._packed,
-        )
-        try:
-            for i, chosen, rejected in batches:
-                scored[i] = ScoredPair(
-                    key=pairs[i].key,
-                    row=pairs[i].row,
-                    prompt_tokens=len(pairs[i].pair.prompt_ids),
-                    chosen_token_logps=chosen,
-                    rejected_token_logps=rejected,
-                )
-                if count is not None:
-                    count(pairs[i])
-                if flag:
-                    raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._halve(pairs, error)
-        else:
-            return [pair for pair in scored if pair is not None]
-        # Outside of the handler, whose error holds on to the batch that did not fit.
-        return self._score(pairs, flag, count)
+        scored: dict[int, ScoredPair] = {}
+        for i, chosen, rejected in scorer.logps([p.pair for p in pairs]):
+            scored[i] = ScoredPair(
+                key=pairs[i].key,
+                row=pairs[i].row,
+                prompt_tokens=len(pairs[i].pair.prompt_ids),
+                chosen_token_logps=chosen,
+                rejected_token_logps=rejected,
+            )
+            if count is not None:
+                count(pairs[i])
+            if flag:
+                raise UnfinishedError("stopped as asked; finished units are saved. Run the same command again")
+        return [scored[i] for i in range(len(pairs))]
 
-    def _halve(self, pairs: list[KeptPair], error: Exception) -> None:
-        """Go on with half the tokens in a batch. The longest pairs come first, so little is scored again."""
-        widest = max(_num_tokens(pair) for pair in pairs)
-        if self._tokens_per_batch <= widest:
-            raise ConfigError(
-                f"precompute.tokens_per_batch: not even the longest pair alone, {widest} tokens, fits the device's "
-                "memory. Finished units are saved. Use a larger device, a smaller reference.dtype or a smaller "
-                "data.max_length"
-            ) from error
-        self._tokens_per_batch //= 2
-        click.echo(
-            f"Out of memory: going on with {self._tokens_per_batch} tokens in a batch "
-            f"(precompute.tokens_per_batch: {self._tokens_per_batch} spares the try)",
-            err=True,
-        )
-        free_memory()
-
-    def _load(self) -> None:
+    def _load(self) -> Scorer:
         where = str(pick_device())
         if self._config.precompute.device_map is not None:
             where = "all GPUs that this process sees" if pick_device().type == "cuda" else where
@@ -367,22 +331,23 @@ class _Reference:
             where = f"{self._ensemble.num_processes} processes"
             self._ensemble.send(("load", None))
         click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
-        self._model, self._packed, self._tokens_per_batch = _load_reference(self._config, self._ensemble)
-        elsewhere = sum(p.numel() for p in self._model.parameters() if p.device.type == "meta")
+        scorer = _load_scorer(self._config, self._tokenizer, self._ensemble)
+        elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")
         if elsewhere:
             click.echo(
                 f"warning: {elsewhere:,} of the reference's weights do not fit the devices' memory and are fetched for "
                 "every batch, which is slow; use more GPUs or a narrower reference.dtype",
                 err=True,
             )
-        if not self._packed:
-            click.echo(f"warning: {not_packed(self._model)}", err=True)
+        if not scorer.packed:
+            click.echo(f"warning: {not_packed(scorer.model)}", err=True)
         if self._ensemble is not None:
-            self._model = Led(self._model, self._ensemble)
+            scorer.model = Led(scorer.model, self._ensemble)
+        return scorer
 
-    def _check_vocabulary(self, pairs: list[KeptPair]) -> None:
+    def _check_vocabulary(self, scorer: Scorer, pairs: list[KeptPair]) -> None:
         # An id past the embedding is a crash without a name on a GPU.
-        size = self._model.get_input_embeddings().weight.shape[0]
+        size = scorer.model.get_input_embeddings().weight.shape[0]
         for pair in pairs:
             top = max(max(pair.pair.prompt_ids), max(pair.pair.chosen_ids), max(pair.pair.rejected_ids))
             if top >= size:
@@ -392,19 +357,19 @@ class _Reference:
                 )
 
 
-def _load_reference(config: Config, ensemble: Ensemble | None) -> tuple[Any, bool, int]:
-    """Load and check the reference: the prepared model, whether it reads packed batches, tokens of a batch."""
+def _load_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None) -> Scorer:
+    """Load and check the reference, in all processes of an ensemble at once."""
 
-    def load() -> tuple[Any, bool, int]:
-        model = load_reference(config, pick_device())
-        prepare(model)
-        packed = check_scoring(model, reference_sources(config)[0].key)
-        return model, packed, config.precompute.tokens_per_batch or tokens_that_fit(model, packed)
+    def load() -> Scorer:
+        scorer = load_scorer(config, tokenizer, tokens_per_batch=config.precompute.tokens_per_batch)
+        scorer.fit()
+        return scorer
 
     if ensemble is None:
         return load()
-    model, packed, tokens = ensemble.together(load)
-    return model, packed, ensemble.smallest(tokens)
+    scorer = ensemble.together(load)
+    scorer.tokens_per_batch = ensemble.smallest(scorer.fit())
+    return scorer
 
 
 # Pairs of a unit for each one that is scored twice: 1.6% of the work.

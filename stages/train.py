@@ -45,8 +45,8 @@ from pipeline.run.checkpoints import (
 from pipeline.run.identity import check_same_run, run_identity
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import RunLog, read_costs, write_inputs
-from pipeline.scoring.forward import prepare
-from pipeline.scoring.selfcheck import check_scoring, not_packed
+from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.join import join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.store import Store, check_identity, open_store
@@ -144,9 +144,10 @@ def _train(
     finished = checkpoint is not None and _is_trained(checkpoint)
     # DeepSpeed loads its own form of the weights by itself.
     comes_with_weights = checkpoint is not None and (finished or not arguments.deepspeed)
-    policy, packed = _load_policy(
-        at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, arguments, state
+    scorer = _load_policy(
+        at_checkpoint(config, checkpoint) if checkpoint and comes_with_weights else config, tokenizer, arguments, state
     )
+    policy = scorer.model
     keep, arguments.save_total_limit = arguments.save_total_limit, None  # the library would count broken ones
     # A run that goes on has been measured at its start.
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
@@ -177,10 +178,10 @@ def _train(
         model=policy,
         args=arguments,
         data_collator=make_collator(
-            tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            scorer.pad_id,
             config.data.max_length,
             TokenLogps(_token_file(joined)),
-            packed=packed,
+            packed=scorer.packed,
         ),
         train_dataset=sets["train"],
         eval_dataset=_eval_sets(sets),
@@ -242,24 +243,26 @@ def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
     )
 
 
-def _load_policy(config: Config, arguments: transformers.TrainingArguments, state: PartialState) -> tuple[Any, bool]:
-    """Load the policy, ready to be scored and trained; also say whether it reads packed batches."""
+def _load_policy(
+    config: Config, tokenizer: Any, arguments: transformers.TrainingArguments, state: PartialState
+) -> Scorer:
+    """Load the policy, ready to be scored and trained."""
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
     with _in_one_piece(arguments):
         policy = load_policy(config)
-    prepare(policy)
-    packed = check_scoring(policy, "policy.model")
-    if not packed:
+    scorer = Scorer.check(policy, tokenizer, "policy.model")
+    if not scorer.packed:
         _say(state, f"warning: {not_packed(policy)}")
-    # A balance loss counts every token as often as it stands in padded rows.
-    packed = packed and not balance_weight(policy, config.loss)
+    if balance_weight(policy, config.loss):
+        # A balance loss counts every token as often as it stands in padded rows.
+        scorer.packed = False
     if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
         trained, total = policy.get_nb_trainable_parameters()
         _say(state, f"Training {trained:,} of {total:,} parameters")
-    return policy, packed
+    return scorer
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def run(
         click.exceptions.Exit: A command failed, which has said why; with its exit status.
     """
     flag = watch_signals(stop_at)
-    for needed in ("pipeline.gate", "pipeline.trainer", "pipeline.windows"):
+    for needed in ("pipeline.training.gate", "pipeline.training.trainer", "pipeline.training.windows"):
         importlib.import_module(needed)
     program = ["--debug"] if debug else []
     output = Path(training_settings(config)["output_dir"])

@@ -84,10 +84,8 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     from pipeline.data.sources import open_source, read_rows
     from pipeline.models.files import in_one_process, load_tokenizer
     from pipeline.models.identity import differences, identity_of_run
-    from pipeline.models.loading import load_reference, pick_device
     from pipeline.scoring.agreement import allowed_gap
-    from pipeline.scoring.forward import prepare, score_pairs
-    from pipeline.scoring.selfcheck import check_scoring
+    from pipeline.scoring.scorer import reference_scorer
 
     config = _config(store, model)
     stored_identity = store.manifest["identity"]
@@ -105,19 +103,11 @@ def _score_again(store: Store, model: str, sample: int) -> str:
             f"{config.data.path}: row {changed[0]} is not what was scored, nor are {len(changed) - 1} others of "
             f"{len(stored)}: the dataset has changed since"
         )
-    reference = load_reference(in_one_process(config), pick_device())
-    prepare(reference)
-    packed = check_scoring(reference, "--model")
     gaps = []
-    for i, chosen, rejected in score_pairs(
-        reference,
-        [pair.pair for pair in pairs],
-        tokens_per_batch=2048,
-        pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        packed=packed,
-    ):
-        row = stored[pairs[i].row]
-        gaps += [_gap(row, "chosen", chosen), _gap(row, "rejected", rejected)]
+    with reference_scorer(in_one_process(config), tokenizer, "--model", tokens_per_batch=2048) as scorer:
+        for i, chosen, rejected in scorer.logps([pair.pair for pair in pairs]):
+            row = stored[pairs[i].row]
+            gaps += [_gap(row, "chosen", chosen), _gap(row, "rejected", rejected)]
     flat = np.concatenate(gaps)
     mean, largest = float(flat.mean()), float(flat.max())
     reference_settings = stored_identity["reference"]

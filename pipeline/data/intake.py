@@ -1,9 +1,8 @@
-"""Rows of a source -> the pairs that are kept, tokenized; every drop is counted under its reason.
+"""Turn rows into tokenized pairs, and count what became of each row.
 
-Both stages take their pairs from here, so what stage one scored and what stage two asks for can't drift apart.
+Both stages take their pairs from here, so stage two asks for exactly the pairs that stage one scored.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,46 +10,78 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import BadRow
 from pipeline.config.schema import DataConfig
-from pipeline.data.pairs import to_pair
+from pipeline.data.layouts import to_pair
+from pipeline.data.pairs import Pair
 from pipeline.data.rows import Row
-from pipeline.data.survey import Survey
 from pipeline.data.tokens import TokenizedPair, pair_key, tokenize, truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "KeptPair",
-    "Ledger",
-    "kept_pairs",
-    "kept_rows",
-]
+__all__ = ["KeptPair", "Ledger", "Outcome", "kept_pairs", "kept_rows", "outcome_of", "outcomes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPair:
-    """A pair ready to be scored: ids as scored (truncated), key as joined (from the ids before truncation)."""
+    """A pair ready to be scored: truncated ids, and the key of the ids before truncation."""
 
     row: int
     place: str
     key: bytes
     pair: TokenizedPair
     truncated: bool = False
-    """Whether `max_length` cut a completion"""
+    """True if `max_length` cut a completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One row and what became of it: a kept pair, or a reason for dropping it."""
+
+    row: Row
+    values: Mapping[str, Any] | None = None
+    """Columns of the row; None if the row can't be decoded."""
+    pair: Pair | None = None
+    """Texts or messages; None if the row is not a pair."""
+    whole: TokenizedPair | None = None
+    """Token ids before truncation; None if the row can't be tokenized."""
+    key: bytes | None = None
+    """Join key of `whole`."""
+    kept: KeptPair | None = None
+    """The pair as it is scored; None if the row is dropped."""
+    dropped: str | None = None
+    """Reason of the drop; None if the pair is kept."""
+    error: BadRow | None = None
+    """Error that names the fault of a bad row."""
+    remarks: tuple[str, ...] = ()
+    """Remarks on a kept pair, as the ledger counts them."""
 
 
 @dataclass
 class Ledger:
-    """What became of the rows: rows = kept + the sum of dropped."""
+    """Counts of outcomes: rows = kept + the sum of dropped."""
 
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows left out, by reason."""
+    """Dropped rows by reason."""
     noted: Counter[str] = field(default_factory=Counter)
-    """Pairs kept that people should know of: truncated, identical, merged at the prompt's end."""
+    """Kept pairs by remark: truncated, identical, merged at the prompt's end."""
     skipped: list[dict[str, Any]] = field(default_factory=list)
     """Each bad row that was skipped: row, place, reason, message."""
+
+    def take(self, outcome: Outcome) -> None:
+        """Count one row."""
+        self.rows += 1
+        if outcome.dropped is None:
+            self.kept += 1
+            self.noted.update(outcome.remarks)
+            return
+        self.drop(outcome.dropped)
+        if outcome.error is not None:
+            row = outcome.row
+            self.skipped.append(
+                {"row": row.number, "place": row.place, "reason": outcome.dropped, "message": str(outcome.error)}
+            )
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] += 1
@@ -71,7 +102,7 @@ class Ledger:
         self.noted.update(other["noted"])
 
     def since(self, earlier: "Ledger") -> "Ledger":
-        """What has become of the rows that came after an earlier copy of these books."""
+        """Return the counts of the rows after an earlier copy of this ledger."""
         return Ledger(
             rows=self.rows - earlier.rows,
             kept=self.kept - earlier.kept,
@@ -81,79 +112,78 @@ class Ledger:
         )
 
     def summary(self) -> str:
-        """One line for people: rows, kept, and every drop and remark with its count."""
+        """Return one line for people: rows, kept pairs, and the count of every drop and remark."""
         parts = [f"{self.rows:,} rows, {self.kept:,} pairs kept"]
         parts += [f"{count:,} dropped: {reason.replace('_', ' ')}" for reason, count in sorted(self.dropped.items())]
         parts += [f"{count:,} {remark.replace('_', ' ')}" for remark, count in sorted(self.noted.items())]
         return "; ".join(parts)
 
 
-def kept_pairs(
-    rows: Iterable[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    data: DataConfig,
-    ledger: Ledger,
-    survey: Survey | None = None,
-) -> Iterator[KeptPair]:
-    """Yield the pairs that can be scored, in the rows' order, and keep the books; a survey learns of every row too.
+def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> Outcome:
+    """Decode, tokenize and truncate one row. A bad row is dropped whatever `data.on_bad_row` says.
 
     Raises:
-        BadRow: A row can't be a pair and `data.on_bad_row` is `stop`; the message names the way on.
+        ConfigError: The row is a conversation and the tokenizer has no chat template.
+    """
+    values: Mapping[str, Any] | None = None
+    pair: Pair | None = None
+    try:
+        values = row.load()
+        pair = to_pair(values, data.columns, row.place)
+        whole = tokenize(pair, tokenizer, row.place)
+    except BadRow as error:
+        return Outcome(row=row, values=values, pair=pair, dropped=error.reason, error=error)
+    key = pair_key(whole)
+    scored = truncate(whole, data.max_length)
+    identical = whole.chosen_ids == whole.rejected_ids
+    if scored is None or (identical and data.on_identical == "drop"):
+        dropped = "prompt_too_long" if scored is None else "identical"
+        return Outcome(row=row, values=values, pair=pair, whole=whole, key=key, dropped=dropped)
+    truncated = scored is not whole
+    remarks = {
+        "identical": identical,
+        "truncated": truncated,
+        "identical_after_truncation": not identical and scored.chosen_ids == scored.rejected_ids,
+        "merged_at_the_prompt's_end": whole.merged,
+    }
+    return Outcome(
+        row=row,
+        values=values,
+        pair=pair,
+        whole=whole,
+        key=key,
+        kept=KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=truncated),
+        remarks=tuple(remark for remark, holds in remarks.items() if holds),
+    )
+
+
+def outcomes(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> Iterator[Outcome]:
+    """Yield the outcome of every row, in order.
+
+    Raises:
+        BadRow: A row is not a pair and `data.on_bad_row` is `stop`. The message says what to do.
+        ConfigError: As `outcome_of`.
     """
     for row in rows:
-        ledger.rows += 1
-        try:
-            pair = to_pair(row.load(), data.columns, row.place)
-            whole = tokenize(pair, tokenizer, row.place)
-        except BadRow as error:
-            if data.on_bad_row == "stop":
-                way_on = "Set data.on_bad_row: skip, or mend the row and start over with --overwrite"
-                raise BadRow(error.reason, f"{error}. {way_on}") from error
-            ledger.drop(error.reason)
-            ledger.skipped.append(
-                {"row": row.number, "place": row.place, "reason": error.reason, "message": str(error)}
-            )
-            if survey is not None:
-                survey.refuse(row.place, row.number, error.reason, str(error))
-            continue
-        scored = truncate(whole, data.max_length)
-        identical = whole.chosen_ids == whole.rejected_ids
-        if scored is None or (identical and data.on_identical == "drop"):
-            reason = "prompt_too_long" if scored is None else "identical"
-            ledger.drop(reason)
-            if survey is not None:
-                survey.drop(row.place, row.number, reason, pair, whole)
-            continue
-        ledger.kept += 1
-        ledger.noted.update(
-            remark
-            for remark, holds in (
-                ("identical", identical),
-                ("truncated", scored is not whole),
-                ("identical_after_truncation", not identical and scored.chosen_ids == scored.rejected_ids),
-                ("merged_at_the_prompt's_end", whole.merged),
-            )
-            if holds
-        )
-        key = pair_key(whole)
-        if survey is not None:
-            survey.keep(row.place, row.number, key, pair, whole, scored, tokenizer)
-        yield KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=scored is not whole)
+        outcome = outcome_of(row, tokenizer, data)
+        if outcome.error is not None and data.on_bad_row == "stop":
+            remedy = "Set data.on_bad_row: skip, or mend the row and start over with --overwrite"
+            raise BadRow(outcome.error.reason, f"{outcome.error}. {remedy}") from outcome.error
+        yield outcome
 
 
 def kept_rows(
     rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
 ) -> Iterator[tuple[KeptPair, Mapping[str, Any]]]:
-    """Yield the kept pairs, each with the row that it came from, all its columns included. Raises as `kept_pairs`."""
-    latest: Mapping[str, Any] = {}
+    """Yield each kept pair with all columns of its row. Count every row in the ledger. Raises as `outcomes`."""
+    for outcome in outcomes(rows, tokenizer, data):
+        ledger.take(outcome)
+        if outcome.kept is not None and outcome.values is not None:
+            yield outcome.kept, outcome.values
 
-    def remembering(row: Row) -> Row:
-        def load() -> Mapping[str, Any]:
-            nonlocal latest
-            latest = row.load()
-            return latest
 
-        return dataclasses.replace(row, load=load)
-
-    for pair in kept_pairs((remembering(row) for row in rows), tokenizer, data, ledger):
-        yield pair, latest
+def kept_pairs(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
+) -> Iterator[KeptPair]:
+    """Yield the kept pairs in the rows' order. Count every row in the ledger. Raises as `outcomes`."""
+    return (pair for pair, _ in kept_rows(rows, tokenizer, data, ledger))

@@ -1,11 +1,11 @@
-"""Units of a source, read and tokenized in loader processes, in order, while their taker does something else.
+"""Read and tokenize the units of a source in loader processes, in order, while the consumer does something else.
 
     loader 0:  unit 0, unit 2, ...  \
-                                      bounded queue -> the taker, one unit at a time
+                                      bounded queue -> consumer, one unit at a time
     loader 1:  unit 1, unit 3, ...  /
 
-Every loader reads the whole source, but decodes and tokenizes the rows of its own units alone; finding a row costs
-little beside tokenizing it. Where there is little to do, no process is started and the taker does it all.
+Every loader reads the whole source, but decodes and tokenizes the rows of its own units only. Finding a row costs
+little compared with tokenizing it. A small source is read without loaders, by the consumer's own process.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.base.errors import UnfinishedError
 from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import DataConfig
-from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs, outcomes
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.survey import Survey
@@ -35,45 +35,37 @@ from pipeline.data.survey import Survey
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Unit",
-    "UnitQueue",
-    "count_loaders",
-    "load_pairs",
-    "survey_pairs",
-]
+__all__ = ["Unit", "UnitQueue", "count_loaders", "load_pairs", "survey_pairs"]
 
 # A process and its queue cost about a tenth of a second, in which a few hundred rows are tokenized.
 _FEW_ROWS = 512
 
-
-# Rows of a unit where nothing asks for another size: enough to make the way between processes cheap.
+# Rows of a unit where nothing asks for another size: enough to make the transfer between processes cheap.
 _ROWS_PER_UNIT = 256
 
-
-# Loaders where nothing but tokenization goes on; the one process that takes their pairs keeps up with about so many.
+# Loaders where the consumer only collects the pairs. It keeps up with about as many.
 _MOST_LOADERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """The kept pairs of consecutive rows, and what became of the others."""
+    """Kept pairs of consecutive rows, with the counts of all rows."""
 
     number: int
-    """Position among all units of the source, from 0"""
+    """Position among all units of the source, from 0."""
     pairs: list[KeptPair]
-    """Left out of a unit with a survey"""
+    """Empty in a unit with a survey."""
     ledger: Ledger
     survey: Survey | None = None
 
 
 def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: int) -> int:
-    """How many loader processes are worth it; 0 where reading in line is as quick.
+    """Return how many loader processes are worth their cost; 0 to read in the consumer's process.
 
     Args:
-        source: What is read.
-        rows: Rows that there are to be tokenized, where that is known.
-        rows_per_unit: What one loader tokenizes at a time.
+        source: Source to read.
+        rows: Number of rows to tokenize; None if unknown.
+        rows_per_unit: Number of rows that one loader tokenizes at a time.
         most: Upper limit.
     """
     if rows is None and source.stop is not None:
@@ -81,94 +73,71 @@ def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most:
     if rows is not None and (rows <= _FEW_ROWS or rows <= rows_per_unit):
         return 0
     if multiprocessing.current_process().daemon:
-        # Such a process may have no children.
+        # A daemonic process may not have children.
         return 0
-    holds_an_array = any(".json" in file.suffixes for file in source.files)
-    if (source.format == "hub" and source.streaming) or holds_an_array:
-        # Each loader would fetch the whole stream again, or hold all that may be a JSON array.
+    may_be_an_array = any(".json" in file.suffixes for file in source.files)
+    if (source.format == "hub" and source.streaming) or may_be_an_array:
+        # Each loader would fetch the whole stream again, or hold the whole array.
         most = 1
     if rows is not None:
         most = min(most, -(-rows // rows_per_unit))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # torchrun's processes share the machine; one CPU is for the process that takes the units.
+    # The processes of torchrun share the machine. One CPU is for the consumer.
     return max(1, min(most, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
+@dataclass(eq=False)
 class UnitQueue:
-    """Gives the units of a source in order, each tokenized as a whole.
+    """Yield the units of a source in order, each tokenized as a whole.
 
         with UnitQueue(...) as units:
             for unit in units:
                 ...
         units.num_units
 
-    No loader is more than two units ahead of the taker. An error in a loader is raised where its unit would have come,
-    as if there were no loaders, with the loader's traceback as a note.
-
-    Args:
-        source: Where the rows are.
-        tokenizer: Tokenizes them.
-        data: What is kept and how it is cut.
-        rows_per_unit: Consecutive rows of a unit.
-        wanted: Numbers of the rows that count; the others are passed over, and units cut from those that remain.
-        share: (I, N): give the units whose number leaves I when divided by N.
-        is_done: Tells by its number that a unit is not needed any more; asked when its turn to be read comes.
-        num_loaders: Processes that read and tokenize; 0: none but this one.
-        survey_batch: Survey each unit in place of its pairs; compare with padded batches of so many pairs.
+    A loader is at most two units ahead of the consumer. An error in a loader is raised where its unit would have come,
+    with the loader's traceback as a note.
     """
 
-    num_units: int
-    """Units of the whole source, other shares and those done included; known once the last unit was given."""
-
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: "PreTrainedTokenizerBase",
-        data: DataConfig,
-        *,
-        rows_per_unit: int,
-        wanted: frozenset[int] | None = None,
-        share: tuple[int, int] = (0, 1),
-        is_done: Callable[[int], bool] | None = None,
-        num_loaders: int = 0,
-        survey_batch: int | None = None,
-    ) -> None:
-        # A fork starts in milliseconds, and loaders touch neither model nor device. Elsewhere it is not safe or absent.
-        self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._num_loaders = num_loaders
-        self._stream = _UnitStream(
-            source,
-            tokenizer,
-            data,
-            rows_per_unit=rows_per_unit,
-            wanted=wanted,
-            share=share,
-            is_done=is_done,
-            survey_batch=survey_batch,
-            # Without a lock of its own: it is read in a signal handler.
-            closing=self._context.RawValue("b", 0) if num_loaders else None,
-        )
-        self._items: Any = None
+    source: Source
+    tokenizer: "PreTrainedTokenizerBase"
+    data: DataConfig
+    _: KW_ONLY
+    rows_per_unit: int
+    """Number of consecutive rows of a unit."""
+    wanted: frozenset[int] | None = None
+    """Numbers of the rows to read; units are cut from them. None: all rows."""
+    share: tuple[int, int] = (0, 1)
+    """(I, N): yield the units whose number leaves I when divided by N."""
+    is_done: Callable[[int], bool] | None = None
+    """Return True if the unit of this number need not be read. Called when its turn comes."""
+    num_loaders: int = 0
+    """Number of processes that read and tokenize; 0: this one does."""
+    survey_batch: int | None = None
+    """Survey each unit instead of keeping its pairs. Value: pairs per padded batch to compare with."""
+    num_units: int = field(init=False)
+    """Number of units of the whole source, all shares included. Set once the last unit was given."""
+    _closing: Any = field(default=None, init=False)
+    """Shared value that is not 0 once the loaders shall leave."""
+    _items: Any = field(default=None, init=False)
 
     def __enter__(self) -> "UnitQueue":
         return self
 
     def __iter__(self) -> Iterator[Unit]:
-        self._items = self._start() if self._num_loaders else self._stream.read(0, 1)
-        while (item := self._next()) is not None:
+        self._items = self._start() if self.num_loaders else self._read(0, 1)
+        while (item := self._next()) is not _END:
             match item:
-                case _Failure():
-                    raise item.error
+                case Exception():
+                    raise item
                 case Unit():
                     yield item
-                case _End():
-                    self.num_units = item.num_units
-                case _Skipped():
-                    pass
+                case int():
+                    self.num_units = item
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
-        # Raised by the library at whatever this process is doing when a loader dies.
+        # DataLoader raises this in the consumer, whatever it is doing, when a loader dies.
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             raise UnfinishedError(
                 f"a process that reads and tokenizes was ended from outside ({error}), maybe for lack of memory; "
@@ -176,35 +145,109 @@ class UnitQueue:
             ) from error
 
     def close(self) -> None:
-        """Have the loaders leave, at the end of the row that they are at."""
-        if self._stream.closing is not None:
+        """Stop the loaders at the end of their current row."""
+        if self._closing is not None:
             atexit.unregister(self.close)
-            self._stream.closing.value = 1
-        # With its last reference goes the iterator, which waits for its loaders.
+            self._closing.value = 1
+        # This drops the last reference to DataLoader's iterator, which then joins its processes.
         self._items = None
 
     def _start(self) -> Any:
-        # Loaders left to the end of the process would be told to end, and would not know that it is meant.
+        """Start the loaders. Return an iterator of what `_read` yields in them."""
+        # A fork starts in milliseconds and is safe here, since loaders use neither model nor device.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        # It has no lock, since a signal handler reads it.
+        self._closing = context.RawValue("b", 0)
+        # Stop the loaders before the interpreter exits; they would ignore a SIGTERM at exit.
         atexit.register(self.close)
-        # A text at a time needs no threads, and some versions of the tokenizers warn in a fork of those they had.
+        # A text at a time needs no threads, and some versions of tokenizers warn in a fork of a threaded process.
         with _default_environment("TOKENIZERS_PARALLELISM", "false"):
             return iter(
                 DataLoader(
-                    self._stream,
+                    _LoaderStream(self),
                     batch_size=None,
-                    num_workers=self._num_loaders,
-                    # Of one loader two units, for one may take longer than the next.
-                    prefetch_factor=2 if self._num_loaders == 1 else 1,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=functools.partial(_start_loader, self._stream.closing),
-                    multiprocessing_context=self._context,
-                    # Otherwise the run's own random numbers would move on by one.
+                    num_workers=self.num_loaders,
+                    # One loader prefetches two units, for one may take longer than the next.
+                    prefetch_factor=2 if self.num_loaders == 1 else 1,
+                    collate_fn=_unchanged,
+                    worker_init_fn=functools.partial(_ignore_signals, self._closing),
+                    multiprocessing_context=context,
+                    # Without a generator of its own it would advance the run's random numbers.
                     generator=torch.Generator(),
                 )
             )
 
     def _next(self) -> Any:
-        return next(self._items, None)
+        # A `for` loop would hold a reference to the iterator, and `close` could not end it.
+        return next(self._items, _END)
+
+    def _read(self, loader: int, num_loaders: int) -> Iterator[Unit | int | None]:
+        """Yield an item at every `num_loaders`-th turn: a unit, None for one that is done; last the number of units.
+
+        A unit's turn depends on its number only, so the order holds whichever units are done.
+        """
+        index, count = self.share
+        unit = -1
+        for unit, group in groupby(enumerate(self._rows()), key=lambda item: item[0] // self.rows_per_unit):
+            if unit % count == index and unit // count % num_loaders == loader:
+                is_done = self.is_done is not None and self.is_done(unit)
+                yield None if is_done else self._read_unit(unit, (row for _, row in group))
+        yield unit + 1
+
+    def _read_unit(self, number: int, rows: Iterator[Row]) -> Unit:
+        ledger = Ledger()
+        if self.survey_batch is None:
+            pairs = list(kept_pairs(rows, self.tokenizer, self.data, ledger))
+            return Unit(number=number, pairs=pairs, ledger=ledger)
+        survey = Survey(self.survey_batch)
+        for outcome in outcomes(rows, self.tokenizer, self.data):
+            ledger.take(outcome)
+            survey.take(outcome, self.tokenizer)
+        survey.close()
+        # The survey keeps a few examples of bad rows. A list of a million would not fit.
+        ledger.skipped.clear()
+        return Unit(number=number, pairs=[], ledger=ledger, survey=survey)
+
+    def _rows(self) -> Iterator[Row]:
+        for row in read_rows(self.source):
+            if self._closing is not None and self._closing.value:
+                raise _ClosingError
+            if self.wanted is None or row.number in self.wanted:
+                yield row
+
+
+_END = object()
+"""Stands for the end of a queue's items."""
+
+
+class _ClosingError(Exception):
+    """The consumer takes no more units."""
+
+
+class _LoaderStream(IterableDataset[Any]):
+    """Read the units of one loader, in its process."""
+
+    def __init__(self, queue: UnitQueue) -> None:
+        self._queue = queue
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        assert info is not None
+        try:
+            yield from self._queue._read(info.id, info.num_workers)
+        except _ClosingError:
+            return
+        except Exception as error:
+            # DataLoader would raise an error of its own type instead.
+            yield _portable(error)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(closing: Any, loader: int) -> None:
+    work_unsignalled(closing)
 
 
 def load_pairs(
@@ -212,7 +255,7 @@ def load_pairs(
 ) -> Iterator[KeptPair]:
     """Yield the kept pairs of a whole source as `kept_pairs` does, tokenized in loader processes.
 
-    The books are kept a unit at a time, so they are right once the last pair was given.
+    The ledger takes a unit at a time, so it is complete once the last pair was given.
     """
     num_loaders = count_loaders(source, count_rows(source), _ROWS_PER_UNIT, most=_MOST_LOADERS)
     with UnitQueue(source, tokenizer, data, rows_per_unit=_ROWS_PER_UNIT, num_loaders=num_loaders) as units:
@@ -231,15 +274,15 @@ def survey_pairs(
     rows_per_unit: int,
     batch_pairs: int,
 ) -> Survey:
-    """Survey the pairs of a whole source, in loader processes; the ledger learns what `kept_pairs` would tell it.
+    """Survey the pairs of a whole source in loader processes.
 
     Args:
-        source: Where the rows are.
-        tokenizer: Tokenizes them.
-        data: What is kept and how it is cut.
-        ledger: Keeps the books, but for the list of what was skipped.
-        rows_per_unit: Consecutive rows among which a prompt is computed once.
-        batch_pairs: Pairs of the padded batches that are compared with.
+        source: Source to read.
+        tokenizer: The policy's tokenizer.
+        data: Settings of truncation and of drops.
+        ledger: Counts the rows. Its list of skipped rows stays empty.
+        rows_per_unit: Number of consecutive rows in which a prompt is computed once.
+        batch_pairs: Pairs per padded batch to compare with.
     """
     num_loaders = count_loaders(source, count_rows(source), rows_per_unit, most=_MOST_LOADERS)
     whole = Survey(batch_pairs)
@@ -253,107 +296,8 @@ def survey_pairs(
     return whole
 
 
-@dataclass(frozen=True)
-class _Skipped:
-    """Stands where a unit would be that is done already, so that the units behind it keep their turns."""
-
-
-@dataclass(frozen=True)
-class _End:
-    num_units: int
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way to the main process; the library would raise one of its own making."""
-
-    error: Exception
-
-
-class _Closing(Exception):
-    """Nobody takes units any more."""
-
-
-class _UnitStream(IterableDataset[Any]):
-    """What a loader runs: reads all rows, gives the units that are its own, then the number of all units."""
-
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: "PreTrainedTokenizerBase",
-        data: DataConfig,
-        *,
-        rows_per_unit: int,
-        wanted: frozenset[int] | None,
-        share: tuple[int, int],
-        is_done: Callable[[int], bool] | None,
-        survey_batch: int | None,
-        closing: Any,
-    ) -> None:
-        self._source, self._tokenizer, self._data = source, tokenizer, data
-        self._rows_per_unit, self._wanted, self._share, self._is_done = rows_per_unit, wanted, share, is_done
-        self._survey_batch = survey_batch
-        self.closing = closing
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        assert info is not None
-        try:
-            yield from self.read(info.id, info.num_workers)
-        except _Closing:
-            return
-        except Exception as error:
-            yield _Failure(_portable(error))
-
-    def read(self, loader: int, num_loaders: int) -> Iterator[Any]:
-        """Give what is due at every `num_loaders`-th turn; whose turn it is depends on the unit's number alone."""
-        index, count = self._share
-        unit = -1
-        for unit, rows in self._units():
-            if unit % count != index or unit // count % num_loaders != loader:
-                continue
-            if self._is_done is not None and self._is_done(unit):
-                yield _Skipped()
-                continue
-            yield self._read_unit(unit, rows)
-        yield _End(unit + 1)
-
-    def _read_unit(self, number: int, rows: Iterator[Row]) -> Unit:
-        ledger = Ledger()
-        if self._survey_batch is None:
-            pairs = list(kept_pairs(rows, self._tokenizer, self._data, ledger))
-            return Unit(number=number, pairs=pairs, ledger=ledger)
-        survey = Survey(self._survey_batch)
-        for _ in kept_pairs(rows, self._tokenizer, self._data, ledger, survey):
-            pass
-        survey.close()
-        # Of a million bad rows the survey has a few examples.
-        ledger.skipped.clear()
-        return Unit(number=number, pairs=[], ledger=ledger, survey=survey)
-
-    def _units(self) -> Iterator[tuple[int, Iterator[Row]]]:
-        """Cut the source, or its wanted rows, into units, numbered from 0; unread rows are never decoded."""
-        for unit, group in groupby(enumerate(self._rows()), key=lambda item: item[0] // self._rows_per_unit):
-            yield unit, (row for _, row in group)
-
-    def _rows(self) -> Iterator[Row]:
-        for row in read_rows(self._source):
-            if self.closing is not None and self.closing.value:
-                raise _Closing
-            if self._wanted is None or row.number in self._wanted:
-                yield row
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _start_loader(closing: Any, loader: int) -> None:
-    work_unsignalled(closing)
-
-
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or one that says the same, if it can't travel between processes."""
+    """Return the error with its traceback as a note, or a RuntimeError of the same text if it can't be pickled."""
     trace = "".join(traceback.format_exception(error)).rstrip()
     try:
         copy = pickle.loads(pickle.dumps(error))
@@ -367,7 +311,7 @@ def _portable(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _default_environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a while, unless it is set already."""
+    """Set an environment variable for a while, unless it is set already."""
     if name in os.environ:
         yield
         return

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "LARGEST_ROW",
-    "Row",
-    "Source",
-]
+__all__ = ["LARGEST_ROW", "Row", "Source"]
 
 LARGEST_ROW = 4 * 2**20
-"""Bytes of one row of a text file. About a million tokens: what is longer is no preference, but a file without ends of
-lines, or another file's content."""
+"""Most bytes of one row of a text file, about a million tokens.
+
+A longer row is not a preference, but a file without line ends, or another file's content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where rows come from: `files` for local files, `path` for a `save_to_disk` folder or a hub name."""
+    """A set of rows: `files` for local files, `path` for a `save_to_disk` folder or a hub name."""
 
     path: str
     format: str
@@ -27,14 +24,14 @@ class Source:
     revision: str | None
     split: str
     start: int
-    """First row that is read, counted from 0."""
+    """Number of the first row to read, from 0."""
     stop: int | None
-    """Row before which reading stops; None: at the end."""
+    """Number of the row to stop before; None: read to the end."""
     files: tuple[Path, ...]
     columns: Mapping[str, str]
     streaming: bool
     all_columns: bool = False
-    """Read the columns too that no pair has, where a format could leave them out."""
+    """Read also the columns that a pair does not use, if the format could skip them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,6 @@ class Row:
     number: int
     """Position in the source, from 0."""
     place: str
-    """For people: file and line, or dataset and row."""
+    """Place for people: file and line, or dataset and row."""
     load: Callable[[], Mapping[str, Any]]
     """Decode the row. Raises BadRow if it is damaged."""

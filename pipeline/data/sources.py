@@ -1,8 +1,7 @@
-"""A preference dataset, wherever it is -> its rows in order, each with its place for messages.
+"""Find, read and count the rows of a preference dataset, wherever it is.
 
-Local files are read as streams, a row at a time, so memory does not grow with their length. A row's content is
-decoded only when it is asked for: a worker that skips another worker's rows pays for finding them, not for
-parsing them.
+Local files are read as streams, so memory does not grow with their length. A row is decoded only when it is loaded: a
+worker that skips another worker's rows pays for finding them, not for parsing them.
 """
 
 import re
@@ -14,30 +13,16 @@ from pipeline.config.schema import DataConfig, EvalSetConfig
 from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet
 from pipeline.data.rows import Row, Source
 
-__all__ = [
-    "count_rows",
-    "data_files",
-    "describe",
-    "find_set",
-    "open_set",
-    "open_source",
-    "read_rows",
-]
+__all__ = ["count_rows", "data_files", "describe", "find_set", "open_set", "open_source", "read_rows"]
 
-_ENDINGS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
+_ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
 def find_set(data: DataConfig, name: str) -> EvalSetConfig | None:
-    """Give the settings of a held-out set; None for `train`, which are those of `data` itself.
+    """Return the settings of a held-out set; None for `train`, whose settings are `data` itself.
 
     Raises:
-        ConfigError: There is no such set; the message names `--set` and those that there are.
+        ConfigError: There is no such set. The message names `--set` and all sets.
     """
     if name != "train" and name not in data.eval:
         raise ConfigError(f"--set {name}: data.eval names no such set; there are {', '.join(['train', *data.eval])}")
@@ -45,15 +30,15 @@ def find_set(data: DataConfig, name: str) -> EvalSetConfig | None:
 
 
 def open_set(data: DataConfig, name: str) -> Source:
-    """Find the rows of a set: `train`, or one that `data.eval` names. Raises as `find_set` and `open_source` do."""
+    """Find the rows of a set: `train` or one of `data.eval`. Raises as `find_set` and `open_source`."""
     return open_source(data, find_set(data, name))
 
 
 def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Source:
-    """Find the rows that `data` (or one of its held-out sets) names.
+    """Find the rows of `data`, or of one of its held-out sets.
 
     Raises:
-        ConfigError: The path names no file, the split no file of the folder, the format can't be told.
+        ConfigError: The path names no file, the split no file of the folder, or the format is unknown.
     """
     path, split, name = data.path, data.split, data.name
     if eval_set is not None:
@@ -64,7 +49,7 @@ def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Sour
         path=path,
         format=kind,
         name=name,
-        # A revision belongs to the repository that it was given for.
+        # A revision belongs to the repository of data.path.
         revision=data.revision if path == data.path else None,
         split=base,
         start=start,
@@ -79,7 +64,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     """Yield the rows of the source in order, from `start` to `stop`.
 
     Raises:
-        DataError: A file is damaged as a whole: a broken gzip stream, no Parquet file; or there is no row to read.
+        DataError: A whole file is damaged (a broken gzip stream, not Parquet), or there is no row to read.
         StorageError: A file can't be read, the hub can't be reached.
     """
     number = 0
@@ -94,28 +79,26 @@ def read_rows(source: Source) -> Iterator[Row]:
 
 
 def count_rows(source: Source) -> int | None:
-    """Count the rows from `start` to `stop` without decoding them; None where only a full read would tell."""
-    if source.format == "jsonl":
-        total = sum(1 for _ in json_lines(source)) if not is_json_array(source) else None
+    """Count the rows from `start` to `stop` without decoding them; None if only a full read would tell."""
+    if source.format == "jsonl" and not is_json_array(source):
+        total = sum(1 for _ in json_lines(source))
     elif source.format == "parquet":
         total = sum(open_parquet(file).metadata.num_rows for file in source.files)
     elif source.format == "disk":
         total = len(load_saved(source))
     else:
-        total = None
-    if total is None:
         return None
     stop = total if source.stop is None else min(source.stop, total)
     return max(0, stop - source.start)
 
 
 def data_files(source: Source) -> tuple[Path, ...]:
-    """The local files that hold the rows; none for a hub dataset."""
+    """Return the local files that hold the rows; none for a hub dataset."""
     return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
 
 
 def describe(source: Source) -> str:
-    """Name the source for people: its path and, where it has any, its split and range of rows."""
+    """Name the source for people: its path, split and range of rows."""
     rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start or ''}:{source.stop or ''}]"
     return f"{source.path} ({source.split}{rows})"
 
@@ -123,17 +106,17 @@ def describe(source: Source) -> str:
 def _parse_split(split: str) -> tuple[str, int, int | None]:
     match = re.fullmatch(r"([\w.+-]+)(?:\[([0-9]{,18}):([0-9]{,18})\])?", split)
     if match is None:
-        raise ConfigError(f"data.split: {split!r} is no split; write train, or train[200:1000] for a range of rows")
+        raise ConfigError(
+            f"data.split: must be a name with or without a range of rows, got {split!r}. Write train or train[200:1000]"
+        )
     base, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
     if stop is not None and stop <= start:
-        raise ConfigError(f"data.split: {split!r} holds no rows")
+        raise ConfigError(f"data.split: must hold rows, got {split!r}")
     return base, start, stop
 
 
 def _ending(path: Path) -> str | None:
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes = suffixes[:-1]
+    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
     return _ENDINGS.get(suffixes[-1]) if suffixes else None
 
 
@@ -147,7 +130,7 @@ def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[P
     if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
         return "disk", ()
     if format == "disk":
-        raise ConfigError(f"data.path: {path}: no folder made by save_to_disk")
+        raise ConfigError(f"data.path: must be a folder made by save_to_disk, got {path}")
     files = _files_of_split(local, split, format) if local.is_dir() else (local,)
     kinds = {format or _ending(file) for file in files}
     if len(kinds) > 1:
@@ -162,19 +145,17 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A name that is too long, a folder that may not be looked into.
+        # For example a name that is too long, or a folder without permission.
         return False
 
 
 def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path, ...]:
-    """Take `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., in the folder or in its `data/`, as the hub lays it.
+    """Return `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, ..., of the folder, or of its `data/` as on the hub.
 
-    Only a number may follow the split's name: `train_prefs.parquet` is a split of its own.
+    Only a number may follow the split's name: `train_prefs.parquet` is another split.
     """
-    for place in (folder, folder / "data"):
-        if not place.is_dir():
-            continue
-        stems = re.compile(rf"{re.escape(split)}(?:[-_.]\d[\w-]*)?")
+    stems = re.compile(rf"{re.escape(split)}(?:[-_.]\d[\w-]*)?")
+    for place in filter(Path.is_dir, (folder, folder / "data")):
         found = [
             file
             for file in sorted(place.iterdir())

@@ -1,8 +1,7 @@
-"""What people should know of a set of pairs before it costs them a GPU: changes, lengths, tokens, duplicates.
+"""Survey a set of pairs before it costs a GPU: lengths, tokens, duplicates, and what people should know of pairs.
 
-A survey takes pairs one at a time and adds up; surveys of parts of a set add up to that of the whole, so that loader
-processes can each make their own. What it holds does not grow with the text: counts, a few examples, a count for each
-length that occurs, and 16 bytes a pair by which duplicates and shared prompts are told.
+Surveys of consecutive rows add up to the survey of them all, so each loader process can make its own. Memory does not
+grow with the text: a survey holds counts, a few examples, and 16 bytes a pair to recognize duplicates by.
 """
 
 import itertools
@@ -16,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.intake import KeptPair, Outcome
 from pipeline.data.pairs import Pair
+from pipeline.data.rows import Row
 from pipeline.data.tokens import TokenizedPair, renders_prompt_alike
 
 __all__ = ["PERCENTILES", "REASONS", "Example", "Survey", "percentiles"]
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
-
 
 REASONS = {
     "prompt_too_long": "prompt alone fills max_length, nothing is left to score",
@@ -37,19 +37,17 @@ REASONS = {
     "identical": "chosen and rejected are equal",
     "identical_after_truncation": "chosen and rejected are equal once they are cut",
 }
-"""What can be found in a pair, for people"""
-
+"""Meaning of each remark, for people."""
 
 _MOST_EXAMPLES = 3
 
-
 _SHOWN = 60
-"""Characters of an example's text"""
+"""Most characters of an example's text."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One pair that something was found in."""
+    """One row that something was found in."""
 
     place: str
     row: int
@@ -58,70 +56,59 @@ class Example:
 
 @dataclass
 class Survey:
-    """What was found in the pairs so far."""
+    """Counts of the rows so far."""
 
     batch_pairs: int = 8
-    """Pairs of the padded batches that packing is compared with"""
+    """Pairs per padded batch, to compare packing with."""
     found: Counter[str] = field(default_factory=Counter)
-    """Kept pairs, by what was found in them: keys of `REASONS`"""
+    """Kept pairs by remark (a key of `REASONS`)."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    """A few of the first, by what was found or why the row was dropped"""
+    """First few rows by remark or reason of a drop."""
     lengths: dict[str, Counter[int]] = field(default_factory=dict)
-    """How often each length in tokens occurs. Before truncation, in all pairs with tokens: prompt, chosen, rejected and
-    total, prompt and longer completion; of kept pairs, as scored: pair, the prompt and both completions"""
-    scored: Counter[str] = field(default_factory=Counter)
-    """Tokens of kept pairs after truncation: prompt, chosen, rejected"""
-    shared_tokens: int = 0
-    """What stage one computes: each prompt of a unit once"""
-    padded_tokens: int = 0
-    """What batches of `batch_pairs` pairs compute, two padded rows for each, cut from the rows in their order"""
-    highest_id: int = -1
-    """Of all tokens of kept pairs"""
-    keys: "array[int]" = field(default_factory=lambda: array("Q"))
-    """Of each kept pair, the first 8 bytes of its key"""
-    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
-    """Of each kept pair, 8 bytes that stand for its prompt"""
-    _groups: dict[int, dict[int, int]] = field(default_factory=dict)
-    """Of the open unit: by prompt, its tokens under 0 and those of each completion"""
-    _batch: list[int] = field(default_factory=list)
-    """Longest sequence of each pair of the open batch"""
+    """Number of pairs by length in tokens.
 
-    def keep(
-        self, place: str, row: int, key: bytes, pair: Pair, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any
-    ) -> None:
-        """Take in a pair that is kept, `whole` before truncation and `cut` after it."""
-        self._measure(whole)
-        shown = _shown(pair)
-        found = [remark for remark, holds in _remarks(pair, whole, cut, tokenizer) if holds]
+    `prompt`, `chosen`, `rejected`, and `total` (prompt and longer completion) count every tokenized pair before
+    truncation. `pair` counts kept pairs as scored: the prompt and both completions."""
+    scored: Counter[str] = field(default_factory=Counter)
+    """Tokens of kept pairs after truncation: prompt, chosen, rejected."""
+    shared_tokens: int = 0
+    """Tokens that stage one computes: each prompt of a unit once."""
+    padded_tokens: int = 0
+    """Tokens of padded batches of `batch_pairs` pairs, two rows a pair, in the order of the rows."""
+    highest_id: int = -1
+    """Highest token id of all kept pairs."""
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    """First 8 bytes of each kept pair's key."""
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
+    """8-byte digest of each kept pair's prompt."""
+    _groups: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Computed tokens of the open unit: by prompt, the prompt's own under 0 and those of each completion."""
+    _batch: list[int] = field(default_factory=list)
+    """Longest sequence of each pair of the open batch."""
+
+    def take(self, outcome: Outcome, tokenizer: Any) -> None:
+        """Add one row."""
+        pair, whole = outcome.pair, outcome.whole
+        if pair is None or whole is None:
+            # The message begins with the place, which an example stores in a field of its own.
+            self._add_example(outcome.dropped, outcome.row, str(outcome.error).removeprefix(f"{outcome.row.place}: "))
+            return
+        prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
+        total = prompt + max(chosen, rejected)
+        for name, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected), ("total", total)):
+            self._count(name, length)
+        text = f"{prompt} + {chosen} / {rejected} tokens: {_shown(pair)}"
+        if outcome.kept is None:
+            self._add_example(outcome.dropped, outcome.row, text)
+            return
+        found = _remarks(outcome, outcome.kept.pair, pair, whole, tokenizer)
         self.found.update(found)
         for remark in found:
-            self._add_example(remark, Example(place, row, f"{_sizes(whole)}: {shown}"))
-        sides = {"prompt": cut.prompt_ids, "chosen": cut.chosen_ids, "rejected": cut.rejected_ids}
-        self.scored.update({name: len(ids) for name, ids in sides.items()})
-        self._count("pair", sum(map(len, sides.values())))
-        self.highest_id = max(self.highest_id, *(max(ids) for ids in sides.values()))
-        prompt = _digest(cut.prompt_ids)
-        self.keys.append(int.from_bytes(key[:8], "big"))
-        self.prompts.append(prompt)
-        group = self._groups.setdefault(prompt, {0: len(cut.prompt_ids)})
-        for ids in (cut.chosen_ids, cut.rejected_ids):
-            # The last token of a completion predicts nothing, and is not computed.
-            group[_digest(ids)] = len(ids) - 1
-        self._batch.append(len(cut.prompt_ids) + max(len(cut.chosen_ids), len(cut.rejected_ids)))
-        if len(self._batch) == self.batch_pairs:
-            self._close_batch()
-
-    def drop(self, place: str, row: int, reason: str, pair: Pair, whole: TokenizedPair) -> None:
-        """Take in a pair with tokens that is dropped all the same."""
-        self._measure(whole)
-        self._add_example(reason, Example(place, row, f"{_sizes(whole)}: {_shown(pair)}"))
-
-    def refuse(self, place: str, row: int, reason: str, message: str) -> None:
-        """Take in a row that can't be a pair. Its message begins with the place, which an example has apart."""
-        self._add_example(reason, Example(place, row, message.removeprefix(f"{place}: ")))
+            self._add_example(remark, outcome.row, text)
+        self._take_kept(outcome.kept)
 
     def close(self) -> None:
-        """End a unit: prompts are shared within one alone."""
+        """End a unit. Stage one shares a prompt's computation within a unit only."""
         self._close_batch()
         self.shared_tokens += sum(sum(group.values()) for group in self._groups.values())
         self._groups = {}
@@ -131,8 +118,8 @@ class Survey:
         self.found.update(other.found)
         self.scored.update(other.scored)
         for reason, examples in other.examples.items():
-            for example in examples:
-                self._add_example(reason, example)
+            there = self.examples.setdefault(reason, [])
+            there += examples[: _MOST_EXAMPLES - len(there)]
         for name, counts in other.lengths.items():
             self.lengths.setdefault(name, Counter()).update(counts)
         self.shared_tokens += other.shared_tokens
@@ -143,44 +130,56 @@ class Survey:
 
     @property
     def duplicates(self) -> int:
-        """Kept pairs that are equal to an earlier one."""
+        """Number of kept pairs that equal an earlier one."""
         return len(self.keys) - len(np.unique(_as_array(self.keys)))
 
     def prompt_groups(self) -> dict[str, int]:
-        """Count the distinct prompts, those that several pairs have, and the pairs of the one that most have."""
-        if not len(self.prompts):
-            return {"distinct": 0, "shared": 0, "largest": 0}
+        """Count the distinct prompts, the prompts of several pairs, and the pairs of the most frequent prompt."""
         _, counts = np.unique(_as_array(self.prompts), return_counts=True)
-        return {"distinct": len(counts), "shared": int((counts > 1).sum()), "largest": int(counts.max())}
+        return {
+            "distinct": len(counts),
+            "shared": int((counts > 1).sum()),
+            "largest": int(counts.max(initial=0)),
+        }
 
     def missing_from(self, keys: Iterable[npt.NDArray[np.uint64]]) -> int:
         """Count the kept pairs whose key is in none of the arrays."""
-        stored = list(keys)
-        return int((~np.isin(_as_array(self.keys), np.concatenate(stored))).sum()) if stored else len(self.keys)
+        stored = np.concatenate([np.empty(0, np.uint64), *keys])
+        return int((~np.isin(_as_array(self.keys), stored)).sum())
 
-    def _measure(self, whole: TokenizedPair) -> None:
-        prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
-        self._count("prompt", prompt)
-        self._count("chosen", chosen)
-        self._count("rejected", rejected)
-        self._count("total", prompt + max(chosen, rejected))
+    def _take_kept(self, kept: KeptPair) -> None:
+        """Add the tokens of a kept pair as they are scored."""
+        sides = {"prompt": kept.pair.prompt_ids, "chosen": kept.pair.chosen_ids, "rejected": kept.pair.rejected_ids}
+        lengths = {name: len(ids) for name, ids in sides.items()}
+        self.scored.update(lengths)
+        self._count("pair", sum(lengths.values()))
+        self.highest_id = max(self.highest_id, *map(max, sides.values()))
+        prompt = _digest(kept.pair.prompt_ids)
+        self.keys.append(int.from_bytes(kept.key[:8], "big"))
+        self.prompts.append(prompt)
+        group = self._groups.setdefault(prompt, {0: lengths["prompt"]})
+        for name in ("chosen", "rejected"):
+            # The last token of a completion predicts nothing, so it is not computed.
+            group[_digest(sides[name])] = lengths[name] - 1
+        self._batch.append(lengths["prompt"] + max(lengths["chosen"], lengths["rejected"]))
+        if len(self._batch) == self.batch_pairs:
+            self._close_batch()
 
     def _count(self, name: str, length: int) -> None:
         self.lengths.setdefault(name, Counter())[length] += 1
 
-    def _add_example(self, reason: str, example: Example) -> None:
-        there = self.examples.setdefault(reason, [])
+    def _add_example(self, reason: str | None, row: Row, text: str) -> None:
+        there = self.examples.setdefault(str(reason), [])
         if len(there) < _MOST_EXAMPLES:
-            there.append(example)
+            there.append(Example(row.place, row.number, text))
 
     def _close_batch(self) -> None:
-        if self._batch:
-            self.padded_tokens += 2 * len(self._batch) * max(self._batch)
+        self.padded_tokens += 2 * len(self._batch) * max(self._batch, default=0)
         self._batch = []
 
 
 def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
-    """Give the lengths that so many percent of all reach at most, exactly: `p5` to `p100`, the largest."""
+    """Return the exact percentiles of counted lengths, `p5` to `p100` (the largest); none of no lengths."""
     if not counts:
         return {}
     lengths = np.array(sorted(counts))
@@ -192,35 +191,30 @@ def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
     }
 
 
-def _remarks(pair: Pair, whole: TokenizedPair, cut: TokenizedPair, tokenizer: Any) -> list[tuple[str, bool]]:
+def _remarks(outcome: Outcome, cut: TokenizedPair, pair: Pair, whole: TokenizedPair, tokenizer: Any) -> list[str]:
+    """Return the outcome's remarks and those that only a survey looks for."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     sides = [(whole.chosen_ids, cut.chosen_ids), (whole.rejected_ids, cut.rejected_ids)]
     beginnings = [_beginnings(whole.prompt_ids, side, bos, eos) for side, _ in sides]
-    in_template = whole.merged and not isinstance(pair.prompt, str) and not renders_prompt_alike(pair, tokenizer)
-    identical = whole.chosen_ids == whole.rejected_ids
-    return [
-        ("truncated", cut is not whole),
-        ("eos_cut", eos is not None and any(a.count(eos) > b.count(eos) for a, b in sides)),
-        ("no_eos", eos is not None and any(eos not in a for a, _ in sides)),
-        ("doubled_eos", eos is not None and any(_follows_itself(a, eos) for a, _ in sides)),
-        ("no_bos", bos is not None and 0 in beginnings),
-        ("several_bos", bos is not None and max(beginnings) > 1),
-        ("merged_at_the_prompt's_end", whole.merged and not in_template),
-        ("template_differs", in_template),
-        ("identical", identical),
-        ("identical_after_truncation", not identical and cut.chosen_ids == cut.rejected_ids),
-    ]
+    found = {
+        **dict.fromkeys(outcome.remarks, True),
+        "eos_cut": eos is not None and any(a.count(eos) > b.count(eos) for a, b in sides),
+        "no_eos": eos is not None and any(eos not in a for a, _ in sides),
+        "doubled_eos": eos is not None and any((eos, eos) in itertools.pairwise(a) for a, _ in sides),
+        "no_bos": bos is not None and 0 in beginnings,
+        "several_bos": bos is not None and max(beginnings) > 1,
+    }
+    if whole.merged and not isinstance(pair.prompt, str) and not renders_prompt_alike(pair, tokenizer):
+        # The template is the cause, not the tokenizer.
+        found |= {"merged_at_the_prompt's_end": False, "template_differs": True}
+    return [remark for remark, holds in found.items() if holds]
 
 
 def _beginnings(prompt: list[int], completion: list[int], bos: int | None, eos: int | None) -> int:
-    """How many beginning tokens a sequence has; where ends are marked by the same token, those it begins with."""
+    """Count the beginning tokens of a sequence; only those at its start if the same token also marks ends."""
     if bos != eos:
         return prompt.count(bos) + completion.count(bos)  # type: ignore[arg-type]
     return next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
-
-
-def _follows_itself(ids: list[int], token: int) -> bool:
-    return any(a == b == token for a, b in itertools.pairwise(ids))
 
 
 def _digest(ids: list[int]) -> int:
@@ -232,12 +226,8 @@ def _as_array(values: "array[int]") -> npt.NDArray[np.uint64]:
     return np.frombuffer(values, np.uint64) if len(values) else np.empty(0, np.uint64)
 
 
-def _sizes(pair: TokenizedPair) -> str:
-    return f"{len(pair.prompt_ids)} + {len(pair.chosen_ids)} / {len(pair.rejected_ids)} tokens"
-
-
 def _shown(pair: Pair) -> str:
-    """The end of the prompt's text, where it meets the completions."""
+    """Return the end of the prompt's text, where it meets the completions."""
     last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1].get("content")
     text = " ".join(last.split()) if isinstance(last, str) else ""
     return text if len(text) <= _SHOWN else f"... {text[-_SHOWN:]}"

@@ -1,8 +1,8 @@
-"""Pair -> prompt_ids, chosen_ids, rejected_ids; truncation; the pair's key.
+"""Tokenize a pair into prompt, chosen and rejected ids; truncate them; make the pair's key.
 
-The ids are those that TRL 1.16 gives for the same row, tokenizer and chat template, but for three defects that
-are not repeated: a second EOS from a tokenizer that adds its own, a second BOS from a prompt that already starts
-with one, and pairs dropped without a word (intake.py counts them).
+The ids equal TRL 1.16's for the same row, tokenizer and chat template, except for three of its defects: a second EOS
+from a tokenizer that adds its own, a second BOS if the prompt already starts with one, and silently dropped pairs
+(`intake` counts them).
 """
 
 import contextlib
@@ -22,38 +22,31 @@ from pipeline.data.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "TOKENIZATION_VERSION",
-    "TokenizedPair",
-    "pair_key",
-    "renders_prompt_alike",
-    "tokenize",
-    "truncate",
-]
+__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "renders_prompt_alike", "tokenize", "truncate"]
 
 TOKENIZATION_VERSION = 1
-"""Goes into every fingerprint; to be raised with any change here or in pairs.py that changes a token."""
+"""Part of every identity. Raise it with any change here, in layouts.py or in pairs.py that changes a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPair:
-    """Token ids of one pair. The prompt's last token predicts the first token of either completion."""
+    """Token ids of a pair. The prompt's last token predicts the first token of either completion."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     merged: bool = False
-    """Tokens merged across the prompt's end, so the completion starts a little earlier than its text."""
+    """True if tokens merged across the prompt's end, so that the completions start a little before their texts."""
 
 
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
-    """Tokenize prompt, prompt+chosen and prompt+rejected whole; the prompt is what all three share.
+    """Tokenize prompt, prompt+chosen and prompt+rejected as wholes; the ids that all three share are the prompt.
 
-    Plain text ends in an EOS, where the tokenizer has one; an automatic one on top of it is dropped. In a
-    conversation the chat template alone decides what ends a turn. Truncation is not done here.
+    Plain text ends in one EOS if the tokenizer has one. In a conversation the chat template decides what ends a turn.
+    The ids are not truncated.
 
     Raises:
-        BadRow: The template refuses the messages, the prompt has no token, a completion has none.
+        BadRow: The template refuses the messages, or the prompt or a completion has no token.
         ConfigError: The pair is a conversation and the tokenizer has no chat template.
     """
     if isinstance(pair.prompt, str):
@@ -75,9 +68,9 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
 
 
 def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | None:
-    """Cut both completions so that prompt and completion fit `max_length` (TRL's keep_start).
+    """Cut both completions so that the prompt and either one fit `max_length` (TRL's keep_start).
 
-    None where the prompt alone fills it: such a pair has nothing left to score and must be dropped and counted.
+    Return None if the prompt alone fills it: such a pair has nothing to score.
     """
     if max_length is None:
         return pair
@@ -95,10 +88,10 @@ def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | Non
 
 
 def pair_key(pair: TokenizedPair) -> bytes:
-    """The join key, 16 bytes: BLAKE2b-128 over three lengths and the ids of prompt, chosen and rejected.
+    """Return the join key of a pair before truncation, 16 bytes.
 
-    Lengths are int64, ids int32, all little-endian; to be taken before truncation. The lengths keep two pairs
-    apart whose ids are equal when strung together.
+    It is BLAKE2b-128 over three lengths (int64) and the ids (int32) of prompt, chosen and rejected, little-endian. The
+    lengths distinguish pairs whose concatenated ids are equal.
     """
     parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     digest = hashlib.blake2b(struct.pack("<3q", *map(len, parts)), digest_size=16)
@@ -109,7 +102,7 @@ def pair_key(pair: TokenizedPair) -> bytes:
 
 def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token or ""
-    # What the tokenizer puts around any text on its own.
+    # The tokens that the tokenizer adds to any text.
     around = tokenizer("a", verbose=False)["input_ids"]
     adds_bos, adds_eos = around[:1] == [bos], around[-1:] == [tokenizer.eos_token_id]
     three = []
@@ -120,7 +113,7 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
         ids = tokenizer(text, verbose=False)["input_ids"]
         if adds_bos and ids[:2] == [bos, bos]:
             ids = ids[1:]
-        # A completion's text has its EOS by now, and the lone prompt is not over.
+        # The completion's text already has its EOS, and the prompt alone must not have one.
         if adds_eos:
             ids = ids[:-1]
         three.append(ids)
@@ -147,17 +140,17 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
                     **arguments,
                 )
                 ids.append(encoded["input_ids"])
-    except Exception as error:  # a template is a program, which may fail in any way
+    except Exception as error:  # a template is a program and may raise anything
         reason = str(error) or type(error).__name__
         raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
     return ids[0], ids[1], ids[2]
 
 
 def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
-    """Tell whether a conversation's prompt, as text, is how both whole conversations begin.
+    """Return True if both whole conversations, as text, begin with the conversation's prompt.
 
-    Some templates write the prompt otherwise when an answer follows, and what differs is then scored as if it were the
-    answer's.
+    Some templates write the prompt differently when an answer follows. The different part is then scored as if it
+    belonged to the answer.
     """
     assert not isinstance(pair.prompt, str)
     arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {}), "tokenize": False}
@@ -170,14 +163,14 @@ def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
 
 
 _MOST_SECONDS = 60
-"""For the conversations of one pair, which take milliseconds"""
+"""Time limit for the conversations of one pair, which take milliseconds."""
 
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    """Stop a template that would run forever: nested loops need no more than a line of it.
+    """Stop a template that would run forever, such as nested loops.
 
-    A signal stops it, so there is no limit outside of a process's main thread, nor where there are no such signals.
+    A signal stops it, so there is no limit outside the main thread, nor on systems without interval timers.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -196,9 +189,5 @@ def _time_limit() -> Iterator[None]:
 
 
 def _shared_length(a: list[int], b: list[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    """Return the length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

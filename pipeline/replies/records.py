@@ -1,51 +1,114 @@
-"""Replies of the policy and the reference to a prompt, as `generations.jsonl` holds them."""
+"""Replies of the policy and of the reference to the same prompts, written to and read from `generations.jsonl`."""
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+from pipeline.base.errors import DataError, first_line
+from pipeline.base.files import replace_file
 
-__all__ = [
-    "Generation",
-    "Reply",
-    "generation_row",
-]
+__all__ = ["GENERATIONS", "Generation", "Reply", "read_generations", "write_generations"]
+
+GENERATIONS = "generations.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What one model has replied to a prompt."""
+    """One model's reply to a prompt."""
 
     text: str
     num_tokens: int
     ref_logps: float
-    """Nats, of the whole reply under the reference"""
+    """Log-prob of the whole reply under the reference, nats"""
     policy_logps: float
+    """Log-prob of the whole reply under the policy, nats"""
     reward: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One prompt with the reply of either model."""
+    """One prompt with a reply of each model. The optional fields say how the replies were drawn."""
 
     set_name: str
     row: int
     prompt: str
     step: int | None
+    """Optimizer step of the policy"""
     temperature: float | None
     max_tokens: int | None
     seed: int | None
     num_prompts: int | None
-    """How many were asked for: the set may have fewer"""
+    """Number of prompts that were asked for; a small set gives fewer"""
     reward_by: str | None
-    """Who gave the rewards; None where there are none."""
+    """Name of the judge; None without rewards"""
     reference: Reply
     policy: Reply
 
 
-def generation_row(generation: Generation) -> Mapping[str, Any]:
-    """Give a line of a run's generations.jsonl, as `runs.read_run` reads it."""
-    names = {"set_name": "set", "num_prompts": "prompts"}
-    return {names.get(name, name): value for name, value in asdict(generation).items()}
+_KEYS = {"set_name": "set", "num_prompts": "prompts"}
+"""Field -> its key in the file, where the two differ"""
+
+
+def write_generations(run_folder: Path, generations: Iterable[Generation]) -> None:
+    """Write a run's replies, one prompt a line. Raises StorageError."""
+    rows = ({_KEYS.get(name, name): value for name, value in asdict(one).items()} for one in generations)
+    replace_file(run_folder / GENERATIONS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_generations(file: Path) -> list[Generation]:
+    """Read what `write_generations` wrote. Raises DataError for any other content, OSError if it can't be read."""
+    generations = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            generations.append(_generation(json.loads(line)))
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise DataError(
+                f"{file}, line {number}: must be a prompt with two replies ({first_line(error)}). "
+                "Run `refshard generate` again"
+            ) from error
+    return generations
+
+
+def _generation(row: Any) -> Generation:
+    def optional(key: str, kind: type) -> Any:
+        return None if row.get(key) is None else kind(row[key])
+
+    return Generation(
+        set_name=str(row["set"]),
+        row=int(row["row"]),
+        prompt=_text(row["prompt"]),
+        step=optional("step", int),
+        temperature=optional("temperature", float),
+        max_tokens=optional("max_tokens", int),
+        seed=optional("seed", int),
+        num_prompts=optional("prompts", int),
+        reward_by=optional("reward_by", str),
+        reference=_reply(row["reference"]),
+        policy=_reply(row["policy"]),
+    )
+
+
+def _reply(row: Mapping[str, Any]) -> Reply:
+    reward = row["reward"]
+    return Reply(
+        text=_text(row["text"]),
+        num_tokens=int(row["num_tokens"]),
+        ref_logps=_finite(row["ref_logps"]),
+        policy_logps=_finite(row["policy_logps"]),
+        reward=reward if reward is not None and math.isfinite(reward) else None,
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"must be text, got {value!r}")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"must be a finite number, got {value!r}")
+    return number

@@ -18,14 +18,14 @@ import transformers
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
-from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.pairs import Message, to_pair
+from pipeline.data.intake import outcomes
+from pipeline.data.pairs import Message
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import find_model, policy_settings
-from pipeline.scoring.forward import input_device, score_pairs
-from pipeline.scoring.memory import tokens_that_fit
+from pipeline.scoring.forward import input_device
+from pipeline.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,12 +90,13 @@ def choose_prompts(
         if position < wanted[len(chosen)]:
             continue
         # A row that was dropped, or whose prompt was there already, leaves its place to the next.
-        for kept in kept_pairs([row], tokenizer, config.data, Ledger()):
-            ids = kept.pair.prompt_ids
+        for outcome in outcomes([row], tokenizer, config.data):
+            if outcome.kept is None or outcome.pair is None:
+                continue
+            ids = outcome.kept.pair.prompt_ids
             if tuple(ids) not in seen:
                 seen.add(tuple(ids))
-                content = to_pair(row.load(), source.columns, row.place).prompt
-                chosen.append(Prompt(row=row.number, ids=ids, content=content))
+                chosen.append(Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
     return chosen
 
 
@@ -200,16 +201,14 @@ def leave_if_asked(flag: StopFlag) -> None:
 
 
 def score_replies(
-    model: Any, prompts: Sequence[Sequence[int]], *replies: Sequence[Sequence[int]], packed: bool, pad_id: int
+    scorer: Scorer, prompts: Sequence[Sequence[int]], *replies: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Give a model's logps of replies, with the scorer of both stages.
+    """Give a model's logps of replies.
 
     Args:
-        model: A prepared causal language model; its adapter, if any, as it is worn now.
+        scorer: Holds the model; its adapter, if any, as it is worn now.
         prompts: Token ids of N prompts.
         replies: One or two lists of N replies each, as token ids.
-        packed: The model reads packed batches.
-        pad_id: What padding is filled with, where there is any.
 
     Returns:
         For each list, the logps of its replies: nats, summed over the tokens.
@@ -219,6 +218,5 @@ def score_replies(
         TokenizedPair(prompt_ids=list(prompt), chosen_ids=list(one), rejected_ids=list(other))
         for prompt, one, other in zip(prompts, replies[0], replies[-1], strict=True)
     ]
-    scored = score_pairs(model, pairs, tokens_per_batch=tokens_that_fit(model, packed), pad_id=pad_id, packed=packed)
-    sums = {i: (math.fsum(one.tolist()), math.fsum(other.tolist())) for i, one, other in scored}
+    sums = {i: (math.fsum(one.tolist()), math.fsum(other.tolist())) for i, one, other in scorer.logps(pairs)}
     return [[sums[i][side] for i in range(len(pairs))] for side in range(len(replies))]

@@ -1,6 +1,7 @@
-"""Charts of runs: curves over steps, histograms, points with error bars; thinned so that a page stays small.
+"""Charts: curves over steps, histograms, and points with error bars.
 
-Thinning keeps the extremes, and a smoothed curve is drawn over the raw one, never in its place.
+Long curves are thinned, so that a page stays small; thinning keeps the extremes. A smoothed curve is drawn over the
+raw one, never instead of it.
 """
 
 import html
@@ -15,26 +16,13 @@ from markupsafe import Markup
 
 from pipeline.base.errors import printable
 from pipeline.base.statistics import histogram
-from pipeline.report.pages import COLORS, chart
+from pipeline.report.pages import COLORS, GRAY, chart
 
-__all__ = [
-    "Line",
-    "Point",
-    "histogram_chart",
-    "line_chart",
-    "point_chart",
-    "running_mean",
-    "style_of",
-    "thin",
-]
+__all__ = ["Line", "Point", "histogram_chart", "line_chart", "point_chart", "running_mean", "style_of", "thin"]
 
-_MOST_POINTS = 2000
-
-
+_MOST_POINTS, _MOST_MARKERS, _FEWEST_SMOOTHED, _MOST_BINS = 2000, 60, 80, 50
 _DASHES = ("solid", "dash", "dot", "dashdot")
-
-
-_GRAY = COLORS[-1]
+_FAINT = {"line": {"color": GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +32,16 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
-    """None is a gap."""
+    """Values; None is a gap"""
     color: str
     dash: str = "solid"
     smoothed: bool = False
-    """Whether a running mean is drawn over it, where it has points enough for one."""
+    """Draw a running mean over the curve, if it has enough points"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point, each error None where it is not known."""
+    """One point with its standard errors; None for an unknown error."""
 
     name: str
     x: float
@@ -65,48 +53,44 @@ class Point:
 
 def style_of(number: int) -> tuple[str, str]:
     """Give the color and the dash of the nth of many curves."""
-    colors = COLORS[:-1]
-    return colors[number % len(colors)], _DASHES[number // len(colors) % len(_DASHES)]
+    return COLORS[number % len(COLORS)], _DASHES[number // len(COLORS) % len(_DASHES)]
 
 
 def thin(
     x: Sequence[float], y: Sequence[float | None], most: int = _MOST_POINTS
 ) -> tuple[list[float], list[float | None]]:
-    """Keep at most so many points of a curve: of each stretch its lowest and its highest, and both ends."""
+    """Keep at most so many points of a curve: both ends, and the lowest and the highest of each stretch."""
     if len(x) <= most:
         return list(x), list(y)
     kept = {0, len(x) - 1}
-    # Two points of each stretch, and perhaps a gap.
+    # A stretch keeps two points, and perhaps a gap.
     edges = np.linspace(0, len(x), (most - 2) // 3 + 1).astype(int)
-    values = np.array([np.nan if value is None else value for value in y], dtype=np.float64)
+    values = _with_nan(y)
     for start, stop in pairwise(edges):
         stretch = values[start:stop]
-        there = np.flatnonzero(~np.isnan(stretch))
-        if len(there):
-            kept |= {int(start + there[stretch[there].argmin()]), int(start + there[stretch[there].argmax()])}
-        if len(there) < len(stretch):
+        present = np.flatnonzero(~np.isnan(stretch))
+        if len(present):
+            kept |= {int(start + present[pick(stretch[present])]) for pick in (np.argmin, np.argmax)}
+        if len(present) < len(stretch):
             kept.add(int(start + np.flatnonzero(np.isnan(stretch))[0]))
     order = sorted(kept)
     return [x[i] for i in order], [y[i] for i in order]
 
 
 def running_mean(y: Sequence[float | None]) -> tuple[list[float | None], int]:
-    """Average each point with its neighbours, as many on either side, fewer at the ends; also give how many at most."""
+    """Average each point with its neighbours, the same number on both sides. Also give the largest window."""
     half = len(y) // 40
-    values = np.array([np.nan if value is None else value for value in y], dtype=np.float64)
-    there = ~np.isnan(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(there, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(there)])
+    values = _with_nan(y)
+    present = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(present, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(present)])
     place = np.arange(len(y))
-    # The same number on both sides, or the curve would lean where it rises.
+    # A window with more points on one side would bend the curve where it rises.
     reach = np.minimum(np.minimum(place, place[::-1]), half)
     low, high = place - reach, place + reach + 1
     number = counts[high] - counts[low]
     means = (sums[high] - sums[low]) / np.maximum(number, 1)
-    return [float(m) if n and t else None for m, n, t in zip(means, number, there, strict=True)], 2 * half + 1
-
-
-_FEWEST_SMOOTHED = 80
+    return [float(m) if n and p else None for m, n, p in zip(means, number, present, strict=True)], 2 * half + 1
 
 
 def line_chart(
@@ -119,87 +103,67 @@ def line_chart(
     level: tuple[float, str] | None = None,
     marks: Sequence[float] = (),
 ) -> Markup:
-    """Draw curves over the steps.
+    """Draw curves.
 
     Args:
-        title: Above the chart.
-        lines: Those without points are left out.
-        y_title: With the unit.
-        x_title: With the unit.
-        bounds: Of the y axis; left out, it has zero in it and all of the curves.
-        level: A value to compare with, and what it is, which is said under the chart: in it a curve may pass anywhere.
-        marks: Steps at which something happened, as vertical lines.
+        title: Text above the chart.
+        lines: Curves; those without points are left out.
+        y_title: Name of the y axis, with its unit.
+        x_title: Name of the x axis, with its unit.
+        bounds: Ends of the y axis; None shows zero and all of the curves.
+        level: A value to compare with, and its name, which is printed under the chart and not across the curves.
+        marks: Places on the x axis, drawn as vertical lines.
     """
     import plotly.graph_objects as go
 
     figure = go.Figure()
     for line in lines:
-        if not line.x:
-            continue
-        smooth = line.smoothed and len(line.x) >= _FEWEST_SMOOTHED
-        name = _text(line.name)
-        x, y = thin(line.x, _rounded(line.y))
-        figure.add_scatter(
-            x=x,
-            y=y,
-            name=name,
-            legendgroup=name,
-            mode="lines+markers" if len(x) <= 60 else "lines",
-            line={"color": line.color, "dash": line.dash, "width": 1 if smooth else 1.8},
-            marker={"size": 4},
-            opacity=0.4 if smooth else 1,
-            showlegend=not smooth,
-            hovertemplate="%{y:.5g}",
-        )
-        if smooth:
-            means, width = running_mean(line.y)
-            x, y = thin(line.x, _rounded(means))
-            figure.add_scatter(
-                x=x,
-                y=y,
-                name=name,
-                legendgroup=name,
-                mode="lines",
-                line={"color": line.color, "dash": line.dash, "width": 2.2},
-                hovertemplate=f"%{{y:.5g}} (mean of {width})",
-            )
-    shapes: list[dict[str, Any]] = [
-        {"type": "line", "xref": "x", "x0": step, "x1": step, "yref": "paper", "y0": 0, "y1": 1, **_FAINT}
-        for step in marks
-    ]
+        if line.x:
+            _add_line(figure, line)
+    shapes = [{"type": "line", "xref": "x", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1} for x in marks]
     if level is not None:
-        shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level[0], "y1": level[0], **_FAINT})
-    _lay_out(figure, x_title, y_title, shapes=shapes, hovermode="x unified")
-    if bounds is not None:
-        figure.update_yaxes(range=bounds)
-    else:
-        figure.update_yaxes(rangemode="tozero")
-    note = "" if level is None else f"Dotted across: {level[1]}."
+        shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level[0], "y1": level[0]})
+    _lay_out(figure, x_title, y_title, shapes=[{**shape, **_FAINT} for shape in shapes], hovermode="x unified")
+    figure.update_yaxes(**({"rangemode": "tozero"} if bounds is None else {"range": bounds}))
+    note = "" if level is None else f"Dotted horizontal line: {level[1]}."
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}", note=note)
 
 
-_FAINT = {"line": {"color": _GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
+def _add_line(figure: Any, line: Line) -> None:
+    def add(values: Sequence[float | None], width: float, hint: str = "", **how: Any) -> None:
+        x, y = thin(line.x, _rounded(values))
+        stroke = {"color": line.color, "dash": line.dash, "width": width}
+        name, hint = _text(line.name), f"%{{y:.5g}}{hint}"
+        figure.add_scatter(x=x, y=y, name=name, legendgroup=name, line=stroke, hovertemplate=hint, **how)
+
+    if line.smoothed and len(line.x) >= _FEWEST_SMOOTHED:
+        add(line.y, 1, mode="lines", opacity=0.4, showlegend=False)
+        means, window = running_mean(line.y)
+        add(means, 2.2, f" (mean of {window})", mode="lines")
+    else:
+        add(line.y, 1.8, mode="lines+markers" if len(line.x) <= _MOST_MARKERS else "lines", marker={"size": 4})
 
 
 def histogram_chart(
     title: str, columns: Sequence[tuple[str, npt.NDArray[Any], str, str]], *, x_title: str, of: str
 ) -> Markup:
-    """Draw how values are spread, all columns in the same bins, and say how many values lie outside or are no numbers.
+    """Draw the distributions of columns in the same bins, and count values that are outside or not finite.
 
     Args:
-        title: Above the chart.
+        title: Text above the chart.
         columns: Name, values, color and dash of each.
-        x_title: With the unit.
-        of: What the values are of, in the plural: pairs, replies.
+        x_title: Name of the values, with their unit.
+        of: Name of what has a value, in the plural: pairs, replies.
     """
     import plotly.graph_objects as go
 
-    finite = [values[np.isfinite(values)].astype(np.float64) for _, values, _, _ in columns]
-    together = np.concatenate(finite)
-    edges = histogram(together, int(np.clip(3 * len(together) ** (1 / 3), 10, _MOST_BINS))).edges
+    finite = [values[np.isfinite(values)] for _, values, _, _ in columns]
+    pooled = np.concatenate(finite)
+    edges = histogram(pooled, int(np.clip(3 * len(pooled) ** (1 / 3), 10, _MOST_BINS))).edges
     figure = go.Figure()
     for (name, _, color, dash), values in zip(columns, finite, strict=True):
         shares = histogram(values, edges).counts / max(len(values), 1)
+        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
         figure.add_scatter(
             x=_rounded(edges.tolist()),
             y=_rounded([*shares.tolist(), float(shares[-1])]),
@@ -207,27 +171,18 @@ def histogram_chart(
             mode="lines",
             line={"color": color, "dash": dash, "width": 1.8, "shape": "hv"},
             fill="tozeroy" if len(columns) <= 2 else "none",
-            fillcolor=_pale(color),
+            fillcolor=f"rgba({red},{green},{blue},0.18)",
             hovertemplate="%{y:.2%}",
         )
     _lay_out(figure, x_title, f"share of {of}", hovermode="x unified")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(zeroline=True)
-    whole, outside = histogram(together, edges), []
-    if beyond := whole.below + whole.above:
-        outside.append(f"{beyond:,} of {len(together):,} values lie beyond the bins")
-    if broken := sum(len(values) for _, values, _, _ in columns) - len(together):
-        outside.append(f"{broken:,} of {broken + len(together):,} are not numbers")
-    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}", note="; ".join(outside))
-
-
-_MOST_BINS = 50
-"""As on the page of a store"""
-
-
-def _pale(color: str) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"
+    counted, notes = histogram(pooled, edges), []
+    if outside := counted.below + counted.above:
+        notes.append(f"{outside:,} of {len(pooled):,} values are outside the chart")
+    if broken := sum(len(values) for _, values, _, _ in columns) - len(pooled):
+        notes.append(f"{broken:,} of {broken + len(pooled):,} are not finite")
+    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}", note="; ".join(notes))
 
 
 def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: str) -> Markup:
@@ -243,7 +198,7 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
             name=_text(point.name),
             mode="markers+text",
             text=[_text(point.name)],
-            # Inward, where there is room on a narrow screen too.
+            # Names point inward, where a narrow screen has room too.
             textposition="top left" if point.x > middle > 0 else "top right",
             cliponaxis=False,
             marker={"size": 9, "color": point.color},
@@ -253,7 +208,7 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
     figure.update_layout(showlegend=False, height=460)
-    # Room for the errors and for the names, which the library does not leave.
+    # Plotly leaves no room for error bars and names.
     figure.update_xaxes(range=_padded([0.0, *(v for p in points for v in _ends(p.x, p.x_error))]), zeroline=True)
     figure.update_yaxes(range=_padded([v for p in points for v in _ends(p.y, p.y_error)]))
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
@@ -283,17 +238,20 @@ def _lay_out(figure: Any, x_title: str, y_title: str, **layout: Any) -> None:
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left"},
         **layout,
     )
-    figure.update_xaxes(
-        title={"text": _text(x_title)}, zeroline=False, spikethickness=1, spikecolor=_GRAY, spikedash="dot"
-    )
+    spikes = {"spikethickness": 1, "spikecolor": GRAY, "spikedash": "dot"}
+    figure.update_xaxes(title={"text": _text(x_title)}, zeroline=False, **spikes)
     figure.update_yaxes(title={"text": _text(y_title)}, zeroline=True)
 
 
+def _with_nan(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Six digits: more than a screen shows, and a smaller page."""
+    """Round to six digits: more than a screen shows, and a smaller page."""
     return [None if value is None else float(f"{value:.6g}") for value in values]
 
 
 def _text(text: str) -> str:
-    """Text as Plotly shows it as it stands: it takes some HTML for formatting."""
+    """Escape text for Plotly, which reads some HTML as formatting."""
     return html.escape(printable(text), quote=False)

@@ -1,52 +1,84 @@
-"""Runs beside each other: what sets their settings apart, and the name and color that each has on a page."""
+"""Several runs on one page: their names, their colors, the settings in which they differ, and tables over runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from markupsafe import Markup
+
+from pipeline.base.errors import printable
 from pipeline.report.charts import style_of
+from pipeline.report.pages import swatch, table
 from pipeline.run.reading import Run
 
-__all__ = [
-    "Shown",
-    "common_folder",
-    "differing_settings",
-    "flatten",
-    "show_runs",
-]
+__all__ = ["Shown", "by_equal", "common_folder", "differing_settings", "flatten", "runs_table", "show_runs"]
+
+_Described = TypeVar("_Described")
+
+# Places and names of a run don't affect what it learns.
+_NOT_COMPARED = ("cluster.", "train.output_dir", "train.logging_dir", "train.run_name", "train.hub_", "train.report_to")
+_FIRST = ("loss.", "train.learning_rate", "policy.", "reference.")
+_MOST_IN_NAME = 3
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A run as a page shows it."""
+    """A run with its name and the style of its curves on a page."""
 
     run: Run
     name: str
     color: str
     dash: str
+    alone: bool
+    """The page shows this run only"""
+
+    @property
+    def label(self) -> Markup:
+        return Markup('<span class="run">{}</span>').format(swatch(self.color, self.name))
 
 
 def show_runs(runs: Sequence[Run]) -> list[Shown]:
-    """Give each run its name and the style of its curves."""
-    return [Shown(run, name, *style_of(i)) for i, (run, name) in enumerate(zip(runs, _names(runs), strict=True))]
+    """Give each run its name and style."""
+    names = _names(runs)
+    return [
+        Shown(run, name, *style_of(i), alone=len(runs) == 1)
+        for i, (run, name) in enumerate(zip(runs, names, strict=True))
+    ]
 
 
-# Where a run is written, shown and started says nothing about what it learns.
-_NOT_COMPARED = ("cluster.", "train.output_dir", "train.logging_dir", "train.run_name", "train.hub_", "train.report_to")
+def runs_table(header: Sequence[str], rows: Sequence[tuple[Shown, Sequence[object]]]) -> Markup:
+    """Make a table with one row or more for each run, and a column of their names unless the page shows one run."""
+    if all(one.alone for one, _ in rows):
+        return table(header, [cells for _, cells in rows])
+    return table(["run", *header], [[one.label, *cells] for one, cells in rows])
 
 
-_FIRST = ("loss.", "train.learning_rate", "policy.", "reference.")
-
-
-_MOST_IN_NAME = 3
+def by_equal(
+    shown: Sequence[Shown], describe: Callable[[Run], _Described], draw: Callable[[_Described], Markup]
+) -> Markup:
+    """Draw each description once, under the names of the runs that share it. Empty descriptions are left out."""
+    groups: list[tuple[list[str], _Described]] = []
+    for one in shown:
+        described = describe(one.run)
+        names = next((names for names, other in groups if other == described), None)
+        if names is not None:
+            names.append(one.name)
+        elif described:
+            groups.append(([one.name], described))
+    shared_by_all = len(groups) == 1 and len(groups[0][0]) == len(shown)
+    parts = []
+    for names, described in groups:
+        title = Markup("") if shared_by_all else Markup("<h3>{}</h3>").format(printable("; ".join(names)))
+        parts.append(title + draw(described))
+    return Markup("").join(parts)
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """List the settings that are not the same in all runs: by key, the value in each run, as text.
+    """Give the settings that differ: key -> the value in each run, as text. Settings of the loss come first.
 
-    Settings of the loss come first. A run whose settings can't be read is left out of the comparison, and shows "?".
+    A run whose settings can't be read is not compared; its values are "?".
     """
     flat = [flatten(run.settings) for run in runs]
     known = [settings for settings in flat if settings]
@@ -63,6 +95,7 @@ def _rank(key: str) -> int:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give the values of a nested mapping by dotted key; None is left out."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
@@ -73,7 +106,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _value_text(value: Any) -> str:
-    """Text of a setting; numbers that YAML left as words (`3e-4`) read as numbers do."""
+    """Format a setting. Numbers that YAML reads as text, like `3e-4`, look as other numbers do."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -87,15 +120,17 @@ def _value_text(value: Any) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Name each run by what sets it apart: settings that differ, the folder where they don't tell."""
+    """Name each run by up to three differing settings, else by its folder."""
     common = common_folder(runs)
     folders = [str(run.folder.absolute().relative_to(common)) for run in runs]
     folders = [run.folder.name if name == "." else name for run, name in zip(runs, folders, strict=True)]
-    differing = [(key, values) for key, values in differing_settings(runs).items() if _rank(key) < len(_FIRST)]
-    differing = differing or list(differing_settings(runs).items())
+    every = differing_settings(runs)
+    differing = {key: values for key, values in every.items() if _rank(key) < len(_FIRST)} or every
     if len(runs) == 1 or not differing or len(differing) > _MOST_IN_NAME:
         return folders
-    names = [", ".join(f"{key.split('.')[-1]}={values[i]}" for key, values in differing) for i in range(len(runs))]
+    names = [
+        ", ".join(f"{key.split('.')[-1]}={values[i]}" for key, values in differing.items()) for i in range(len(runs))
+    ]
     return [
         f"{name} ({folder})" if names.count(name) > 1 or not run.settings else name
         for name, folder, run in zip(names, folders, runs, strict=True)
@@ -103,4 +138,5 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def common_folder(runs: Sequence[Run]) -> Path:
+    """Give the innermost folder that holds all runs; of one run, its own."""
     return Path(commonpath([run.folder.absolute() for run in runs]))

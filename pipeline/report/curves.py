@@ -1,4 +1,4 @@
-"""Curves over the steps: of one run all that belongs together in one chart, of several each metric with all runs."""
+"""Curves over the steps: related metrics of one run in one chart, or one metric of several runs in one chart."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,10 @@ from pipeline.report.comparison import Shown, differing_settings
 from pipeline.report.pages import COLORS, Section, beside, table
 from pipeline.run.reading import Run, part
 
-__all__ = [
-    "curves_of_many",
-    "curves_of_one",
-    "held_out_sets",
-]
+__all__ = ["curves_of_many", "curves_of_one", "held_out_sets"]
 
-_LN_2 = math.log(2)
+_DASHES_OF_SETS = ("dash", "dot", "dashdot")
+_MOST_MARKS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +24,15 @@ class _Panel:
     title: str
     unit: str
     series: Mapping[str, str]
-    """Metrics by name; no name where there is one only."""
+    """Name of a curve -> its metric; a single curve has no name"""
     held_out: bool = True
     bounds: tuple[float, float] | None = None
     level: tuple[float, str] | None = None
     smoothed: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Curves:
-    """What is drawn in one chart, or written down where there is no curve yet."""
-
-    title: str
-    panel: _Panel
-    lines: Sequence[Line]
-    marks: Sequence[int] = ()
+_Drawn = tuple[str, _Panel, Sequence[Line]]
+"""Title, panel and curves of one chart"""
 
 
 _PANELS = (
@@ -52,14 +43,14 @@ _PANELS = (
         bounds=(0, 1.02),
         level=(0.5, "chance"),
     ),
-    _Panel(title="Reward margin", unit="chosen less rejected reward", series={"": "rewards/margins"}),
+    _Panel(title="Reward margin", unit="chosen minus rejected reward", series={"": "rewards/margins"}),
     _Panel(
         title="Rewards: beta times the log-prob shift",
         unit="reward, beta × nats",
         series={"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
     ),
     _Panel(
-        title="Log-prob shift: policy less reference",
+        title="Log-prob shift: policy minus reference",
         unit="nats per completion",
         series={"chosen": "logps/chosen_shift", "rejected": "logps/rejected_shift"},
     ),
@@ -68,69 +59,63 @@ _PANELS = (
     _Panel(title="Learning rate", unit="learning rate", series={"": "learning_rate"}, held_out=False, smoothed=False),
 )
 
-
-_CURVES_NOTE = (
-    "Each point is a mean over the pairs since the last log. Of 80 points or more the curve as logged is pale, and the "
-    "mean of neighbouring points strong."
+_NOTE = (
+    "Each point is a mean over the pairs since the previous log. A curve of 80 points or more is pale, with a running "
+    "mean drawn over it."
 )
 
 
 def _panels(shown: Sequence[Shown]) -> list[_Panel]:
     plain = all((one.run.settings.get("loss") or {}).get("type") in ("sigmoid", ["sigmoid"]) for one in shown)
-    level = (_LN_2, "ln 2: policy = reference") if plain else None
+    level = (math.log(2), "ln 2: policy = reference") if plain else None
     return [_Panel(title="Loss", unit="loss", series={"": "loss"}, level=level), *_PANELS]
 
 
 def curves_of_one(one: Shown) -> list[Section]:
-    """Draw a run's metrics, training and held-out pairs in one chart."""
+    """Draw each metric of a run, with training and held-out pairs in one chart."""
     run = one.run
     held_out = run.held_out()
-    charts = []
     marks = _moves_of_reference(run)
+    charts: list[_Drawn] = []
     for panel in _panels([one]):
         lines = []
         for i, (series, metric) in enumerate(panel.series.items()):
             lines.append(_line(run, metric, series or "training", COLORS[i], "solid", panel.smoothed))
             for j, (name, prefix) in enumerate(held_out.items() if panel.held_out else ()):
-                # A metric of one curve has a color for each set, one of two curves a dash for each set.
+                # A single metric has a color for each set; two metrics have a dash for each set.
                 color = COLORS[i] if series else style_of(j + 1)[0]
                 dash = _DASHES_OF_SETS[j % len(_DASHES_OF_SETS)]
-                shown_as = f"{series}, {name}" if series else name
-                lines.append(_line(run, prefix + metric, shown_as, color, dash, smoothed=False))
-        charts.append(_Curves(title=panel.title, panel=panel, lines=lines, marks=marks))
-    notes = [_CURVES_NOTE]
+                lines.append(_line(run, prefix + metric, f"{series}, {name}" if series else name, color, dash, False))
+        charts.append((panel.title, panel, lines))
+    notes = [_NOTE]
     if held_out:
         notes.append(f"Held-out pairs: {', '.join(held_out)}.")
     if marks:
-        notes.append("Dotted upright lines: the reference moved, and rewards are against the new one from there on.")
-    return _section("Curves", charts, notes)
-
-
-_DASHES_OF_SETS = ("dash", "dot", "dashdot")
+        notes.append("At each dotted vertical line the reference moved; rewards after it use the new reference.")
+    return _section("Curves", charts, notes, marks)
 
 
 def _moves_of_reference(run: Run) -> list[int]:
-    sync = part(run.settings, "reference", "sync")
-    steps = sync.get("steps")
-    if not isinstance(steps, int) or run.step // steps > 60:
+    steps = part(run.settings, "reference", "sync").get("steps")
+    if not isinstance(steps, int) or run.step // steps > _MOST_MARKS:
         return []
     return list(range(steps, run.step, steps))
 
 
 def curves_of_many(shown: Sequence[Shown]) -> list[Section]:
     """Draw each metric of the training pairs, and of each held-out set, with a curve for each run."""
-    notes = [_CURVES_NOTE, *_cautions(shown)]
+    cautions = _cautions(shown)
     panels = _panels(shown)
-    sections = _section("Training pairs", [c for panel in panels for c in _overlaid(shown, panel, None)], notes)
+    sections = _section("Training pairs", [c for panel in panels for c in _overlaid(shown, panel)], [_NOTE, *cautions])
     for name in held_out_sets(shown):
         charts = [c for panel in panels if panel.held_out for c in _overlaid(shown, panel, name)]
-        sections += _section(f"Held-out pairs: {name}", charts, _cautions(shown))
+        sections += _section(f"Held-out pairs: {name}", charts, cautions)
     return sections
 
 
-def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> list[_Curves]:
-    """Give a chart for each of a panel's metrics, with a curve for each run: of training, or of a held-out set."""
-    charts = []
+def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None = None) -> list[_Drawn]:
+    """Give a chart for each metric of a panel, with a curve for each run: on training pairs, or on a held-out set."""
+    charts: list[_Drawn] = []
     for series, metric in panel.series.items():
         lines = []
         for one in shown:
@@ -140,7 +125,7 @@ def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None) -> li
                 lines.append(_line(one.run, prefix + metric, one.name, one.color, one.dash, smoothed))
         title = f"{panel.title}, {series}" if series else panel.title
         title = title if set_name is None else f"{title} ({set_name})"
-        charts.append(_Curves(title=title, panel=panel, lines=lines))
+        charts.append((title, panel, lines))
     return charts
 
 
@@ -148,9 +133,7 @@ def _cautions(shown: Sequence[Shown]) -> list[str]:
     differing = differing_settings([one.run for one in shown])
     cautions = []
     if "loss.beta" in differing:
-        cautions.append(
-            "Rewards and margins are in units of beta, which differs: compare accuracy and log-prob shifts instead."
-        )
+        cautions.append("Rewards and margins scale with loss.beta, which differs: compare accuracy and shifts.")
     if any(key.startswith("loss.") for key in differing):
         cautions.append("Losses of different settings have different scales.")
     return cautions
@@ -161,29 +144,22 @@ def _line(run: Run, metric: str, name: str, color: str, dash: str, smoothed: boo
     return Line(name=name, x=curve.steps, y=curve.values, color=color, dash=dash, smoothed=smoothed)
 
 
-def _section(title: str, charts: Sequence[_Curves], notes: Sequence[str]) -> list[Section]:
-    """Draw what has two points or more; numbers that stand alone are in a table."""
-    drawn = [one for one in charts if any(len(line.x) > 1 for line in one.lines)]
-    alone = [
-        [one.title, line.name, int(line.x[0]), line.y[0]]
-        for one in charts
-        if one not in drawn
-        for line in one.lines
-        if line.x
-    ]
-    body = Markup("")
-    if drawn:
-        body += beside([_chart(one) for one in drawn])
-    if alone:
-        body += table(["measured once", "of", "after step", "value"], alone)
+def _section(title: str, charts: Sequence[_Drawn], notes: Sequence[str], marks: Sequence[int] = ()) -> list[Section]:
+    """Draw charts in which a line has two points or more; put the other numbers into a table."""
+    drawn, single = [], []
+    for name, panel, lines in charts:
+        if any(len(line.x) > 1 for line in lines):
+            drawn.append(
+                line_chart(name, lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=marks)
+            )
+        else:
+            single += [[name, line.name, int(line.x[0]), line.y[0]] for line in lines if line.x]
+    body = beside(drawn) if drawn else Markup("")
+    if single:
+        body += table(["measured once", "curve", "after step", "value"], single)
     return [Section(title=title, body=body, note=" ".join(notes))] if body else []
 
 
-def _chart(one: _Curves) -> Markup:
-    panel = one.panel
-    return line_chart(one.title, one.lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=one.marks)
-
-
 def held_out_sets(shown: Sequence[Shown]) -> list[str]:
-    """Name the held-out sets, of all runs."""
+    """Give the names of the held-out sets of all runs."""
     return list(dict.fromkeys(name for one in shown for name in one.run.held_out()))

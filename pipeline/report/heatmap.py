@@ -1,9 +1,8 @@
-"""Tokens on coloured ground, by a number that each has: for a terminal of 256 colours, and for a page.
+"""Heatmaps of tokens: each token on a ground whose color stands for a number, in a terminal or on a page.
 
-    [Cell, ...] + Scale -> lines of a terminal, with a blank between tokens
-                        -> spans of HTML
+    [Cell, ...] + Scale -> lines for a terminal of 256 colors, or HTML
 
-The colours of a page are see-through, so that its own ink stays readable on them, on light paper and on dark.
+The colors of a page are transparent, so the text is readable on a light and on a dark ground.
 """
 
 import bisect
@@ -11,20 +10,12 @@ import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import click
 from markupsafe import Markup
 
-__all__ = [
-    "Cell",
-    "Scale",
-    "legend",
-    "of_differences",
-    "of_logps",
-    "on_page",
-    "on_terminal",
-    "width_of",
-]
+__all__ = ["Cell", "Scale", "legend", "of_differences", "of_logps", "on_page", "on_terminal", "width_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,39 +23,39 @@ class Cell:
     """One token to paint."""
 
     text: str
-    """As it is shown; nothing in it that a terminal obeys"""
+    """Printable text, without control characters"""
     value: float | None = None
-    """None: no ground"""
+    """Number that chooses the ground; None for a plain cell"""
     struck: bool = False
     """Crossed out"""
     ends_line: bool = False
-    """What follows stands on a new line"""
+    """A line break follows"""
     hint: str = ""
-    """What a page says of it under the pointer"""
+    """Tooltip on a page"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Colours of numbers: one more than there are edges between them, from the lowest numbers to the highest."""
+    """Colors of numbers, from the lowest to the highest: one more than there are edges."""
 
     edges: tuple[float, ...]
     names: tuple[str, ...]
-    """Of each colour, for the legend"""
+    """Name of each color, for the legend"""
     terminal: tuple[tuple[int, int], ...]
-    """Ink and ground, by their numbers among 256"""
+    """Ink and ground of each color, as numbers among 256"""
     page: tuple[str, ...]
-    """Ground, as CSS has it"""
+    """Ground of each color, as CSS"""
 
     def step(self, value: float) -> int:
         return bisect.bisect_right(self.edges, value)
 
 
-# A number that is none must not pass for one at the end of a scale.
+# NaN must not look like either end of a scale.
 _NOT_FINITE_TERMINAL, _NOT_FINITE_PAGE = (231, 91), "rgba(150, 60, 200, .8)"
 
 
 def of_logps() -> Scale:
-    """The scale of log-probs, nats: the less likely a token, the stronger its colour."""
+    """Give the scale of log-probs, nats: a less likely token has a stronger color."""
     return Scale(
         edges=tuple(math.log(p) for p in (0.001, 0.01, 0.1, 0.5, 0.9)),
         names=("p < 0.1%", "< 1%", "< 10%", "< 50%", "< 90%", "p > 90%"),
@@ -74,34 +65,31 @@ def of_logps() -> Scale:
 
 
 def of_differences(values: Sequence[float]) -> Scale:
-    """A scale of differences, nats, from the largest fall to the largest rise among these values."""
+    """Give a scale of differences, nats, that is symmetric and reaches the largest of these values."""
     most = max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0
-    edges = [0.6 * most, 0.3 * most, 0.1 * most]
+    high = [0.1 * most, 0.3 * most, 0.6 * most]
+    low = [-edge for edge in reversed(high)]
+    strengths = (0.75, 0.45, 0.2)
     return Scale(
-        edges=(*(-edge for edge in edges), *reversed(edges)),
-        names=(
-            *(f"< {-edge:.2g}" for edge in edges),
-            f"within {edges[-1]:.2g}",
-            *(f"> {edge:+.2g}" for edge in reversed(edges)),
-        ),
+        edges=(*low, *high),
+        names=(*(f"< {edge:.2g}" for edge in low), f"within {high[0]:.2g}", *(f"> {edge:+.2g}" for edge in high)),
         terminal=((231, 166), (16, 208), (16, 223), (16, 255), (16, 153), (16, 75), (231, 25)),
         page=(
-            *(f"rgba(222, 84, 20, {alpha})" for alpha in (0.75, 0.45, 0.2)),
+            *(f"rgba(222, 84, 20, {alpha})" for alpha in strengths),
             "rgba(128, 128, 128, .08)",
-            *(f"rgba(40, 120, 230, {alpha})" for alpha in (0.2, 0.45, 0.75)),
+            *(f"rgba(40, 120, 230, {alpha})" for alpha in reversed(strengths)),
         ),
     )
 
 
 def legend(scale: Scale) -> list[Cell]:
-    """Cells that show what each colour stands for."""
-    low, high = scale.edges[0] - 1, scale.edges[-1] + 1
-    values = [low, *((a + b) / 2 for a, b in zip(scale.edges, scale.edges[1:], strict=False)), high]
+    """Make a cell for each color of a scale."""
+    values = [scale.edges[0] - 1, *((a + b) / 2 for a, b in pairwise(scale.edges)), scale.edges[-1] + 1]
     return [Cell(text=name, value=value) for name, value in zip(scale.names, values, strict=True)]
 
 
 def on_terminal(cells: Sequence[Cell], scale: Scale, width: int) -> list[str]:
-    """Paint cells for a terminal, in lines of at most `width` columns. A cell wider than a line is cut into pieces."""
+    """Paint cells for a terminal, in lines of at most `width` columns. Wider cells are cut."""
     lines, line, used = [], "", 0
     for cell in cells:
         for piece in _pieces(cell.text, width):
@@ -121,16 +109,18 @@ def on_page(cells: Sequence[Cell], scale: Scale) -> Markup:
     """Paint cells for a page."""
     spans = []
     for cell in cells:
-        style = "" if cell.value is None else Markup(' style="background: {}"').format(_ground(cell.value, scale))
-        kind = " struck" if cell.struck else " plain" if cell.value is None else ""
+        style, kind = "", " struck" if cell.struck else " plain" if cell.value is None else ""
+        if cell.value is not None:
+            ground = scale.page[scale.step(cell.value)] if math.isfinite(cell.value) else _NOT_FINITE_PAGE
+            style = Markup(' style="background: {}"').format(ground)
         span = Markup('<span class="token{}"{} title="{}">{}</span>').format(kind, style, cell.hint, cell.text)
-        # A place where the browser may begin a new line, or must.
+        # The browser must, or may, break the line here.
         spans.append(span + Markup("<br>" if cell.ends_line else "<wbr>"))
     return Markup('<div class="tokens">{}</div>').format(Markup("").join(spans))
 
 
 def width_of(text: str) -> int:
-    """Columns that text takes in a terminal."""
+    """Give the number of terminal columns that text takes."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
@@ -142,18 +132,12 @@ def _painted(text: str, cell: Cell, scale: Scale) -> str:
     return click.style(text, fg=ink, bg=ground)
 
 
-def _ground(value: float, scale: Scale) -> str:
-    return scale.page[scale.step(value)] if math.isfinite(value) else _NOT_FINITE_PAGE
-
-
 def _pieces(text: str, width: int) -> Iterator[str]:
-    piece, used = "", 0
+    piece = ""
     for c in text:
-        size = width_of(c)
-        if piece and used + size > width:
+        if piece and width_of(piece + c) > width:
             yield piece
-            piece, used = "", 0
+            piece = ""
         piece += c
-        used += size
     if piece:
         yield piece

@@ -1,6 +1,6 @@
-"""HTML pages in one file: styles, charts and their library inside, nothing fetched, light and dark by the reader's own.
+"""HTML pages in one file: styles, charts and the chart library are inside, and nothing is fetched.
 
-Charts are drawn by Plotly (`pip install 'refshard[report]'`), which is imported when the first one is asked for.
+Plotly draws the charts (`pip install 'refshard[report]'`). It is imported with the first chart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from pipeline.base.errors import ConfigError, StorageError, printable
-from pipeline.base.files import replace_file
+from pipeline.base.errors import ConfigError, printable
+from pipeline.base.files import replace_file, storage_error
 
 __all__ = [
     "COLORS",
+    "GRAY",
     "Section",
     "beside",
     "chart",
@@ -24,12 +25,17 @@ __all__ = [
     "facts",
     "has_charts",
     "page",
+    "preformatted",
+    "swatch",
     "table",
     "write_page",
 ]
 
-COLORS = ("#4269d0", "#d97706", "#3a9d6e", "#c2417c", "#7c5cd6", "#0d8fa8", "#8d6e4f", "#6b7787")
-"""Of the lines of charts, in order; each is told from both backgrounds and from its neighbours."""
+COLORS = ("#4269d0", "#d97706", "#3a9d6e", "#c2417c", "#7c5cd6", "#0d8fa8", "#8d6e4f")
+GRAY = "#6b7787"
+"""Colors of lines. Each is distinct from its neighbours and from both backgrounds; gray is for references."""
+
+_MOST_CHARACTERS = 8000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,32 +44,27 @@ class Section:
 
     title: str
     body: Markup
-    """HTML that this module's functions or Markup made; plain text is to be escaped before."""
+    """HTML from this module's functions or from Markup; plain text must be escaped before"""
     note: str = ""
-    """One or two sentences under the title: how to read what follows."""
+    """One or two sentences under the title that explain how to read the body"""
 
 
 def check_charts() -> None:
-    """Make sure that charts can be drawn.
-
-    Raises:
-        ConfigError: Plotly is not installed.
-    """
+    """Check that Plotly is installed. Raises ConfigError if not."""
     try:
-        import plotly.graph_objects
+        import plotly.graph_objects  # noqa: F401
     except ImportError as error:
         raise ConfigError("charts need Plotly, which is not installed: pip install 'refshard[report]'") from error
-    assert plotly.graph_objects
 
 
 def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup:
     """Put a Plotly figure on a page.
 
     Args:
-        figure: Without colors of text, axes and grid, which are the page's, by its style sheet.
-        label: What it shows, in words, for those who can't see it.
-        title: Above the figure; in HTML, since a title of Plotly's own is cut off on a narrow screen.
-        note: Under the figure.
+        figure: A figure without colors of text, axes and grid, which the page's style sheet gives.
+        label: Description in words, for readers who can't see the figure.
+        title: Text above the figure. It is HTML, since a narrow screen cuts Plotly's own titles.
+        note: Text under the figure.
     """
     figure.update_layout(
         template="none",
@@ -75,12 +76,12 @@ def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup
         hoverlabel={"font": {"size": 12}, "namelength": 40},
     )
     for update in (figure.update_xaxes, figure.update_yaxes):
-        # The library's prefixes, 300µ for 0.0003, belong to units that it does not know.
+        # Plotly would write 0.0003 as 300µ, a prefix for units that it does not know.
         update(automargin=True, title_standoff=8, exponentformat="e")
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        # Its buttons would lie over the curves; dragging zooms, and a double click shows all again.
+        # Plotly's buttons would cover the curves. Dragging zooms, and a double click shows everything again.
         config={"displayModeBar": False, "responsive": True, "showTips": False},
     )
     caption = Markup("<figcaption>{}</figcaption>").format(_text(title)) if title else Markup("")
@@ -91,25 +92,23 @@ def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup
 
 
 def has_charts(text: str) -> bool:
-    """Tell whether there is a chart in HTML of this module; what people wrote has no quotes of its own in it."""
+    """Return True if HTML of this module holds a chart. Escaped text has no plain quotes, so it can't match."""
     return 'class="plotly-graph-div"' in text
 
 
 def beside(charts: Sequence[Markup]) -> Markup:
-    """Put charts beside each other, as many in a line as there is room for."""
+    """Put charts beside each other, as many in a line as fit."""
     return Markup('<div class="charts">{}</div>').format(Markup("").join(charts))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """Make a table; columns of what is no text are set to the right, numbers written for people; Markup stays."""
+    """Make a table. Columns of numbers align right, and their numbers are formatted; Markup stays as it is."""
     numbers = [any(_is_number(row[i]) for row in rows) for i in range(len(header))]
     head = Markup("").join(
         Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(_text(name))
         for name, number in zip(header, numbers, strict=True)
     )
-    lines = Markup("").join(
-        Markup("<tr>{}</tr>").format(Markup("").join(_cell(value) for value in row)) for row in rows
-    )
+    lines = Markup("").join(Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, row))) for row in rows)
     return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
         head, lines
     )
@@ -128,11 +127,22 @@ def _cell(value: object) -> Markup:
 
 
 def facts(pairs: Mapping[str, object]) -> Markup:
-    """Make a list of names and what they are."""
+    """Make a list of names and their values."""
     items = Markup("").join(
         Markup("<dt>{}</dt><dd>{}</dd>").format(_text(name), _text(value)) for name, value in pairs.items()
     )
     return Markup("<dl>{}</dl>").format(items)
+
+
+def preformatted(text: str) -> Markup:
+    """Show text with its line breaks. Very long text is cut."""
+    cut = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ... ({len(text):,} characters)"
+    return Markup("<pre>{}</pre>").format("\n".join(map(printable, cut.split("\n"))))
+
+
+def swatch(color: str, name: str) -> Markup:
+    """Show a name after a square of its color."""
+    return Markup('<span class="swatch" style="background:{}"></span>{}').format(color, printable(name))
 
 
 def _text(value: object) -> Markup:
@@ -142,9 +152,9 @@ def _text(value: object) -> Markup:
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
-    """Make a page of sections. The library of the charts is in it only if there is a chart.
+    """Make a page of sections. It holds the chart library only if a section has a chart.
 
-    The page forbids its reader's browser to fetch anything, so that what is in the data can't make it do so.
+    The page forbids the browser to fetch anything, so nothing in the data can make it do so.
     """
     library = ""
     if any(has_charts(section.body) for section in sections):
@@ -160,13 +170,9 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
 
 def write_page(file: Path, text: str) -> None:
-    """Write a page, whole or not at all.
-
-    Raises:
-        StorageError: It can't be written there.
-    """
+    """Write a page, whole or not at all. Raises StorageError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, text.encode("utf-8", errors="replace"))
     except OSError as error:
-        raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
+        raise storage_error(file.parent, error) from error
+    replace_file(file, text.encode("utf-8", errors="replace"))

@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from pipeline.base.errors import DataError, StorageError
 from pipeline.base.files import make_folder, parse_json, replace_file, write_json
 from pipeline.base.folders import Folder
 from pipeline.base.progress import without_nan
+from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import Attempt
 
 __all__ = [
-    "GENERATIONS",
     "INPUTS",
     "LOG",
     "MARGINS",
@@ -42,12 +42,11 @@ __all__ = [
     "delete_records",
     "read_costs",
     "write_cost",
-    "write_generations",
     "write_inputs",
     "write_margins",
 ]
 
-LOG, INPUTS, MARGINS, GENERATIONS, COSTS = "log.jsonl", "inputs.json", "margins", "generations.jsonl", "costs"
+LOG, INPUTS, MARGINS, COSTS = "log.jsonl", "inputs.json", "margins", "costs"
 
 
 MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift", "rejected_shift")
@@ -109,12 +108,6 @@ def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.f
     except OSError as error:
         raise StorageError(f"{folder}: can't be made ({error.strerror or error})") from error
     replace_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
-
-
-def write_generations(run_folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write replies before and after, one prompt a line. Raises StorageError."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    replace_file(run_folder / GENERATIONS, lines.encode())
 
 
 def delete_records(run_folder: Path) -> None:

@@ -7,27 +7,22 @@ function beside them, so wrappers that act on forward (DDP, FSDP, DeepSpeed, aut
 
 import inspect
 import types
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate.utils import align_module_device
 
 from pipeline.base.errors import ConfigError
-from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.attention import NOT_A_MASK
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
-from pipeline.scoring.packing import Batch, make_batch, plan_batches
+from pipeline.scoring.packing import Batch
 
 __all__ = [
     "Scores",
     "input_device",
     "prepare",
     "score",
-    "score_pairs",
     "sum_logps",
     "weighted_sums",
 ]
@@ -177,31 +172,6 @@ def score(
         # [M] -> [N]
         outputs = {name: None if v is None else v.index_select(0, batch.shared) for name, v in outputs.items()}
     return Scores(TokenStatistics(**outputs), batch.lengths, balance)
-
-
-def score_pairs(
-    model: Any, pairs: Sequence[TokenizedPair], *, tokens_per_batch: int, pad_id: int, packed: bool
-) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-    """Score pairs without gradients, in batches of similar lengths, the longest first.
-
-    Args:
-        model: A prepared causal language model.
-        pairs: In any order; their order and lengths alone decide what is scored with what.
-        tokens_per_batch: Most tokens of one forward pass.
-        pad_id: What padding is filled with, where there is any.
-        packed: Pack the batches, if the model can read that.
-
-    Yields:
-        A pair's index, and the token logps of its chosen and of its rejected completion.
-    """
-    device = input_device(model)
-    for indices in plan_batches(pairs, tokens_per_batch, packed=packed):
-        batch = make_batch([pairs[i] for i in indices], pad_id, packed=packed)
-        with torch.inference_mode():
-            scores = score(model, batch.to(device), statistics=False)
-        flat = scores.tokens.logps.float().cpu().numpy()
-        completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
-        yield from zip(indices, completions[: len(indices)], completions[len(indices) :], strict=True)
 
 
 def input_device(model: Any) -> torch.device:

@@ -41,7 +41,7 @@ transformers are trained at 0.2 to 0.5 (arXiv 2204.02311, table 3); short pairs 
 
 
 MEMORY_BAND = (0.8, 1.25)
-"""What is really held, as a multiple of the estimate; tests/test_memory.py holds training on a CPU to it"""
+"""What is really held, as a multiple of the estimate; tests/scoring/test_memory.py holds training on a CPU to it"""
 
 
 # Of a measured speed: one layer in a loop is a little better off than a model among its loaders.

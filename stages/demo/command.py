@@ -2,7 +2,7 @@
 
 `prepare` makes, from fixed seeds and without a network, what a first run needs: a small reference model that writes
 reviews, and preference pairs of its own reviews, labelled by a noisy judge who knows the true reward
-(`pipeline.reviews`). `summary` reads the finished run and sets every figure beside what was possible: accuracy
+(`stages.demo.reviews`). `summary` reads the finished run and sets every figure beside what was possible: accuracy
 beside its ceiling, reward beside the best reward at the same KL.
 
 The model is small (0.7 M parameters) because what it lacks at first is steps, not size: 625 steps of 16 reviews take
@@ -39,13 +39,11 @@ from pipeline.data.sources import open_set, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import load_tokenizer
 from pipeline.replies import records
-from pipeline.replies.records import generation_row
+from pipeline.replies.records import write_generations
 from pipeline.replies.sampling import score_replies
 from pipeline.run import reading
 from pipeline.run.checkpoints import is_recorded
-from pipeline.run.records import write_generations
-from pipeline.scoring.forward import prepare as prepare_scoring
-from pipeline.scoring.selfcheck import check_scoring
+from pipeline.scoring.scorer import Scorer
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
 from stages.demo import reviews
@@ -182,7 +180,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
     figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    write_generations(run_folder, map(generation_row, _generations(config, tokenizer, run_folder, samples, seed)))
+    write_generations(run_folder, _generations(config, tokenizer, run_folder, samples, seed))
     replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
     click.echo(_as_text(figures, samples, config, run_folder))
     return figures
@@ -199,28 +197,28 @@ def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[
     if (at < 0).any():
         raise AssertionError("held-out pairs that were scored by this run are not in its shards")
     ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
-    sums = _sums(LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True), [pair.pair for pair in pairs])
+    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
+    sums = _sums(policy, tokenizer, [pair.pair for pair in pairs])
     return [
         config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
     ]
 
 
-def _sums(model: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
+def _sums(model: Any, tokenizer: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
     """Logps of each pair's chosen and rejected completion."""
     prompts, chosen, rejected = (
         [getattr(p, f"{side}_ids") for p in pairs] for side in ("prompt", "chosen", "rejected")
     )
-    prepare_scoring(model)
-    packed = check_scoring(model, "policy.model")
-    return list(zip(*score_replies(model, prompts, chosen, rejected, packed=packed, pad_id=0), strict=True))
+    scorer = Scorer.check(model, tokenizer, "policy.model")
+    return list(zip(*score_replies(scorer, prompts, chosen, rejected), strict=True))
 
 
-def _logps(model: Any, replies: Sequence[Reply]) -> list[float]:
+def _logps(model: Any, tokenizer: Any, replies: Sequence[Reply]) -> list[float]:
     """Logps of replies."""
     twins = [
         TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in replies
     ]
-    return [logps for logps, _ in _sums(model, twins)]
+    return [logps for logps, _ in _sums(model, tokenizer, twins)]
 
 
 def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
@@ -233,9 +231,9 @@ def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: lis
     before = draw_replies(load_reference(), tokenizer, prompts, seed=seed, max_tokens=max_tokens)
     policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
     after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    before_policy_logps = _logps(policy, before)
+    before_policy_logps = _logps(policy, tokenizer, before)
     del policy
-    return Samples(before, after, before_policy_logps, _logps(load_reference(), after))
+    return Samples(before, after, before_policy_logps, _logps(load_reference(), tokenizer, after))
 
 
 def _generations(

@@ -30,7 +30,6 @@ from pipeline.models.files import (
     reference_sources,
 )
 from pipeline.models.identity import identity_of_run
-from pipeline.models.loading import load_reference, pick_device
 from pipeline.report import pages
 from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
 from pipeline.scoring.agreement import NoiseFloor
@@ -116,8 +115,7 @@ def run(
     named = config.reference.declared or reference_sources(config)[0].name
     found = _Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:
-        pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        found = _scored(config, found, identity_of_run(config, tokenizer), recompute, trained, pad_id)
+        found = _scored(config, found, tokenizer, recompute, trained)
     if html is not None:
         pages.write_page(html, _page(found))
     if as_json:
@@ -133,9 +131,7 @@ def _is_colorful() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _scored(
-    config: Config, found: _Findings, identity: dict[str, Any], recompute: bool, trained: Config | None, pad_id: int
-) -> _Findings:
+def _scored(config: Config, found: _Findings, tokenizer: Any, recompute: bool, trained: Config | None) -> _Findings:
     """Put stored, recomputed and the policy's log-probs beside the tokens. One model is in memory at a time.
 
     `trained` are settings whose reference is the policy.
@@ -143,7 +139,7 @@ def _scored(
     pair = found.pair
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
-    stored, remarks = find_stored(folder, pair.key, pair.row, identity)
+    stored, remarks = find_stored(folder, pair.key, pair.row, identity_of_run(config, tokenizer))
     if config.reference.sync is not None:
         remarks = (*remarks, "reference.sync: this is the reference before its first move, and its shards")
     if stored is not None:
@@ -153,12 +149,12 @@ def _scored(
         remarks = (*remarks, "reference.declared: a reference known by name alone can't be scored with again")
     elif recompute:
         key = reference_sources(config)[0].key
-        logps = _score(pair, pad_id, found.reference, in_one_process(config), key)
+        logps = _score(pair, tokenizer, found.reference, in_one_process(config), key)
         pair = with_logps(pair, "recomputed", *logps)
         if stored is not None:
             gap = compare(pair, _allowed(config, stored.noise))
     if trained is not None:
-        logps = _score(pair, pad_id, str(found.policy), trained, "--policy")
+        logps = _score(pair, tokenizer, str(found.policy), trained, "--policy")
         pair = with_logps(pair, "policy", *logps)
         if config.loss.ld_alpha is not None:
             remarks = (*remarks, "loss.ld_alpha: sums and rewards here count every token in full")
@@ -173,19 +169,13 @@ def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
     return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
 
 
-def _score(pair: Explanation, pad_id: int, name: str, config: Config, key: str) -> list[Any]:
+def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[Any]:
     """Score the pair with the reference of settings, which is let go of after. Gives both completions' token logps."""
-    from pipeline.scoring.forward import prepare, score_pairs
-    from pipeline.scoring.memory import free_memory
-    from pipeline.scoring.selfcheck import check_scoring
+    from pipeline.scoring.scorer import reference_scorer
 
     click.echo(f"Loading {printable(name)} ...", err=True)
-    model = load_reference(config, pick_device())
-    prepare(model)
-    packed = check_scoring(model, key)
-    ((_, *logps),) = score_pairs(model, [tokens_of(pair)], tokens_per_batch=1, pad_id=pad_id, packed=packed)
-    del model
-    free_memory()
+    with reference_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
+        ((_, *logps),) = scorer.logps([tokens_of(pair)])
     return logps
 
 

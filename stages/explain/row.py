@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.base.errors import BadRow, ConfigError, RefshardError, UnfinishedError
+from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError
 from pipeline.base.folders import Folder
 from pipeline.config.schema import DataConfig
-from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.pairs import Pair, to_pair
+from pipeline.data.intake import KeptPair, Outcome, outcome_of
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import describe, read_rows
-from pipeline.data.tokens import TokenizedPair, pair_key, tokenize, truncate
+from pipeline.data.tokens import TokenizedPair
 from pipeline.models.identity import differences
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import check_part, pair_keys, part_name
@@ -170,28 +169,24 @@ def find_row(source: Source, number: int) -> Row:
 def explain_row(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, set_name: str) -> Explanation:
     """Say what becomes of a row in both stages: kept or dropped and why, its tokens and which of them are scored."""
     place: dict[str, Any] = {"set_name": set_name, "row": row.number, "place": row.place, "max_length": data.max_length}
-    ledger = Ledger()
-    kept = list(kept_pairs([row], tokenizer, dataclasses.replace(data, on_bad_row="skip"), ledger))
-    if ledger.skipped:
+    outcome = outcome_of(row, tokenizer, data)
+    pair, whole = outcome.pair, outcome.whole
+    if pair is None or whole is None or outcome.key is None:
         stops = (
             "Both stages stop at it, since data.on_bad_row is stop" if data.on_bad_row == "stop" else "It is skipped"
         )
-        why = f"{ledger.skipped[0]['message']}. {stops}"
-        return Explanation(**place, dropped=str(ledger.skipped[0]["reason"]), why=why, columns=_columns(row))
-    pair = to_pair(row.load(), data.columns, row.place)
-    whole = tokenize(pair, tokenizer, row.place)
-    dropped = None if kept else next(iter(ledger.dropped))
-    scored = truncate(whole, data.max_length) if kept else None
+        columns = {
+            name: json.dumps(value, ensure_ascii=False, default=str) for name, value in (outcome.values or {}).items()
+        }
+        return Explanation(**place, dropped=outcome.dropped, why=f"{outcome.error}. {stops}", columns=columns)
     return Explanation(
         **place,
-        dropped=dropped,
-        why="" if dropped is None else _why_dropped(dropped, whole, data),
-        key=pair_key(whole).hex(),
+        dropped=outcome.dropped,
+        why="" if outcome.dropped is None else _why_dropped(outcome.dropped, whole, data),
+        key=outcome.key.hex(),
         prompt=tuple(_tokens(tokenizer, whole.prompt_ids)),
-        completions={
-            side: _completion(pair, side, whole, scored, tokenizer, is_dropped=dropped is not None) for side in SIDES
-        },
-        remarks=tuple(_remarks(whole, scored, ledger, tokenizer)),
+        completions={side: _completion(getattr(pair, side), side, whole, outcome.kept, tokenizer) for side in SIDES},
+        remarks=tuple(_remarks(whole, outcome, tokenizer)),
     )
 
 
@@ -199,13 +194,6 @@ def tokens_of(pair: Explanation) -> TokenizedPair:
     """The pair as it is scored."""
     chosen, rejected = ([token.id for token in pair.completions[side].scored] for side in SIDES)
     return TokenizedPair(prompt_ids=[token.id for token in pair.prompt], chosen_ids=chosen, rejected_ids=rejected)
-
-
-def _columns(row: Row) -> dict[str, str]:
-    try:
-        return {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in row.load().items()}
-    except BadRow:
-        return {}
 
 
 def _why_dropped(reason: str, whole: TokenizedPair, data: DataConfig) -> str:
@@ -217,9 +205,7 @@ def _why_dropped(reason: str, whole: TokenizedPair, data: DataConfig) -> str:
     return "chosen and rejected are the same tokens, and data.on_identical is drop"
 
 
-def _remarks(
-    whole: TokenizedPair, scored: TokenizedPair | None, ledger: Ledger, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[str]:
+def _remarks(whole: TokenizedPair, outcome: Outcome, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     bos = tokenizer.bos_token_id
     begins = next((i for i, id in enumerate(whole.prompt_ids) if id != bos), len(whole.prompt_ids))
     if bos is not None and begins != 1:
@@ -229,28 +215,22 @@ def _remarks(
             "tokens merge across the prompt's end: tokenized alone, the prompt ends otherwise than here, so each "
             "completion starts with the end of the prompt's text"
         )
-    if ledger.noted["identical"]:
+    if "identical" in outcome.remarks:
         yield "chosen and rejected are the same tokens: the loss of this pair is a constant"
-    if ledger.noted["identical_after_truncation"]:
+    if "identical_after_truncation" in outcome.remarks:
         yield "cut to max_length, chosen and rejected are the same tokens: the loss of this pair is a constant"
 
 
 def _completion(
-    pair: Pair,
-    side: str,
-    whole: TokenizedPair,
-    scored: TokenizedPair | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    is_dropped: bool,
+    text: Any, side: str, whole: TokenizedPair, kept: KeptPair | None, tokenizer: "PreTrainedTokenizerBase"
 ) -> Completion:
     ids: list[int] = getattr(whole, f"{side}_ids")
-    count = len(getattr(scored, f"{side}_ids")) if scored is not None else 0
+    count = len(getattr(kept.pair, f"{side}_ids")) if kept is not None else 0
     tokens = [
-        dataclasses.replace(token, scored=i < count, cut=i >= count and not is_dropped)
+        dataclasses.replace(token, scored=i < count, cut=i >= count and kept is not None)
         for i, token in enumerate(_tokens(tokenizer, ids))
     ]
-    return Completion(tokens=tuple(tokens), ending=_ending(getattr(pair, side), ids, count or len(ids), tokenizer))
+    return Completion(tokens=tuple(tokens), ending=_ending(text, ids, count or len(ids), tokenizer))
 
 
 def _ending(completion: Any, ids: Sequence[int], count: int, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -82,7 +82,7 @@ def settings_file(config: Config) -> tuple[str, str]:
 
 
 def render(name: str, /, **values: Any) -> str:
-    """Fill in a template of `stages/jobs`.
+    """Fill in a template of `stages/submit/templates`.
 
     In templates `quote` makes one word of a shell of a value, and `words` a command; `tojson`, which is YAML too,
     makes a value of a manifest.

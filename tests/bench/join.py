@@ -30,9 +30,14 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.data.intake import KeptPair, Ledger  # noqa: E402
 from pipeline.data.tokens import TokenizedPair  # noqa: E402
-from pipeline.store.format import ScoredPair
+from pipeline.store.format import ScoredPair  # noqa: E402
 from pipeline.store.join import join  # noqa: E402
-from pipeline.store.reference_table import INDEX_ROW, TokenLogps, build_reference_table, load_reference_table
+from pipeline.store.reference_table import (  # noqa: E402
+    INDEX_ROW,
+    TokenLogps,
+    build_reference_table,
+    load_reference_table,
+)
 from pipeline.store.store import create_store, finish_store, open_store, write_part  # noqa: E402
 
 PIECE, CHUNK, TOKENS_A_PAIR = 16_384, 1024, 4

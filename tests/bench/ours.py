@@ -14,7 +14,8 @@ from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
 
 from pipeline.config.schema import LossConfig
 from pipeline.data.tokens import TokenizedPair
-from pipeline.scoring.forward import prepare, score_pairs
+from pipeline.scoring.forward import prepare
+from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.training.batches import make_collator
 from pipeline.training.trainer import PairTrainer
@@ -24,8 +25,8 @@ def score_all(
     model: Any, pairs: Sequence[TokenizedPair], tokens_per_batch: int, packed: bool
 ) -> tuple[list[float], list[float]]:
     """Score as stage one does; give the summed log-probs of chosen and of rejected, in the pairs' order."""
-    scored = score_pairs(model, pairs, tokens_per_batch=tokens_per_batch, pad_id=PAD_ID, packed=packed)
-    sums = {i: (math.fsum(chosen.tolist()), math.fsum(rejected.tolist())) for i, chosen, rejected in scored}
+    scorer = Scorer(model=model, packed=packed, pad_id=PAD_ID, key="model", tokens_per_batch=tokens_per_batch)
+    sums = {i: (math.fsum(a.tolist()), math.fsum(b.tolist())) for i, a, b in scorer.logps(pairs)}
     return [sums[i][0] for i in range(len(pairs))], [sums[i][1] for i in range(len(pairs))]
 
 

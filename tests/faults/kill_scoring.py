@@ -20,14 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from conftest import make_model, make_tokenizer, simple_rows, write_config, write_jsonl
-from object_store import BUCKET, CREDENTIALS, environment, s3_server
-from processes import Command
 
 from pipeline.base.folders import LEFTOVERS, Folder, open_folder
 from pipeline.store.verify import verify_store
+from support.models import make_model, make_tokenizer
+from support.object_store import BUCKET, CREDENTIALS, environment, s3_server
+from support.processes import Command
+from support.runs import simple_rows, write_config, write_jsonl
 
 _ROWS, _UNIT = 60, 5
 

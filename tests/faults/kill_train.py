@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import make_model, make_tokenizer, refshard, simple_rows, write_config, write_jsonl  # noqa: E402
-from faults.watched import Watched, start_ranks  # noqa: E402
+from support.models import make_model, make_tokenizer
+from support.runs import refshard, simple_rows, write_config, write_jsonl
+from support.watched import Watched, start_ranks
 
 MARKER = "refshard-commit.json"
 

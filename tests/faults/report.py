@@ -1,7 +1,7 @@
 """Run every fault in its long version and write docs/reliability.md: what was tried, what came of it, how to repeat it.
 
 python tests/faults/report.py                 runs it all, most of an hour on two cores
-python tests/faults/report.py --only NAME     one file of tests again, like test_kills; the rest as it was
+python tests/faults/report.py --only NAME     one file of tests again, like faults/test_kills; the rest as it was
 python tests/faults/report.py --page          writes the page again from the results of the last run
 """
 
@@ -17,22 +17,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mutate import MUTATIONS, copy_sources, notices
-from tally import VARIABLE
+from faults.mutate import MUTATIONS, copy_sources, notices
+from support.processes import ROOT
+from support.tally import VARIABLE
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = ROOT / "docs" / "reliability.md"
 
 FILES = {
-    "Killed": ("test_kills", "test_preemption", "test_crashes"),
-    "Disks, networks, workers": ("test_store_faults", "test_stage_one_faults", "test_memory"),
-    "Checkpoints": ("test_checkpoints",),
-    "Stale": ("test_stale",),
-    "Schedulers": ("test_submit_slurm", "test_submit_kubernetes"),
-    "Input": ("test_malformed", "test_fuzz", "test_security"),
+    "Killed": ("faults/test_kills", "faults/test_preemption", "faults/test_crashes"),
+    "Disks, networks, workers": ("faults/test_store_faults", "faults/test_stage_one_faults", "scoring/test_memory"),
+    "Checkpoints": ("run/test_checkpoints",),
+    "Stale": ("laws/test_stale",),
+    "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
+    "Input": ("faults/test_malformed", "faults/test_fuzz", "faults/test_security"),
 }
 """Sections of the page, and the tests whose tallies are in them"""
 
@@ -74,6 +75,11 @@ def add_up(lines: Iterable[str]) -> list[dict[str, Any]]:
     return sorted(entries.values(), key=lambda entry: (entry["test"], entry["fault"]))
 
 
+def file_of(entry: dict[str, Any]) -> str:
+    """The file of a tally's test, as `FILES` names it."""
+    return str(entry["test"]).partition("::")[0].removeprefix("tests/").removesuffix(".py")
+
+
 def page(results: dict[str, Any]) -> str:
     """The page, from the results of a run."""
     tallies, noticed = results["tallies"], results["mutations"]
@@ -92,7 +98,7 @@ def page(results: dict[str, Any]) -> str:
         "",
     ]
     for section, names in FILES.items():
-        entries = [entry for entry in tallies if Path(entry["test"].partition("::")[0]).stem in names]
+        entries = [entry for entry in tallies if file_of(entry) in names]
         if not entries:
             continue
         lines += [

@@ -1,0 +1,186 @@
+"""Read a pair from a row, in whichever of the common layouts it is.
+
+Three layouts are those of TRL's dataset formats: an explicit prompt, an implicit prompt (the shared beginning of
+chosen and rejected), and conversations (lists of messages), explicit or implicit. The fourth has texts in columns of
+their own for system and user; the settings name them, and the texts become a conversation.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.base.errors import BadRow
+from pipeline.config.schema import PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.data.pairs import Message, Pair, Text, check_text, is_conversational, kind_of, make_pair
+from pipeline.data.rows import LARGEST_ROW
+
+__all__ = ["split_shared_prompt", "to_pair"]
+
+
+def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
+    """Read a pair from a row.
+
+    Args:
+        row: The row's columns.
+        columns: Our column names -> the row's. If `user` is among them, the prompt is a message of that text, after a
+            message of the `system` column's text if that is named and not empty.
+        place: Place of the row, for messages.
+
+    Raises:
+        BadRow: A column is missing or has a wrong type, a completion is empty, or there is no shared prompt.
+    """
+    values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
+    values |= {name: row.get(columns[name]) for name in SPOKEN_COLUMNS if name in columns}
+    # A prompt column that the settings name must be there: the shared beginning would silently replace it.
+    named = [name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns]
+    for name in (*named, "chosen", "rejected"):
+        if columns.get(name, name) not in row:
+            raise BadRow(
+                "missing_column",
+                f"{place}: no column {columns.get(name, name)!r}; there are {_names(row)}. Rename with data.columns",
+            )
+    if _size(values, LARGEST_ROW) > LARGEST_ROW:
+        raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
+    for name in ("chosen", "rejected"):
+        check_text(values[name], name, place)
+    prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
+    if "user" in columns:
+        prompt = _spoken(values, place)
+        chosen, rejected = _answer(chosen, "chosen", place), _answer(rejected, "rejected", place)
+    if is_conversational(chosen) != is_conversational(rejected):
+        raise BadRow("wrong_type", f"{place}: one of chosen and rejected is text, the other a list of messages")
+    if prompt is not None:
+        check_text(prompt, "prompt", place)
+
+    if is_conversational(chosen):
+        prompt, chosen, rejected = _conversation(prompt, _clean(chosen), _clean(rejected), place)
+    elif prompt is None:
+        try:
+            prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
+        except ValueError as error:
+            raise BadRow("no_shared_prompt", f"{place}: {error}") from error
+    elif not isinstance(prompt, str):
+        raise BadRow("wrong_type", f"{place}: the prompt is a list of messages, chosen and rejected are text")
+    return make_pair(
+        prompt,
+        chosen,
+        rejected,
+        tools=values["tools"],
+        chat_template_kwargs=values["chat_template_kwargs"],
+        place=place,
+    )
+
+
+def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Split two whole texts into their shared prompt and the two completions.
+
+    A transcript with `Assistant:` turns (HH-RLHF) is split after the last such turn that both share, so that each
+    completion is the whole last turn. Any other text is split before the first word that differs, and the space before
+    it belongs to the completion. A split is never inside a word, so it makes no token straddle the boundary.
+
+    Raises:
+        ValueError: The texts share no beginning, or are equal and mark no turn.
+    """
+    both = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((i for i, (a, b) in both if a != b), min(len(chosen), len(rejected)))
+    turns = list(_TURN.finditer(chosen, 0, shared))
+    if turns:
+        end = turns[-1].end()
+    elif chosen == rejected:
+        raise ValueError(
+            "chosen and rejected are the same text without a prompt column; where the prompt ends is unknown"
+        )
+    else:
+        # Each completion keeps at least its last character.
+        end = min(shared, len(chosen) - 1, len(rejected) - 1)
+        while end > 0 and (_inside_word(chosen, end) or _inside_word(rejected, end)):
+            end -= 1
+        if end > 0 and chosen[end - 1] == " ":
+            end -= 1
+    if end <= 0 or not chosen[:end].strip():
+        raise ValueError("chosen and rejected share no beginning that could be the prompt; add a prompt column")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+_TURN = re.compile(r"(?:^|\n)[ \t]*Assistant:")
+
+
+def _inside_word(text: str, i: int) -> bool:
+    return _is_word(text[i - 1]) and _is_word(text[i])
+
+
+def _is_word(character: str) -> bool:
+    # Chinese and Japanese are written without spaces, so they have no word boundaries. Korean has spaces.
+    if unicodedata.east_asian_width(character) in "WF" and not "\uac00" <= character <= "\ud7a3":
+        return False
+    return character.isalnum() or character in "_'’-" or unicodedata.category(character) in ("Mn", "Mc")
+
+
+def _spoken(values: Mapping[str, Any], place: str) -> list[Message]:
+    """Make messages of the system's and the user's text; an empty system text gives none."""
+    messages = []
+    for role in SPOKEN_COLUMNS:
+        text = values.get(role)
+        if role == "system" and (text is None or text == ""):
+            continue
+        if not isinstance(text, str):
+            raise BadRow("wrong_type", f"{place}: {role} must be text, found {kind_of(text)}")
+        check_text(text, role, place)
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def _answer(completion: Text, name: str, place: str) -> list[Message]:
+    """Make an assistant's message of a text. Messages are returned as they are, unless they repeat the prompt."""
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    if completion[0]["role"] != "assistant":
+        raise BadRow(
+            "wrong_type",
+            f"{place}: {name} is a conversation of its own, which begins with {completion[0]['role']}; leave "
+            "data.columns.user and system out, its messages say who speaks",
+        )
+    return completion
+
+
+def _conversation(
+    prompt: Text | None, chosen: list[Message], rejected: list[Message], place: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    if isinstance(prompt, list):
+        return _clean(prompt), chosen, rejected
+    if isinstance(prompt, str) and all(m["role"] == "assistant" for m in (chosen[0], rejected[0])):
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    # Without a prompt, or with a text that the conversations repeat (UltraFeedback), their shared messages are it.
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise BadRow(
+            "no_shared_prompt", f"{place}: chosen and rejected share no first message that could be the prompt"
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _clean(messages: list[Message]) -> list[Message]:
+    """Drop keys that are null: Arrow adds them to messages that never had them, and templates ask `is defined`."""
+    return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+
+
+def _names(row: Mapping[str, Any], most: int = 20) -> str:
+    more = f" and {len(row) - most} more" if len(row) > most else ""
+    return ", ".join(map(repr, list(row)[:most])) + more
+
+
+def _size(value: Any, most: int) -> int:
+    """Count the characters of all text in a value, however deep. Counting stops above `most`."""
+    size, left = 0, [value]
+    while left and size <= most:
+        item = left.pop()
+        if isinstance(item, Mapping):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            left += item
+        # Other values count too, since a list of a million numbers is as long as one of letters.
+        size += len(item) if isinstance(item, str) else 1
+    return size

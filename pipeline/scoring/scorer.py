@@ -1,0 +1,160 @@
+"""A loaded, checked model that gives pairs their token log-probs: what every command that scores holds."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.schema import Config
+from pipeline.data.tokens import TokenizedPair
+from pipeline.models.files import reference_sources
+from pipeline.models.loading import load_reference, pick_device
+from pipeline.scoring.forward import input_device, prepare, score
+from pipeline.scoring.memory import free_memory, is_out_of_memory, tokens_that_fit
+from pipeline.scoring.packing import Batch, make_batch, plan_batches
+from pipeline.scoring.selfcheck import check_scoring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Scorer", "load_scorer", "reference_scorer"]
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """A prepared and checked model, and how pairs are batched for it."""
+
+    model: Any
+    packed: bool
+    """Pack the batches: the model keeps the sequences of a packed row apart"""
+    pad_id: int
+    """Token id that fills padded rows"""
+    key: str
+    """Setting or option that named the model, for messages"""
+    tokens_per_batch: int | None = None
+    """Most tokens of one forward pass; None until `fit` has chosen it"""
+
+    @classmethod
+    def check(
+        cls, model: Any, tokenizer: "PreTrainedTokenizerBase", key: str, tokens_per_batch: int | None = None
+    ) -> "Scorer":
+        """Prepare a loaded causal language model for scoring, and check that it is scored right.
+
+        Args:
+            model: In evaluation or training mode, which it keeps.
+            tokenizer: Gives the padding token.
+            key: Setting or option that named the model, for messages.
+            tokens_per_batch: Most tokens of one forward pass; None chooses as many as fit the device.
+
+        Raises:
+            ConfigError: The model can't be scored.
+        """
+        prepare(model)
+        pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        packed = check_scoring(model, key)
+        return cls(model=model, packed=packed, pad_id=pad_id, key=key, tokens_per_batch=tokens_per_batch)
+
+    def fit(self) -> int:
+        """Give the tokens of one forward pass; the first call probes the device where no number was given."""
+        self.tokens_per_batch = self.tokens_per_batch or tokens_that_fit(self.model, self.packed)
+        return self.tokens_per_batch
+
+    @property
+    def batch(self) -> Callable[[Sequence[TokenizedPair]], Batch]:
+        """Function from pairs to one batch. It holds no model, so loader processes can take it."""
+        return functools.partial(make_batch, pad_id=self.pad_id, packed=self.packed)
+
+    def logps(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """Score pairs without gradients, in batches of similar lengths, the longest first.
+
+        The pairs' order and lengths alone decide what is scored with what. Where memory runs out, the pairs that are
+        left are batched anew with half the tokens.
+
+        Yields:
+            A pair's index, and the token logps of its chosen and of its rejected completion: [tokens] float32, nats.
+
+        Raises:
+            ConfigError: Not even the longest pair alone fits the device's memory.
+        """
+        left = list(range(len(pairs)))
+        while left:
+            done: set[int] = set()
+            for batch in plan_batches([pairs[i] for i in left], self.fit(), packed=self.packed):
+                indices = [left[i] for i in batch]
+                try:
+                    scored = self._score([pairs[i] for i in indices])
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._check_divisible([pairs[i] for i in left if i not in done], error)
+                    break
+                done.update(indices)
+                yield from ((i, *completions) for i, completions in zip(indices, scored, strict=True))
+            left = [i for i in left if i not in done]
+            if left:
+                # Outside of the handler, whose error holds on to the batch that did not fit.
+                self._halve()
+
+    def _score(self, pairs: Sequence[TokenizedPair]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """Score one batch; give the token logps of each pair's chosen and rejected completion."""
+        batch = self.batch(pairs)
+        with torch.inference_mode():
+            scores = score(self.model, batch.to(input_device(self.model)), statistics=False)
+        flat = scores.tokens.logps.float().cpu().numpy()
+        completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
+        return list(zip(completions[: len(pairs)], completions[len(pairs) :], strict=True))
+
+    def _check_divisible(self, pairs: Sequence[TokenizedPair], error: Exception) -> None:
+        widest = max(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+        if self.fit() <= widest:
+            raise ConfigError(
+                f"{self.key}: not even the longest pair alone, {widest} tokens, fits the device's memory. "
+                "Use a larger device, a narrower dtype or a smaller data.max_length"
+            ) from error
+
+    def _halve(self) -> None:
+        self.tokens_per_batch = self.fit() // 2
+        click.echo(
+            f"Out of memory: going on with {self.tokens_per_batch} tokens in a batch "
+            f"(precompute.tokens_per_batch: {self.tokens_per_batch} spares the try)",
+            err=True,
+        )
+        free_memory()
+
+    def release(self) -> None:
+        """Let go of the model, and give back its memory."""
+        self.model = None
+        free_memory()
+
+
+def load_scorer(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", key: str | None = None, tokens_per_batch: int | None = None
+) -> Scorer:
+    """Load the reference that the settings name, and check it. Arguments and errors are those of `Scorer.check`.
+
+    Raises:
+        DataError: A weight file is damaged.
+    """
+    model = load_reference(config, pick_device())
+    return Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, tokens_per_batch)
+
+
+@contextlib.contextmanager
+def reference_scorer(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", key: str | None = None, tokens_per_batch: int | None = None
+) -> Iterator[Scorer]:
+    """Load the reference as `load_scorer` does, and let go of it at the end."""
+    scorer = load_scorer(config, tokenizer, key, tokens_per_batch)
+    try:
+        yield scorer
+    finally:
+        scorer.release()

@@ -1,0 +1,763 @@
+"""Settings: strict YAML, converted by the declared type; every refusal names the key."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import as_dict, load_config
+from pipeline.config.schema import Config, LossName, Quantization
+from pipeline.config.training import training_settings
+from support.processes import ROOT
+
+# Every option that a user can write, frozen: a change here is a change of the interface.
+OPTIONS = [
+    "cluster",
+    "cluster.account",
+    "cluster.container",
+    "cluster.grace",
+    "cluster.kubernetes",
+    "cluster.kubernetes.claim",
+    "cluster.kubernetes.image",
+    "cluster.kubernetes.mount",
+    "cluster.kubernetes.namespace",
+    "cluster.kubernetes.node_selector",
+    "cluster.kubernetes.secret",
+    "cluster.kubernetes.size",
+    "cluster.kubernetes.storage_class",
+    "cluster.options",
+    "cluster.partition",
+    "cluster.precompute",
+    "cluster.precompute.cpus",
+    "cluster.precompute.gpus",
+    "cluster.precompute.memory",
+    "cluster.precompute.nodes",
+    "cluster.precompute.processes",
+    "cluster.precompute.time",
+    "cluster.restarts",
+    "cluster.setup",
+    "cluster.train",
+    "cluster.train.cpus",
+    "cluster.train.gpus",
+    "cluster.train.memory",
+    "cluster.train.nodes",
+    "cluster.train.processes",
+    "cluster.train.time",
+    "cluster.workers",
+    "data",
+    "data.columns",
+    "data.eval",
+    "data.eval.NAME.name",
+    "data.eval.NAME.path",
+    "data.eval.NAME.split",
+    "data.format",
+    "data.max_length",
+    "data.name",
+    "data.on_bad_row",
+    "data.on_identical",
+    "data.path",
+    "data.revision",
+    "data.split",
+    "data.streaming",
+    "loss",
+    "loss.beta",
+    "loss.discopop_tau",
+    "loss.f_alpha_divergence_coef",
+    "loss.f_divergence_type",
+    "loss.label_smoothing",
+    "loss.ld_alpha",
+    "loss.router_aux_loss_coef",
+    "loss.type",
+    "loss.use_weighting",
+    "loss.weights",
+    "policy",
+    "policy.adapter",
+    "policy.dtype",
+    "policy.ia3",
+    "policy.ia3.feedforward_modules",
+    "policy.ia3.target_modules",
+    "policy.lora",
+    "policy.lora.alpha",
+    "policy.lora.dora",
+    "policy.lora.dropout",
+    "policy.lora.modules_to_save",
+    "policy.lora.r",
+    "policy.lora.rslora",
+    "policy.lora.target_modules",
+    "policy.model",
+    "policy.quantization",
+    "policy.quantization.bits",
+    "policy.quantization.double",
+    "policy.quantization.type",
+    "policy.revision",
+    "precompute",
+    "precompute.device_map",
+    "precompute.on_nonfinite",
+    "precompute.output",
+    "precompute.reuse",
+    "precompute.rows_per_shard",
+    "precompute.token_logps",
+    "precompute.tokens_per_batch",
+    "precompute.tp_plan",
+    "reference",
+    "reference.adapter",
+    "reference.declared",
+    "reference.disable_adapters",
+    "reference.dtype",
+    "reference.model",
+    "reference.quantization",
+    "reference.quantization.bits",
+    "reference.quantization.double",
+    "reference.quantization.type",
+    "reference.revision",
+    "reference.sync",
+    "reference.sync.mixup_alpha",
+    "reference.sync.steps",
+    "train",
+]
+
+DEFAULTS = {
+    "data": {
+        "path": "pairs.jsonl",
+        "name": None,
+        "revision": None,
+        "split": "train",
+        "format": None,
+        "columns": {},
+        "max_length": 1024,
+        "streaming": False,
+        "on_bad_row": "stop",
+        "on_identical": "keep",
+        "eval": {},
+    },
+    "policy": {
+        "model": "m",
+        "revision": None,
+        "adapter": None,
+        "lora": None,
+        "ia3": None,
+        "dtype": "float32",
+        "quantization": None,
+    },
+    "precompute": {
+        "output": "out",
+        "reuse": [],
+        "rows_per_shard": 1024,
+        "tokens_per_batch": None,
+        "token_logps": True,
+        "on_nonfinite": "stop",
+        "device_map": None,
+        "tp_plan": None,
+    },
+    "reference": {
+        "model": None,
+        "revision": None,
+        "adapter": None,
+        "disable_adapters": False,
+        "dtype": "auto",
+        "quantization": None,
+        "declared": None,
+        "sync": None,
+    },
+    "loss": {
+        "type": "sigmoid",
+        "weights": None,
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "use_weighting": False,
+        "discopop_tau": 0.05,
+        "router_aux_loss_coef": None,
+    },
+    "cluster": {
+        "workers": 1,
+        "precompute": {"nodes": 1, "processes": 1, "gpus": None, "cpus": None, "memory": None, "time": None},
+        "train": {"nodes": 1, "processes": 1, "gpus": None, "cpus": None, "memory": None, "time": None},
+        "partition": None,
+        "account": None,
+        "options": [],
+        "setup": None,
+        "container": None,
+        "grace": 120,
+        "restarts": 100,
+        "kubernetes": {
+            "image": None,
+            "namespace": None,
+            "claim": None,
+            "size": "100Gi",
+            "storage_class": None,
+            "mount": "/data",
+            "secret": None,
+            "node_selector": {},
+        },
+    },
+    "train": {},
+}
+
+# Those of the settings that are left out by default, once they are there.
+INNER_DEFAULTS: dict[str, Any] = {
+    "policy.lora": {
+        "r": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "modules_to_save": [],
+        "rslora": False,
+        "dora": False,
+    },
+    "policy.ia3": {"target_modules": None, "feedforward_modules": None},
+    "reference.sync": {"steps": 512, "mixup_alpha": 0.6},
+    "data.eval.test": {"path": None, "name": None, "split": None},
+}
+
+LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+SMALLEST = "data: {path: pairs.jsonl}\npolicy: {model: m}\nprecompute: {output: out}\n"
+
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load settings from text; the smallest valid ones if left out."""
+
+    def load_text(text: str = SMALLEST, *overrides: str) -> Config:
+        file = tmp_path / "run.yaml"
+        file.write_text(text, encoding="utf-8")
+        return load_config(file, overrides)
+
+    return load_text
+
+
+@pytest.fixture
+def train(load: Load) -> Callable[[str], dict[str, Any]]:
+    """Convert a train section, given as the inside of a flow mapping."""
+    return lambda text: training_settings(load(f"{SMALLEST}train: {{output_dir: o, {text}}}"))
+
+
+def _dotted(cls: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = [hint, *typing.get_args(hint)]
+        nested = next((h for h in inner if dataclasses.is_dataclass(h)), None)
+        names.append(f"{prefix}{name}")
+        if nested is not None:
+            step = ".NAME." if typing.get_origin(hint) is dict else "."
+            names += _dotted(typing.cast(type, nested), f"{prefix}{name}{step}")
+    return names
+
+
+def test_the_options_are_the_frozen_ones() -> None:
+    assert sorted(_dotted(Config)) == OPTIONS
+
+
+def test_the_defaults_are_the_frozen_ones(load: Load) -> None:
+    assert as_dict(load()) == DEFAULTS
+
+
+@pytest.mark.parametrize("key", INNER_DEFAULTS)
+def test_the_defaults_of_what_is_left_out_are_the_frozen_ones(load: Load, key: str) -> None:
+    """An empty mapping is there, and stands for its defaults; null is not there."""
+    found: Any = as_dict(load(SMALLEST, f"{key}={{}}"))
+    for name in key.split("."):
+        found = found[name]
+    assert found == INNER_DEFAULTS[key]
+
+
+def test_the_losses_are_the_frozen_ones() -> None:
+    assert list(typing.get_args(LossName)) == LOSSES
+
+
+def test_importing_the_settings_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, pipeline.config.reader; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_saved_settings_load_as_the_same_settings(load: Load) -> None:
+    config = load(
+        "data: {path: p, columns: {prompt: q}, eval: {test: {split: 'test[:9]'}}}\n"
+        "policy: {model: m, quantization: {bits: 4, double: on},\n"
+        "  lora: {target_modules: [q_proj, v_proj], modules_to_save: [norm], dora: on}}\n"
+        "precompute: {output: out}\n"
+        "reference: {quantization: {bits: 8}}\n"
+        "loss: {type: [sigmoid, sft], weights: [1, 5e-1], ld_alpha: .5, use_weighting: on}\n"
+        "train: {output_dir: o, save_strategy: no, learning_rate: 5e-7}\n"
+    )
+    again = load(yaml.safe_dump(as_dict(config)))
+    assert again == config
+    assert training_settings(again) == training_settings(config)
+
+
+# What is refused, and the key that the message starts with.
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (SMALLEST + "los: {beta: 1}\n", "", "los: unknown key; did you mean loss?"),
+        (SMALLEST, "loss.betta=1", "loss.betta: unknown key; did you mean beta?"),
+        (SMALLEST, "policy.lora.rank=4", "policy.lora.rank: unknown key"),
+        (SMALLEST, "data.eval.test.spilt=a", "data.eval.test.spilt: unknown key; did you mean split?"),
+        (SMALLEST, "data.columns.promt=q", "data.columns.promt: no such column of a pair; did you mean prompt?"),
+        (SMALLEST, "=1", "-o =1: expected key=value"),
+        (SMALLEST, "loss.beta", "-o loss.beta: expected key=value"),
+        (SMALLEST, "data.path.x=1", "-o data.path.x=1: path holds a value, not settings"),
+        (SMALLEST, "data.path=[", "-o data.path=[: not valid YAML"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *([override] if override else []))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.beta=high", "loss.beta: expected a number, found 'high'"),
+        ("loss.beta=null", "loss.beta: expected a number, found nothing"),
+        ("loss.beta=[0.1]", "loss.beta: expected a number, found a list"),
+        ("loss.type=dpo", "loss.type: expected one of sigmoid, hinge, ipo, "),
+        ("loss.type=[sigmoid, dpo]", "loss.type[1]: expected one of sigmoid, hinge, ipo, "),
+        ("loss.type={sigmoid: 1}", "loss.type: "),
+        ("loss.type=", "loss.type: expected one of sigmoid, "),
+        ("loss.weights=1", "loss.weights: expected a list, found '1'"),
+        ("loss.weights=[heavy]", "loss.weights[0]: expected a number, found 'heavy'"),
+        ("loss.f_divergence_type=kl", "loss.f_divergence_type: expected one of reverse_kl, forward_kl, "),
+        ("loss.use_weighting=2", "loss.use_weighting: expected true or false, found '2'"),
+        ("loss=0.1", "loss: expected settings (a mapping), found '0.1'"),
+        ("data.max_length=2.5", "data.max_length: expected a whole number, found '2.5'"),
+        ("data.max_length=inf", "data.max_length: expected a whole number, found 'inf'"),
+        ("data.max_length=1__0", "data.max_length: expected a whole number, found '1__0'"),
+        ("data.max_length=0x10", "data.max_length: expected a whole number, found '0x10'"),
+        ("data.max_length=true", "data.max_length: expected a whole number, found 'true'"),
+        ("data.streaming=1", "data.streaming: expected true or false, found '1'"),
+        ("data.streaming=maybe", "data.streaming: expected true or false, found 'maybe'"),
+        ("data.on_bad_row=off", "data.on_bad_row: expected one of stop, skip; found 'off'"),
+        ("data.path={a: b}", "data.path: expected text, found a mapping"),
+        ("data.path=", "data.path: expected text, found nothing"),
+        ("policy.model=null", "policy.model: expected text, found nothing"),
+        ("precompute.output=", "precompute.output: expected text, found nothing"),
+        ("data.split=~", "data.split: expected text, found nothing"),
+        ("data.columns=prompt", "data.columns: expected a mapping, found 'prompt'"),
+        ("data.columns={system: s}", "data.columns.system: goes with user"),
+        ("data.columns={user: q, prompt: p}", "data.columns.user: set together with prompt"),
+        ("data.columns.prompt=", "data.columns.prompt: expected text, found nothing"),
+        ("data.eval=[test]", "data.eval: expected a mapping, found a list"),
+        ("data.eval.test=[a]", "data.eval.test: expected settings (a mapping), found a list"),
+        ("policy.dtype=fp32", "policy.dtype: expected one of auto, float32, bfloat16, float16; found 'fp32'"),
+        ("policy.lora=yes", "policy.lora: expected settings (a mapping), found 'yes'"),
+        ("policy.lora.r=many", "policy.lora.r: expected a whole number, found 'many'"),
+        ("policy.lora.target_modules=[{a: b}]", "policy.lora.target_modules[0]: expected text, found a mapping"),
+        ("policy.lora.modules_to_save=norm", "policy.lora.modules_to_save: expected a list, found 'norm'"),
+        ("policy.ia3=on", "policy.ia3: expected settings (a mapping), found 'on'"),
+        ("policy.quantization=4", "policy.quantization: expected settings (a mapping), found '4'"),
+        ("policy.quantization={bits: 5}", "policy.quantization.bits: expected one of 4, 8; found '5'"),
+        ("policy.quantization={bits: 4.0}", "policy.quantization.bits: expected one of 4, 8; found '4.0'"),
+        ("policy.quantization={type: nf4}", "policy.quantization.bits: missing; it has no default"),
+        ("reference.quantization={bits: 4, type: int4}", "reference.quantization.type: expected one of nf4, fp4"),
+        ("reference.sync=512", "reference.sync: expected settings (a mapping), found '512'"),
+        ("reference.sync.steps=2.5", "reference.sync.steps: expected a whole number, found '2.5'"),
+        ("reference.declared=[a]", "reference.declared: expected text, found a list"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_what_was_found(load: Load, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMALLEST, override)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_length=1", "data.max_length: at least 2"),
+        ("data.max_length=-5", "data.max_length: at least 2"),
+        ("precompute.rows_per_shard=0", "precompute.rows_per_shard: at least 1"),
+        ("precompute.tokens_per_batch=0", "precompute.tokens_per_batch: at least 1"),
+        ("loss.beta=0", "loss.beta: above 0"),
+        ("loss.beta=-0.1", "loss.beta: above 0"),
+        ("loss.beta=nan", "loss.beta: above 0"),
+        ("loss.beta=inf", "loss.beta: above 0 and finite"),
+        ("loss.type=[]", "loss.type: name at least one loss"),
+        ("loss.type=[hinge, hinge]", "loss.type: a loss is there twice"),
+        ("loss={weights: [1, 2]}", "loss.weights: 2 for 1 losses; one for each is needed"),
+        ("loss={type: [sigmoid, sft], weights: [1]}", "loss.weights: 1 for 2 losses; one for each is needed"),
+        ("loss={type: [sigmoid, sft], weights: []}", "loss.weights: 0 for 2 losses; one for each is needed"),
+        ("loss.weights=[nan]", "loss.weights: finite numbers"),
+        ("loss.label_smoothing=-0.1", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss.label_smoothing=0.6", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss.label_smoothing=nan", "loss.label_smoothing: from 0 to 0.5"),
+        ("loss={type: hinge, label_smoothing: 0.1}", "loss.label_smoothing: none of the losses takes it"),
+        ("loss={type: robust, label_smoothing: 0.5}", "loss.label_smoothing: below 0.5 for robust"),
+        ("loss.type=exo_pair", "loss.label_smoothing: above 0 for exo_pair"),
+        ("loss={type: [sigmoid, aot], f_divergence_type: forward_kl}", "loss.f_divergence_type: aot is defined for"),
+        ("loss.f_alpha_divergence_coef=0.7", "loss.f_alpha_divergence_coef: set without f_divergence_type: alpha"),
+        ("loss={f_divergence_type: alpha_divergence, f_alpha_divergence_coef: nan}", "loss.f_alpha_divergence_coef: a"),
+        ("loss.ld_alpha=1.1", "loss.ld_alpha: from 0"),
+        ("loss.ld_alpha=-0.1", "loss.ld_alpha: from 0"),
+        ("loss.ld_alpha=nan", "loss.ld_alpha: from 0"),
+        ("loss={type: aot, use_weighting: on}", "loss.use_weighting: aot sorts pairs"),
+        ("loss={type: discopop, discopop_tau: 0}", "loss.discopop_tau: above 0 and finite"),
+        ("loss.discopop_tau=0.1", "loss.discopop_tau: set without discopop"),
+        ("loss.router_aux_loss_coef=-1", "loss.router_aux_loss_coef: 0 or above, and finite"),
+        ("loss.router_aux_loss_coef=inf", "loss.router_aux_loss_coef: 0 or above, and finite"),
+        ("policy.ia3.feedforward_modules=[w]", "policy.ia3.feedforward_modules: name target_modules too"),
+        (
+            "policy={model: m, quantization: {bits: 8, type: fp4}, lora: {}}",
+            "policy.quantization.type: type and double",
+        ),
+        (
+            "policy={model: m, quantization: {bits: 8, double: on}, lora: {}}",
+            "policy.quantization.type: type and double",
+        ),
+        ("policy.quantization.bits=4", "policy.quantization: quantized weights can't be trained themselves"),
+        ("reference.sync.steps=0", "reference.sync.steps: at least 1"),
+        ("reference.sync.mixup_alpha=1.5", "reference.sync.mixup_alpha: from 0 to 1"),
+        ("reference.sync.mixup_alpha=nan", "reference.sync.mixup_alpha: from 0 to 1"),
+        ("policy.lora.r=0", "policy.lora.r: at least 1"),
+        ("policy.lora.alpha=0", "policy.lora.alpha: above 0"),
+        ("policy.lora.alpha=nan", "policy.lora.alpha: above 0"),
+        ("policy.lora.dropout=1", "policy.lora.dropout: from 0 to below 1"),
+        ("policy.lora.dropout=nan", "policy.lora.dropout: from 0 to below 1"),
+        ("data.eval.train.split=a", "data.eval.train: a set's name is a folder's name"),
+        ("data.eval.costs.split=a", "data.eval.costs: a set's name is a folder's name"),
+        ("data.eval={../up: {split: a}}", "data.eval.../up: a set's name is a folder's name"),
+        ("data.eval={'': {split: a}}", "data.eval.: a set's name is a folder's name"),
+    ],
+)
+def test_an_impossible_value_is_refused(load: Load, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMALLEST, override)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy.adapter=sft", "policy.lora.r=4"], "policy.lora: set together with adapter; a run trains one"),
+        (["policy.adapter=sft", "policy.ia3={}"], "policy.ia3: set together with adapter; a run trains one"),
+        (["policy.lora={}", "policy.ia3={}"], "policy.ia3: set together with lora; a run trains one"),
+        (["policy.lora={}", "policy.ia3={}", "policy.adapter=sft"], "policy.lora: set together with adapter"),
+        (["reference.declared=gpt", "reference.model=m"], "reference.model: set together with declared"),
+        (["reference.declared=gpt", "reference.revision=v1"], "reference.revision: set together with declared"),
+        (["reference.declared=gpt", "reference.adapter=sft"], "reference.adapter: set together with declared"),
+        (["reference.declared=gpt", "reference.quantization.bits=4"], "reference.quantization: set together with decl"),
+        (["reference.declared=gpt", "reference.sync={}"], "reference.sync: set together with declared"),
+        (["reference.sync={}", "reference.quantization.bits=4"], "reference.quantization: a reference that moves"),
+        (
+            ["reference.sync={}", "policy.lora={}", "policy.quantization.bits=4"],
+            "policy.quantization: quantized weights can't be mixed with the reference",
+        ),
+        (["reference.sync={}", "train.load_best_model_at_end=true"], "train.load_best_model_at_end: can't be set with"),
+        (["reference.sync={}", "train.push_to_hub=on"], "train.push_to_hub: can't be set with reference.sync"),
+        (
+            ["reference.sync={}", "train.on_missing=drop"],
+            "train.on_missing: drop would change which pairs a window has",
+        ),
+        (["loss.ld_alpha=0.5", "precompute.token_logps=off"], "loss.ld_alpha: needs token logps in the shards"),
+        (["loss.ld_alpha=1", "precompute.token_logps=off"], "loss.ld_alpha: needs token logps in the shards"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(load: Load, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMALLEST, *overrides)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reference.sync={}", "policy.lora={}", "train.load_best_model_at_end=off", "train.on_missing=stop"],
+        ["reference.sync={}", "reference.model=other", "reference.adapter=sft"],
+        ["policy.quantization.bits=4", "policy.adapter=sft", "reference.model=other"],
+        ["policy.quantization={bits: 4, type: fp4, double: on}", "policy.ia3={}"],
+        ["reference.quantization.bits=8"],
+        ["reference.declared=somebody's model", "policy.lora={}", "policy.quantization.bits=8"],
+        ["policy.ia3={target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}"],
+        ["loss={type: [sigmoid, exo_pair, robust], label_smoothing: 0.1, weights: [1, 0, -1]}"],
+        ["loss={f_divergence_type: alpha_divergence, f_alpha_divergence_coef: 0.3, ld_alpha: 0}"],
+        ["loss={type: [discopop, apo_zero], discopop_tau: 0.1, router_aux_loss_coef: 0, use_weighting: on}"],
+        ["precompute.token_logps=off"],
+    ],
+)
+def test_settings_that_go_together_are_taken(load: Load, overrides: list[str]) -> None:
+    config = load(SMALLEST, *overrides)
+    assert load(yaml.safe_dump(as_dict(config))) == config
+
+
+def test_a_policy_has_an_adapter_if_it_continues_or_starts_one(load: Load) -> None:
+    assert not load().policy.has_adapter
+    for override in ("policy.adapter=sft", "policy.lora={}", "policy.ia3={}"):
+        assert load(SMALLEST, override).policy.has_adapter
+
+
+def test_one_loss_and_a_list_of_one_are_the_same(load: Load) -> None:
+    one, listed = load(SMALLEST, "loss.type=hinge").loss, load(SMALLEST, "loss.type=[hinge]").loss
+    assert one.types == listed.types == ["hinge"]
+    assert one.weights_of_types == listed.weights_of_types == [1.0]
+    assert load(SMALLEST, "loss={type: [hinge, sft], weights: [2, 5e-1]}").loss.weights_of_types == [2.0, 0.5]
+
+
+def test_a_reference_adapter_that_is_also_disabled_is_refused(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"^reference.adapter: set together with disable_adapters"):
+        load(SMALLEST, "reference.adapter=sft", "reference.disable_adapters=true")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy: {model: m}\nprecompute: {output: o}\n", "data: missing; it has no default"),
+        ("data:\npolicy: {model: m}\nprecompute: {output: o}\n", "data.path: missing; it has no default"),
+        ("data: {path: p}\npolicy: {}\nprecompute: {output: o}\n", "policy.model: missing"),
+        ("data: {path: p}\npolicy: {model: m}\nprecompute: {rows_per_shard: 8}\n", "precompute.output: missing"),
+    ],
+)
+def test_a_missing_setting_is_named(load: Load, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (SMALLEST + "loss: {beta: 1, beta: 2}\n", "line 4: key 'beta' is there twice"),
+        (SMALLEST + "data: {path: other}\n", "line 4: key 'data' is there twice"),
+        (SMALLEST + "loss: {beta: 1\n", "not valid YAML"),
+        (SMALLEST + "? [a, b]\n: c\n", "a key must be a word"),
+        (SMALLEST + "train: &a {x: *a}\n", "not valid YAML"),
+        (SMALLEST + "--- \nloss: {}\n", "not valid YAML"),
+        pytest.param(SMALLEST + "loss: \x00\n", "not valid YAML", id="control character"),
+        pytest.param("[" * 5000, "not valid YAML", id="too deep"),
+        ("", "found nothing"),
+        ("just words", "found 'just words'"),
+        ("- data\n- policy\n", "found a list"),
+    ],
+)
+def test_a_file_that_is_not_a_mapping_of_settings_is_refused(load: Load, tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+    assert found in str(caught.value)
+
+
+def test_a_tag_runs_nothing(load: Load, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    with pytest.raises(ConfigError):
+        load(SMALLEST + f"loss: !!python/object/apply:os.system ['touch {canary}']\n")
+    assert not canary.exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml: can't be read \(No such file"):
+        load_config(tmp_path / "missing.yaml")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("data: {path: café}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: can't be read"):
+        load_config(latin)
+
+
+# What is accepted, and as what.
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("loss.beta=5e-7", 5e-7),
+        ("loss.beta=1e-4", 1e-4),
+        ("loss.beta=1E2", 100.0),
+        ("loss.beta=.5", 0.5),
+        ("loss.beta='0.25'", 0.25),
+        ("loss.beta=1", 1.0),
+        ("data.max_length=4_096", 4096),
+        ("data.max_length='512'", 512),
+        ("data.max_length=1e3", 1000),
+        ("data.max_length=null", None),
+        ("data.max_length=", None),
+        ("data.max_length=~", None),
+        ("data.streaming=on", True),
+        ("data.streaming=Yes", True),
+        ("data.streaming=off", False),
+        ("data.name=", None),
+        ("data.name=null", None),
+        ("data.name=off", "off"),
+        ("data.name=no", "no"),
+        ("data.name=2024-01-01", "2024-01-01"),
+        ("data.name=1e3", "1e3"),
+        ("data.path=a=b", "a=b"),
+        ("policy.model=no", "no"),
+        ("data.columns={prompt: question, chosen: on}", {"prompt": "question", "chosen": "on"}),
+        ("policy.lora.r=4", 4),
+        ("policy.lora.target_modules=[q_proj, off]", ["q_proj", "off"]),
+        ("policy.lora.target_modules=all-linear", "all-linear"),
+        ("policy.lora.modules_to_save=[norm, off]", ["norm", "off"]),
+        ("policy.lora.dora=on", True),
+        ("loss.type=[sigmoid]", ["sigmoid"]),
+        ("loss.type=ipo", "ipo"),
+        ("loss.weights=[5e-1]", [0.5]),
+        ("loss.weights=null", None),
+        ("loss.ld_alpha=0", 0.0),
+        ("loss.ld_alpha=", None),
+        ("loss.router_aux_loss_coef=1e-3", 0.001),
+        ("reference.quantization={bits: 8}", Quantization(bits=8)),
+        ("reference.quantization={bits: '4'}", Quantization(bits=4)),
+        ("reference.quantization=null", None),
+        ("reference.sync.steps=1e3", 1000),
+        ("reference.sync.mixup_alpha=1", 1.0),
+        ("reference.sync=null", None),
+        ("reference.declared=off", "off"),
+        ("reference.declared=", None),
+    ],
+)
+def test_a_scalar_is_converted_by_its_declared_type(load: Load, override: str, value: object) -> None:
+    found: Any = load(SMALLEST, override)
+    for name in override.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert (type(found), found) == (type(value), value)
+
+
+def test_an_override_replaces_one_key_and_leaves_its_neighbours(load: Load) -> None:
+    text = SMALLEST + "loss: {type: sigmoid, beta: 0.3}\ntrain: {output_dir: o, seed: 1}\n"
+    config = load(text, "loss.beta=0.2", "train.seed=7", "train.seed=8")
+    assert (config.loss.type, config.loss.beta) == ("sigmoid", 0.2)
+    assert training_settings(config)["seed"] == 8
+    assert training_settings(config)["output_dir"] == "o"
+
+
+def test_an_override_opens_sections_that_are_not_there_or_null(load: Load) -> None:
+    for text in (SMALLEST, SMALLEST.replace("{model: m}", "{model: m, lora: null}"), SMALLEST + "reference:\n"):
+        config = load(text, "policy.lora.r=8", "reference.dtype=float32", "data.eval.test.split=test[:5]")
+        assert config.policy.lora is not None
+        assert (config.policy.lora.r, config.policy.lora.alpha) == (8, 32.0)
+        assert config.reference.dtype == "float32"
+        assert config.data.eval["test"].split == "test[:5]"
+
+
+def test_an_empty_section_means_its_defaults(load: Load) -> None:
+    config = load(SMALLEST + "loss:\nreference: null\ntrain: ~\n")
+    assert as_dict(config) == DEFAULTS
+
+
+# The train section, whose fields are the library's.
+
+
+def test_train_fields_are_converted_by_the_librarys_types(train: Callable[[str], dict[str, Any]]) -> None:
+    settings = train(
+        "learning_rate: 5e-7, max_steps: 1_000, save_strategy: no, eval_strategy: 'no', bf16: off, "
+        "gradient_checkpointing: yes, optim: adamw_torch, report_to: [tensorboard, wandb], save_total_limit: null, "
+        "lr_scheduler_kwargs: {num_cycles: 2, power: 1e-1, name: off}, run_name: on, eval_steps: 0.25, "
+        "average_tokens_across_devices: on"
+    )
+    expected = {
+        "learning_rate": 5e-7,
+        "max_steps": 1000,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "bf16": False,
+        "gradient_checkpointing": True,
+        "optim": "adamw_torch",
+        "report_to": ["tensorboard", "wandb"],
+        "save_total_limit": None,
+        "run_name": "on",
+        "eval_steps": 0.25,
+        "average_tokens_across_devices": True,
+    }
+    assert {key: settings[key] for key in expected} == expected
+    assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2, "power": 0.1, "name": False}
+
+
+def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]]) -> None:
+    assert train("seed: 1") == {
+        "output_dir": "o",
+        "seed": 1,
+        "learning_rate": 1e-6,
+        "logging_steps": 10,
+        "report_to": "none",
+        "ddp_timeout": 21600,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "train.learning_rte: no such field of TrainingArguments; did you mean learning_rate?"),
+        ("on_mising: drop", "train.on_mising: no such field of TrainingArguments; did you mean on_missing?"),
+        ("learning_rate: fast", "train.learning_rate: expected a number, found 'fast'"),
+        ("max_steps: 2.5", "train.max_steps: expected a whole number, found '2.5'"),
+        ("bf16: 2", "train.bf16: expected true or false, found '2'"),
+        ("seed: [1]", "train.seed: expected a whole number, found a list"),
+        ("on_missing: ignore", "train.on_missing: expected one of stop, drop; found 'ignore'"),
+        ("on_mismatch: drop", "train.on_mismatch: expected one of stop, warn; found 'drop'"),
+        ("activation_offload: some", "train.activation_offload: "),
+        ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
+    ],
+)
+def test_a_wrong_train_field_is_refused(train: Callable[[str], dict[str, Any]], text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(text)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "remove_unused_columns",
+        "label_names",
+        "resume_from_checkpoint",
+        "save_only_model",
+        "enable_jit_checkpoint",
+        "do_train",
+        "do_predict",
+        "label_smoothing_factor",
+        "use_liger_kernel",
+        "auto_find_batch_size",
+        "neftune_noise_alpha",
+    ],
+)
+def test_a_train_field_that_is_ours_to_set_is_refused(train: Callable[[str], dict[str, Any]], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^train\.{name}: can't be set: "):
+        train(f"{name}: true")
+
+
+@pytest.mark.parametrize("value", ["", "null", "~"])
+def test_training_without_an_output_folder_is_refused(load: Load, value: str) -> None:
+    for text in ("train: {seed: 1}", f"train: {{output_dir: {value}}}"):
+        with pytest.raises(ConfigError, match=r"^train\.output_dir: missing"):
+            training_settings(load(f"{SMALLEST}{text}"))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load(
+        "data: {path: ~/p.jsonl, eval: {a: {path: ~/a.jsonl}, b: {split: test}}}\npolicy: {model: m}\n"
+        "precompute: {output: ~/shards, reuse: [~/old]}\n"
+    )
+    assert (config.data.path, config.data.eval["a"].path) == ("/home/ada/p.jsonl", "/home/ada/a.jsonl")
+    assert config.data.eval["b"].path is None
+    assert (config.precompute.output, config.precompute.reuse) == ("/home/ada/shards", ["/home/ada/old"])

@@ -1,0 +1,533 @@
+"""Nothing that a model, a dataset or a checkpoint brings is run: each with a live payload that would leave a file."""
+
+import ast
+import inspect
+import json
+import pickle
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pipeline.base.errors import BadRow, ConfigError, RefshardError, one_line
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config, DataConfig
+from pipeline.data import layouts, pairs, tokens
+from pipeline.data.intake import Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import load_tokenizer, policy_settings
+from pipeline.models.identity import identity_of_run
+from pipeline.models.loading import load_policy, load_reference
+from pipeline.run.card import model_card
+from pipeline.run.checkpoints import MARKER, commit_checkpoint
+from support.models import make_tokenizer
+from support.processes import ROOT
+from support.runs import refshard, simple_rows, write_jsonl
+from support.tally import tally
+
+CPU = torch.device("cpu")
+MakeRun = Callable[..., Path]
+
+
+class Payload:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = str(mark)
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(self._mark),)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[Path]:
+    """The file that a payload leaves."""
+    yield tmp_path / "it-ran"
+    if not (tmp_path / "it-ran").exists():
+        tally("a payload that leaves a file when it is run", 1, outcome="never run")
+
+
+def test_the_payload_is_live(mark: Path, tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists()
+    mark.unlink()
+    torch.save(Payload(mark), tmp_path / "x.bin")
+    torch.load(tmp_path / "x.bin", weights_only=False)
+    assert mark.exists()
+
+
+# Models
+
+
+def load_all(model: Path, adapter: Path | None = None) -> Config:
+    """Everything that either stage loads of a policy and its reference."""
+    config = load_config_of(model, adapter)
+    identity_of_run(config, load_tokenizer(config))
+    policy_settings(config)
+    load_reference(config, CPU)
+    load_policy(config)
+    return config
+
+
+def load_config_of(model: Path, adapter: Path | None = None) -> Config:
+    file = model.parent / "run.yaml"
+    policy = {"model": str(model), **({"adapter": str(adapter)} if adapter else {})}
+    file.write_text(yaml.safe_dump({"data": {"path": "x"}, "policy": policy, "precompute": {"output": "y"}}))
+    return load_config(file)
+
+
+@pytest.fixture
+def model(tmp_path: Path, model_folder: Path) -> Path:
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside safetensors", "alone"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.ckpt", "training_args.bin", "flax_model.msgpack"]
+)
+def test_weights_in_a_pickle_are_never_loaded(model: Path, mark: Path, beside: bool, name: str) -> None:
+    torch.save(Payload(mark), model / name)
+    if beside:
+        load_all(model)
+    else:
+        (model / "model.safetensors").unlink()
+        with pytest.raises(ConfigError, match=r"no \*\.safetensors in it; other weight formats can run code"):
+            load_all(model)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("new_zip", [True, False], ids=["zip", "plain"])
+def test_a_pickle_that_is_called_safetensors_is_bad_data(model: Path, mark: Path, new_zip: bool) -> None:
+    torch.save(Payload(mark), model / "model.safetensors", _use_new_zipfile_serialization=new_zip)
+    with pytest.raises(RefshardError, match=r"policy\.model: .*damaged weight file"):
+        load_all(model)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "../evil/model.safetensors", "sub/x.safetensors", "/x.safetensors", 5]
+)
+def test_an_index_can_name_no_weights_but_those_beside_it(model: Path, mark: Path, name: Any) -> None:
+    # Shards named elsewhere would also escape the digest of the reference.
+    torch.save(Payload(mark), model / "pytorch_model.bin")
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="weights must be safetensors files beside it"):
+        load_all(model)
+    assert not mark.exists()
+
+
+EVIL = "from pathlib import Path\nPath({mark!r}).touch()\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "evil"])
+def test_code_that_comes_with_a_model_is_never_run(model: Path, mark: Path, model_type: str) -> None:
+    code = {
+        "AutoConfig": "modeling_evil.Evil",
+        "AutoModelForCausalLM": "modeling_evil.Evil",
+        "AutoModel": "modeling_evil.Evil",
+    }
+    (model / "modeling_evil.py").write_text(EVIL.format(mark=str(mark)))
+    change(model / "config.json", auto_map=code, model_type=model_type)
+    if model_type == "llama":
+        load_all(model)  # as the library's own class
+    else:
+        with pytest.raises(ConfigError, match=r"policy\.model"):
+            load_all(model)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "EvilTokenizer"])
+def test_code_that_comes_with_a_tokenizer_is_never_run(model: Path, mark: Path, named: str) -> None:
+    (model / "tokenization_evil.py").write_text(EVIL.format(mark=str(mark)))
+    code = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
+    change(model / "tokenizer_config.json", auto_map=code, tokenizer_class=named)
+    try:
+        load_all(model)
+    except ConfigError as error:
+        assert "policy.model" in str(error)
+    assert not mark.exists()
+
+
+def test_attention_code_from_the_hub_is_never_fetched(model: Path) -> None:
+    change(model / "config.json", attn_implementation="somebody/attention")
+    with pytest.raises(ConfigError, match=r"asks for attention from the hub, 'somebody/attention'"):
+        load_all(model)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, model: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    base = transformers.LlamaForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_in_a_pickle_is_never_loaded(model: Path, adapter: Path, mark: Path) -> None:
+    load_all(model, adapter)
+    torch.save(Payload(mark), adapter / "adapter_model.bin")
+    load_all(model, adapter)
+    torch.save(Payload(mark), adapter / "adapter_model.safetensors")
+    with pytest.raises(RefshardError, match="damaged weight file"):
+        load_all(model, adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors in it"):
+        load_all(model, adapter)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "evil_module"},
+        {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil_module"}},
+    ],
+    ids=["megatron", "auto_mapping"],
+)
+def test_an_adapter_can_have_no_module_imported(
+    model: Path, adapter: Path, mark: Path, tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text(EVIL.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(tmp_path)
+    change(adapter / "adapter_config.json", **values)
+    if "megatron_config" in values:
+        # Refused before the library sees it, some versions of which would import the module.
+        with pytest.raises(ConfigError, match="an adapter of Megatron's layers, which can't be loaded here"):
+            load_all(model, adapter)
+    else:
+        load_all(model, adapter)
+    assert not mark.exists()
+
+
+# Chat templates
+
+BREAKOUTS = [
+    "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
+    "{{ lipsum.__globals__['os'].popen('touch MARK') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__['os'].system('touch MARK') }}",
+    "{{ ('{0.__class__.__mro__}').format(messages) }}{{ self.__init__.__globals__ }}",
+    "{{ messages | attr('__class__') }}{{ (messages | attr('__class__')).mro() }}",
+    "{{ messages.append({}) }}",
+    "{% include '/etc/hostname' %}",
+    "{% import 'os' as os %}{{ os }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ 1 / 0 }}",
+    "{{ 'a' * 10 ** 15 }}",
+    "{{ range(10 ** 9) | list }}",
+    "{% if %}",
+]
+CHAT = {
+    "prompt": [{"role": "user", "content": "?"}],
+    "chosen": [{"role": "assistant", "content": "a"}],
+    "rejected": [{"role": "assistant", "content": "b"}],
+}
+
+
+def tokenize_chat(template: str) -> tokens.TokenizedPair:
+    return tokens.tokenize(layouts.to_pair(CHAT, {}, "row 1"), make_tokenizer(template=template), "row 1")
+
+
+@pytest.mark.parametrize("template", BREAKOUTS)
+def test_a_template_that_breaks_out_is_refused_and_nothing_runs(template: str, mark: Path) -> None:
+    with pytest.raises(BadRow, match=r"row 1: the chat template refuses it: \S"):
+        tokenize_chat(template.replace("MARK", str(mark)))
+    assert not mark.exists()
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_MOST_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(BadRow, match=r"it runs for more than 0\.2 seconds"):
+        tokenize_chat(ENDLESS)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_works_in_a_thread_too() -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(tokenize_chat(template)))
+    thread.start()
+    thread.join()
+    assert found == [tokenize_chat(template)]
+
+
+def test_a_row_can_not_say_how_its_template_is_applied() -> None:
+    """Every argument of the library's own is refused, those of later versions too."""
+    own = set(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters)
+    assert own - {"self", "kwargs", "tools", "documents"} <= pairs._NO_TEMPLATE_KWARGS
+    with pytest.raises(BadRow, match="chat_template_kwargs must not hold chat_template"):
+        layouts.to_pair({**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, {}, "row 1")
+    allowed = {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    assert layouts.to_pair(allowed, {}, "row 1").chat_template_kwargs
+
+
+# Data
+
+
+class _EvilType(pa.ExtensionType):  # type: ignore[misc]
+    """An extension type of another program in this process, whose reading would run code."""
+
+    read: list[bytes] = []
+
+    def __init__(self) -> None:
+        super().__init__(pa.string(), "evil.type")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b"payload"
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: Any, serialized: bytes) -> "_EvilType":
+        cls.read.append(serialized)
+        return cls()
+
+
+@pytest.fixture
+def registered() -> Iterator[list[bytes]]:
+    pa.register_extension_type(_EvilType())
+    _EvilType.read.clear()
+    yield _EvilType.read
+    pa.unregister_extension_type("evil.type")
+
+
+def test_columns_of_parquet_are_what_they_are_stored_as(tmp_path: Path, registered: list[bytes]) -> None:
+    text = pa.array([" a", " b"])
+    table = pa.table(
+        {"prompt": text, "chosen": text.cast(pa.json_()), "rejected": pa.ExtensionArray.from_storage(_EvilType(), text)}
+    )
+    hints = {"huggingface": json.dumps({"info": {"features": {"chosen": {"_type": "Image"}}}}), "pandas": "{"}
+    pq.write_table(table.replace_schema_metadata(hints), tmp_path / "p.parquet")
+    registered.clear()
+    row = next(read_rows(open_source(DataConfig(path=str(tmp_path / "p.parquet"))))).load()
+    assert registered == []
+    pq.read_schema(tmp_path / "p.parquet")
+    assert registered, "the payload is not live"
+    assert row == {"prompt": " a", "chosen": " a", "rejected": " a"}
+
+
+@pytest.mark.parametrize("kind", ["saved", "streamed", "loaded"])
+def test_no_file_is_opened_because_a_row_names_it(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(tmp_path / "private.png")
+    features = datasets.Features(
+        {"image": datasets.Image(), **{n: datasets.Value("string") for n in ("chosen", "rejected")}}
+    )
+    rows = {"image": [{"path": str(tmp_path / "private.png"), "bytes": None}], "chosen": ["a b"], "rejected": ["a c"]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    assert made[0]["image"].size == (1, 1)
+    if kind == "saved":
+        made.save_to_disk(str(tmp_path / "saved"))
+        source = open_source(DataConfig(path=str(tmp_path / "saved")))
+    else:
+        given = made.to_iterable_dataset() if kind == "streamed" else made
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: given)
+        source = open_source(DataConfig(path="org/pairs", streaming=kind == "streamed"))
+    opened: list[Any] = []
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: opened.append(a))
+    (row,) = read_rows(source)
+    assert row.load() == {"chosen": "a b", "rejected": "a c"}
+    assert opened == []
+
+
+def test_a_script_or_pickle_is_no_dataset(tmp_path: Path, mark: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "pairs.py").write_text(EVIL.format(mark=str(mark)))
+    for name in ("train.pkl", "train.pickle", "train.pt"):
+        (folder / name).write_bytes(pickle.dumps(Payload(mark)))
+        with pytest.raises(ConfigError, match="can't tell its format"):
+            open_source(DataConfig(path=str(folder / name)))
+    with pytest.raises(ConfigError, match="no file of split 'train'"):
+        open_source(DataConfig(path=str(folder)))
+    assert not mark.exists()
+
+
+# The terminal, the card
+
+
+@given(text=st.text(st.characters(categories=["L", "N", "C", "Z", "P", "S"]), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_a_shown_line_is_one_line_that_no_terminal_obeys(text: str) -> None:
+    line = one_line(text)
+    assert line.isprintable()
+    assert "\n" not in line
+    line.encode("utf-8")
+    assert one_line(line) == line
+
+
+def test_a_long_message_keeps_its_place_and_its_way_on() -> None:
+    line = one_line("file.jsonl:3: " + "x" * 100_000 + ". Set data.on_bad_row: skip")
+    assert len(line) < 2100
+    assert line.startswith("file.jsonl:3: ")
+    assert line.endswith("Set data.on_bad_row: skip")
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egnp\ud83d"
+
+
+@pytest.mark.slow
+def test_what_a_dataset_holds_never_reaches_the_terminal_raw(make_run: MakeRun, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "a", ESCAPES: "b"})
+    # Columns are quoted as Python does it; the name of a file is shown as it is.
+    data = tmp_path / "pairs\x1b[31m\x07\x9b2J.jsonl"
+    data.write_text(row + "\n")
+    config = make_run(data={"path": str(data)})
+    shown = command("precompute", "--config", config, check=65)
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert r"\x1b]0;title\x07" in shown
+    assert r"pairs\x1b[31m\x07\x9b2J.jsonl:1" in shown
+
+
+def test_the_card_holds_no_escapes_and_no_header_of_a_stranger() -> None:
+    hostile = f"{ESCAPES}\n---\nlicense: evil\n---\n<img src=x onerror=alert(1)> | `code` [a](javascript:b)"
+    arguments = dict.fromkeys(("name", "base_model", "reference", "dataset", "adapter"), hostile)
+    card = model_card(
+        **arguments,
+        fingerprint="f" * 64,
+        pairs=1,
+        loss={"type": "sigmoid", "beta": 0.1},
+        training={hostile: hostile},
+        metrics={hostile: 1.0},
+        versions={hostile: hostile},
+        hub_model=hostile,
+        hub_dataset=hostile,
+    )
+    assert all(line.isprintable() for line in card.split("\n"))
+    assert card.count("\n---\n") == 1
+    assert "license" not in yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+    text = re.sub("`[^`]*`", "", card.split("\n---\n", 1)[1])
+    assert "<img" not in text.replace("\\<", "")
+    assert "[a](" not in text
+
+
+# A whole run
+
+SECRETS = {name: f"canary-{name}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")}
+
+
+def command(*words: Any, check: int = 0) -> str:
+    """Run the command; gives all that it showed."""
+    done = refshard(*words, check=check)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
+    make_run: MakeRun, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    config = make_run(train={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3})
+    words = ["--config", config, "-o", "train.hub_token=canary-token"]
+    shown = command("precompute", *words)
+    shown += command("train", *words)
+    assert "canary" not in shown
+    written = [f for name in ("shards", "policy") for f in (tmp_path / name).rglob("*") if f.is_file()]
+    assert len(written) > 20
+    assert [file for file in written if b"canary" in file.read_bytes()] == []
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+    # What the checkpoint of a stranger holds, its marker right for it, is not run either.
+    run = tmp_path / "policy"
+    marker = json.loads((run / "checkpoint-2" / MARKER).read_text())
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    saved = shutil.copytree(run / "checkpoint-2", tmp_path / "saved")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.rmtree(run / "checkpoint-2")
+        folder = shutil.copytree(saved, run / "checkpoint-2")
+        torch.save(Payload(mark), folder / name)
+        commit_checkpoint(folder, 2, marker["identity"])
+        shown = command("train", *words, check=65)
+        assert "checkpoint-2: holds objects other than tensors and numbers" in shown
+        assert not mark.exists()
+    # As it was saved, it is gone on from: the random numbers' files load without a pickle's help.
+    shutil.rmtree(run / "checkpoint-2")
+    shutil.copytree(saved, run / "checkpoint-2")
+    assert "Going on from" in command("train", *words)
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@host/x", "s3://key:secret@bucket/x", "hf://secret@datasets/x"])
+@pytest.mark.parametrize(
+    "key", ["data.path", "policy.model", "precompute.output", "train.output_dir", "data.eval.a.path"]
+)
+def test_a_password_in_the_settings_is_refused_and_not_repeated(make_run: MakeRun, key: str, url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: holds a user name or password") as caught:
+        load_config(make_run(), [f"{key}={url}"])
+    assert "secret" not in str(caught.value)
+
+
+# The code itself
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "system", "popen"}
+UNPICKLES_ITS_OWN = {"pipeline/data/loading.py"}
+"""An error on its way from a loader to the process that started it"""
+
+
+def calls(file: Path) -> list[tuple[str, ast.Call]]:
+    found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    return [(ast.unparse(call.func), call) for call in found]
+
+
+def keywords(call: ast.Call) -> dict[str | None, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def test_nothing_in_the_package_unpickles_evaluates_or_trusts_code() -> None:
+    files = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")]
+    loads = 0
+    for file in files:
+        where = file.relative_to(ROOT).as_posix()
+        for name, call in calls(file):
+            last = name.rsplit(".", 1)[-1]
+            assert name not in FORBIDDEN and name not in {f"os.{word}" for word in FORBIDDEN}, (where, name)
+            assert not (name.startswith("pickle.load") and where not in UNPICKLES_ITS_OWN), where
+            assert name not in ("np.load", "numpy.load", "joblib.load"), where
+            # Tensors and numbers alone.
+            assert name != "torch.load" or keywords(call).get("weights_only") == "True", where
+            assert name != "yaml.load" or keywords(call).get("Loader") == "_Loader", where
+            assert keywords(call).get("shell") != "True", where
+            assert keywords(call).get("trust_remote_code", "False") == "False", where
+            if last == "from_pretrained" and name.split(".")[-2] not in ("GenerationConfig", "PeftConfig"):
+                # Those two are read from JSON alone.
+                loads += 1
+                wanted = (
+                    "trust_remote_code" if name.split(".")[-2] in ("AutoTokenizer", "AutoConfig") else "use_safetensors"
+                )
+                assert wanted in keywords(call), (where, ast.unparse(call))
+    assert loads >= 6
+    assert not any("trust_remote_code" in file.read_text() for file in ROOT.glob("pipeline/config/*.py"))
+
+
+def test_rows_of_a_source_are_only_read(tmp_path: Path) -> None:
+    data = DataConfig(path=str(write_jsonl(tmp_path / "p.jsonl", simple_rows(3))))
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    assert len(list(kept_pairs(read_rows(open_source(data)), make_tokenizer(), data, Ledger()))) == 3
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before

@@ -1,0 +1,211 @@
+"""What enters the identity, what does not, and how a mismatch is told."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from pipeline.models.files import load_tokenizer
+from pipeline.models.identity import Kinship, differences, fingerprint_of, identity_of_run, kinship
+from support.models import make_model, make_tokenizer
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, model_folder: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"data: {{path: pairs.jsonl}}\npolicy: {{model: {model_folder}}}\nprecompute: {{output: shards}}\n"
+        f"train: {{output_dir: policy}}\n"
+    )
+    return file
+
+
+def identity(file: Path, *overrides: str) -> dict[str, Any]:
+    config: Config = load_config(file, overrides)
+    return identity_of_run(config, load_tokenizer(config))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss.beta=0.5",
+        "train.learning_rate=1e-3",
+        "train.seed=7",
+        "train.output_dir=elsewhere",
+        "policy.lora={r: 64}",
+        "policy.dtype=bfloat16",
+        "precompute.output=elsewhere",
+        "precompute.tokens_per_batch=99",
+        "precompute.rows_per_shard=99",
+        "data.path=other.jsonl",
+        "data.split=train[5:]",
+        "reference.dtype=float32",
+        "policy.lora={dora: on}",
+        "policy.ia3={}",
+        "loss={type: [sigmoid, sft], weights: [1, 0.5], ld_alpha: 0.5, use_weighting: on}",
+        "reference.sync={steps: 8}",
+        "reference.quantization=null",
+    ],
+)
+def test_what_no_log_prob_depends_on_leaves_the_fingerprint(config_file: Path, override: str) -> None:
+    assert fingerprint_of(identity(config_file, override)) == fingerprint_of(identity(config_file))
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("data.max_length=77", "tokenization.max_length"),
+        ("data.max_length=null", "tokenization.max_length"),
+        ("reference.dtype=bfloat16", "reference.dtype"),
+        ("precompute.token_logps=false", "tokenization.token_logps"),
+        ("reference.quantization.bits=8", "reference.quantization"),
+        ("reference.quantization={bits: 4, double: on}", "reference.quantization"),
+    ],
+)
+def test_what_a_log_prob_depends_on_changes_it_by_name(config_file: Path, override: str, field: str) -> None:
+    a, b = identity(config_file), identity(config_file, override)
+    assert fingerprint_of(a) != fingerprint_of(b)
+    (found,) = differences(a, b, joining=False)
+    assert found.startswith(f"{field}: ")
+
+
+def test_each_way_of_quantizing_is_another_reference(config_file: Path) -> None:
+    ways = ["{bits: 4}", "{bits: 8}", "{bits: 4, type: fp4}", "{bits: 4, double: on}", "null"]
+    found = [identity(config_file, f"reference.quantization={way}") for way in ways]
+    assert len({fingerprint_of(one) for one in found}) == len(ways)
+    assert found[0]["reference"]["quantization"] == {"bits": 4, "type": "nf4", "double": False}
+    (told,) = differences(found[0], found[3], joining=True)
+    assert told.startswith("reference.quantization.double: shards False, this run True")
+
+
+def test_the_policys_quantization_counts_only_where_the_reference_is_the_policy(
+    config_file: Path, model_folder: Path
+) -> None:
+    quantized = ["policy.lora={}", "policy.quantization.bits=4"]
+    named = f"reference.model={model_folder}"
+    plain, inherited = identity(config_file), identity(config_file, *quantized)
+    assert inherited["reference"]["quantization"] == {"bits": 4, "type": "nf4", "double": False}
+    assert inherited != plain
+    # Said once for both models, or for the reference alone: the same reference.
+    assert inherited == identity(config_file, "reference.quantization.bits=4")
+    assert inherited == identity(config_file, named, "reference.quantization.bits=4")
+    assert identity(config_file, *quantized, named) == identity(config_file, named) == plain
+    own = identity(config_file, *quantized, "reference.quantization.bits=8")
+    assert own["reference"]["quantization"]["bits"] == 8
+
+
+def test_a_declared_reference_is_its_name_alone(config_file: Path) -> None:
+    declared = identity(config_file, "reference.declared=somebody's model")
+    assert declared["reference"] == {"declared": "somebody's model"}
+    assert declared["tokenization"] == identity(config_file)["tokenization"]
+    # What the policy is or becomes has no part in it.
+    for override in ("policy.lora={}", "policy.dtype=bfloat16", "loss.beta=0.5"):
+        assert identity(config_file, "reference.declared=somebody's model", override) == declared
+    (told,) = differences(declared, identity(config_file, "reference.declared=another"), joining=True)
+    assert told == "reference.declared: shards somebody's model, this run another"
+    fields = [told.partition(":")[0] for told in differences(declared, identity(config_file), joining=True)]
+    assert {"reference.declared", "reference.weights"} <= set(fields)
+
+
+def test_a_moved_or_copied_model_is_the_same_and_one_changed_weight_is_not(
+    config_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    override = f"policy.model={copy}"
+    assert identity(config_file, override) == identity(config_file)
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert [
+        d.split(":")[0] for d in differences(identity(config_file), identity(config_file, override), joining=True)
+    ] == ["reference.weights"]
+
+
+def test_a_config_field_of_the_forward_pass_counts_and_one_of_bookkeeping_does_not(
+    config_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    content = json.loads((copy / "config.json").read_text())
+    override = f"policy.model={copy}"
+    (copy / "config.json").write_text(json.dumps({**content, "transformers_version": "9.9", "use_cache": False}))
+    assert identity(config_file, override) == identity(config_file)
+    (copy / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 1e-3}))
+    assert identity(config_file, override)["reference"]["config"] != identity(config_file)["reference"]["config"]
+
+
+@pytest.fixture
+def adapter_folder(model_folder: Path, tmp_path: Path) -> Path:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_kinship_tells_where_policy_and_reference_must_agree(
+    config_file: Path, model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    def told(*overrides: str) -> Kinship:
+        return kinship(load_config(config_file, overrides))
+
+    other = make_model(tmp_path / "other", make_tokenizer(bos=True), seed=1)
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    continued = f"policy.adapter={adapter_folder}"
+    assert told() == told(f"reference.model={copy}") == Kinship(True, False, None)
+    assert told("reference.dtype=bfloat16") == Kinship(True, False, None)
+    assert told("policy.lora={}") == Kinship(True, True, None)
+    assert told(continued) == Kinship(True, False, adapter_folder)
+    assert told(continued, "reference.disable_adapters=on") == Kinship(False, True, None)
+    assert told(continued, f"reference.model={copy}") == Kinship(False, True, None)
+    assert told(f"reference.adapter={adapter_folder}") == Kinship(False, False, None)
+    assert told(f"reference.model={other}", "policy.lora={}") == Kinship(False, False, None)
+    assert told("reference.quantization.bits=8", "policy.lora={}") == Kinship(False, False, None)
+    assert told("policy.quantization.bits=8", "policy.lora={}") == Kinship(True, True, None)
+    assert told("reference.declared=somebody's model", "policy.lora={}") == Kinship(False, False, None)
+
+
+def test_padding_or_truncating_with_the_tokenizer_does_not_change_it(config_file: Path) -> None:
+    config = load_config(config_file)
+    tokenizer: Any = load_tokenizer(config)
+    before = identity_of_run(config, tokenizer)
+    tokenizer(["a", "a b c d e"], padding=True, truncation=True, max_length=2)
+    assert identity_of_run(config, tokenizer) == before
+
+
+def test_another_vocabulary_template_or_special_token_changes_the_tokenization(
+    config_file: Path, tmp_path: Path
+) -> None:
+    base = identity(config_file)["tokenization"]
+    changed = {
+        "tokenizer": make_tokenizer(bos=False),
+        "chat_template": make_tokenizer(bos=True, template="{{ messages[0].content }}"),
+    }
+    for field, tokenizer in changed.items():
+        folder = make_model(tmp_path / field, tokenizer)
+        assert identity(config_file, f"policy.model={folder}")["tokenization"][field] != base[field]
+
+
+def test_a_longer_stored_cut_serves_a_shorter_run_only_where_token_logps_are_stored(config_file: Path) -> None:
+    def told(stored: str, run: str, token_logps: str = "true") -> list[str]:
+        keep = f"precompute.token_logps={token_logps}"
+        return differences(
+            identity(config_file, f"data.max_length={stored}", keep),
+            identity(config_file, f"data.max_length={run}"),
+            joining=True,
+        )
+
+    assert told("512", "128") == []
+    assert told("null", "128") == []
+    assert told("512", "512", "false") == []
+    assert "cut shorter" in told("128", "512")[0]
+    assert "cut shorter" in told("128", "null")[0]
+    assert "no token logps" in told("512", "128", "false")[0]

@@ -1,0 +1,137 @@
+"""A run's folder is read as far as it can be: steps done twice count once, and what is amiss is said."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.base.errors import ConfigError
+from pipeline.run.reading import read_run
+from pipeline.run.records import write_margins
+from support.runs import write_log, write_settings
+
+
+def losses(folder: Path) -> dict[int, float | None]:
+    curve = read_run(folder).curve("loss")
+    return dict(zip(curve.steps, curve.values, strict=True))
+
+
+def test_of_steps_that_were_done_again_the_later_start_counts(tmp_path: Path) -> None:
+    write_log(
+        tmp_path,
+        [
+            {"kind": "start", "step": 0, "max_steps": 60},
+            {"step": 10, "loss": 1.0},
+            {"step": 20, "loss": 2.0},
+            {"step": 25, "eval_loss": 2.5},
+            {"step": 30, "loss": 3.0, "seconds": 7.0},
+            {"kind": "start", "attempt": 2, "step": 20},
+            # A start that a scheduler lost sight of goes on writing.
+            {"step": 40, "loss": 4.0},
+            {"attempt": 2, "step": 30, "loss": -3.0, "seconds": 2.5},
+            {"attempt": 2, "step": 50, "loss": -5.0, "seconds": 4.0},
+            {"kind": "start", "attempt": 3, "step": 40},
+            {"attempt": 3, "step": 50, "loss": 55.0},
+        ],
+    )
+    run = read_run(tmp_path)
+    assert losses(tmp_path) == {10: 1.0, 20: 2.0, 30: -3.0, 50: 55.0}
+    # It was not made again by the start that counts for its step.
+    assert run.curve("eval_loss").steps == []
+    assert [(attempt.step, attempt.last_step, attempt.seconds) for attempt in run.attempts] == [
+        (0, 40, 7.0),
+        (20, 50, 4.0),
+        (40, 50, 1.0),
+    ]
+    assert (run.step, run.max_steps, run.finished) == (50, 60, False)
+
+
+def test_an_evaluation_that_was_left_and_made_again_is_that_of_the_later_start(tmp_path: Path) -> None:
+    lines = [{"step": 10, "eval_loss": 1.0}, {"kind": "start", "attempt": 2, "step": 10}]
+    write_log(tmp_path, [*lines, {"attempt": 2, "step": 10, "eval_loss": 2.0}])
+    assert read_run(tmp_path).curve("eval_loss").values == [2.0]
+
+
+def test_a_start_whose_first_line_is_lost_goes_on_before_its_first_step(tmp_path: Path) -> None:
+    write_log(
+        tmp_path, [{"step": s, "loss": float(s)} for s in (1, 2, 3, 4)] + [{"attempt": 2, "step": 3, "loss": 0.5}]
+    )
+    assert losses(tmp_path) == {1: 1.0, 2: 2.0, 3: 0.5}
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"kind": "log", "step": 3, "lo', "null", "[1]", '{"step": -1}', '{"loss": 1}', "[" * 9000]
+)
+def test_a_line_that_is_no_record_is_left_out_and_said(tmp_path: Path, cut: str) -> None:
+    write_log(tmp_path, [{"step": 1, "loss": 1.0}, cut, {"step": 2, "loss": 2.0}])
+    assert losses(tmp_path) == {1: 1.0, 2: 2.0}
+    assert any("log.jsonl: 1 of 3 lines can't be read" in remark for remark in read_run(tmp_path).remarks)
+
+
+def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    numbers = ["null", "NaN", "Infinity", "-Infinity", "1" + "0" * 400]
+    lines = [
+        f'{{"kind": "log", "time": 1.0, "attempt": 1, "step": {i}, "loss": {text}}}' for i, text in enumerate(numbers)
+    ]
+    write_log(tmp_path, [*lines, {"step": 9, "loss": True, "note": "text"}, {"step": 10, "loss": 0.5}])
+    assert losses(tmp_path) == {0: None, 1: None, 2: None, 3: None, 4: None, 10: 0.5}
+    assert any("5 values are not finite" in remark for remark in read_run(tmp_path).remarks)
+
+
+def test_the_rejected_completions_shift_follows_from_what_is_logged(tmp_path: Path) -> None:
+    policy, reference = (-10.0, -30.0), (-12.0, -25.0)
+    record = {
+        "logps/chosen": policy[0],
+        "logps/rejected": policy[1],
+        "logps/chosen_shift": policy[0] - reference[0],
+        "ref/margins": reference[0] - reference[1],
+    }
+    write_log(tmp_path, [{"step": 1, **record, **{f"eval_test_{key}": 2 * value for key, value in record.items()}}])
+    run = read_run(tmp_path)
+    assert run.curve("logps/rejected_shift").values == [policy[1] - reference[1]]
+    assert run.curve("eval_test_logps/rejected_shift").values == [2 * (policy[1] - reference[1])]
+
+
+def test_held_out_sets_have_the_names_that_the_settings_give_them(tmp_path: Path) -> None:
+    write_log(tmp_path / "one", [{"step": 1, "eval_loss": 1.0, "eval_aux_loss": 2.0}])
+    assert read_run(tmp_path / "one").held_out() == {"held-out": "eval_"}
+    write_settings(tmp_path / "one", data={"path": "p", "eval": {"test": {"split": "test"}}})
+    assert read_run(tmp_path / "one").held_out() == {"test": "eval_"}
+    several = [{"step": 1, f"eval_{name}_loss": 1.0, f"eval_{name}_aux_loss": 2.0} for name in ("in_domain", "far")]
+    write_log(tmp_path / "two", [*several])
+    assert read_run(tmp_path / "two").held_out() == {"in_domain": "eval_in_domain_", "far": "eval_far_"}
+
+
+def test_everything_may_be_missing_or_damaged_and_is_said(tmp_path: Path) -> None:
+    write_settings(tmp_path)
+    run = read_run(tmp_path)
+    assert run.settings["loss"]["beta"] == 0.1
+    assert (run.step, run.curve("loss").steps, run.margins, run.generations, run.attempts) == (0, [], {}, [], [])
+    assert any("log.jsonl is missing" in remark for remark in run.remarks)
+    assert any("inputs.json is missing" in remark for remark in run.remarks)
+
+    rows = np.arange(10, dtype=np.float32).reshape(2, 5)
+    write_margins(tmp_path, "test", 7, rows)
+    (tmp_path / "margins" / "cut.parquet").write_bytes((tmp_path / "margins" / "test.parquet").read_bytes()[:-9])
+    (tmp_path / "refshard.yaml").write_text("loss: {beta: [}")
+    (tmp_path / "inputs.json").write_text('{"sets": ')
+    (tmp_path / "run.json").write_text("[]")
+    (tmp_path / "generations.jsonl").write_text("null")
+    run = read_run(tmp_path)
+    assert run.settings == run.inputs == {}
+    assert run.generations == []
+    assert list(run.margins) == ["test"]
+    assert run.margins["test"].step == 7
+    assert run.margins["test"].columns["policy_margin"].tolist() == [1.0, 6.0]
+    for part in ("refshard.yaml", "inputs.json", "run.json", "cut.parquet", "generations.jsonl"):
+        assert any(part in remark for remark in run.remarks), part
+
+
+def test_a_folder_that_is_no_run_is_refused_and_the_runs_in_it_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got no folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"log\.jsonl.*train\.output_dir"):
+        read_run(tmp_path)
+    write_log(tmp_path / "beta-1", [{"step": 1, "loss": 1.0}])
+    with pytest.raises(ConfigError, match="beta-1"):
+        read_run(tmp_path)

@@ -1,0 +1,81 @@
+"""How the command leaves."""
+
+import os
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+
+from pipeline.base.signals import StopFlag
+from stages import cli
+from support.processes import ROOT
+from support.runs import refshard
+
+_LEAVE = """
+import atexit
+from stages.cli import _leave
+class Last:
+    def __del__(self): print("destructors")
+last = Last()
+atexit.register(print, "exit handlers")
+print("work")
+_leave(75)
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"), [("1", ["work", "exit handlers", "destructors"]), ("2", ["work", "exit handlers"])]
+)
+def test_one_of_several_processes_leaves_before_its_destructors(processes: str, said: list[str]) -> None:
+    """Those of torch's process groups abort a finished rank now and then; exit handlers and output are kept."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAVE],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": processes},
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.split("\n")[:-1] == said
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("3h50m", 13800), ("2m5s", 125), ("1h", 3600), ("0s", 0)])
+def test_a_time_to_stop_after_is_counted_from_the_start(text: str, seconds: int) -> None:
+    stop_at = cli._parse_stop_after(click.Context(cli.main), click.Option(["--stop-after"]), text)
+    assert stop_at == pytest.approx(time.monotonic() + seconds, abs=5)
+
+
+@pytest.mark.parametrize("text", ["", "90", "1:30:00", "50m3h", "-5s", "1.5h", "soon"])
+def test_a_time_of_another_form_is_refused_with_an_example(text: str) -> None:
+    done = refshard("train", "--config", "run.yaml", "--stop-after", text, check=2)
+    assert "--stop-after" in done.stderr
+    assert "like 3h50m or 90s" in done.stderr
+
+
+def test_a_flag_is_set_by_a_signal_or_by_the_time() -> None:
+    assert not StopFlag()
+    later, now = StopFlag(time.monotonic() + 3600), StopFlag(time.monotonic())
+    assert (bool(later), bool(now)) == (False, True)
+    later.request()
+    assert later
+    assert not now.is_urgent
+
+
+def test_asking_for_gpus_leaves_them_to_forks() -> None:
+    """With this set, torch asks NVML and not CUDA, which does not outlive a fork once it was asked."""
+    code = """
+import sys
+sys.argv = ["refshard", "--version"]
+from stages.cli import run
+try:
+    run()
+except SystemExit:
+    import torch
+    assert torch.cuda._nvml_based_avail()
+    print("by NVML")
+"""
+    environment = {name: value for name, value in os.environ.items() if "NVML" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.endswith("by NVML\n"), done.stderr

@@ -1,0 +1,196 @@
+"""`refshard verify`: whole, unfinished, damaged, another's; leftovers; the model asked again."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.base.folders import LocalFolder
+from pipeline.data.intake import Ledger
+from pipeline.store.format import ScoredPair, SummedPair
+from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.verify import verify_store
+from support.models import make_model
+from support.runs import refshard, simple_rows, write_jsonl
+from support.stores import IDENTITY, PLAN, contents
+
+MakeRun = Callable[..., Path]
+
+
+def pair(row: int, key: int | None = None, logp: float = -1.0) -> ScoredPair:
+    return ScoredPair(
+        key=bytes(15) + bytes([row if key is None else key]),
+        row=row,
+        prompt_tokens=2,
+        chosen_token_logps=np.array([logp, -0.5], np.float32),
+        rejected_token_logps=np.array([-2.0], np.float32),
+    )
+
+
+def store_of(folder: Path, units: list[list[Any]], plan: dict[str, Any] = PLAN) -> LocalFolder:
+    fingerprint = create_store(folder, IDENTITY, plan, {})
+    for unit, pairs in enumerate(units):
+        ledger = Ledger(rows=len(pairs), kept=len(pairs))
+        write_part(folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+    finish_store(folder, len(units))
+    return LocalFolder(folder)
+
+
+def problems_of(folder: LocalFolder) -> str:
+    return "\n".join(map(str, verify_store(folder).problems))
+
+
+def test_a_whole_store_has_no_problems_and_is_counted(tmp_path: Path) -> None:
+    found = verify_store(store_of(tmp_path, [[pair(0), pair(1)], [pair(2)]]))
+    assert (found.parts, found.pairs, found.token_logps, found.problems) == (2, 3, 9, [])
+    assert (found.duplicates, found.leftovers, found.strangers) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("units", "problem"),
+    [
+        ([[pair(0), pair(5)]], "it holds rows 0 to 5, its unit's are 0 to 1"),
+        ([[pair(0), pair(1)], [pair(1), pair(2)]], "its rows do not ascend, or an earlier part holds one of them"),
+        ([[pair(1), pair(0)]], "its rows do not ascend"),
+        ([[pair(0)], []], ""),
+    ],
+)
+def test_rows_must_be_their_units_and_be_there_once(tmp_path: Path, units: list[Any], problem: str) -> None:
+    found = problems_of(store_of(tmp_path, units))
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_rows_of_a_range_are_counted_from_its_start(tmp_path: Path) -> None:
+    plan = {**PLAN, "rows": "100:104"}
+    assert not problems_of(store_of(tmp_path / "right", [[pair(100), pair(101)], [pair(103)]], plan))
+    assert "its unit's are 100 to 101" in problems_of(store_of(tmp_path / "wrong", [[pair(0), pair(1)]], plan))
+
+
+def test_equal_keys_may_differ_by_noise_alone(tmp_path: Path) -> None:
+    near = store_of(tmp_path / "near", [[pair(0, key=7), pair(1, key=7, logp=-1.001)]])
+    found = verify_store(near)
+    assert (found.duplicates, found.problems) == (1, [])
+    assert found.largest_gap == pytest.approx(0.001, rel=0.01)
+    far = store_of(tmp_path / "far", [[pair(0, key=7)], [pair(2, key=7, logp=-5.0)]])
+    assert "two pairs with one key have log-probs 4 nats apart" in problems_of(far)
+
+
+def test_sums_and_token_counts_must_be_those_of_the_token_logps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made with the writer itself, its arithmetic broken: nothing but a look at the values can tell."""
+    from pipeline.store import format
+
+    side_of = format._side_of
+
+    def wrong_sums(pairs: Any, side: str) -> Any:
+        lengths, sums, lists = side_of(pairs, side)
+        return lengths, sums + np.float32(0.25), lists
+
+    monkeypatch.setattr(format, "_side_of", wrong_sums)
+    found = problems_of(store_of(tmp_path, [[pair(0), pair(1)]]))
+    assert "row 0: ref_chosen_logps is not the sum of its token logps" in found
+    assert "row 0: ref_rejected_logps is not the sum" in found
+
+
+def test_sums_alone_are_checked_too(tmp_path: Path) -> None:
+    identity = {**IDENTITY, "tokenization": {**IDENTITY["tokenization"], "token_logps": False}}
+    fingerprint = create_store(tmp_path, identity, PLAN, {})
+    summed = SummedPair(
+        key=bytes(16), row=0, prompt_tokens=2, chosen_tokens=2, rejected_tokens=1, chosen_logps=-1, rejected_logps=-2
+    )
+    write_part(tmp_path, 0, [summed], fingerprint=fingerprint, token_logps=False, ledger=Ledger(1, 1), provenance={})
+    finish_store(tmp_path, 1)
+    found = verify_store(LocalFolder(tmp_path))
+    assert (found.pairs, found.token_logps, found.problems) == (1, 3, [])
+
+
+@pytest.mark.slow
+def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(rows=simple_rows(24), data={"eval": {"test": {"split": "train[:8]"}}})
+    folder = tmp_path / "shards" / "train"
+    refshard("precompute", "--config", config, "--worker", "0/2")
+    said = refshard("verify", tmp_path / "shards", check=75)
+    assert "unfinished" in said.stdout
+    assert "unfinished, 2 parts so far and no index" in said.stderr
+    refshard("precompute", "--config", config)
+
+    (folder / ".tmp-left").write_bytes(b"half")
+    (folder / "notes.txt").write_text("mine")
+    said = refshard("verify", tmp_path / "shards")
+    assert said.stdout.count("  whole ") == 2
+    assert "3 parts, 24 pairs" in said.stdout
+    assert "1 temporary files" in said.stdout
+    assert "notes.txt: not the store's" in said.stdout
+    before = contents(folder)
+    assert "deleted     0 temporary files" in refshard("verify", folder, "--clean").stdout
+    os.utime(folder / ".tmp-left", (1, 1))
+    assert "deleted     1 temporary files" in refshard("verify", folder, "--clean").stdout
+    assert not (folder / ".tmp-left").exists()
+    assert contents(folder) == before
+
+    (folder / "part-00001.parquet").write_bytes(before["part-00000.parquet"])
+    (folder / "part-00002.parquet").unlink()
+    said = refshard("verify", tmp_path / "shards", check=65)
+    assert said.stderr.count("problem     ") == 2
+    assert "2 problems, the first:" in said.stderr
+    refshard("verify", tmp_path / "nothing", check=65)
+
+
+@pytest.mark.slow
+def test_the_model_is_asked_again_and_another_model_or_dataset_or_value_is_found_out(
+    make_run: MakeRun, tmp_path: Path, model_folder: Path, tokenizer: Any
+) -> None:
+    config = make_run(rows=simple_rows(40))
+    refshard("precompute", "--config", config)
+    shards = tmp_path / "shards"
+    said = refshard("verify", shards, "--model", model_folder, "--sample", 10).stdout
+    assert "10 pairs scored again" in said
+
+    other = make_model(tmp_path / "other", tokenizer, seed=1)
+    said = refshard("verify", shards, "--model", other, check=78).stderr
+    assert "not the reference" in said
+    assert "reference.weights" in said
+
+    # Values of another model under this one's name, which every checksum agrees with.
+    refshard(
+        "precompute", "--config", config, "-o", f"policy.model={other}", "-o", f"precompute.output={tmp_path / 'o'}"
+    )
+    (tmp_path / "forged").mkdir()
+    _forge(tmp_path / "o" / "train", shards / "train", tmp_path / "forged" / "train")
+    assert "whole" in refshard("verify", tmp_path / "forged").stdout
+    said = refshard("verify", tmp_path / "forged", "--model", model_folder, check=65).stderr
+    assert "nats apart on average" in said
+
+    rows = simple_rows(40)
+    rows[0]["chosen"] = " Something else."
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    said = refshard("verify", shards, "--model", model_folder, check=65).stderr
+    assert "row 0 is not what was scored" in said
+
+
+def _forge(values: Path, identity: Path, target: Path) -> None:
+    """A store that says it is of one reference and holds the values of another."""
+    from pipeline.store.store import open_store, read_parts
+
+    source, manifest = open_store(values), json.loads((identity / "manifest.json").read_text())
+    fingerprint = create_store(target, manifest["identity"], manifest["plan"], manifest["declared"])
+    for unit, part in enumerate(read_parts(source)):
+        pairs = [
+            ScoredPair(
+                key=row["pair_key"],
+                row=row["row"],
+                prompt_tokens=row["prompt_tokens"],
+                chosen_token_logps=np.array(row["chosen_token_logps"], np.float32),
+                rejected_token_logps=np.array(row["rejected_token_logps"], np.float32),
+            )
+            for row in part.to_pylist()
+        ]
+        ledger = Ledger(rows=len(pairs), kept=len(pairs))
+        write_part(target, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+    finish_store(target, len(source.parts))
