@@ -13,7 +13,6 @@ import click
 from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError
 from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import Ledger, kept_rows
 from pipeline.data.rows import Source
 from pipeline.data.sources import describe, open_set, read_rows
@@ -44,7 +43,6 @@ def run(config: Config, output: Path) -> None:
         raise DataError(f"{output}: there already; name a new folder")
     if any((parent / "manifest.json").exists() for parent in output.absolute().parents):
         raise DataError(f"{output}: inside a store of shards; name a folder of its own")
-    on_missing = training_settings(config).get("on_missing", "stop") if config.train else "stop"
     tokenizer = load_tokenizer(config)
     names = ["train", *config.data.eval]
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
@@ -54,7 +52,7 @@ def run(config: Config, output: Path) -> None:
         work.mkdir(parents=True)
         sets = {}
         for name in names:
-            rows = _Rows(config, name, stores[name], tokenizer, str(on_missing), work)
+            rows = _Rows(config, name, stores[name], tokenizer, config.train.on_missing, work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
             click.echo(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +28,6 @@ from pipeline.base.progress import Progress, emit
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import Unit, UnitQueue, count_loaders, load_pairs
 from pipeline.data.rows import Source
@@ -134,10 +132,10 @@ def _run(
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
             "refshard import, or name a model in reference.model"
         )
-    if config.train:
+    if not config.train.is_empty:
         # A mistake in the other stage's section is better found before an hour of scoring than after it.
-        settings = training_settings(config)
-        check_dtypes(config, settings)
+        _ = config.train.options
+        check_dtypes(config)
         router_aux_weight(policy_settings(config), config.loss)
     sources = {"train": open_source(config.data)}
     sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
@@ -147,8 +145,8 @@ def _run(
     accounts_in = open_folder(config.precompute.output)
     if config.reference.sync is not None:
         arguments = training_arguments(config)
-        if is_recorded(Path(str(arguments.output_dir))):
-            click.echo(f"{arguments.output_dir}: this run is finished already; nothing to score.")
+        if is_recorded(config.train.folder):
+            click.echo(f"{config.train.folder}: this run is finished already; nothing to score.")
             return
         config, sources, rows = _next_window(config, arguments, sources, tokenizer)
     identity = identity_of_run(config, tokenizer)
@@ -197,12 +195,12 @@ def _next_window(
     Returns:
         The settings of the window that comes next, the sets that it needs scored, and the training rows that it has.
     """
-    output = Path(str(arguments.output_dir))
+    output = config.train.folder
     kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
     check_mixable(config)
     fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
-    identity = run_identity(config, training_settings(config), {"reference": fingerprint}, arguments.world_size)
+    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
     # Also refuses what another run's training would move the reference to.
     checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)

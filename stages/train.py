@@ -25,7 +25,6 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import as_dict, settings_text
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.sources import describe, open_source
@@ -85,16 +84,15 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         FencedError: Another start of this run has taken over.
     """
     flag = watch_signals(stop_at)
-    settings = training_settings(config)
     arguments = training_arguments(config)
-    output = Path(str(arguments.output_dir))
+    output = config.train.folder
     state = PartialState()
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)
     stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
-    identity = run_identity(config, settings, _fingerprints(config, stores, tokenizer), state.num_processes)
+    identity = run_identity(config, _fingerprints(config, stores, tokenizer), state.num_processes)
 
     if not overwrite:
         if _is_finished(output, identity):
@@ -103,7 +101,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         refuse_other_run(output, identity)
     attempt = on_main_process(lambda: claim_run(output, identity))
     with _while_owned(attempt):
-        _train(config, arguments, attempt, flag, stores, tokenizer, identity, settings, state, overwrite=overwrite)
+        _train(config, arguments, attempt, flag, stores, tokenizer, identity, state, overwrite=overwrite)
 
 
 def _train(
@@ -114,7 +112,6 @@ def _train(
     stores: dict[str, Store],
     tokenizer: Any,
     identity: Mapping[str, Any],
-    settings: Mapping[str, Any],
     state: PartialState,
     *,
     overwrite: bool,
@@ -137,7 +134,7 @@ def _train(
         settings_of_window = window_config(config, window, output)
         stores = _open_stores(settings_of_window, _sets_of(config, window), tokenizer)
     joined = output / JOINED / attempt.name
-    on_missing = str(settings.get("on_missing", "stop"))
+    on_missing = config.train.on_missing
     joins = on_main_process(lambda: _join_all(config, stores, tokenizer, joined, on_missing, window, flag))
     sets = {name: datasets.Dataset.from_file(str(_joined_file(joined, name))) for name in ("train", *config.data.eval)}
 
@@ -163,7 +160,7 @@ def _train(
     )
     callbacks: list[Any] = [record]
     if "train" in stores:
-        gate = _gate(config, settings_of_window, settings, stores["train"], window)
+        gate = _gate(config, settings_of_window, stores["train"], window)
         callbacks.append(GateCallback(gate, lambda text: _say(state, text), commit.leave_if_asked))
     if window is not None:
         callbacks.append(WindowCallback(window))
@@ -171,7 +168,7 @@ def _train(
     callbacks.append(commit)
     trainer = PairTrainer(
         loss=config.loss,
-        activation_offload=bool(settings.get("activation_offload", False)),
+        activation_offload=config.train.activation_offload,
         attempt=attempt,
         load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
@@ -216,7 +213,7 @@ def _train(
         _say(state, f"Window {window.number} is done: step {trainer.state.global_step}; next the reference moves")
         return
     try:
-        _finish(config, trainer, attempt, stores, identity, settings, len(sets["train"]), state)
+        _finish(config, trainer, attempt, stores, identity, len(sets["train"]), state)
     except UnfinishedError:
         record.end(trainer.state.global_step, finished=False)
         raise
@@ -286,7 +283,6 @@ def _finish(
     attempt: Attempt,
     stores: Mapping[str, Store],
     identity: Mapping[str, Any],
-    settings: Mapping[str, Any],
     pairs: int,
     state: PartialState,
 ) -> None:
@@ -305,7 +301,7 @@ def _finish(
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     train_loss = sum(losses) / len(losses) if losses else None
-    _write_card(config, output, stores, pairs, settings, metrics)
+    _write_card(config, output, stores, pairs, metrics)
     record = {"finished": True, "step": trainer.state.global_step, "identity": identity, "train_loss": train_loss}
     attempt.check()
     write_json(output / RECORD, {**record, "metrics": metrics, "versions": library_versions()})
@@ -408,7 +404,6 @@ def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[s
 def _gate(
     config: Config,
     settings_of_window: Config,
-    settings: Mapping[str, Any],
     store: Store,
     window: Window | None,
 ) -> Gate:
@@ -422,11 +417,11 @@ def _gate(
         store=store,
         # Of a reference known by name alone nothing is known, and nothing compared.
         reference_dtype=str(reference.get("dtype", "float32")),
-        policy_dtype=policy_dtype(config, settings),
+        policy_dtype=policy_dtype(config),
         in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         kinship=kin,
         start=0 if window is None else window.first,
-        warn_only=settings.get("on_mismatch") == "warn",
+        warn_only=config.train.on_mismatch == "warn",
     )
 
 
@@ -579,12 +574,11 @@ def _write_card(
     output: Path,
     stores: Mapping[str, Store],
     pairs: int,
-    settings: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> None:
     # The last window of all may have held-out sets alone.
     store = stores["train"] if "train" in stores else next(iter(stores.values()))
-    policy = config.policy
+    policy, options = config.policy, config.train.options
     shown = (
         "learning_rate",
         "per_device_train_batch_size",
@@ -602,7 +596,7 @@ def _write_card(
         pairs=pairs,
         loss=as_dict(config)["loss"],
         adapter=_adapter_text(config),
-        training={key: settings[key] for key in shown if key in settings},
+        training={key: options[key] for key in shown if key in options},
         metrics={key: value for key, value in metrics.items() if not _is_timing(key)},
         versions=library_versions(),
         hub_model=None if Path(policy.model).exists() else policy.model,

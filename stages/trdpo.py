@@ -10,7 +10,6 @@ when: the same command goes on. A scheduler can run the two commands in turn its
 import importlib
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -18,7 +17,6 @@ from pipeline.base.errors import UnfinishedError
 from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.run.checkpoints import delete_run, is_recorded, newest_step
 from pipeline.store.store import delete_store
 from stages.subprocesses import run_command
@@ -49,7 +47,7 @@ def run(
     for needed in ("pipeline.training.gate", "pipeline.training.trainer", "pipeline.training.windows"):
         importlib.import_module(needed)
     program = ["--debug"] if debug else []
-    output = Path(training_settings(config)["output_dir"])
+    output = config.train.folder
     if overwrite:
         delete_run(output)
         for name in ("train", *config.data.eval):

@@ -6,11 +6,10 @@ from typing import Literal
 
 from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
+from pipeline.config.convert import FALSE_WORDS
+from pipeline.config.training import TrainSection
 
 __all__ = [
-    "FALSE_WORDS",
-    "NULL_WORDS",
-    "TRUE_WORDS",
     "Config",
     "DataConfig",
     "EvalSetConfig",
@@ -373,9 +372,7 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    train: dict[str, object] = field(default_factory=dict)
-    """Any field of `transformers.TrainingArguments`; `on_missing`, stop or drop: what pairs do that have no reference
-    logps; `on_mismatch`, stop or warn: what a policy does that should start as its reference and does not."""
+    train: TrainSection = field(default_factory=TrainSection)
 
     def __post_init__(self) -> None:
         if self.loss.ld_alpha is not None and not self.precompute.token_logps:
@@ -384,15 +381,6 @@ class Config:
             _check_tensor_parallel(self)
         if self.reference.sync is not None:
             _check_sync(self)
-
-
-NULL_WORDS = ("", "null", "Null", "NULL", "~")
-
-
-TRUE_WORDS = ("true", "yes", "on")
-
-
-FALSE_WORDS = ("false", "no", "off")
 
 
 def _check_tensor_parallel(config: "Config") -> None:
@@ -415,8 +403,8 @@ def _check_sync(config: "Config") -> None:
         raise ValueError("policy.quantization: quantized weights can't be mixed with the reference (reference.sync)")
     if config.cluster.train.nodes * config.cluster.train.processes > 1:
         raise ValueError("cluster.train.processes: a reference that moves (reference.sync) is trained by one process")
-    if str(config.train.get("on_missing", "stop")) == "drop":
+    if config.train.on_missing == "drop":
         raise ValueError("train.on_missing: drop would change which pairs a window has (reference.sync)")
     for key in ("load_best_model_at_end", "push_to_hub"):
-        if str(config.train.get(key, "false")).lower() not in FALSE_WORDS:
+        if str(config.train.given.get(key, "false")).lower() not in FALSE_WORDS:
             raise ValueError(f"train.{key}: can't be set with reference.sync, whose run is one process for each window")

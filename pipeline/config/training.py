@@ -1,28 +1,19 @@
 """The `train` section: our own options, and the fields of transformers.TrainingArguments."""
 
 import dataclasses
+import functools
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.base.errors import ConfigError, did_you_mean
-from pipeline.config.reader import convert
-from pipeline.config.schema import Config
+from pipeline.config.convert import convert
 
-__all__ = [
-    "OWN_TRAIN_FIELDS",
-    "training_settings",
-]
+__all__ = ["FIXED_TRAIN_FIELDS", "TrainSection"]
 
-# What pairs without reference logps do, what a policy does that is not the reference that it should start as, and
-# whether what backward needs of forward waits for it in the CPU's memory.
-OWN_TRAIN_FIELDS = {
-    "on_missing": Literal["stop", "drop"],
-    "on_mismatch": Literal["stop", "warn"],
-    "activation_offload": bool,
-}
-
-
-_FIXED_TRAIN_FIELDS = {
+FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",
     "label_names": "can't be set: preference pairs have no labels",
     "resume_from_checkpoint": "can't be set: a rerun goes on from the last whole checkpoint by itself",
@@ -39,39 +30,71 @@ _FIXED_TRAIN_FIELDS = {
 }
 
 
-def training_settings(config: Config) -> dict[str, Any]:
-    """Check the `train` section against `transformers.TrainingArguments` and convert its values.
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """Stage two: our own options, and any field of `transformers.TrainingArguments`."""
 
-    Our defaults differ from the library's where DPO needs it: learning_rate 1e-6 (DPO's usual order for full
-    fine-tuning), logging every 10 steps, no experiment tracker unless named, and six hours for processes to wait for
-    the one that joins the data, which takes longer than the library's half an hour for millions of pairs.
+    output_dir: str | None = None
+    """Folder of the run; see `folder`."""
+    on_missing: Literal["stop", "drop"] = "stop"
+    """Stop at pairs that have no reference log-probs, or drop them."""
+    on_mismatch: Literal["stop", "warn"] = "stop"
+    """Stop or warn if a policy should start as its reference and does not."""
+    activation_offload: bool = False
+    """Keep the activations that backward needs in CPU memory."""
+    given: Mapping[str, object] = field(default_factory=dict, metadata={"rest": True})
+    """The library's fields as the file gives them; see `options`."""
 
-    Raises:
-        ConfigError: An unknown field, a wrong type, or a field that refshard itself must set.
-    """
-    # Imported here: the module pulls torch, and settings are read by commands that answer without it.
-    from transformers import TrainingArguments
+    @property
+    def is_empty(self) -> bool:
+        """True if the settings have no `train` section."""
+        return self == TrainSection()
 
-    hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    settings: dict[str, Any] = {
-        "learning_rate": 1e-6,
-        "logging_steps": 10,
-        "report_to": "none",
-        "ddp_timeout": 6 * 3600,
-    }
-    for key, value in config.train.items():
-        where = f"train.{key}"
-        if key in OWN_TRAIN_FIELDS:
-            settings[key] = convert(value, OWN_TRAIN_FIELDS[key], where)
-            continue
-        if key not in known:
-            raise ConfigError(
-                f"{where}: no such field of TrainingArguments{did_you_mean(key, [*sorted(known), *OWN_TRAIN_FIELDS])}"
-            )
-        if key in _FIXED_TRAIN_FIELDS:
-            raise ConfigError(f"{where}: {_FIXED_TRAIN_FIELDS[key]}")
-        settings[key] = convert(value, hints.get(key, Any), where)
-    if not settings.get("output_dir"):
-        raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
-    return settings
+    @property
+    def folder(self) -> Path:
+        """Folder of the run.
+
+        Raises:
+            ConfigError: The settings name none.
+        """
+        if not self.output_dir:
+            raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
+        return Path(self.output_dir)
+
+    @functools.cached_property
+    def options(self) -> Mapping[str, Any]:
+        """The library's fields, converted by its types, on top of our defaults.
+
+        Our defaults differ from the library's where DPO needs it: learning_rate 1e-6 (DPO's usual order for full
+        fine-tuning), logging every 10 steps, and a tracker only if it is named. Processes wait six hours for the one
+        that joins the data, which takes longer than the library's half an hour for millions of pairs.
+
+        Raises:
+            ConfigError: A field is unknown, of the wrong type or set by refshard, or a section has no `output_dir`.
+        """
+        # Imported here: the module pulls torch, and settings are read by commands that answer without it.
+        from transformers import TrainingArguments
+
+        own = [f.name for f in dataclasses.fields(self) if f.name != "given"]
+        known = sorted({f.name for f in dataclasses.fields(TrainingArguments) if f.init} | set(own))
+        hints = typing.get_type_hints(TrainingArguments)
+        options: dict[str, Any] = {
+            "learning_rate": 1e-6,
+            "logging_steps": 10,
+            "report_to": "none",
+            "ddp_timeout": 6 * 3600,
+        }
+        for key, value in self.given.items():
+            if key not in known:
+                raise ConfigError(f"train.{key}: no such field of TrainingArguments{did_you_mean(key, known)}")
+            if key in FIXED_TRAIN_FIELDS:
+                raise ConfigError(f"train.{key}: {FIXED_TRAIN_FIELDS[key]}")
+            options[key] = convert(value, hints.get(key, Any), f"train.{key}")
+        if not self.is_empty:
+            _ = self.folder
+        return options
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the section as a file would hold it: our options where they are not the defaults, and `given`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
+        return {key: value for key, value in own.items() if value != getattr(TrainSection, key)} | dict(self.given)

@@ -10,7 +10,6 @@ from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, first_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, Quantization, ReferenceConfig
-from pipeline.config.training import training_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +74,7 @@ def policy_as_reference(config: Config, folder: Path) -> Config:
     Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
     """
     policy = config.policy
-    # Whoever explains pairs or scores them need not have a `train` section.
-    dtype: Any = policy_dtype(config, training_settings(config) if config.train else {})
+    dtype: Any = policy_dtype(config)
     if policy.has_adapter:
         reference = ReferenceConfig(
             model=policy.model,
@@ -90,10 +88,11 @@ def policy_as_reference(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, reference=reference)
 
 
-def policy_dtype(config: Config, settings: Mapping[str, Any]) -> str:
+def policy_dtype(config: Config) -> str:
     """Name the dtype that the policy's products run in: autocast's where `train` switches it on."""
-    if settings.get("bf16") or settings.get("fp16"):
-        return "bfloat16" if settings.get("bf16") else "float16"
+    options = config.train.options
+    if options.get("bf16") or options.get("fp16"):
+        return "bfloat16" if options.get("bf16") else "float16"
     folder = find_model(config.policy.model, config.policy.revision, "policy.model")
     return resolve_dtype(config.policy.dtype, read_json(folder / "config.json"))
 

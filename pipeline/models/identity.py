@@ -220,16 +220,16 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
     return _digest(json.dumps([rules, special], sort_keys=True))
 
 
-def check_dtypes(config: Config, settings: Mapping[str, Any]) -> None:
+def check_dtypes(config: Config) -> None:
     """Refuse, before an hour of scoring, log-probs that the gate would refuse after it.
 
     Raises:
         ConfigError: The policy starts as its reference, but computes in fewer digits than the reference is scored in.
     """
     kin = kinship(config)
-    if settings.get("on_mismatch") == "warn" or not (kin.at_start or kin.adapters_off):
+    if config.train.on_mismatch == "warn" or not (kin.at_start or kin.adapters_off):
         return
-    policy, reference = policy_dtype(config, settings), reference_dtype(config)
+    policy, reference = policy_dtype(config), reference_dtype(config)
     if significand_bits(policy) < significand_bits(reference):
         raise ConfigError(
             f"reference.dtype: the reference would be scored in {reference}, but the policy trains in {policy}, so "

@@ -22,7 +22,6 @@ __all__ = [
 # What may change while a run goes on, since no step's result depends on it: what is written where and how often, what
 # is measured on the way, how batches are fetched, and how memory is saved. All else that a user sets must stay.
 _FREE = {
-    "activation_offload",
     "batch_eval_metrics",
     "bf16_full_eval",
     "dataloader_multiprocessing_context",
@@ -47,8 +46,6 @@ _FREE = {
     "include_for_metrics",
     "load_best_model_at_end",
     "local_rank",
-    "on_mismatch",
-    "output_dir",
     "per_device_eval_batch_size",
     "prediction_loss_only",
     "project",
@@ -93,9 +90,7 @@ def _differences(stored: Any, run: Any, field: str = "") -> list[tuple[str, Any,
     ]
 
 
-def run_identity(
-    config: Config, settings: Mapping[str, Any], fingerprints: Mapping[str, str], processes: int
-) -> dict[str, Any]:
+def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int) -> dict[str, Any]:
     """What a checkpoint must agree with for training to go on from it as if it had never stopped.
 
     A setting that is spelled out as its default is as one that is left out. How many processes there are is free as
@@ -105,9 +100,10 @@ def run_identity(
     for field in dataclasses.fields(transformers.TrainingArguments):
         make = field.default_factory
         defaults[field.name] = field.default if isinstance(make, dataclasses._MISSING_TYPE) else make()
+    options = config.train.options
     fixed = {
         key: value
-        for key, value in settings.items()
+        for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
     run = as_dict(config)
@@ -119,9 +115,9 @@ def run_identity(
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
         "train": fixed,
-        "processes x gradient_accumulation_steps": processes * settings.get("gradient_accumulation_steps", 1),
+        "processes x gradient_accumulation_steps": processes * options.get("gradient_accumulation_steps", 1),
     }
-    if settings.get("deepspeed"):
+    if options.get("deepspeed"):
         # Its shares can be loaded by as many processes alone.
         identity["processes"] = processes
     # As it will be read back: without tuples and the like.

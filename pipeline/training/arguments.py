@@ -9,7 +9,6 @@ from transformers.integrations import integration_utils
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import Config
-from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
 
 __all__ = [
     "training_arguments",
@@ -22,9 +21,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     Raises:
         ConfigError: A field is unknown, of the wrong type, or impossible here.
     """
-    settings = training_settings(config)
-    for own in OWN_TRAIN_FIELDS:
-        settings.pop(own, None)
+    settings = {"output_dir": str(config.train.folder), **config.train.options}
     if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
         # The library declares a word, its old way of saying how; YAML's yes and no are meant.
         settings["fsdp"] = _is_on(settings["fsdp"]) or None

@@ -18,7 +18,6 @@ import torch
 from pipeline.base.errors import ConfigError, DataError, RefshardError, printable
 from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import survey_pairs
 from pipeline.data.rows import Source
@@ -91,25 +90,25 @@ def run(
         IdentityError: The stores that are there are not of this run.
     """
     limits = limits or Limits()
-    settings = training_settings(config) if config.train else {}
-    if settings:
-        check_dtypes(config, settings)
+    options = config.train.options
+    if not config.train.is_empty:
+        check_dtypes(config)
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
-    batch_pairs = int(settings.get("per_device_train_batch_size", 8))
+    batch_pairs = int(options.get("per_device_train_batch_size", 8))
     sets = {
         name: _look_at(config, open_source(config.data, config.data.eval.get(name)), tokenizer, rows, batch_pairs)
         for name in ("train", *config.data.eval)
     }
     device = torch.device("cpu") if hardware == "cpu" else pick_device()
     stores = {} if config.reference.sync is not None else _look_at_stores(config, sets, tokenizer)
-    estimated, probe = _estimate(config, settings, sets, planned, device, stores)
+    estimated, probe = _estimate(config, sets, planned, device, stores)
     host = this_hardware(torch.device("cpu")).memory if planned is None else None
     report = _as_dict(sets, estimated, probe, host, stores)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(map(printable, _as_text(report, config))))
     if any(entry.get("differences") for entry in stores.values()):
         check_identity(_stores_there(config, stores), identity_of_run(config, tokenizer))
-    _fail([*_problems(config, settings, sets, stores), *_above_limits(sets, estimated, limits)])
+    _fail([*_problems(config, sets, stores), *_above_limits(sets, estimated, limits)])
 
 
 def _look_at(config: Config, source: Source, tokenizer: Any, rows: int | None, batch_pairs: int) -> _Set:
@@ -147,7 +146,6 @@ def _lengths(sets: list[_Set]) -> Lengths | None:
 
 def _estimate(
     config: Config,
-    settings: Mapping[str, Any],
     sets: Mapping[str, _Set],
     planned: Hardware | None,
     device: torch.device,
@@ -163,7 +161,8 @@ def _estimate(
     dtype = resolve_dtype(config.reference.dtype, reference_model.to_dict())
     probe = None
     if planned is None:
-        sixteen = torch.bfloat16 if settings.get("bf16") else torch.float16 if settings.get("fp16") else None
+        options = config.train.options
+        sixteen = torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else None
         probe = probe_layer(
             policy_model,
             shapes,
@@ -433,9 +432,7 @@ def _stores_as_text(stores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _problems(
-    config: Config, settings: Mapping[str, Any], sets: Mapping[str, _Set], stores: Mapping[str, Any]
-) -> list[RefshardError]:
+def _problems(config: Config, sets: Mapping[str, _Set], stores: Mapping[str, Any]) -> list[RefshardError]:
     """What would stop a stage. (Stores of another run do too, and are refused by then.)"""
     problems: list[RefshardError] = []
     policy, reference = model_settings(config)
@@ -466,7 +463,7 @@ def _problems(
                 )
             )
         missing = stores.get(name, {}).get("pairs_missing", 0)
-        if missing and settings.get("on_missing", "stop") == "stop":
+        if missing and config.train.on_missing == "stop":
             problems.append(
                 DataError(
                     f"{missing:,} of {ledger.kept:,} pairs of {describe(entry.source)} have no reference logps in "

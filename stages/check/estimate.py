@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import Config, PolicyConfig, Quantization
-from pipeline.config.training import training_settings
 from pipeline.models.files import reference_quantization
 from pipeline.models.loading import empty_model
 from pipeline.scoring.head import positions_of_chunk
@@ -247,10 +246,9 @@ def estimate(
     sync = config.reference.sync
     dtype = reference_dtype or _dtype_of(config.reference.dtype)
     train = None
-    settings: dict[str, Any] = {}
+    settings = config.train.options
     used = hardware if sync is None else replace(hardware, count=1)
-    if config.train:
-        settings = training_settings(config)
+    if not config.train.is_empty:
         train = _stage_two(config, settings, shapes, lengths, held_out, used, measured)
     passes = unscored if sync is None else _passes_of_windows(sync.steps, settings, lengths.pairs)
     policy = _weight_bytes(shapes, _dtype_of(config.policy.dtype), config.policy.quantization)
@@ -442,11 +440,11 @@ def _training_memory(
     kept = shapes.layers * per_token
     if _is_checkpointed(settings):
         kept = shapes.layers * stream * shapes.hidden
-    if settings.get("activation_offload"):
+    if config.train.activation_offload:
         # They wait in the CPU's memory.
         kept = 0
     # A layer is computed again, or its gradients are made, while all that is kept is still there.
-    passing = per_token if _is_checkpointed(settings) or settings.get("activation_offload") else 0
+    passing = per_token if _is_checkpointed(settings) or config.train.activation_offload else 0
     passing += product * (2 * shapes.hidden + 3 * shapes.intermediate)
     scored = min(tokens, round(tokens * lengths.completion_tokens / max(1, lengths.packed_tokens)))
     of_head = 0 if shapes.has_adapter else shapes.vocabulary * shapes.hidden * 4

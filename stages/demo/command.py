@@ -170,7 +170,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
     Raises:
         UnfinishedError: The run has not finished.
     """
-    run_folder = Path(str(config.train["output_dir"]))
+    run_folder = config.train.folder
     if not is_recorded(run_folder):
         raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)

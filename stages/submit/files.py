@@ -38,10 +38,7 @@ def output_of(config: Config) -> str:
     Raises:
         ConfigError: The settings name none.
     """
-    # Not by `training_settings`, which imports torch: a login node needs none for this.
-    output = config.train.get("output_dir")
-    if not isinstance(output, str) or not output:
-        raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
+    output = config.train.output_dir or str(config.train.folder)
     check_text(output, "train.output_dir")
     return output
 
@@ -58,7 +55,7 @@ def check_text(text: str, where: str) -> None:
 
 def job_folder(config: Config, into: Path | None) -> Path:
     """Give the folder that the job files go to, from the root: the one that is named, or `jobs` beside the policy."""
-    return (into or Path(output_of(config)).expanduser() / "jobs").absolute()
+    return (into or Path(output_of(config)) / "jobs").absolute()
 
 
 def name_of_run(config: Config) -> str:

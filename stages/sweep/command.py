@@ -6,6 +6,7 @@ Every command runs in a process of its own, so that no two models are ever in me
 again: run the same command after a kill, or with more values.
 """
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from pipeline.base.progress import emit
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.config.training import training_settings
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import differences, identity_of_run
 from pipeline.replies.means import estimate_kl, estimate_reward
@@ -82,7 +82,7 @@ def run(
     """
     flag = watch_signals(stop_at)
     base = load_config(config_file, overrides)
-    parent = into or Path(str(training_settings(base)["output_dir"]))
+    parent = into or base.train.folder
     runs = [_one_run(config_file, overrides, member, parent) for member in make_grid(over)]
     _check_served(base, runs, processes)
     drawn = _can_draw()
@@ -154,7 +154,7 @@ def _one_run(config_file: Path, overrides: Sequence[str], member: Member, parent
         # The shards of the first window have the pairs of this run's first steps alone.
         together = (*together, f"precompute.output={json.dumps(str(folder / 'shards'))}")
         config = load_config(config_file, together)
-    training_settings(config)
+    _ = config.train.options  # refuses a wrong field before anything runs
     return _OneRun(member, config, together, folder)
 
 
@@ -188,8 +188,8 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
 
 def _same_settings(one: Config, other: Config) -> bool:
     def told(config: Config) -> object:
-        settings = training_settings(config)
-        return config.data, config.policy, config.reference, config.loss, {**settings, "output_dir": None}
+        own = dataclasses.replace(config.train, output_dir=None, given={})
+        return config.data, config.policy, config.reference, config.loss, own, config.train.options
 
     return told(one) == told(other)
 

@@ -24,7 +24,7 @@ import trl
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.config.training import _FIXED_TRAIN_FIELDS, OWN_TRAIN_FIELDS, training_settings
+from pipeline.config.training import FIXED_TRAIN_FIELDS, TrainSection
 from pipeline.data.layouts import to_pair
 from stages.cli import main
 from support.processes import ROOT
@@ -118,9 +118,11 @@ def keys_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
     """All keys with our defaults, the fields of TrainingArguments among them."""
-    config = Config(**{name: _section(name) for name in ("data", "policy", "precompute")}, train=dict(LEAST["train"]))
+    config = Config(
+        **{name: _section(name) for name in ("data", "policy", "precompute")}, train=TrainSection(output_dir="policy")
+    )
     library = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields_of_library()}
-    ours = training_settings(config)
+    ours = config.train.options
     return {
         **keys_of(Config),
         **{f"train.{key}": value for key, value in {**own_defaults(), **library, **ours}.items()},
@@ -136,7 +138,8 @@ def fields_of_library() -> tuple[dataclasses.Field[Any], ...]:
 
 
 def own_defaults() -> dict[str, Any]:
-    return {"on_missing": "stop", "on_mismatch": "stop", "activation_offload": False}
+    own = (f for f in dataclasses.fields(TrainSection) if f.name not in ("output_dir", "given"))
+    return {f.name: f.default for f in own}
 
 
 # --- All pages ---
@@ -241,7 +244,7 @@ def test_what_does_not_exist_is_found(known: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_settings_file_that_a_page_shows_loads(name: str, tmp_path: Path) -> None:
     for text in blocks_in(name, "yaml"):
-        training_settings(completed(tmp_path, text))
+        _ = completed(tmp_path, text).train.options
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -320,7 +323,7 @@ def test_every_key_of_ours_in_the_tables_exists(first: str, known: dict[str, Any
 def test_the_page_names_the_library_s_fields_that_are_refused() -> None:
     text = read(TRL_PAGE)
     sentence = text[text.index("These alone are refused") :].split("\n\n")[0]
-    assert {key.removeprefix("train.") for key in code_of(sentence)} == _FIXED_TRAIN_FIELDS.keys()
+    assert {key.removeprefix("train.") for key in code_of(sentence)} == FIXED_TRAIN_FIELDS.keys()
 
 
 def test_the_defaults_that_differ_are_those_on_the_page(known: dict[str, Any]) -> None:
@@ -349,7 +352,7 @@ def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> N
     [script] = [block for block in blocks_in(TRL_PAGE, "python") if "DPOTrainer(" in block]
     [settings] = blocks_in(TRL_PAGE, "yaml")
     config = written(tmp_path, settings)
-    training = training_settings(config)
+    training = config.train.as_dict() | dict(config.train.options)
     calls = {node.func.id: node for node in ast.walk(ast.parse(script))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
     arguments = {word.arg: ast.literal_eval(word.value) for word in calls["DPOConfig"].keywords}
@@ -361,7 +364,7 @@ def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> N
             for key in names[name][0].split("."):
                 found = getattr(found, key)
         assert found == value, name
-    assert config.train.keys() == arguments.keys() - names.keys(), "settings that the script does not have"
+    assert config.train.as_dict().keys() == arguments.keys() - names.keys(), "settings that the script does not have"
     lora = {word.arg: ast.literal_eval(word.value) for word in calls["LoraConfig"].keywords}
     assert config.policy.lora is not None
     assert lora == {"r": config.policy.lora.r, "lora_alpha": config.policy.lora.alpha,
@@ -371,10 +374,6 @@ def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> N
     sets = [ast.unparse(words[name]) for name in ("train_dataset", "eval_dataset")]
     assert sets == [f"load_dataset({config.data.path!r}, split={split!r})"
                     for split in (config.data.split, config.data.eval["test"].split)]  # fmt: skip
-
-
-def test_own_fields_of_train_have_the_defaults_that_are_compared() -> None:
-    assert own_defaults().keys() == OWN_TRAIN_FIELDS.keys()
 
 
 def test_the_trainer_that_reads_exported_columns_is_the_one_that_is_tested() -> None:

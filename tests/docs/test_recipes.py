@@ -17,7 +17,6 @@ from click.testing import CliRunner
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
-from pipeline.config.training import OWN_TRAIN_FIELDS, training_settings
 from pipeline.data.layouts import to_pair
 from pipeline.data.pairs import Pair
 from pipeline.data.sources import open_source, read_rows
@@ -37,14 +36,12 @@ each_with_figures = pytest.mark.parametrize("recipe", WITH_FIGURES, ids=lambda r
 @each_recipe
 def test_every_recipe_loads_and_every_field_in_it_exists(file: Path) -> None:
     config = load_config(file)
-    settings = training_settings(config)
-    assert settings["output_dir"]
+    options = config.train.options
+    assert config.train.folder
     assert config.data.eval
-    known = {f.name for f in dataclasses.fields(transformers.TrainingArguments)} | set(OWN_TRAIN_FIELDS)
-    assert config.train.keys() <= known
     # The library itself takes them; FSDP and bf16 it takes only where there are GPUs.
-    of_gpus = ("bf16", "fsdp", "fsdp_config", *OWN_TRAIN_FIELDS)
-    transformers.TrainingArguments(**{k: v for k, v in settings.items() if k not in of_gpus}, use_cpu=True)
+    of_gpus = ("bf16", "fsdp", "fsdp_config")
+    transformers.TrainingArguments(**{k: v for k, v in options.items() if k not in of_gpus}, use_cpu=True)
 
 
 @each_recipe
@@ -52,7 +49,7 @@ def test_a_field_that_does_not_exist_is_refused_in_every_recipe(file: Path) -> N
     with pytest.raises(ConfigError, match=r"data\.max_lenght: unknown key; did you mean max_length"):
         load_config(file, ["data.max_lenght=1"])
     with pytest.raises(ConfigError, match=r"train\.learning_rat: no such field"):
-        training_settings(load_config(file, ["train.learning_rat=1"]))
+        _ = load_config(file, ["train.learning_rat=1"]).train.options
 
 
 def commands(text: str) -> list[list[str]]:

@@ -30,7 +30,6 @@ from pipeline.base.errors import RefshardError, one_line
 from pipeline.base.folders import LocalFolder
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
-from pipeline.config.training import training_settings
 from pipeline.data import readers
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
 from pipeline.data.rows import LARGEST_ROW
@@ -626,8 +625,7 @@ def test_data_is_read_whole_or_refused_by_place_and_reason(case: Case, tmp_path:
 def read_settings(file: Path) -> None:
     config = load_config(file)
     open_source(config.data)
-    if config.train:
-        training_settings(config)
+    _ = config.train.options
 
 
 @pytest.mark.parametrize("case", YAML.values(), ids=YAML)

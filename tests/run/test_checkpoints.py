@@ -1,5 +1,6 @@
 """Checkpoints: only one whose marker and every file hold is resumed from; only older ones are ever deleted."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -577,10 +578,13 @@ def identity_of(make_run: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     file = make_run()
 
     def identity(config_changes: tuple[str, ...] = (), processes: int = 1, **train: Any) -> dict[str, Any]:
-        config = load_config(file, config_changes)
-        kept = {key: value for key, value in config.train.items() if key in ("output_dir", "save_strategy", "use_cpu")}
-        settings = {"learning_rate": 1e-6, **kept, **train}
-        return run_identity(config, settings, {"train": "f" * 64}, processes)
+        overrides = (f"train.{key}={json.dumps(value)}" for key, value in train.items())
+        config = load_config(file, (*config_changes, *overrides))
+        kept = {
+            key: config.train.given[key] for key in ("save_strategy", "use_cpu", *train) if key in config.train.given
+        }
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, given=kept))
+        return run_identity(config, {"train": "f" * 64}, processes)
 
     return identity
 

@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.config.training import TrainSection
 from stages.check.command import Limits, _above_limits, _estimate_as_dict, _estimate_as_text
 from stages.check.estimate import Lengths, estimate, shapes_of
 from stages.check.hardware import HARDWARE, hardware_named
@@ -173,7 +174,7 @@ def test_a_finished_stage_is_done_and_too_little_memory_of_the_machine_is_said()
         data=DataConfig(path="x"),
         policy=PolicyConfig(model="m"),
         precompute=PrecomputeConfig(output="o"),
-        train={"output_dir": "o"},
+        train=TrainSection(output_dir="o"),
     )
     lengths = Lengths(pairs=9, prompt_tokens=90, chosen_tokens=90, rejected_tokens=90, longest_pair=30, usual_pair=30)
     found = estimate(

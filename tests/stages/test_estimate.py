@@ -20,6 +20,7 @@ from pipeline.config.schema import (
     ReferenceConfig,
     SyncConfig,
 )
+from pipeline.config.training import TrainSection
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pack_pairs
@@ -72,7 +73,7 @@ def make_config(policy: dict[str, Any] | None = None, precompute: dict[str, Any]
         data=DataConfig(path="x"),
         policy=PolicyConfig(model="m", **(policy or {})),
         precompute=PrecomputeConfig(output="o", **(precompute or {})),
-        train={"output_dir": "o", **{key: str(value) for key, value in train.items()}},
+        train=TrainSection(output_dir="o", given={key: str(value) for key, value in train.items()}),
     )
 
 

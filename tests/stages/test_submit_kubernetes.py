@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no time": ({"cluster": {"train": {"time": "2"}}}, "cluster.train.time: 2 leaves no time"),
     "policy lost": ({"train": {"output_dir": "/home/me/dpo"}}, "train.output_dir: /home/me/dpo is not on the volume"),
     "policy beside": ({"train": {"output_dir": "../dpo"}}, "train.output_dir: ../dpo is not on the volume"),
-    "policy at home": ({"train": {"output_dir": "~/dpo"}}, "train.output_dir: ~/dpo is not on the volume"),
+    "policy at home": ({"train": {"output_dir": "~/dpo"}}, "/dpo is not on the volume"),
     "policy in a store": ({"train": {"output_dir": "s3://b/dpo"}}, "train.output_dir: s3://b/dpo is not on"),
     "shards lost": ({"precompute": {"output": "/data2/s"}}, "precompute.output: /data2/s is not on the volume"),
     "a line in a name": ({"train": {"output_dir": "a\nb"}}, "characters that do not print"),
@@ -293,7 +293,7 @@ def test_a_hostile_folder_is_only_a_name(tmp_path: Path, make_run: Callable[...,
         assert str(working_folder) == mount
         assert environment["XDG_CACHE_HOME"] == f"{mount}/.cache"
         read = load_config(Path(words[words.index("--config") + 1]))
-        assert (read.train["output_dir"], read.precompute.output) == (name, name)
+        assert (read.train.output_dir, read.precompute.output) == (name, name)
     assert not list(tmp_path.rglob("x"))
 
 

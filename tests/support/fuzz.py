@@ -27,7 +27,6 @@ from pipeline.base.errors import BadRow, RefshardError
 from pipeline.base.folders import LocalFolder
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
-from pipeline.config.training import training_settings
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import count_rows, open_source, read_rows
 from pipeline.models.identity import fingerprint_of
@@ -322,7 +321,7 @@ def _read_pairs(file: Path, content: bytes) -> None:
 
 def _read_settings(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    training_settings(load_config(file))
+    _ = load_config(file).train.options
 
 
 def _make_store(folder: Path) -> Path:
