@@ -1,6 +1,6 @@
-"""Draw docs/floors.svg: the packages as floors, and every import between them, read from the sources.
+"""Draw docs/floors.svg, and write the lists of modules and types in docs/contributing.md, all read from the sources.
 
-python tests/support/floors.py    writes the picture
+python tests/support/floors.py    writes both files
 """
 
 import ast
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-__all__ = ["FLOORS", "PICTURE", "ROOT", "arrows", "imports_of", "picture", "rooms"]
+__all__ = ["FLOORS", "PAGE", "PICTURE", "ROOT", "page", "picture"]
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "floors.svg"
+PAGE = ROOT / "docs" / "contributing.md"
 
 FLOORS = (
     ("base",),
@@ -26,6 +27,19 @@ FLOORS = (
     ("stages",),
 )
 """Packages from the lowest floor to the highest; a package imports only from floors below its own"""
+
+TYPES = (
+    ("data/rows.py", "Row"),
+    ("data/pairs.py", "Pair"),
+    ("data/tokens.py", "TokenizedPair"),
+    ("data/intake.py", "KeptPair"),
+    ("scoring/packing.py", "Batch"),
+    ("scoring/forward.py", "Scores"),
+    ("store/format.py", "ScoredPair"),
+    ("training/losses.py", "Pairs"),
+    ("training/losses.py", "PairLoss"),
+)
+"""The types that a pair passes through, in order"""
 
 WIDTH, LEFT, FLOOR_GAP, LINE, TOP = 1160, 20, 12, 16, 58
 ROOMS_END = 760
@@ -183,6 +197,43 @@ def _door(room: Room, name: str) -> float:
     return room.y + room.height * (shared.index(name) + 1) / (len(shared) + 1)
 
 
+def page() -> str:
+    """Give docs/contributing.md with the lists between its marks made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in (("modules", _module_list()), ("types", _type_list())):
+        start, end = f"<!-- {name}, by tests/support/floors.py -->", f"<!-- end of {name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def _module_list() -> list[str]:
+    """List every package with its modules, the lowest floor first, each with the first line of its docstring."""
+    lines = ["| module | |", "|---|---|"]
+    for package in (name for floor in FLOORS for name in floor):
+        folder = "stages" if package == "stages" else f"pipeline/{package}"
+        lines.append(f"| **{folder}/** | {_first_line(ROOT / folder / '__init__.py')} |")
+        for file in files_of(package):
+            lines.append(f"| `{file.relative_to(ROOT / folder).as_posix()}` | {_first_line(file)} |")
+    return lines
+
+
+def _first_line(file: Path) -> str:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+def _type_list() -> list[str]:
+    lines = ["| type | what it is | fields |", "|---|---|---|"]
+    for file, name in TYPES:
+        tree = ast.parse((ROOT / "pipeline" / file).read_text(encoding="utf-8"))
+        [found] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+        says = " ".join((ast.get_docstring(found) or "").split("\n\n")[0].split())
+        fields = [ast.unparse(node.target) for node in found.body if isinstance(node, ast.AnnAssign)]
+        lines.append(f"| `{name}`, {file} | {says} | {', '.join(f'`{field}`' for field in fields)} |")
+    return lines
+
+
 _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"
  aria-labelledby="title about">
 <title id="title">The floors of refshard</title>
@@ -215,6 +266,7 @@ its modules that import from the room at that height.</text>"""
 
 def main() -> None:
     PICTURE.write_text(picture(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
