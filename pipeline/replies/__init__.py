@@ -1,1 +1,1 @@
-"""Replies of models: drawn, scored under both models, rewarded, averaged."""
+"""What models answer, and their means."""
