@@ -1,4 +1,4 @@
-"""The `refshard` command: thin, and a stage is imported only when it is called, so that help needs no torch."""
+"""The `refshard` command. Each stage is imported when it is called, so that help does not load torch."""
 
 import atexit
 import io
@@ -58,7 +58,7 @@ def _parse_worker(context: click.Context, parameter: click.Parameter, value: str
 
 
 def _parse_stop_after(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Give the time to stop at, on `time.monotonic`'s clock, counted from now, before the libraries are imported."""
+    """Return the time to stop on `time.monotonic`'s clock; the libraries' import counts too."""
     if value is None:
         return None
     parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
@@ -602,7 +602,7 @@ def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) ->
 
 
 def _launch(config: Config, processes: int) -> None:
-    """Have this very command, without `--processes`, run by several processes."""
+    """Run this command, without `--processes`, in several processes."""
     if config.reference.sync is not None:
         raise ConfigError(f"--processes {processes}: a run whose reference moves (reference.sync) is one process")
     from stages import launch
@@ -621,17 +621,16 @@ def _commands(stop_at: float | None) -> Commands:
 
 
 def run() -> None:
-    """Run the command; end with DESIGN's exit statuses and one line per error."""
+    """Run the command; end with its exit status, and one line for an error."""
     debug = "--debug" in sys.argv[1:]
-    # Whether there are GPUs is asked at many an import. Asked in torch's usual way, it would leave the forks of this
-    # process without any (torch.cuda.is_available's own documentation).
+    # Imports ask for GPUs. torch's usual way of asking initializes CUDA, and forks of this process could not use them
+    # (see torch.cuda.is_available).
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not sys.stderr.isatty():
-        # The libraries' bars are made of carriage returns, which a log keeps, all of them in one line.
+        # The libraries' bars are carriage returns, which a log keeps in one line.
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    # A path on Linux need not be text; one that is not must not end the run that shows it. And a job's log is read
-    # while the job runs.
+    # A Linux path may not be text, and showing it must not end the run. A job's log is read while the job runs.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -654,7 +653,7 @@ def run() -> None:
 
 
 def _complain(text: str, status: int, *, debug: bool) -> int:
-    """Say what went wrong, for people and for machines."""
+    """Print an error for people and machines. Returns its exit status."""
     if debug:
         traceback.print_exc()
     click.echo(f"refshard: {text}", err=True)
@@ -663,10 +662,9 @@ def _complain(text: str, status: int, *, debug: bool) -> int:
 
 
 def _leave(status: int) -> None:
-    """End the process; one of several without its C++ destructors.
+    """End the process; one of several ends without its C++ destructors.
 
-    Threads of torch's process groups are still there when those run, and abort a finished rank now and then, which
-    its launcher takes for a failure of all.
+    Threads of torch's process groups outlive them and sometimes abort a finished rank, which ends the launch as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()
