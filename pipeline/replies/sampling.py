@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError, UnfinishedError
+from pipeline.base.errors import ConfigError, stopped_as_asked
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import outcomes
@@ -186,7 +186,7 @@ class _StopRequested(transformers.StoppingCriteria):  # type: ignore[misc, unuse
 def leave_if_asked(flag: StopFlag) -> None:
     """Raise UnfinishedError if a stop was requested. Replies are written only once all are drawn."""
     if flag:
-        raise UnfinishedError("stopped as asked; no replies were written. Run the same command again")
+        raise stopped_as_asked("no replies were written")
 
 
 def score_replies(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, stopped_as_asked
 from pipeline.base.folders import Folder
 from pipeline.base.progress import Progress, emit
 from pipeline.base.signals import StopFlag
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
 
-_STOPPED = "stopped as asked; finished units are saved. Run the same command again"
+
 _MOST_LOADERS = 4
 """Loading processes of one worker: the reference takes the time, and a few keep up with it"""
 _PAIRS_PER_SECOND_SCORING = 64
@@ -115,7 +115,7 @@ class Worker:
                     # A copy of this worker wrote the part since the unit was read.
                     continue
                 if self.flag:
-                    raise UnfinishedError(_STOPPED)
+                    raise stopped_as_asked("finished units are saved")
                 scored, noise = self._score_unit(unit, account)
                 _check_unchanged(job)
                 writer.put(unit, scored, noise)
@@ -264,7 +264,7 @@ class Reference:
             if count is not None:
                 count(pairs[i])
             if flag:
-                raise UnfinishedError(_STOPPED)
+                raise stopped_as_asked("finished units are saved")
         return [scored[i] for i in range(len(pairs))]
 
     def _load(self) -> Scorer:
