@@ -1,1 +1,1 @@
-"""What models answer: sampled replies, their rewards, their means."""
+"""Replies of models: drawn, scored under both models, rewarded, averaged."""

@@ -1,1 +1,1 @@
-"""Pages for people: one run, several runs, one store, one pair."""
+"""HTML pages: one run, several runs, one store, one pair."""

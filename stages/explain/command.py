@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.base.errors import printable
 from pipeline.base.folders import open_folder
@@ -140,12 +138,12 @@ def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
     return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
 
 
-def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[npt.NDArray[np.float32]]:
-    """Return the token logps of both completions under the reference of `config`."""
+def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[list[float]]:
+    """Return the token logps of both completions under the reference of `config`, nats."""
     # It imports torch, which explaining without a model does without.
     from pipeline.scoring.scorer import reference_scorer
 
     click.echo(f"Loading {printable(name)} ...", err=True)
     with reference_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
         ((_, *logps),) = scorer.logps([pair.scored_ids])
-    return logps
+    return [values.tolist() for values in logps]

@@ -133,7 +133,7 @@ def find_row(source: Source, number: int) -> Row:
     Raises:
         ConfigError: There is no such row; the message names the first and the last.
     """
-    numbers = []
+    numbers: list[int] = []
     for row in read_rows(source):
         if row.number == number:
             return row

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.base.errors import RefshardError, UnfinishedError
+from pipeline.base.errors import RefshardError
 from pipeline.base.folders import Folder
 from pipeline.models.identity import differences
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import check_part, pair_keys, part_name
-from pipeline.store.store import Store, open_store, parts_there, read_content, read_manifest, read_part
+from pipeline.store.format import pair_keys, part_name
+from pipeline.store.store import Store, load_store, read_checked_part
 from stages.explain.row import SIDES, Explanation, add, with_logps
 
 __all__ = ["Gap", "StoredPair", "compare", "find_stored", "with_stored"]
@@ -66,15 +66,13 @@ def find_stored(
     """
     remarks = []
     try:
-        manifest, store = read_manifest(folder), None
-        try:
-            store = open_store(folder)
-        except UnfinishedError as error:
-            remarks.append(str(error))
-        found = differences(manifest["identity"], identity, joining=True)
+        store = load_store(folder)
+        if store.unfinished is not None:
+            remarks.append(str(store.unfinished))
+        found = differences(store.manifest["identity"], identity, joining=True)
         if found:
             remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
-        stored = _search(folder, manifest, store, bytes.fromhex(key), row)
+        stored = _search(store, bytes.fromhex(key), row)
     except RefshardError as error:
         return None, (*remarks, str(error))
     if stored is None:
@@ -84,37 +82,27 @@ def find_stored(
     return stored, tuple(remarks)
 
 
-def _search(
-    folder: Folder, manifest: Mapping[str, Any], store: Store | None, key: bytes, row: int
-) -> StoredPair | None:
-    plan = manifest["plan"]
+def _search(store: Store, key: bytes, row: int) -> StoredPair | None:
+    plan = store.manifest["plan"]
     # The part of the row, unless the data has changed since.
     start = int(str(plan.get("rows", "0")).partition(":")[0] or 0)
     likely = (row - start) // int(plan.get("rows_per_shard") or 1)
-    for unit in sorted(sorted(parts_there(folder)), key=lambda unit: unit != likely):
-        name = part_name(unit)
-        if store is None:
-            part = check_part(folder, unit, read_content(folder, name, "Run refshard precompute again"), manifest)
-            table, noise = part.table, part.noise
-        elif unit < len(store.parts):
-            # Token logps are most of a part, so they are read only from the part that has the key.
-            table, noise = read_part(store, unit, ["pair_key"]), store.noise
-        else:
-            continue
+    for unit in sorted(store.units, key=lambda unit: unit != likely):
+        # Token logps are most of a part, so they are read only from the part that has the key.
+        keys = pair_keys(read_checked_part(store, unit, ["pair_key"]).table)
         # NumPy's byte strings drop trailing zeros.
-        hits = (pair_keys(table) == key.rstrip(b"\0")).nonzero()[0]
+        hits = (keys == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):
             continue
-        if store is not None:
-            table = read_part(store, unit)
-        found = table.slice(int(hits[0]), 1).to_pylist()[0]
+        part = read_checked_part(store, unit)
+        found = part.table.slice(int(hits[0]), 1).to_pylist()[0]
         return StoredPair(
-            place=folder.place(part_name(unit)),
+            place=store.folder.place(part_name(unit)),
             row=found["row"],
             sums={side: found[f"ref_{side}_logps"] for side in SIDES},
             lengths={side: found[f"{side}_tokens"] for side in SIDES},
             token_logps={side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found},
-            noise=noise,
+            noise=store.noise if store.index else part.noise,
         )
     return None
 
