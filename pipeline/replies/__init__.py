@@ -1,1 +1,1 @@
-"""Replies of models: drawn, scored under both models, rewarded, averaged."""
+"""Replies of models to prompts, and their means."""
