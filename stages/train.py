@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from pipeline.base.errors import DataError, UnfinishedError
+from pipeline.base.errors import DataError, UnfinishedError, stopped_as_asked
 from pipeline.base.files import read_json, replace_file, sync_tree, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_other_bars
@@ -126,7 +126,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)
-    stores = {} if config.reference.sync else _open_stores(config, ["train", *config.data.eval], tokenizer)
+    stores = {} if config.reference.sync else _open_stores(config, config.data.sets, tokenizer)
     identity = run_identity(config, _fingerprints(config, stores, tokenizer), PartialState().num_processes)
 
     if not overwrite:
@@ -388,11 +388,8 @@ def _run_steps(run: TrainingRun, trainer: PairTrainer) -> None:
 
 def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
     step, saved = trainer.state.global_step, newest_step(output)
-    return UnfinishedError(
-        f"stopped as asked after step {step} of {trainer.state.max_steps}; "
-        + (f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved")
-        + ". Run the same command again"
-    )
+    where = f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved"
+    return stopped_as_asked(where, f"after step {step} of {trainer.state.max_steps}")
 
 
 # Finish.

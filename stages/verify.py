@@ -1,4 +1,4 @@
-"""Check stores: whole, of one piece, what stage one wrote; and, asked to, what the model still says."""
+"""Check stores: every digest, row, and sum; and, with `--model`, a sample of log-probs scored again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,24 +11,22 @@ from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeC
 from pipeline.store.store import Store, find_stores, open_store, read_part
 from pipeline.store.verify import Findings, delete_leftovers, verify_store
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 
 def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
-    """Check one store, or each store of an output folder, and print what is found.
+    """Check one store, or each store of an output folder, and print the findings.
 
     Args:
         where: Folder or URL.
-        model: Score some pairs of each store again with this model, which must be the reference.
-        sample: How many.
-        clean: Also delete temporary files of writers that were killed.
+        model: Reference model to score some pairs of each store again with; None to skip this.
+        sample: Number of pairs to score again.
+        clean: Also delete old temporary files of killed writers.
 
     Raises:
-        DataError: Something is damaged or missing; all of it is printed before.
-        IdentityError: Parts of another run, or `model` is not the reference.
-        UnfinishedError: What is there is whole, but not all is there yet.
+        DataError: A file is damaged or missing. All problems are printed before.
+        IdentityError: Parts are another run's, or `model` is not the reference.
+        UnfinishedError: All parts that are there hold, but others are missing.
     """
     problems: list[RefshardError | str] = []
     unfinished = None
@@ -64,12 +62,9 @@ def _as_text(found: Findings) -> str:
             "most"
         )
     if found.leftovers:
-        lines.append(
-            f"  leftovers   {len(found.leftovers)} temporary files, of writers killed or at work; nobody reads them "
-            "(--clean deletes old ones)"
-        )
-    if found.strangers:
-        lines.append(f"  strangers   {', '.join(found.strangers[:5])}: not the store's; nobody reads them")
+        lines.append(f"  leftovers   {len(found.leftovers)} temporary files of writers (--clean deletes old ones)")
+    if found.unknown_files:
+        lines.append(f"  unknown     {', '.join(found.unknown_files[:5])}: not the store's; no reader uses them")
     return "\n".join(map(printable, lines))
 
 
@@ -122,12 +117,12 @@ def _score_again(store: Store, model: str, sample: int) -> str:
 
 
 def _config(store: Store, model: str) -> Config:
-    """The settings that the store was made with, as its manifest has them, with the model given."""
+    """Give the settings of the store's manifest, with the given model."""
     identity, declared = store.manifest["identity"], store.manifest["declared"]
     if "declared" in identity["reference"] or not isinstance(declared.get("data"), dict):
         raise ConfigError(
-            f"--model: {store.folder} was imported, so what its data and reference were is not known here; compare "
-            "with refshard train, whose gate does"
+            f"--model: {store.folder} was imported, so its data and reference are not known. Run refshard train, whose "
+            "gate compares them"
         )
     tokenization, reference = identity["tokenization"], identity["reference"]
     quantization = reference.get("quantization")
@@ -150,7 +145,7 @@ def _config(store: Store, model: str) -> Config:
 
 
 def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
-    """Rows of the store, evenly spread over it, by their number in the dataset."""
+    """Give rows of the store by their number in the dataset, evenly spread."""
     ends = np.cumsum([part["rows"] for part in store.parts])
     total = int(ends[-1]) if len(ends) else 0
     at = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import transformers
 from transformers.integrations import integration_utils
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.config.schema import Config
 
 __all__ = ["arguments_of_loop", "training_arguments"]
@@ -29,7 +29,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError, OSError) as error:
         # OSError: the file of fsdp_config or deepspeed is missing.
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train: {one_line(str(error))}") from error
     # Without an accelerator the loader would warn for every set that it can't pin.
     made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:
@@ -154,7 +154,7 @@ def _check_trackers(made: transformers.TrainingArguments) -> None:
     try:
         integration_utils.get_reporting_integration_callbacks(made.report_to)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise ConfigError(f"train.report_to: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train.report_to: {one_line(str(error))}") from error
     for tracker in made.report_to or ():
         # The library's functions are is_azureml_available for azure_ml, is_comet_available for comet_ml.
         names = (f"is_{spelled}_available" for spelled in (tracker.replace("_", ""), tracker.replace("_ml", "")))

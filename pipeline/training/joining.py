@@ -8,7 +8,7 @@ import click
 import datasets
 import pyarrow.compute as pc
 
-from pipeline.base.errors import ConfigError, DataError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
@@ -48,7 +48,7 @@ def join_sets(
         UnfinishedError: A signal or the time asked to stop.
     """
     joined = {}
-    for name in ("train", *config.data.eval):
+    for name in config.data.sets:
         source, store, ledger = open_source(config.data, config.data.eval.get(name)), stores.get(name), Ledger()
         pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
         table = load_reference_table(
@@ -118,7 +118,7 @@ def _check_matched(report: JoinReport, kept: int, dataset: str, store: Store, on
 def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPair]:
     for pair in pairs:
         if flag:
-            raise UnfinishedError("stopped as asked before training began; run the same command again")
+            raise stopped_as_asked("nothing was to be saved", "before training began")
         yield pair
 
 

@@ -14,21 +14,31 @@ import math
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import transformers
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.data.intake import Ledger
+from pipeline.data.loading import load_pairs
+from pipeline.data.rows import Source
 from pipeline.models.files import ADAPTER_CONFIG, find_adapter, policy_settings, reference_dtype
-from pipeline.models.identity import identity_of_reference
-from pipeline.run.checkpoints import checkpoint_folders
+from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
+from pipeline.run.checkpoints import checkpoint_folders, find_checkpoint, is_recorded
+from pipeline.run.identity import run_identity
+from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
-from pipeline.training.steps import Order
+from pipeline.training.steps import Order, order_of_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Window",
@@ -36,6 +46,7 @@ __all__ = [
     "check_mixable",
     "evaluate_moved",
     "make_window",
+    "next_window",
     "prepare_reference",
     "window_at",
     "window_config",
@@ -194,6 +205,39 @@ def _delete_older(output: Path, size: int) -> None:
     for folder in (output / "references").glob("step-*"):
         if int(folder.name.removeprefix("step-")) < oldest:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def next_window(
+    config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Config, dict[str, Source], frozenset[int]] | None:
+    """Find the window that a TR-DPO run comes to next, and make its reference.
+
+    Returns:
+        The window's settings, the sets that it needs scored, and its training rows; None if the run is finished.
+    """
+    arguments = training_arguments(config)
+    output = config.train.folder
+    if is_recorded(output):
+        click.echo(f"{output}: this run is finished already; nothing to score.")
+        return None
+    kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
+    order = order_of_run(arguments, len(kept))
+    check_mixable(config)
+    fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
+    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
+    # Refuses another run's checkpoints too, before the reference is moved to them.
+    checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
+    window = window_at(config, arguments, order, checkpoint)
+    prepare_reference(config, window, output)
+    rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
+    steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
+    click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
+    needed = {
+        name: source
+        for name, source in sources.items()
+        if (bool(rows) if name == "train" else bool(window.evaluations))
+    }
+    return window_config(config, window, output), needed, rows
 
 
 def evaluate_moved(trainer: transformers.Trainer, window: Window) -> None:

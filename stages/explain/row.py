@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError
+from pipeline.base.errors import ConfigError, RefshardError
 from pipeline.base.folders import Folder
 from pipeline.config.schema import DataConfig
 from pipeline.data.intake import KeptPair, Outcome, outcome_of
@@ -24,8 +24,8 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.identity import differences
 from pipeline.scoring import agreement
 from pipeline.scoring.agreement import Agreement, NoiseFloor
-from pipeline.store.format import check_part, pair_keys, part_name
-from pipeline.store.store import Store, open_store, parts_there, read_content, read_manifest, read_part
+from pipeline.store.format import pair_keys, part_name
+from pipeline.store.store import Store, load_store, read_checked_part, read_part
 from stages.explain.pieces import shown, token_bytes
 
 if TYPE_CHECKING:
@@ -285,16 +285,13 @@ def find_stored(
     """
     remarks = []
     try:
-        manifest = read_manifest(folder)
-        store = None
-        try:
-            store = open_store(folder)
-        except UnfinishedError as error:
-            remarks.append(str(error))
-        found = differences(manifest["identity"], identity, joining=True)
+        store = load_store(folder)
+        if store.unfinished is not None:
+            remarks.append(str(store.unfinished))
+        found = differences(store.manifest["identity"], identity, joining=True)
         if found:
             remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
-        stored = _search(folder, manifest, store, bytes.fromhex(key), row)
+        stored = _search(store, bytes.fromhex(key), row)
     except RefshardError as error:
         return None, (*remarks, str(error))
     if stored is None:
@@ -304,29 +301,20 @@ def find_stored(
     return stored, tuple(remarks)
 
 
-def _search(
-    folder: Folder, manifest: Mapping[str, Any], store: Store | None, key: bytes, row: int
-) -> StoredPair | None:
-    for unit in _likely_first(sorted(parts_there(folder)), manifest["plan"], row):
-        name = part_name(unit)
-        if store is None:
-            part = check_part(folder, unit, read_content(folder, name, "Run refshard precompute again"), manifest)
-            table, noise = part.table, part.noise
-        elif unit < len(store.parts):
-            # Of parts that do not have the pair no token logps are read, which are most of what there is.
-            table, noise = read_part(store, unit, ["pair_key"]), store.noise
-        else:
-            continue
+def _search(store: Store, key: bytes, row: int) -> StoredPair | None:
+    for unit in _likely_first(store.units, store.manifest["plan"], row):
+        # Token logps are most of a part, and are not read where the key is not there.
+        keys = pair_keys(read_part(store, unit, ["pair_key"]))
         # numpy's strings of bytes drop trailing zeros.
-        hits = (pair_keys(table) == key.rstrip(b"\0")).nonzero()[0]
+        hits = (keys == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):
             continue
-        if store is not None:
-            table = read_part(store, unit)
+        part = read_checked_part(store, unit)
+        table, noise = part.table, store.noise if store.index else part.noise
         found = table.slice(int(hits[0]), 1).to_pylist()[0]
         token_logps = {side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found}
         return StoredPair(
-            place=folder.place(part_name(unit)),
+            place=store.folder.place(part_name(unit)),
             row=found["row"],
             sums={side: found[f"ref_{side}_logps"] for side in SIDES},
             lengths={side: found[f"{side}_tokens"] for side in SIDES},

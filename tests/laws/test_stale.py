@@ -22,7 +22,8 @@ from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.models.files import load_tokenizer
 from pipeline.training.joining import join_sets, open_joined
-from stages import precompute, train
+from stages import train
+from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
 from support.tally import tally

@@ -304,12 +304,12 @@ def test_a_reference_that_can_not_be_split_is_refused(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precompute.device_map=auto"], "precompute.tp_plan: set together with device_map"),
-        (["reference.model=m", "reference.quantization.bits=8"], "quantized weights can't be split"),
-        (["policy.quantization.bits=4", "policy.lora.r=4"], "quantized weights can't be split"),
-        (["policy.adapter=a"], "an adapter's weights are not split"),
-        (["reference.model=m", "reference.adapter=a"], "an adapter's weights are not split"),
-        (["reference.sync.steps=4"], "is scored by one process"),
+        (["precompute.device_map=auto"], "precompute.tp_plan: must be left out if device_map is set"),
+        (["reference.model=m", "reference.quantization.bits=8"], "quantized weights, which can't be split"),
+        (["policy.quantization.bits=4", "policy.lora.r=4"], "quantized weights, which can't be split"),
+        (["policy.adapter=a"], "an adapter, whose weights are not split"),
+        (["reference.model=m", "reference.adapter=a"], "an adapter, whose weights are not split"),
+        (["reference.sync.steps=4"], "must be left out if reference.sync is set"),
     ],
 )
 def test_what_does_not_go_with_a_split_reference_is_refused_before_anything_is_loaded(

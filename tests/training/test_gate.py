@@ -24,7 +24,8 @@ from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import score
 from pipeline.store.store import Store, open_store, read_parts
 from pipeline.training.gate import Gaps, Gate, choose_sample
-from stages import precompute, train
+from stages import train
+from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import forge_part
