@@ -208,8 +208,8 @@ def test_an_adapter_with_a_change_declared_fresh_is_caught(make_run: MakeRun, mo
     refshard("precompute", "--config", config)
     fresh = loading._adapter_config
 
-    def not_zero(settings: Any) -> Any:
-        made = fresh(settings)
+    def not_zero(policy: Any) -> Any:
+        made = fresh(policy)
         made.init_lora_weights = False
         return made
 
