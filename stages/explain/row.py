@@ -25,7 +25,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.identity import differences
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import pair_keys, part_name
-from pipeline.store.store import Store, load_store, read_checked_part, read_part
+from pipeline.store.store import Store, load_store, read_checked_part
 from stages.explain.pieces import shown, token_bytes
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def find_stored(
 def _search(store: Store, key: bytes, row: int) -> StoredPair | None:
     for unit in _likely_first(store.units, store.manifest["plan"], row):
         # Token logps are most of a part, and are not read where the key is not there.
-        keys = pair_keys(read_part(store, unit, ["pair_key"]))
+        keys = pair_keys(read_checked_part(store, unit, ["pair_key"]).table)
         # numpy's strings of bytes drop trailing zeros.
         hits = (keys == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):

@@ -26,7 +26,7 @@ from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal,
 from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.store import finish_store, open_store, read_manifest, read_part, read_parts
+from pipeline.store.store import finish_store, open_store, read_checked_part, read_manifest, read_parts
 from stages.explain import command
 from stages.explain import row as row_module
 from stages.explain.pieces import shown, token_bytes
@@ -181,9 +181,9 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
 
     def watched(store: Any, number: int, columns: Any = None) -> Any:
         read.append((number, columns is None))
-        return read_part(store, number, columns)
+        return read_checked_part(store, number, columns)
 
-    monkeypatch.setattr(row_module, "read_part", watched)
+    monkeypatch.setattr(row_module, "read_checked_part", watched)
     stored, _ = find_stored(folder, key.hex(), 1, identity)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
