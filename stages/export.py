@@ -42,7 +42,7 @@ def run(config: Config, output: Path) -> None:
     if any((parent / "manifest.json").exists() for parent in output.absolute().parents):
         raise DataError(f"{output}: must be outside of a store of shards. Name another folder")
     tokenizer = load_tokenizer(config)
-    names = ["train", *config.data.eval]
+    names = config.data.sets
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")

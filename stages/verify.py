@@ -79,7 +79,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     from pipeline.data.sources import open_source, read_rows
     from pipeline.models.files import in_one_process, load_tokenizer
     from pipeline.models.identity import differences, identity_of_run
-    from pipeline.scoring.agreement import allowed_gap
+    from pipeline.scoring.agreement import allowed_gap, compare, completion_gap
     from pipeline.scoring.scorer import reference_scorer
 
     config = _config(store, model)
@@ -102,18 +102,16 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     with reference_scorer(in_one_process(config), tokenizer, "--model", tokens_per_batch=2048) as scorer:
         for i, chosen, rejected in scorer.logps([pair.pair for pair in pairs]):
             row = stored[pairs[i].row]
-            gaps += [_gap(row, "chosen", chosen), _gap(row, "rejected", rejected)]
-    flat = np.concatenate(gaps)
-    mean, largest = float(flat.mean()), float(flat.max())
+            gaps += [
+                completion_gap(logps, row.get(f"{side}_token_logps"), row[f"ref_{side}_logps"])
+                for side, logps in (("chosen", chosen), ("rejected", rejected))
+            ]
     reference_settings = stored_identity["reference"]
     bits = (reference_settings.get("quantization") or {}).get("bits")
-    allowed = allowed_gap(store.noise, "int8" if bits == 8 else str(reference_settings["dtype"]))
-    said = (
-        f"{len(pairs)} pairs scored again with {model}: token logps {mean:.2g} nats apart on average, {largest:.2g} at "
-        f"most (allowed {allowed[0]:.2g} and {allowed[1]:.2g})"
-    )
-    # NaN is beyond every bound.
-    if not (mean <= allowed[0] and largest <= allowed[1]):
+    allowed = allowed_gap(store.noise, str(reference_settings["dtype"]), in_8_bits=bits == 8)
+    found_gap = compare(gaps, allowed)
+    said = f"{len(pairs)} pairs scored again with {model}: {found_gap}"
+    if not found_gap.agrees:
         raise DataError(f"{store.folder}: {said}. Score again into another precompute.output")
     return f"  rescored    {said}"
 
@@ -158,11 +156,3 @@ def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
         if len(inside):
             rows.update({row["row"]: row for row in read_part(store, number).take(inside).to_pylist()})
     return rows
-
-
-def _gap(stored: Mapping[str, Any], side: str, again: Any) -> Any:
-    """Give absolute differences of one completion, nats a token; of sums, where they alone are stored, per token."""
-    again = np.asarray(again, dtype=np.float64)
-    if f"{side}_token_logps" in stored:
-        return np.abs(again - np.array(stored[f"{side}_token_logps"], dtype=np.float64))
-    return np.abs(np.array([again.sum() - stored[f"ref_{side}_logps"]])) / len(again)

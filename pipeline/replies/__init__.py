@@ -1,1 +1,1 @@
-"""What models answer: sampled replies, their rewards, their means."""
+"""Replies of models to prompts, and their means."""

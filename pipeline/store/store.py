@@ -22,7 +22,7 @@ from pipeline.base.errors import DataError, IdentityError, UnfinishedError
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
-from pipeline.models.identity import SCHEMA_VERSION, differences, fingerprint_of
+from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import (
     DELETE_INDEX,
@@ -179,11 +179,7 @@ def create_store(
     found = differences(stored["identity"], identity, joining=False)
     # Compare the plan as JSON gives it back.
     ours = json.loads(json.dumps(plan))
-    found += [
-        f"{key}: shards {stored['plan'].get(key)!r}, this run {ours.get(key)!r}"
-        for key in sorted({*stored["plan"], *ours})
-        if stored["plan"].get(key) != ours.get(key)
-    ]
+    found += describe_differences(stored["plan"], ours)
     if found:
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "

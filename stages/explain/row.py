@@ -8,7 +8,6 @@ The row goes through the code that both stages take their pairs from; here is on
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,8 @@ from pipeline.data.rows import Row, Source
 from pipeline.data.sources import describe, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.identity import differences
-from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring import agreement
+from pipeline.scoring.agreement import Agreement, NoiseFloor
 from pipeline.store.format import pair_keys, part_name
 from pipeline.store.store import Store, load_store, read_checked_part
 from stages.explain.pieces import shown, token_bytes
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "Explanation",
-    "Gap",
     "StoredPair",
     "Token",
     "compare",
@@ -367,22 +366,7 @@ def _with_values(completion: Completion, kind: Kind, values: Sequence[float]) ->
     return dataclasses.replace(completion, tokens=tuple(tokens))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """How far the recomputed log-probs are from the stored ones, nats a token."""
-
-    mean: float
-    largest: float
-    allowed: tuple[float, float]
-    """Mean and largest difference that rounding explains"""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether both are within what is allowed; NaN is not."""
-        return self.mean <= self.allowed[0] and self.largest <= self.allowed[1]
-
-
-def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
+def compare(pair: Explanation, allowed: tuple[float, float]) -> Agreement | None:
     """Compare recomputed with stored, token by token, or, where sums alone are stored, by the sums over their tokens.
 
     Returns:
@@ -393,15 +377,10 @@ def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
         by_token = [token.gap for token in completion.scored if token.gap is not None]
         of_sums = completion.sum("gap")
         if by_token:
-            gaps += by_token
+            gaps.append(np.array(by_token))
         elif of_sums is not None:
-            gaps.append(of_sums / len(completion.scored))
-    if not gaps:
-        return None
-    sizes = [abs(gap) for gap in gaps]
-    # NaN, which max() may pass over, is a disagreement.
-    largest = max(sizes) if all(map(math.isfinite, sizes)) else math.inf
-    return Gap(mean=sum(sizes) / len(sizes), largest=largest, allowed=allowed)
+            gaps.append(np.array([of_sums / len(completion.scored)]))
+    return agreement.compare(gaps, allowed) if gaps else None
 
 
 def minus(a: float | None, b: float | None) -> float | None:

@@ -26,7 +26,7 @@ from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
 from pipeline.run.records import delete_costs
 from pipeline.scoring.memory import free_memory, is_out_of_memory
-from pipeline.scoring.tensor_parallel import Ensemble, Led, processes_of_launch, share_of_process
+from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
@@ -83,7 +83,7 @@ def _follow(config: Config, ensemble: Ensemble) -> None:
             model = load_reference_scorer(config, load_tokenizer(config, weights=False), ensemble).model
             continue
         try:
-            Led.follow(model, content, ensemble, pick_device())
+            LeaderModel.follow(model, content, ensemble, pick_device())
             continue
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, stopped_as_asked
 from pipeline.base.folders import Folder
 from pipeline.base.progress import Progress, emit
 from pipeline.base.signals import StopFlag
@@ -31,7 +31,7 @@ from pipeline.scoring.agreement import NoiseFloor
 from pipeline.scoring.memory import name_of_device, peak_memory
 from pipeline.scoring.scorer import Scorer, load_scorer
 from pipeline.scoring.selfcheck import not_packed
-from pipeline.scoring.tensor_parallel import Ensemble, Led
+from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel
 from pipeline.store.format import ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored
 from pipeline.store.store import PartHeader, finish_store, is_finished, part_exists, parts_there, write_part
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
 
-_STOPPED = "stopped as asked; finished units are saved. Run the same command again"
+
 _MOST_LOADERS = 4
 """Loading processes of one worker: the reference takes the time, and a few keep up with it"""
 _PAIRS_PER_SECOND_SCORING = 64
@@ -115,7 +115,7 @@ class Worker:
                     # A copy of this worker wrote the part since the unit was read.
                     continue
                 if self.flag:
-                    raise UnfinishedError(_STOPPED)
+                    raise stopped_as_asked("finished units are saved")
                 scored, noise = self._score_unit(unit, account)
                 _check_unchanged(job)
                 writer.put(unit, scored, noise)
@@ -264,7 +264,7 @@ class Reference:
             if count is not None:
                 count(pairs[i])
             if flag:
-                raise UnfinishedError(_STOPPED)
+                raise stopped_as_asked("finished units are saved")
         return [scored[i] for i in range(len(pairs))]
 
     def _load(self) -> Scorer:
@@ -286,7 +286,7 @@ class Reference:
         if not scorer.packed:
             click.echo(f"warning: {not_packed(scorer.model)}", err=True)
         if self._ensemble is not None:
-            scorer.model = Led(scorer.model, self._ensemble)
+            scorer.model = LeaderModel(scorer.model, self._ensemble)
         return scorer
 
     def _check_vocabulary(self, scorer: Scorer, pairs: list[KeptPair]) -> None:
@@ -317,19 +317,13 @@ def load_reference_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase", 
 
 
 def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
-    if not once:
-        return NoiseFloor()
-    gaps = [
-        np.abs(getattr(a, side).astype(np.float64) - getattr(b, side))
-        for a, b in zip(once, again, strict=True)
-        for side in ("chosen_token_logps", "rejected_token_logps")
-    ]
-    flat = np.concatenate(gaps)
-    # Values that are not finite are handled pair by pair, and measure nothing.
-    flat = flat[np.isfinite(flat)]
-    if not len(flat):
-        return NoiseFloor()
-    return NoiseFloor(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max()))
+    return NoiseFloor.of(
+        [
+            getattr(a, side).astype(np.float64) - getattr(b, side)
+            for a, b in zip(once, again, strict=True)
+            for side in ("chosen_token_logps", "rejected_token_logps")
+        ]
+    )
 
 
 class _Writer:

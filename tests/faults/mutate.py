@@ -254,7 +254,7 @@ MUTATIONS = [
         "pipeline/models/files.py",
         "    _check_weight_index(folder",
         "    str(folder",
-        "tests/faults/test_security.py",
+        "tests/faults/test_damage.py -k model",
     ),
     Mutation(
         "the data file unchanged while it is scored",

@@ -33,7 +33,7 @@ FILES = {
     "Checkpoints": ("run/test_checkpoints",),
     "Stale": ("laws/test_stale",),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
-    "Input": ("faults/test_malformed", "faults/test_fuzz", "faults/test_security"),
+    "Input": ("faults/test_damage", "faults/test_fuzz", "faults/test_security"),
 }
 """Sections of the page, and the tests whose tallies are in them"""
 

@@ -1,4 +1,7 @@
-"""Nothing that a model, a dataset or a checkpoint brings is run: each with a live payload that would leave a file."""
+"""Nothing that a template, a dataset or a checkpoint brings is run: each has a payload that would leave a file.
+
+Models and adapters with payloads are in the table of damage (`support/damage.py`).
+"""
 
 import ast
 import inspect
@@ -21,43 +24,29 @@ import transformers
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from pipeline.base.errors import BadRow, ConfigError, RefshardError, one_line
+from pipeline.base.errors import BadRow, ConfigError, one_line
 from pipeline.config.reader import load_config
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import DataConfig
 from pipeline.data import layouts, pairs, tokens
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_source, read_rows
-from pipeline.models.files import load_tokenizer, policy_settings
-from pipeline.models.identity import identity_of_run
-from pipeline.models.loading import load_policy, load_reference
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import MARKER, commit_checkpoint
+from support.damage import CHAT, EVIL, MARK, Payload
 from support.models import make_tokenizer
 from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_jsonl
 from support.tally import tally
 
-CPU = torch.device("cpu")
 MakeRun = Callable[..., Path]
-
-
-class Payload:
-    """Leaves a file where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = str(mark)
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path(self._mark),)
 
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
     """The file that a payload leaves."""
-    yield tmp_path / "it-ran"
-    if not (tmp_path / "it-ran").exists():
+    yield tmp_path / MARK
+    if not (tmp_path / MARK).exists():
         tally("a payload that leaves a file when it is run", 1, outcome="never run")
 
 
@@ -68,156 +57,6 @@ def test_the_payload_is_live(mark: Path, tmp_path: Path) -> None:
     torch.save(Payload(mark), tmp_path / "x.bin")
     torch.load(tmp_path / "x.bin", weights_only=False)
     assert mark.exists()
-
-
-# Models
-
-
-def load_all(model: Path, adapter: Path | None = None) -> Config:
-    """Everything that either stage loads of a policy and its reference."""
-    config = load_config_of(model, adapter)
-    identity_of_run(config, load_tokenizer(config))
-    policy_settings(config)
-    load_reference(config, CPU)
-    load_policy(config)
-    return config
-
-
-def load_config_of(model: Path, adapter: Path | None = None) -> Config:
-    file = model.parent / "run.yaml"
-    policy = {"model": str(model), **({"adapter": str(adapter)} if adapter else {})}
-    file.write_text(yaml.safe_dump({"data": {"path": "x"}, "policy": policy, "precompute": {"output": "y"}}))
-    return load_config(file)
-
-
-@pytest.fixture
-def model(tmp_path: Path, model_folder: Path) -> Path:
-    return shutil.copytree(model_folder, tmp_path / "model")
-
-
-def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-@pytest.mark.parametrize("beside", [True, False], ids=["beside safetensors", "alone"])
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "model.ckpt", "training_args.bin", "flax_model.msgpack"]
-)
-def test_weights_in_a_pickle_are_never_loaded(model: Path, mark: Path, beside: bool, name: str) -> None:
-    torch.save(Payload(mark), model / name)
-    if beside:
-        load_all(model)
-    else:
-        (model / "model.safetensors").unlink()
-        with pytest.raises(ConfigError, match=r"no \*\.safetensors in it; other weight formats can run code"):
-            load_all(model)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("new_zip", [True, False], ids=["zip", "plain"])
-def test_a_pickle_that_is_called_safetensors_is_bad_data(model: Path, mark: Path, new_zip: bool) -> None:
-    torch.save(Payload(mark), model / "model.safetensors", _use_new_zipfile_serialization=new_zip)
-    with pytest.raises(RefshardError, match=r"policy\.model: .*damaged weight file"):
-        load_all(model)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "../evil/model.safetensors", "sub/x.safetensors", "/x.safetensors", 5]
-)
-def test_an_index_can_name_no_weights_but_those_beside_it(model: Path, mark: Path, name: Any) -> None:
-    # Shards named elsewhere would also escape the digest of the reference.
-    torch.save(Payload(mark), model / "pytorch_model.bin")
-    weights = load_file(model / "model.safetensors")
-    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="weights must be safetensors files beside it"):
-        load_all(model)
-    assert not mark.exists()
-
-
-EVIL = "from pathlib import Path\nPath({mark!r}).touch()\nclass Evil: pass\n"
-
-
-@pytest.mark.parametrize("model_type", ["llama", "evil"])
-def test_code_that_comes_with_a_model_is_never_run(model: Path, mark: Path, model_type: str) -> None:
-    code = {
-        "AutoConfig": "modeling_evil.Evil",
-        "AutoModelForCausalLM": "modeling_evil.Evil",
-        "AutoModel": "modeling_evil.Evil",
-    }
-    (model / "modeling_evil.py").write_text(EVIL.format(mark=str(mark)))
-    change(model / "config.json", auto_map=code, model_type=model_type)
-    if model_type == "llama":
-        load_all(model)  # as the library's own class
-    else:
-        with pytest.raises(ConfigError, match=r"policy\.model"):
-            load_all(model)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "EvilTokenizer"])
-def test_code_that_comes_with_a_tokenizer_is_never_run(model: Path, mark: Path, named: str) -> None:
-    (model / "tokenization_evil.py").write_text(EVIL.format(mark=str(mark)))
-    code = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
-    change(model / "tokenizer_config.json", auto_map=code, tokenizer_class=named)
-    try:
-        load_all(model)
-    except ConfigError as error:
-        assert "policy.model" in str(error)
-    assert not mark.exists()
-
-
-def test_attention_code_from_the_hub_is_never_fetched(model: Path) -> None:
-    change(model / "config.json", attn_implementation="somebody/attention")
-    with pytest.raises(ConfigError, match=r"asks for attention from the hub, 'somebody/attention'"):
-        load_all(model)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, model: Path) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    base = transformers.LlamaForCausalLM.from_pretrained(model)
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def test_an_adapter_in_a_pickle_is_never_loaded(model: Path, adapter: Path, mark: Path) -> None:
-    load_all(model, adapter)
-    torch.save(Payload(mark), adapter / "adapter_model.bin")
-    load_all(model, adapter)
-    torch.save(Payload(mark), adapter / "adapter_model.safetensors")
-    with pytest.raises(RefshardError, match="damaged weight file"):
-        load_all(model, adapter)
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors in it"):
-        load_all(model, adapter)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"megatron_config": {"a": 1}, "megatron_core": "evil_module"},
-        {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil_module"}},
-    ],
-    ids=["megatron", "auto_mapping"],
-)
-def test_an_adapter_can_have_no_module_imported(
-    model: Path, adapter: Path, mark: Path, tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "evil_module.py").write_text(EVIL.format(mark=str(mark)))
-    monkeypatch.syspath_prepend(tmp_path)
-    change(adapter / "adapter_config.json", **values)
-    if "megatron_config" in values:
-        # Refused before the library sees it, some versions of which would import the module.
-        with pytest.raises(ConfigError, match="an adapter of Megatron's layers, which can't be loaded here"):
-            load_all(model, adapter)
-    else:
-        load_all(model, adapter)
-    assert not mark.exists()
 
 
 # Chat templates
@@ -239,11 +78,6 @@ BREAKOUTS = [
     "{{ range(10 ** 9) | list }}",
     "{% if %}",
 ]
-CHAT = {
-    "prompt": [{"role": "user", "content": "?"}],
-    "chosen": [{"role": "assistant", "content": "a"}],
-    "rejected": [{"role": "assistant", "content": "b"}],
-}
 
 
 def tokenize_chat(template: str) -> tokens.TokenizedPair:
@@ -471,7 +305,7 @@ def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
     # As it was saved, it is gone on from: the random numbers' files load without a pickle's help.
     shutil.rmtree(run / "checkpoint-2")
     shutil.copytree(saved, run / "checkpoint-2")
-    assert "Going on from" in command("train", *words)
+    assert "Resuming" in command("train", *words)
 
 
 @pytest.mark.parametrize("url", ["https://me:secret@host/x", "s3://key:secret@bucket/x", "hf://secret@datasets/x"])

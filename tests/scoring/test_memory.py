@@ -320,7 +320,7 @@ def test_a_unit_that_ran_out_of_memory_is_finished_with_half_the_budget(
     assert budget == 100
     assert 130 < max(tried) <= 400
     printed = capsys.readouterr().err
-    assert printed.count("Out of memory") == 2 and "going on with 100 tokens" in printed
+    assert printed.count("Out of memory") == 2 and "resuming with 100 tokens" in printed
     assert [pair.key for pair in scored] == [pair.key for pair in pairs]
     for a, b in zip(scored, undisturbed, strict=True):
         assert (a.row, a.prompt_tokens) == (b.row, b.prompt_tokens)
@@ -379,10 +379,10 @@ def test_a_cpu_that_really_ran_out_of_memory_goes_on_with_less() -> None:
     done = subprocess.run([sys.executable, "-c", _REAL], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     budget, gap, count = json.loads(done.stdout.split("RESULT")[1])
-    assert "Out of memory: going on with" in done.stderr
+    assert "Out of memory: resuming with" in done.stderr
     assert budget < 8000 and count == 60
     assert gap < 1e-4
-    tally("memory that ran out in the middle of a unit", 1, outcome="the unit scored again in smaller batches")
+    tally("memory that ran out in the middle of a unit", 1, outcome="the rest of the unit scored in smaller batches")
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

@@ -1,20 +1,15 @@
 """Fuzzing of what reads files: inputs are changed at random, and those that reach new lines are changed further.
 
-    python tests/support/fuzz.py --seconds 60                  each target for a minute
-    python tests/support/fuzz.py --seconds 60 --only yaml
-
 Whatever is raised but a `RefshardError` is a failure, and so is an input that takes longer than a second of the
-processor. Failing inputs are saved, to be given back: python tests/support/fuzz.py --only yaml --again FILE
+processor. The report holds one input for each kind of failure, for `targets(folder)[name].run(content)`.
 """
 
-import argparse
 import importlib
 import json
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +24,9 @@ from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import count_rows, open_source, read_rows
-from pipeline.models.identity import fingerprint_of
-from pipeline.store.format import sealed
 from pipeline.store.store import create_store, finish_store, open_store, read_parts
 from pipeline.store.verify import verify_store
+from support.damage import DATA, SETTINGS, WRONG_VALUES, Damage, signed
 
 PACKAGE = Path(pipeline.__file__).parent
 
@@ -173,7 +167,6 @@ def _traced(target: Target, content: bytes) -> set[Pair] | Exception:
 # Changes
 
 _BYTES = (b"\x00", b"\xff", b"\n", b" ", b"0", b"-1", b"1e999", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"9" * 5000)
-_VALUES: tuple[Any, ...] = (None, True, -1, 0, 2**63, 1e308, float("nan"), "", "..", "\ud83d", [], {}, [[]], {"": 0})
 
 
 def _change(content: bytes, corpus: Sequence[bytes], words: Sequence[bytes], chance: random.Random) -> bytes:
@@ -224,10 +217,10 @@ def _change_value(content: bytes, corpus: Any, words: Any, chance: random.Random
         return _insert(content, corpus, words, chance)
     places = list(_places(tree))
     if not places:
-        return json.dumps(chance.choice(_VALUES)).encode()
+        return json.dumps(chance.choice(WRONG_VALUES)).encode()
     parent, key = chance.choice(places)
     if chance.randrange(4):
-        parent[key] = chance.choice(_VALUES)
+        parent[key] = chance.choice(WRONG_VALUES)
     else:
         del parent[key]
     lines[at] = json.dumps(tree).encode()
@@ -255,6 +248,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "jsonl": Target(
             lambda content: _read_pairs(folder / "pairs.jsonl", content),
             seeds=[
+                *_seeds(DATA, "p.jsonl"),
                 b'{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"chosen": "a b", "rejected": "a c", "id": 5}\n',
                 b'{"chosen": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "rejected": '
                 b'[{"role": "user", "content": "?"}, {"role": "assistant", "content": "b"}], "tools": "[]"}\n',
@@ -266,6 +260,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "yaml": Target(
             lambda content: _read_settings(folder / "run.yaml", content),
             seeds=[
+                *_seeds(SETTINGS, "run.yaml"),
                 b"data: {path: p.jsonl, max_length: 5, columns: {prompt: q}, eval: {a: {split: 'test[:5]'}}}\n"
                 b"policy: {model: m, lora: {r: 2, target_modules: [a]}}\nprecompute: {output: out, reuse: [a, b]}\n"
                 b"loss: {type: [sigmoid, sft], weights: [1, 0.5], ld_alpha: 0.5}\nreference: {sync: {steps: 2}}\n"
@@ -273,29 +268,9 @@ def targets(folder: Path) -> dict[str, Target]:
                 b"data:\n  path: &x p.jsonl\npolicy:\n  model: *x\n  quantization: {bits: 4}\n  ia3:\n"
                 b"precompute: {output: out}\ntrain: {output_dir: o, save_strategy: no, on_missing: drop, fsdp: true}\n",
             ],
-            words=[
-                b": ",
-                b"&a ",
-                b"*a",
-                b"- ",
-                b"!!str ",
-                b"!x ",
-                b"? ",
-                b"null",
-                b"nan",
-                b"~",
-                b"|\n ",
-                b"2024-13-45",
-                b"{",
-                b"}",
-                b"[",
-                b"]",
-                b"train:",
-                b"loss:",
-                b"<<: ",
-                b"0x_",
-                b"://a:b@",
-            ],
+            words=b": |&a |*a |- |!!str |!x |? |null|nan|~|2024-13-45|{|}|[|]|train:|loss:|<<: |0x_|://a:b@".split(
+                b"|"
+            ),
         ),
         **{
             name: Target(
@@ -306,6 +281,12 @@ def targets(folder: Path) -> dict[str, Target]:
             for name in ("manifest", "index")
         },
     }
+
+
+def _seeds(cases: dict[str, Damage], file: str) -> list[bytes]:
+    """The table's short inputs of which something is accepted: what is refused at once leads nowhere."""
+    found = [case.content for case in cases.values() if case.file == file and (case.status == 0 or case.in_row)]
+    return [content for content in found if isinstance(content, bytes) and len(content) < 500]
 
 
 def _read_pairs(file: Path, content: bytes) -> None:
@@ -342,59 +323,13 @@ def _more_seeds(name: str, store: Path) -> list[bytes]:
     return [json.dumps(index, indent=1).encode()]
 
 
-def _signed(content: bytes) -> bytes:
-    """The digests made right again, where it is JSON: else they would refuse everything, and the rest not be seen."""
-    try:
-        tree = json.loads(content)
-        if not isinstance(tree, dict):
-            return content
-        tree.pop("sha256", None)
-        if "identity" in tree:
-            tree["fingerprint"] = fingerprint_of(tree["identity"])
-        return sealed(tree)
-    except (ValueError, RecursionError):
-        return content
-
-
 def _read_store(file: Path, content: bytes) -> None:
     whole = file.with_suffix(".whole")
     if not whole.exists():
         shutil.copy(file, whole)
     try:
-        file.write_bytes(_signed(content))
+        file.write_bytes(signed(content))
         list(read_parts(open_store(file.parent)))
         verify_store(LocalFolder(file.parent))
     finally:
         shutil.copy(whole, file)
-
-
-def main() -> int:
-    """Fuzz from the command line; the exit status is 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one target: jsonl, yaml, manifest or index")
-    parser.add_argument("--again", type=Path, help="run one saved input, without a net")
-    parser.add_argument("--save", type=Path, default=Path("fuzz-failures"), help="folder for failing inputs")
-    arguments = parser.parse_args()
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for name, target in targets(Path(folder)).items():
-            if arguments.only not in (None, name):
-                continue
-            if arguments.again:
-                target.run(arguments.again.read_bytes())
-                continue
-            report = fuzz(target, seed=arguments.seed, seconds=arguments.seconds)
-            print(f"{name}: {report.summary()}")
-            for number, (failure, content) in enumerate(report.failures.items()):
-                arguments.save.mkdir(parents=True, exist_ok=True)
-                file = arguments.save / f"{name}-{number}"
-                file.write_bytes(content)
-                print(f"  {failure}\n    {file}")
-            failed += len(report.failures)
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

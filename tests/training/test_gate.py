@@ -17,7 +17,7 @@ import transformers
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.models import loading
-from pipeline.models.identity import Kinship
+from pipeline.models.identity import PolicyReferenceRelation
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.scoring.attention import switch_attention
@@ -358,13 +358,13 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
 
 def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
     store = Store(folder=Path("shards"), manifest={}, index={"noise": vars(noise)})
-    nothing = Kinship(at_start=True, adapters_off=False, frozen_adapter=None)
+    nothing = PolicyReferenceRelation(at_start=True, adapters_off=False, frozen_adapter=None)
     return Gate(
         store=store,
         reference_dtype=dtype,
         policy_dtype=dtype,
         in_8_bits=False,
-        kinship=nothing,
+        relation=nothing,
         start=0,
         warn_only=False,
     )
