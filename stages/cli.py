@@ -13,14 +13,13 @@ import click
 
 from pipeline.base.errors import ConfigError, RefshardError, one_line
 from pipeline.base.progress import JSON_LOGS, emit, start_json
+from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from stages.check.hardware import HARDWARE
+from stages.subprocesses import Commands
 
-__all__ = [
-    "main",
-    "run",
-]
+__all__ = ["main", "run"]
 
 _CONFIG = click.option(
     "--config",
@@ -152,7 +151,7 @@ def precompute(
     if processes > 1:
         _launch(config, processes)
         return
-    from stages import precompute as stage
+    from stages.precompute import command as stage
 
     stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
 
@@ -186,7 +185,7 @@ def train(
         from stages import trdpo
 
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
-        trdpo.run(config, words, overwrite=overwrite, debug="--debug" in sys.argv, stop_at=stop_at)
+        trdpo.run(config, _commands(stop_at), words, overwrite=overwrite)
         return
     from stages import train as stage
 
@@ -310,16 +309,15 @@ def sweep(
     """
     from stages.sweep import command as stage
 
-    stage.run(
-        config_file,
-        overrides,
-        over,
+    asked = stage.Sweep(
+        config_file=config_file,
+        overrides=overrides,
+        over=over,
         replies=stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model),
         processes=processes,
         into=into,
-        debug="--debug" in sys.argv,
-        stop_at=stop_at,
     )
+    stage.run(asked, _commands(stop_at))
 
 
 @main.command(short_help="Replies of a run's policy and reference.")
@@ -355,15 +353,15 @@ def generate(
     checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
     folder says.
     """
+    from pipeline.replies.sampling import Sampling
     from stages import generate as stage
 
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     stage.run(
         run_folder,
-        num_prompts=prompts,
         set_name=set_name,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
+        num_prompts=prompts,
+        sampling=sampling,
         reward_model=reward_model,
         stop_at=stop_at,
     )
@@ -609,18 +607,17 @@ def _launch(config: Config, processes: int) -> None:
         raise ConfigError(f"--processes {processes}: a run whose reference moves (reference.sync) is one process")
     from stages import launch
 
-    launch.run(processes, _without_processes(sys.argv[1:]))
+    launch.run(run, processes, _without_processes(sys.argv[1:]))
 
 
 def _without_processes(words: list[str]) -> list[str]:
-    kept = []
     rest = iter(words)
-    for word in rest:
-        if word == "--processes":
-            next(rest)
-        elif not word.startswith("--processes="):
-            kept.append(word)
-    return kept
+    return [word for word in rest if not word.startswith("--processes=") and not (word == "--processes" and next(rest))]
+
+
+def _commands(stop_at: float | None) -> Commands:
+    """Give the command line to a stage that runs commands in other processes."""
+    return Commands(entry=run, flag=watch_signals(stop_at), debug="--debug" in sys.argv)
 
 
 def run() -> None:

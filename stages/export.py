@@ -1,4 +1,4 @@
-"""A dataset with the reference's log-probs as columns, for trainers that read `ref_chosen_logps` from their data."""
+"""Write a dataset with the reference's log-probs as columns, for trainers that read `ref_chosen_logps` from it."""
 
 import contextlib
 import dataclasses
@@ -19,32 +19,30 @@ from pipeline.data.sources import describe, open_set, read_rows
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.store.reference_table import load_reference_table
-from pipeline.store.store import check_identity, open_store
+from pipeline.store.store import Store, check_identity, open_store
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 
 def run(config: Config, output: Path) -> None:
     """Write every set, with all its columns and `ref_chosen_logps` and `ref_rejected_logps`, as a datasets folder.
 
-    Rows that refshard drops are left out, so that what the other trainer sees is what was scored. The sums are those
+    Rows that refshard drops are left out, so that the other trainer sees exactly the scored pairs. The sums are those
     of the run's `max_length` and `ld_alpha`.
 
     Raises:
-        DataError: The output is there already, a pair was not scored, or rows do not fit one table.
+        DataError: The output exists, a pair was not scored, or the rows do not fit one table.
         IdentityError: The shards are of another reference or tokenization.
-        UnfinishedError: The stores are not complete.
+        UnfinishedError: A store is unfinished.
     """
     import datasets
 
     if output.exists():
-        raise DataError(f"{output}: there already; name a new folder")
+        raise DataError(f"{output}: must be a new folder, it exists already. Name another one")
     if any((parent / "manifest.json").exists() for parent in output.absolute().parents):
-        raise DataError(f"{output}: inside a store of shards; name a folder of its own")
+        raise DataError(f"{output}: must be outside of a store of shards. Name another folder")
     tokenizer = load_tokenizer(config)
-    names = ["train", *config.data.eval]
+    names = config.data.sets
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -70,9 +68,9 @@ def run(config: Config, output: Path) -> None:
 
 
 class _Rows:
-    """The rows of one set, as the datasets library asks for them."""
+    """Generator of one set's rows for the datasets library."""
 
-    def __init__(self, config: Config, name: str, store: Any, tokenizer: Any, on_missing: str, work: Path) -> None:
+    def __init__(self, config: Config, name: str, store: Store, tokenizer: Any, on_missing: str, work: Path) -> None:
         self._source = dataclasses.replace(open_set(config.data, name), all_columns=True)
         self._config, self._store, self._tokenizer = config, store, tokenizer
         self._on_missing, self._work = on_missing, work
@@ -101,12 +99,12 @@ class _Rows:
             yield {**dict.fromkeys(names), **row, **scores}
 
     def __reduce__(self) -> Any:
-        # The library names its cache after a pickle of the generator; this one's cache is thrown away.
+        # The library names its cache after a pickle of the generator; this one's cache is deleted.
         return uuid.uuid4, ()
 
 
 def _column_names(source: Source) -> list[str]:
-    """All columns that any row has: lines of JSON need not have the same."""
+    """List the columns of all rows: lines of JSON may differ in them."""
     names: dict[str, None] = {}
     for row in read_rows(source) if source.format == "jsonl" else ():
         with contextlib.suppress(BadRow):

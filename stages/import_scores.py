@@ -1,7 +1,7 @@
-"""Reference log-probs from outside: columns of a file become a store, under an identity that the settings declare.
+"""Import log-probs from outside: columns of a file become a store, under an identity that the settings declare.
 
-The file has the pairs themselves beside their scores, so every score is filed under its pair's key, and a score of
-another pair, or of a text that tokenizes otherwise now, can't be joined.
+The file holds the pairs beside their scores, so each score is stored under its pair's key. A score of another pair, or
+of a text that now tokenizes otherwise, can't be joined.
 """
 
 import copy
@@ -26,29 +26,27 @@ from pipeline.data.sources import find_set, open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
+from pipeline.store.store import PartHeader, create_store, delete_store, finish_store, is_finished, write_part
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 
 def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: str, overwrite: bool = False) -> None:
     """Read scores and write them as a store, ready for stage two.
 
-    A column of numbers holds sums over a completion's tokens; one of lists holds a log-prob for each token.
+    A column of numbers holds sums over a completion's tokens; a column of lists holds a log-prob for each token.
 
     Args:
-        config: The run's settings. Its `reference` says whose scores these are: a model whose weights are digested,
-            or a name (`reference.declared`).
-        scores: Parquet or JSON Lines file with the pairs' columns, as `data` describes them, and the scores'.
+        config: The run's settings. Its `reference` identifies the scorer: a model whose weights are digested, or a name
+            (`reference.declared`).
+        scores: Parquet or JSON Lines file with the pairs' columns, as `data` describes them, and the scores' columns.
         set_name: `train`, or a set of `data.eval`.
         chosen: Column of the chosen completions' scores.
         rejected: Column of the rejected completions' scores.
         overwrite: Delete the store that is there.
 
     Raises:
-        ConfigError: No such set or file, or settings that imported scores can't serve.
+        ConfigError: The set or the file does not exist, or settings rule imported scores out.
         DataError: A score is missing, of another kind than the first, not finite, above 0, or not one for each token.
         IdentityError: The output folder holds another store.
     """
@@ -59,7 +57,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
     if source.format not in ("jsonl", "parquet"):
-        raise ConfigError(f"{scores}: scores are read from a Parquet or a JSON Lines file")
+        raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
     ledger = Ledger()
     rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
@@ -67,7 +65,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
     read = _Reader(chosen, rejected, token_logps=_holds_lists(batch[0], chosen, rejected))
     token_logps = read.token_logps
-    # Read before a store is made: a file that can't be imported leaves nothing behind.
+    # Read before the store is created: a file that can't be imported leaves nothing behind.
     pairs = [read(pair, row) for pair, row in batch]
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
     folder = open_folder(config.precompute.output).child(set_name)
@@ -84,29 +82,23 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     if is_finished(folder):
         click.echo(f"{folder}: imported already; nothing to do.")
         return
+    provenance = {"imported": str(scores), "versions": library_versions()}
+    header = PartHeader(fingerprint=fingerprint, token_logps=token_logps, provenance=provenance)
     unit, written = 0, Ledger()
     while pairs:
-        books = copy.deepcopy(ledger)
-        # Looked at before the part is written: rows dropped after the last pair belong to the last part.
+        ledger_copy = copy.deepcopy(ledger)
+        # Read before the part is written: rows dropped after the last pair belong to the last part.
         following = [read(pair, row) for pair, row in itertools.islice(rows, config.precompute.rows_per_shard)]
-        books = books if following else ledger
-        write_part(
-            folder,
-            unit,
-            pairs,  # type: ignore[arg-type]
-            fingerprint=fingerprint,
-            token_logps=token_logps,
-            ledger=books.since(written),
-            provenance={"imported": str(scores), "versions": library_versions()},
-        )
-        pairs, written, unit = following, books, unit + 1
+        ledger_copy = ledger_copy if following else ledger
+        write_part(folder, unit, pairs, ledger_copy.since(written), header=header)  # type: ignore[arg-type]
+        pairs, written, unit = following, ledger_copy, unit + 1
     finish_store(folder, unit)
     kind = "a log-prob for each token" if token_logps else "sums"
     click.echo(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
 
 
 def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> bool:
-    """Whether the first row has a log-prob for each token, and not one for each completion."""
+    """Return True if the first row has a log-prob for each token, not one for each completion."""
     pair, row = first
     for column in (chosen, rejected):
         if column not in row:
@@ -118,7 +110,7 @@ def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejecte
 
 
 class _Reader:
-    """Turns rows into scored pairs, and remembers what each pair was given."""
+    """Converts rows to scored pairs, and refuses other scores of a pair that came before."""
 
     def __init__(self, chosen: str, rejected: str, *, token_logps: bool) -> None:
         self._columns = (chosen, rejected)
@@ -140,7 +132,7 @@ class _Reader:
         ]
         digest = hashlib.blake2b(values[0].tobytes() + values[1].tobytes(), digest_size=16).digest()
         if self._seen.setdefault(pair.key, digest) != digest:
-            raise DataError(f"{pair.place}: this pair was there before, with other scores; which of them hold?")
+            raise DataError(f"{pair.place}: this pair appears twice with different scores. Remove one of the two rows")
         common: dict[str, Any] = {"key": pair.key, "row": pair.row, "prompt_tokens": len(pair.pair.prompt_ids)}
         if self.token_logps:
             return ScoredPair(**common, chosen_token_logps=values[0], rejected_token_logps=values[1])
@@ -155,8 +147,10 @@ class _Reader:
 
 def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArray[np.float32]:
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise DataError(f"{pair.place}: column {column!r}: expected a list of log-probs, as in the first row")
-    # What max_length cuts off may have been scored all the same.
+        raise DataError(
+            f"{pair.place}: column {column!r}: must be a list of log-probs, as in the first row, got {_shown(values)}"
+        )
+    # Tokens past max_length may have scores too.
     if len(values) < tokens or (len(values) > tokens and not pair.truncated):
         raise DataError(
             f"{pair.place}: column {column!r} has {len(values)} log-probs, the completion {tokens} tokens: scored with "
@@ -167,10 +161,10 @@ def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArr
 
 def _number(value: Any, column: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{place}: column {column!r}: expected a log-prob, found {_shown(value)}")
-    # Not past the largest float32 either, which is what shards hold.
+        raise DataError(f"{place}: column {column!r}: must be a log-prob, got {_shown(value)}")
+    # Shards hold float32.
     if not -3e38 < value <= 0:
-        raise DataError(f"{place}: column {column!r}: {value} is no log-prob; those are finite and at most 0")
+        raise DataError(f"{place}: column {column!r}: must be finite and at most 0, got {value}")
     return float(value)
 
 

@@ -1,6 +1,6 @@
-"""What is in a store: who the reference is, counts, lengths, how it ranks the pairs itself, which of them look wrong.
+"""Show a store: its reference, counts, lengths, the reference's margins, and the pairs that look wrong.
 
-Needs pyarrow and numpy only (and Plotly for the page), so it answers on any machine, in seconds for a million pairs.
+Needs pyarrow and numpy only (and Plotly for the page), so it runs on any machine, in seconds for a million pairs.
 """
 
 import json
@@ -18,30 +18,26 @@ from pipeline.store import ranking
 from pipeline.store.contents import Contents, describe, explain_command, identity_facts, read_contents
 from pipeline.store.store import find_stores
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 _EXAMPLES = 10
-"""Of each kind of suspicious pairs; JSON and the page have more"""
-
-
+"""Examples of each kind of suspicious pairs; JSON and the page have more"""
 _BAR = 40
 """Columns of the longest bar"""
 
 
 def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
-    """Print what one store holds, or each store of an output folder.
+    """Print the contents of one store, or of each store of an output folder.
 
     Args:
         where: Folder or URL.
         as_json: Print JSON instead of text.
-        page: Also write an HTML page with pictures to this file.
+        page: File to write an HTML page with pictures to.
 
     Raises:
         ConfigError: A page is asked for, and Plotly is not installed.
-        DataError: No store there, or a damaged one.
-        UnfinishedError: A store is unfinished; what it has so far is shown before.
+        DataError: The folder holds no store, or a damaged one.
+        UnfinishedError: A store is unfinished; its parts so far are shown before.
     """
     if page is not None:
         from pipeline.report.pages import check_charts
@@ -65,7 +61,7 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
 
 
 def _as_text(entry: Mapping[str, Any], store: Contents) -> str:
-    lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished: what is there so far)")]
+    lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished: its parts so far)")]
     lines += [f"  {name:<13} {said}" for name, said in identity_facts(entry).items()]
     if entry["pairs"]:
         lines += ["", *_percentiles(entry), "", *_preferences(entry), "", *_bars(store)]
@@ -125,7 +121,7 @@ def _bars(store: Contents) -> Iterator[str]:
 
 
 def _bar(share: float, *, blocks: bool) -> str:
-    """A bar of a share of the longest one; where there is anything, something is seen."""
+    """Draw a bar for a share of the longest one; a share above 0 is always visible."""
     if not blocks:
         return "#" * (max(1, round(share * _BAR)) if share else 0)
     eighths = max(1, round(share * _BAR * 8)) if share else 0
@@ -138,8 +134,8 @@ def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
     if worst := found["likely_mislabelled"]:
         rows.append(worst[0]["row"])
         yield [
-            "  Likely mislabelled, or what the reference knows least: it finds the rejected completion more likely, in",
-            "  sum and, by the most, per token. It is no judge, so look at a pair before you drop it.",
+            "  Likely mislabelled, or least known to the reference: it finds the rejected completion more likely, in",
+            "  sum and, by the most, per token. The reference is not a judge, so look at a pair before you drop it.",
             *_pairs_table(worst[:_EXAMPLES]),
         ]
     if found["duplicates"]["count"]:
@@ -162,7 +158,7 @@ def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [
             f"  {swapped['count']:,} likely swapped: an earlier pair's three lengths, and its sums within "
             f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen",
-            f"  and rejected changed over.{_of_chance(swapped)}",
+            f"  and rejected swapped.{_by_chance(swapped)}",
             *_pairs_table([pair for both in swapped["examples"][: _EXAMPLES // 2] for pair in both]),
         ]
     if rows:
@@ -188,8 +184,8 @@ def _more(count: int) -> str:
     return f" and {count - _EXAMPLES:,} more" if count > _EXAMPLES else ""
 
 
-def _of_chance(swapped: Mapping[str, Any]) -> str:
-    """Say how much of it may be chance: as much as coincides where nothing is changed over."""
+def _by_chance(swapped: Mapping[str, Any]) -> str:
+    """Estimate the chance matches: as many pairs as coincide without a swap."""
     if not swapped["coincide_in_the_same_order"]:
         return ""
     return (

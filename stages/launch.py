@@ -1,18 +1,17 @@
-"""Start one command as several processes on this machine, as torchrun does, and keep what it would lose.
+"""Start one command as several processes on this machine, and keep signals and exit status, unlike torchrun.
 
-A scheduler tells by the exit status whether to run a job again, and ends it with a signal. torchrun ends with 1
-whatever its processes ended with, heeds few signals, and 30 seconds after the first kills a process that saves. Here
-every signal goes to every process, nothing but the scheduler hurries them, and the exit status is theirs.
+A scheduler ends a job with a signal, and reads from the exit status whether to run it again. torchrun always ends with
+1, passes on few signals, and kills a process that saves for longer than 30 seconds. Here every process gets every
+signal, has the time that the scheduler leaves, and gives the launch its exit status.
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
@@ -21,37 +20,41 @@ import click
 
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.signals import STOP_SIGNALS, leave_with_parent, process_context
+from stages.subprocesses import import_libraries
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 _UNFINISHED = UnfinishedError.exit_status
 
 
-# After one has failed, for the others: they end within a batch, unless they wait for the one that is gone.
+# Time for the others to end after one has failed: a batch, unless they wait for the one that is gone.
 _SECONDS_TO_END = 30.0
 
 
-def run(count: int, words: Sequence[str]) -> None:
+def run(entry: Callable[[], None], count: int, words: Sequence[str]) -> None:
     """Run `refshard WORDS` in `count` processes and wait for all of them.
 
-    Once one has failed, the others are asked to stop, and killed if they do not.
+    After one has failed, the others are asked to stop, and killed if they do not.
+
+    Args:
+        entry: Entry of the command line, which reads `sys.argv`.
+        count: Number of processes.
+        words: The command without the program's name.
 
     Raises:
         ConfigError: This process is one of several itself.
-        click.exceptions.Exit: A process failed, which has said why; with the exit status of the first that did.
+        click.exceptions.Exit: A process failed and has said why; with the exit status of the first that failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--processes: this process is one of several already; give it to none, or start one alone")
-    # As many threads in all as there are cores; read when torch is imported.
+        raise ConfigError(
+            f"--processes: must be 1 in one of several processes, got {count}. Leave it out, or start one process"
+        )
+    # One thread for each core in all; torch reads this at its import.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    for stage in ("stages.precompute", "stages.train"):
-        importlib.import_module(stage)
+    import_libraries()
     import torch.distributed as dist
 
-    # The processes meet here. It is this process that listens, and the system that chooses the port, so nobody else
-    # can take it in between.
+    # The processes meet here. This process listens on a port that the system chooses, so nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     meeting = {
         "WORLD_SIZE": str(count),
@@ -60,15 +63,15 @@ def run(count: int, words: Sequence[str]) -> None:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    status = _Processes(count, words, meeting).wait()
+    status = _Processes(entry, count, words, meeting).wait()
     if status:
         raise click.exceptions.Exit(status)
 
 
 class _Processes:
-    """The processes of one launch, and what has become of them."""
+    """The processes of one launch, and their exit status."""
 
-    def __init__(self, count: int, words: Sequence[str], meeting: Mapping[str, str]) -> None:
+    def __init__(self, entry: Callable[[], None], count: int, words: Sequence[str], meeting: Mapping[str, str]) -> None:
         context = process_context()
         self._running: list[Any] = []
         self._asked = self._all_there = False
@@ -77,12 +80,12 @@ class _Processes:
         self._deadline: float | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
-        # For the processes, which have this one's handlers until they have set their own.
+        # Until the processes have set handlers of their own, they have this one's.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for rank in range(count):
                 environment = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = context.Process(target=_run_command, args=(["refshard", *words], environment))
+                process = context.Process(target=_run_command, args=(entry, ["refshard", *words], environment))
                 process.start()
                 self._running.append(process)
         finally:
@@ -91,11 +94,11 @@ class _Processes:
         self._hand_on()
 
     def wait(self) -> int:
-        """Wait for all to end; gives the exit status of the first that failed, 0 if none did."""
+        """Wait for all to end. Returns the exit status of the first that failed, 0 if none did."""
         while self._running:
             left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             wait([process.sentinel for process in self._running], left)
-            # Of two that ended at once, one that was killed is more likely the cause than what the other said.
+            # If two ended at once, the one that was killed is the more likely cause.
             for process in sorted(self._running, key=lambda process: process.exitcode or 0):
                 if process.exitcode is not None:
                     self._running.remove(process)
@@ -106,7 +109,7 @@ class _Processes:
         return self._status
 
     def _note(self, process: Any) -> None:
-        """Take notice of one that has ended; the first that failed decides what becomes of all."""
+        """Note one that has ended; the first that failed ends all."""
         if process.exitcode == 0:
             return
         if process.exitcode < 0 and self._deadline is None:
@@ -119,7 +122,7 @@ class _Processes:
         status = process.exitcode if process.exitcode > 0 else 128 - process.exitcode
         self._status = self._status or status
         if self._asked and status == _UNFINISHED:
-            # It did as asked, and so will the others, which may still be saving.
+            # It stopped as asked; so will the others, which may still be saving.
             return
         if self._deadline is None:
             self._deadline = time.monotonic() + _SECONDS_TO_END
@@ -129,13 +132,13 @@ class _Processes:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         self._received.append(number)
-        # One that comes while they start waits until all are there to get it. A blocked signal would not wait: it is
-        # this thread's alone that is blocked, and the libraries have others.
+        # A signal that comes while the processes start waits here until all can get it. Blocking it would not do:
+        # only this thread's is blocked, and the libraries have others.
         if self._all_there:
             self._hand_on()
 
     def _hand_on(self) -> None:
-        # Another signal may come at any time, and hand on what is there before this one does.
+        # Another signal may come at any time and empty the queue first.
         with contextlib.suppress(IndexError):
             while True:
                 self._send(self._received.popleft())
@@ -146,14 +149,14 @@ class _Processes:
                 os.kill(process.pid, number)
 
 
-def _run_command(words: list[str], environment: Mapping[str, str]) -> None:
+def _run_command(entry: Callable[[], None], words: list[str], environment: Mapping[str, str]) -> None:
     for number in STOP_SIGNALS:
-        # Until the stage has handlers of its own there is nothing to save.
+        # Until the stage sets handlers of its own, there is nothing to save.
         signal.signal(number, lambda *_: os._exit(_UNFINISHED))
-    # A terminal's Ctrl-C goes to its whole group, and would come a second time from the launcher.
+    # A terminal's Ctrl-C goes to the whole group, and would come a second time from the launcher.
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     leave_with_parent(_UNFINISHED)
     os.environ.update(environment)
     sys.argv = words
-    importlib.import_module("stages.cli").run()
+    entry()

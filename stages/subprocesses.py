@@ -1,51 +1,64 @@
-"""A refshard command in a process of its own: what stops this process is handed on, its exit status is kept."""
+"""Run refshard commands, each in a process of its own, that pass on a stop request and keep the exit status."""
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from pipeline.base.errors import UnfinishedError
+from pipeline.base.errors import UnfinishedError, stopped_as_asked
 from pipeline.base.signals import StopFlag, leave_with_parent, process_context
 
-__all__ = [
-    "run_command",
-]
+__all__ = ["Commands", "import_libraries"]
 
 
-def run_command(entry: Callable[[], None], words: Sequence[str], flag: StopFlag) -> int:
-    """Run a command and wait for its end.
+def import_libraries() -> None:
+    """Import what both stages need, so that forked processes start with it."""
+    import pipeline.scoring.forward
+    import pipeline.training.trainer
+    import pipeline.training.windows  # noqa: F401
 
-    Args:
-        entry: The command line's entry, which reads `sys.argv`.
-        words: The command's, without the program's name.
-        flag: Once it is set, the command is asked to stop.
 
-    Returns:
-        Its exit status; of one that was killed 128 and the signal's number, as shells have it.
+@dataclass(frozen=True, kw_only=True)
+class Commands:
+    """The command line, as a stage runs it in other processes."""
 
-    Raises:
-        UnfinishedError: Asked to stop before it began.
-    """
-    if flag:
-        raise UnfinishedError("stopped as asked; all that was done is saved. Run the same command again")
-    process = process_context().Process(target=_run, args=(entry, ["refshard", *words]))
-    process.start()
-    told = False
-    while process.is_alive():
-        process.join(0.2)
-        if flag and not told and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-            told = True
-    status: int = process.exitcode or 0
-    # A process that was killed reports the signal as a negative number.
-    return status if status >= 0 else 128 - status
+    entry: Callable[[], None]
+    """Entry of the command line, which reads `sys.argv`"""
+    flag: StopFlag
+    """Stop request, which is passed on as SIGTERM"""
+    debug: bool = False
+    """Have the commands show tracebacks."""
+
+    def run(self, *words: str) -> int:
+        """Run `refshard WORDS` and wait for its end.
+
+        Returns:
+            Its exit status; 128 plus the signal's number if a signal killed it, as in shells.
+
+        Raises:
+            UnfinishedError: The flag was set before the command began.
+        """
+        if self.flag:
+            raise stopped_as_asked("all that was done is saved")
+        program = ["refshard", "--debug"] if self.debug else ["refshard"]
+        process = process_context().Process(target=_run, args=(self.entry, [*program, *words]))
+        process.start()
+        told = False
+        while process.is_alive():
+            process.join(0.2)
+            if self.flag and not told and process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)
+                told = True
+        status: int = process.exitcode or 0
+        # A process that was killed reports the signal as a negative number.
+        return status if status >= 0 else 128 - status
 
 
 def _run(entry: Callable[[], None], words: list[str]) -> None:
-    # Without the one who would start the next command, going on would only get in a rerun's way.
+    # Without the parent, which starts the next command, this one would only get in a rerun's way.
     leave_with_parent(UnfinishedError.exit_status)
     sys.argv = words
     entry()

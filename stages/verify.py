@@ -1,4 +1,4 @@
-"""Check stores: whole, of one piece, what stage one wrote; and, asked to, what the model still says."""
+"""Check stores: every digest, row, and sum; and, with `--model`, a sample of log-probs scored again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,24 +11,22 @@ from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeC
 from pipeline.store.store import Store, find_stores, open_store, read_part
 from pipeline.store.verify import Findings, delete_leftovers, verify_store
 
-__all__ = [
-    "run",
-]
+__all__ = ["run"]
 
 
 def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
-    """Check one store, or each store of an output folder, and print what is found.
+    """Check one store, or each store of an output folder, and print the findings.
 
     Args:
         where: Folder or URL.
-        model: Score some pairs of each store again with this model, which must be the reference.
-        sample: How many.
-        clean: Also delete temporary files of writers that were killed.
+        model: Reference model to score some pairs of each store again with; None to skip this.
+        sample: Number of pairs to score again.
+        clean: Also delete old temporary files of killed writers.
 
     Raises:
-        DataError: Something is damaged or missing; all of it is printed before.
-        IdentityError: Parts of another run, or `model` is not the reference.
-        UnfinishedError: What is there is whole, but not all is there yet.
+        DataError: A file is damaged or missing. All problems are printed before.
+        IdentityError: Parts are another run's, or `model` is not the reference.
+        UnfinishedError: All parts that are there hold, but others are missing.
     """
     problems: list[RefshardError | str] = []
     unfinished = None
@@ -64,12 +62,9 @@ def _as_text(found: Findings) -> str:
             "most"
         )
     if found.leftovers:
-        lines.append(
-            f"  leftovers   {len(found.leftovers)} temporary files, of writers killed or at work; nobody reads them "
-            "(--clean deletes old ones)"
-        )
-    if found.strangers:
-        lines.append(f"  strangers   {', '.join(found.strangers[:5])}: not the store's; nobody reads them")
+        lines.append(f"  leftovers   {len(found.leftovers)} temporary files of writers (--clean deletes old ones)")
+    if found.unknown_files:
+        lines.append(f"  unknown     {', '.join(found.unknown_files[:5])}: not the store's; no reader uses them")
     return "\n".join(map(printable, lines))
 
 
@@ -84,7 +79,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     from pipeline.data.sources import open_source, read_rows
     from pipeline.models.files import in_one_process, load_tokenizer
     from pipeline.models.identity import differences, identity_of_run
-    from pipeline.scoring.agreement import allowed_gap
+    from pipeline.scoring.agreement import allowed_gap, compare, completion_gap
     from pipeline.scoring.scorer import reference_scorer
 
     config = _config(store, model)
@@ -107,29 +102,27 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     with reference_scorer(in_one_process(config), tokenizer, "--model", tokens_per_batch=2048) as scorer:
         for i, chosen, rejected in scorer.logps([pair.pair for pair in pairs]):
             row = stored[pairs[i].row]
-            gaps += [_gap(row, "chosen", chosen), _gap(row, "rejected", rejected)]
-    flat = np.concatenate(gaps)
-    mean, largest = float(flat.mean()), float(flat.max())
+            gaps += [
+                completion_gap(logps, row.get(f"{side}_token_logps"), row[f"ref_{side}_logps"])
+                for side, logps in (("chosen", chosen), ("rejected", rejected))
+            ]
     reference_settings = stored_identity["reference"]
     bits = (reference_settings.get("quantization") or {}).get("bits")
-    allowed = allowed_gap(store.noise, "int8" if bits == 8 else str(reference_settings["dtype"]))
-    said = (
-        f"{len(pairs)} pairs scored again with {model}: token logps {mean:.2g} nats apart on average, {largest:.2g} at "
-        f"most (allowed {allowed[0]:.2g} and {allowed[1]:.2g})"
-    )
-    # NaN is beyond every bound.
-    if not (mean <= allowed[0] and largest <= allowed[1]):
+    allowed = allowed_gap(store.noise, str(reference_settings["dtype"]), in_8_bits=bits == 8)
+    found_gap = compare(gaps, allowed)
+    said = f"{len(pairs)} pairs scored again with {model}: {found_gap}"
+    if not found_gap.agrees:
         raise DataError(f"{store.folder}: {said}. Score again into another precompute.output")
     return f"  rescored    {said}"
 
 
 def _config(store: Store, model: str) -> Config:
-    """The settings that the store was made with, as its manifest has them, with the model given."""
+    """Give the settings of the store's manifest, with the given model."""
     identity, declared = store.manifest["identity"], store.manifest["declared"]
     if "declared" in identity["reference"] or not isinstance(declared.get("data"), dict):
         raise ConfigError(
-            f"--model: {store.folder} was imported, so what its data and reference were is not known here; compare "
-            "with refshard train, whose gate does"
+            f"--model: {store.folder} was imported, so its data and reference are not known. Run refshard train, whose "
+            "gate compares them"
         )
     tokenization, reference = identity["tokenization"], identity["reference"]
     quantization = reference.get("quantization")
@@ -152,7 +145,7 @@ def _config(store: Store, model: str) -> Config:
 
 
 def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
-    """Rows of the store, evenly spread over it, by their number in the dataset."""
+    """Give rows of the store by their number in the dataset, evenly spread."""
     ends = np.cumsum([part["rows"] for part in store.parts])
     total = int(ends[-1]) if len(ends) else 0
     at = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
@@ -163,11 +156,3 @@ def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
         if len(inside):
             rows.update({row["row"]: row for row in read_part(store, number).take(inside).to_pylist()})
     return rows
-
-
-def _gap(stored: Mapping[str, Any], side: str, again: Any) -> Any:
-    """Absolute differences of one completion, nats a token; of sums, where they alone are stored, over its tokens."""
-    again = np.asarray(again, dtype=np.float64)
-    if f"{side}_token_logps" in stored:
-        return np.abs(again - np.array(stored[f"{side}_token_logps"], dtype=np.float64))
-    return np.abs(np.array([again.sum() - stored[f"ref_{side}_logps"]])) / len(again)

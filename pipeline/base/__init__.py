@@ -1,1 +1,1 @@
-"""Files, errors, signals and progress: what stands on nothing of ours, and never loads torch."""
+"""Files, errors, signals, progress: stands on nothing of ours, never loads torch."""

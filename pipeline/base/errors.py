@@ -1,15 +1,12 @@
-"""The failure tree: each error carries the exit status that the command ends with.
+"""The errors for users, each with the exit status of the command.
 
-A message has three facts in one line: what was found, where, and what to do. It may quote data from strangers, so it
-is shown by way of `one_line`.
+A message states in one line where, what was found, and what to do: `KEY: must be RULE, got VALUE. IMPERATIVE.` It may
+quote untrusted data, so it is shown through `one_line`.
 """
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 __all__ = [
     "BadRow",
@@ -24,17 +21,18 @@ __all__ = [
     "first_line",
     "one_line",
     "printable",
+    "stopped_as_asked",
 ]
 
 
 class RefshardError(Exception):
-    """What the user can do something about; anything else that is raised is a bug (exit status 1)."""
+    """An error that the user can act on; any other exception is a bug (exit status 1)."""
 
     exit_status = 1
 
 
 class ConfigError(RefshardError):
-    """A wrong command, an unknown or impossible setting, a model or file that a setting names in vain."""
+    """A wrong command, an unknown or impossible setting, or a setting that names a missing model or file."""
 
     exit_status = 2
 
@@ -46,14 +44,14 @@ class DataError(RefshardError):
 
 
 class BadRow(DataError):
-    """One preference row that can't be a pair. `reason` is the short name under which drops are counted."""
+    """A preference row that can't be a pair. `reason` is the short name under which drops are counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As it stands an exception is made again from its message alone.
+        # By default an exception is unpickled from its message alone.
         return type(self), (self.reason, str(self)), self.__dict__
 
 
@@ -64,41 +62,51 @@ class StorageError(RefshardError):
 
 
 class UnfinishedError(RefshardError):
-    """What is done is saved, but not all is done: run the same command again."""
+    """Not all is done; what is done is saved, and the same command resumes."""
 
     exit_status = 75
 
 
+def stopped_as_asked(saved: str, when: str = "") -> UnfinishedError:
+    """Make the error of a command that leaves at a stop request.
+
+    Args:
+        saved: Statement about what is saved.
+        when: Point at which it leaves, like `after step 5`.
+    """
+    return UnfinishedError(f"stopped as asked{when and f' {when}'}; {saved}. Run the same command again")
+
+
 class IdentityError(RefshardError):
-    """Another identity (reference, tokenization, run) than that of the shards or checkpoints on disk."""
+    """The identity (reference, tokenization, run) differs from that of the shards or checkpoints on disk."""
 
     exit_status = 78
 
 
 class FencedError(RefshardError):
-    """Another start of this run has taken over; this one, which was thought dead, saves nothing more."""
+    """Another attempt of this run has taken over; this one saves nothing more."""
 
     exit_status = 79
 
 
 def one_line(text: str, most: int = 2000) -> str:
-    """Make text safe to show: in one line, shortened in its middle, with nothing in it that a terminal obeys."""
+    """Make text safe to show: one line, shortened in its middle, without control characters."""
     line = printable(" ".join(text.split()))
     # The end says what to do.
     return line if len(line) <= most else f"{line[: most * 3 // 4]} ... {line[-most // 4 :]}"
 
 
 def printable(text: str) -> str:
-    """Write whatever does not print (escape sequences, marks that turn the writing direction, half surrogate pairs) as
-    Python would write it in a string."""
+    """Escape characters that do not print: control characters, direction marks, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
+    """Give a hint for an unknown key: the nearest known one, or some of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known[:20])}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or the name of its type."""
+    """Give the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,1 @@
-"""The settings of a run: the schema, and how a YAML file becomes one."""
+"""The settings: the schema, and how a YAML file becomes one."""

@@ -1,20 +1,21 @@
-"""Convert the words, lists and mappings of a settings file by the types that the schema declares, strictly.
+"""Convert the words, lists and mappings of a settings file to the types that the schema declares.
 
-`5e-7` is a float, and `off` a word where a word is wanted, whatever YAML makes of them.
+The declared type decides, not YAML: `5e-7` is a float, and `off` is a word where a word is wanted.
 """
 
+import contextlib
 import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Union
 
 import yaml
 
 from pipeline.base.errors import ConfigError, did_you_mean
 
-__all__ = ["FALSE_WORDS", "NULL_WORDS", "convert", "kind_of"]
+__all__ = ["FALSE_WORDS", "NULL_WORDS", "convert", "kind_of", "require", "require_at_least"]
 
 NULL_WORDS = ("", "null", "Null", "NULL", "~")
 
@@ -25,163 +26,158 @@ _TRUE_WORDS = ("true", "yes", "on")
 FALSE_WORDS = ("false", "no", "off")
 
 
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Convert YAML's strings, lists and mappings to a declared type.
+
+    Args:
+        value: A string, a list or a mapping.
+        hint: The type. `object` leaves the value as it is; `Any` reads it as YAML does.
+        where: Dotted key for messages.
+
+    Raises:
+        ConfigError: The value does not fit; the message names key, type and value.
+    """
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is object:
+        return value
+    if hint is Any:
+        return _plain(value)
+    if kind in (Union, types.UnionType):
+        return _convert_union(value, args, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if kind is Literal:
+        for choice in args:
+            if str(choice) == value:
+                return choice
+        raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {kind_of(value)}")
+    if kind is dict:
+        value = {} if _is_null(value) else value
+        if isinstance(value, Mapping):
+            inner = args[1] if args else Any
+            return {str(key): convert(item, inner, f"{where}.{key}") for key, item in value.items()}
+    elif kind is list:
+        if isinstance(value, list):
+            inner = args[0] if args else Any
+            return [convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
+    elif not isinstance(value, list | Mapping):
+        with contextlib.suppress(ValueError):
+            return _scalar(str(value), hint)
+    raise ConfigError(f"{where}: must be {_name_of(hint)}, got {kind_of(value)}")
+
+
 def _build(cls: type, value: Any, where: str) -> Any:
-    """Make the dataclass `cls` from a mapping of strings; `where` is the dotted path for messages.
+    """Make the dataclass `cls` from a mapping.
 
     A field with the metadata `rest` takes the keys that are no other field's, unconverted.
     """
     prefix = f"{where}." if where else ""
-    if value is None or (isinstance(value, str) and value in NULL_WORDS):
-        value = {}
+    value = {} if _is_null(value) else value
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected settings (a mapping), found {kind_of(value)}")
+        raise ConfigError(f"{where}: must be a mapping of settings, got {kind_of(value)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("rest")}
     rest = next((f.name for f in dataclasses.fields(cls) if f.metadata.get("rest")), None)
-    hints = typing.get_type_hints(cls)
-    for key in value:
-        if key not in fields and rest is None:
-            raise ConfigError(f"{prefix}{key}: unknown key{did_you_mean(key, list(fields))}")
-    for name, spec in fields.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+    unknown = {key: item for key, item in value.items() if key not in fields}
+    if unknown and rest is None:
+        key = next(iter(unknown))
+        raise ConfigError(f"{prefix}{key}: unknown key{did_you_mean(key, list(fields))}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ConfigError(f"{prefix}{name}: missing; it has no default")
+    hints = typing.get_type_hints(cls)
     arguments = {key: convert(item, hints[key], f"{prefix}{key}") for key, item in value.items() if key in fields}
-    if rest is not None:
-        arguments[rest] = {key: item for key, item in value.items() if key not in fields}
     try:
-        return cls(**arguments)
+        return cls(**arguments, **({} if rest is None else {rest: unknown}))
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """Turn YAML's strings, lists and mappings into what `hint` declares."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is object:
-        return value  # converted later, by whoever knows its type
-    if hint is Any:
-        return _plain(value)
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, args, where)
-    if origin is Literal:
-        for choice in args:
-            if str(choice) == value:
-                return choice
-        choices = ", ".join(str(choice) for choice in args)
-        raise ConfigError(f"{where}: expected one of {choices}; found {value!r}")
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if hint is dict or origin is dict:
-        if isinstance(value, str) and value in NULL_WORDS:
-            return {}
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, found {kind_of(value)}")
-        inner = args[1] if args else Any
-        return {str(key): convert(item, inner, f"{where}.{key}") for key, item in value.items()}
-    if hint is list or origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, found {kind_of(value)}")
-        inner = args[0] if args else Any
-        return [convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, list | Mapping):
-        raise ConfigError(f"{where}: expected {_type_name(hint)}, found {kind_of(value)}")
-    return _convert_scalar(str(value), hint, where)
-
-
-def _convert_scalar(text: str, hint: Any, where: str) -> Any:
-    if hint is bool:
-        if text.lower() in _TRUE_WORDS:
-            return True
-        if text.lower() in FALSE_WORDS:
-            return False
-    elif hint is int:
-        try:
+def _scalar(text: str, hint: Any) -> Any:
+    """Convert a word. Raises ValueError."""
+    if hint is bool and text.lower() in (*_TRUE_WORDS, *FALSE_WORDS):
+        return text.lower() in _TRUE_WORDS
+    if hint is float:
+        return float(text)
+    if hint is int:
+        with contextlib.suppress(ValueError):
             return int(text)
-        except ValueError:
-            pass
-        # 1e3 is a whole number too; 2.5 is not.
-        try:
-            number = float(text)
-        except ValueError:
-            number = 0.5
+        # 1e3 is a whole number too.
+        number = float(text)
         if number.is_integer():
             return int(number)
-    elif hint is float:
-        try:
-            return float(text)
-        except ValueError:
-            pass
-    elif (hint is str or (isinstance(hint, type) and issubclass(hint, enum.Enum))) and text not in NULL_WORDS:
-        # An enum of the library takes its word: `save_strategy: no` is the word, not False. Null is no word: a
-        # folder named "null", or the one that "" stands for, is never meant.
+    # Enums of the library take their word: `save_strategy: no` is not False. Null is not a word: nobody means a folder
+    # named "null", nor the one that "" stands for.
+    if isinstance(hint, type) and issubclass(hint, str | enum.Enum) and text not in NULL_WORDS:
         return text
-    raise ConfigError(f"{where}: expected {_type_name(hint)}, found {'nothing' if text in NULL_WORDS else repr(text)}")
+    raise ValueError
 
 
-def _convert_union(value: Any, members: Sequence[Any], where: str) -> Any:
+def _convert_union(value: Any, members: tuple[Any, ...], where: str) -> Any:
     """Take the first member that fits, from the narrowest type to the widest."""
-    if type(None) in members and isinstance(value, str) and value in NULL_WORDS:
+    if type(None) in members and _is_null(value):
         return None
-    order = [dict, list, bool, int, float]
-    # Where one form of the value is meant (a word, or a list of words), only that one's complaint helps.
-    rest = [m for m in members if m is not type(None)]
-    rest = [m for m in rest if _is_shape(m, value)] or rest
-    rest.sort(key=lambda m: next((i for i, t in enumerate(order) if t in (m, typing.get_origin(m))), len(order)))
-    problem: ConfigError | None = None
-    for member in rest:
-        try:
+    members = tuple(member for member in members if member is not type(None))
+    # If the value has the form of one member only, that member's complaint helps most.
+    members = tuple(member for member in members if _has_form(value, member)) or members
+    if len(members) == 1:
+        return convert(value, members[0], where)
+    order: dict[Any, int] = {dict: 0, list: 1, bool: 2, int: 3, float: 4}
+    for member in sorted(members, key=lambda m: order.get(typing.get_origin(m), order.get(m, 5))):
+        with contextlib.suppress(ConfigError):
             return convert(value, member, where)
-        except ConfigError as error:
-            if problem is None or dataclasses.is_dataclass(member) or len(rest) == 1:
-                problem = error
-    if len(rest) > 1 and not any(dataclasses.is_dataclass(m) for m in rest):
-        names = " or ".join(_type_name(m) for m in rest)
-        raise ConfigError(f"{where}: expected {names}, found {value!r}")
-    assert problem is not None
-    raise problem
+    raise ConfigError(f"{where}: must be {' or '.join(map(_name_of, members))}, got {kind_of(value)}")
 
 
-def _is_shape(hint: Any, value: Any) -> bool:
-    """Whether a list, a mapping or a scalar of YAML is the kind of thing that `hint` asks for."""
+def _has_form(value: Any, hint: Any) -> bool:
+    """Return True if value and type are both lists, both mappings or both scalars."""
     kind = typing.get_origin(hint) or hint
-    if isinstance(value, list):
-        return kind is list
-    if isinstance(value, Mapping):
-        return kind is dict or dataclasses.is_dataclass(kind)
-    return not (kind in (list, dict) or dataclasses.is_dataclass(kind))
+    return isinstance(value, list) == (kind is list) and (
+        isinstance(value, Mapping) == (kind is dict or dataclasses.is_dataclass(kind))
+    )
 
 
 def _plain(value: Any) -> Any:
-    """YAML's usual reading, for values whose type nothing declares."""
+    """Read a value whose type nothing declares, as YAML does; `1e-1` is a float too."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() and _is_float(value) else yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            # Looks like a date or a number and is none: 2024-13-45, 0x_.
-            return value
-    return value
-
-
-def _is_float(text: str) -> bool:
+    if isinstance(value, str) and "e" in value.lower():
+        with contextlib.suppress(ValueError):
+            return float(value)
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # Looks like a date or a number and is neither: 2024-13-45, 0x_.
+        return value
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in NULL_WORDS)
 
 
 def kind_of(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    return "nothing" if value in (None, "") else repr(value)
+    """Name a value in a message."""
+    if isinstance(value, Mapping | list):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return "nothing" if _is_null(value) else repr(value)
 
 
-def _type_name(hint: Any) -> str:
+def _name_of(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint) or str(hint)
+    names |= {dict: "a mapping", list: "a list"}
+    return names.get(hint) or names.get(typing.get_origin(hint)) or str(hint)
+
+
+def require(holds: bool, key: str, rule: str, value: object, remedy: str = "") -> None:
+    """Refuse a value that breaks a rule. Raises ValueError."""
+    if not holds:
+        raise ValueError(f"{key}: must be {rule}, got {value!r}" + (f". {remedy}" if remedy else ""))
+
+
+def require_at_least(section: object, **least: int) -> None:
+    """Refuse fields of a section that are below their least value; None is not. Raises ValueError."""
+    for key, bound in least.items():
+        value = getattr(section, key)
+        require(value is None or value >= bound, key, f"at least {bound}", value)

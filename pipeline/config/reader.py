@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.config.convert import NULL_WORDS, convert, kind_of
 from pipeline.config.schema import Config
 
@@ -20,11 +20,11 @@ __all__ = ["as_dict", "load_config", "settings_text"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's settings from YAML and put `key=value` overrides (`loss.beta=0.2`) on top.
+    """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`).
 
     Raises:
-        ConfigError: The file is missing or no YAML, a key is unknown or twice there, a value has the wrong
-            type or is impossible. The message names the key.
+        ConfigError: The file is missing or not YAML, a key is unknown or repeated, or a value has the wrong type or is
+            impossible. The message names the key.
     """
     path = Path(path)
     try:
@@ -37,7 +37,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes; is it the right file?")
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections like `data:` and `policy:` at the top, found {kind_of(tree)}")
+        raise ConfigError(f"{path}: must hold sections like `data:` and `policy:`, got {kind_of(tree)}")
     for override in overrides:
         _apply_override(tree, override)
     _refuse_passwords(tree, "")
@@ -51,7 +51,7 @@ _MOST_VALUES = 100_000
 
 
 def _refuse_passwords(value: Any, where: str) -> None:
-    """Settings are saved beside shards and policy, and shown in messages: no place for what opens an account."""
+    """Refuse credentials in URLs: settings are saved beside shards and policy, and shown in messages."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_passwords(item, f"{where}.{key}" if where else key)
@@ -93,21 +93,21 @@ def _from_home(path: str) -> str:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The settings as plain dicts, lists and scalars, defaults filled in: what is saved beside a run."""
+    """Give the settings, with their defaults, as dicts, lists and scalars."""
     settings = dataclasses.asdict(config)
     settings["train"] = config.train.as_dict()
     return settings
 
 
 def settings_text(config: Config) -> str:
-    """The settings as a YAML file that `load_config` reads, defaults filled in. Access tokens are left out."""
+    """Give the settings, with their defaults but without access tokens, as a YAML file for `load_config`."""
     settings = as_dict(config)
     settings["train"] = {key: value for key, value in settings["train"].items() if not key.endswith("_token")}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.BaseLoader):
-    """Leaves every scalar a string, refuses a key that is there twice, and tags of types that YAML does not have."""
+    """Keeps every scalar a string, and refuses repeated keys and tags."""
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -130,20 +130,14 @@ def _sequence(loader: _Loader, node: yaml.SequenceNode) -> Any:
     return loader.construct_sequence(node, deep=True)
 
 
-def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+def _word(loader: _Loader, node: yaml.ScalarNode) -> Any:
     return loader.construct_scalar(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
 _Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
-
-
 for _name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _scalar)
-
-
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _word)
 _Loader.add_constructor(None, _refuse_tag)
 
 
@@ -158,7 +152,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _check_size(tree: Any, where: str) -> None:
-    """Refuse what a few aliases in a small file can stand for: billions of values, if each is looked at."""
+    """Refuse aliases that make billions of values of a small file."""
     left, values = [tree], 0
     while left:
         item = left.pop()
@@ -173,12 +167,12 @@ def _check_size(tree: Any, where: str) -> None:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"-o {override}: expected key=value, like loss.beta=0.2")
+        raise ConfigError(f"-o {override}: must be key=value, like loss.beta=0.2")
     *sections, last = key.split(".")
     node = tree
     for section in sections:
         child = node.get(section)
-        if child is None or (isinstance(child, str) and child in NULL_WORDS):
+        if child is None or child in NULL_WORDS:
             child = {}
         if not isinstance(child, dict):
             raise ConfigError(f"-o {override}: {section} holds a value, not settings")
@@ -190,6 +184,4 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
+    return (isinstance(error, OSError) and error.strerror) or one_line(str(error))

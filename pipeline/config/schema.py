@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass per section, and the combinations that each of them refuses."""
+"""The settings of a run: one frozen dataclass for each section, with the values that it refuses."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.convert import FALSE_WORDS
+from pipeline.config.convert import FALSE_WORDS, require, require_at_least
 from pipeline.config.training import TrainSection
 
 __all__ = [
@@ -29,7 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig:
-    """One held-out set. What is left out is taken from `data`."""
+    """One held-out set; defaults come from `data`."""
 
     path: str | None = None
     """File, folder or hub name; `data.path` if left out."""
@@ -41,7 +41,7 @@ class EvalSetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pairs, and how they become tokens."""
+    """The preference pairs, and how they become tokens."""
 
     path: str
     """A JSON Lines (.gz too), Parquet or CSV file, a folder of them, a `save_to_disk` folder, or a hub name."""
@@ -54,48 +54,50 @@ class DataConfig:
     format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
     """Read from the path's ending if left out."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Renames, ours to theirs: `{prompt: question, chosen: answer_good}`. In place of `prompt`, `user`, with `system`
-    where there is such a column, makes a conversation of texts: `{system: system, user: question}`."""
+    """Column names, ours to theirs: `{prompt: question, chosen: answer_good}`. `user` and optionally `system`, instead
+    of `prompt`, make a conversation of texts: `{system: system, user: question}`."""
     max_length: int | None = 1024
-    """Tokens of prompt and completion together; the end is cut. Null: no cut."""
+    """Largest number of tokens of prompt and completion together; the end is cut. Null: no cut."""
     streaming: bool = False
     """Stream a hub dataset instead of downloading it. Local files are always streamed by stage one."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What a row that can't be a pair does: stop the run, or be skipped, counted and listed."""
+    """Stop at a row that can't be a pair, or skip, count and list it."""
     on_identical: Literal["keep", "drop"] = "keep"
-    """Pairs whose chosen and rejected are equal: their loss is a constant; they are counted either way."""
+    """Keep or drop pairs whose chosen and rejected are equal, whose loss is a constant. They are counted either way."""
     eval: dict[str, EvalSetConfig] = field(default_factory=dict)
-    """Held-out sets by name. Each has a store of its own beside `train`, under the same rules."""
+    """Held-out sets by name. Each has a store beside `train`, under the same rules."""
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError("max_length: at least 2 tokens, one of the prompt and one of the completion")
-        for set_name in self.eval:
-            if set_name in ("train", "costs") or not set_name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(
-                    f"eval.{set_name}: a set's name is a folder's name: letters, digits, - and _, not 'train' or "
-                    "'costs'"
-                )
-        for ours in self.columns:
-            if ours not in (*PAIR_COLUMNS, *SPOKEN_COLUMNS):
-                known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS)
-                raise ValueError(f"columns.{ours}: no such column of a pair{did_you_mean(ours, known)}")
-        if "user" in self.columns and "prompt" in self.columns:
-            raise ValueError("columns.user: set together with prompt; user makes a conversation of it, prompt does not")
-        if "system" in self.columns and "user" not in self.columns:
-            raise ValueError("columns.system: goes with user, the column of what the user says, in place of prompt")
+        require_at_least(self, max_length=2)  # one token of the prompt and one of the completion
+        for name in self.eval:
+            is_name = name not in ("train", "costs") and name.replace("-", "").replace("_", "").isalnum()
+            rule = "named by letters, digits, - and _, and not train or costs, for it names a folder"
+            require(is_name, f"eval.{name}", rule, name)
+        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS)
+        for column in self.columns:
+            if column not in known:
+                raise ValueError(f"columns.{column}: unknown column of a pair{did_you_mean(column, known)}")
+        if "user" in self.columns:
+            _refuse_both("columns.user", "columns.prompt", "prompt" in self.columns)
+        elif "system" in self.columns:
+            raise ValueError("columns.system: must be set together with columns.user. Name the user's column there")
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of all sets: `train`, then the held-out ones."""
+        return ("train", *self.eval)
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
 SPOKEN_COLUMNS = ("system", "user")
-"""Texts that become the messages of the prompt; read only where `data.columns` names them."""
+"""Texts that become the prompt's messages; read only if `data.columns` names them"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Weights in few bits, through bitsandbytes (`pip install refshard[quantization]`)."""
+    """Weights in 4 or 8 bits, with bitsandbytes (`pip install refshard[quantization]`)."""
 
     bits: Literal[4, 8]
     """4: QLoRA's (arXiv 2305.14314); 8: LLM.int8() (arXiv 2208.07339)."""
@@ -106,7 +108,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.bits == 8 and (self.type != "nf4" or self.double):
-            raise ValueError("type: type and double are of 4-bit weights")
+            raise ValueError("bits: must be 4 with type or double, got 8. Leave type and double out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,47 +116,43 @@ class SyncConfig:
     """TR-DPO (arXiv 2404.09656): every `steps` steps the reference moves toward the policy."""
 
     steps: int = 512
-    """Optimizer steps between two moves: one window."""
+    """Number of optimizer steps between two moves: one window."""
     mixup_alpha: float = 0.6
     """New reference = mixup_alpha * policy + (1 - mixup_alpha) * reference. 1 copies the policy, 0 moves nothing."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError("steps: at least 1")
-        if not 0 <= self.mixup_alpha <= 1:
-            raise ValueError("mixup_alpha: from 0 to 1")
+        require_at_least(self, steps=1)
+        require(0 <= self.mixup_alpha <= 1, "mixup_alpha", "from 0 to 1", self.mixup_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The frozen model that stage one scores with. Left out: the policy as it is before training."""
+    """The frozen model of stage one; the policy before training if left out."""
 
     model: str | None = None
-    """Folder or hub name of any causal language model that shares the policy's vocabulary."""
+    """Folder or hub name of a causal language model with the policy's vocabulary."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
-    """Folder or hub name of a PEFT adapter that belongs to the reference."""
+    """Folder or hub name of the reference's PEFT adapter."""
     disable_adapters: bool = False
-    """With a policy that continues an adapter: the reference is the plain base model, not base and adapter."""
+    """Score with the base model alone if the policy continues an adapter."""
     dtype: Dtype = "auto"
     """Dtype of the weights; `auto` is the checkpoint's own."""
     quantization: Quantization | None = None
-    """Load the weights in 4 or 8 bits. Left out with `model`, the reference is quantized as the policy is."""
+    """Load the weights in 4 or 8 bits; quantized as the policy if `model` is left out too."""
     declared: str | None = None
-    """A reference that can't be loaded here, known by this name alone; its log-probs come from `refshard import`."""
+    """Name of a reference that can't be loaded here; its log-probs come from `refshard import`."""
     sync: SyncConfig | None = None
     """Let the reference follow the policy (TR-DPO)."""
 
     def __post_init__(self) -> None:
-        if self.disable_adapters and self.adapter is not None:
-            raise ValueError("adapter: set together with disable_adapters: true; keep one of the two")
+        _refuse_both("adapter", "disable_adapters", self.disable_adapters and self.adapter is not None)
         if self.declared is not None:
             for key in ("model", "revision", "adapter", "disable_adapters", "dtype", "quantization", "sync"):
-                if getattr(self, key) not in (None, False, "auto"):
-                    raise ValueError(f"{key}: set together with declared, a reference that is never loaded")
-        if self.sync is not None and self.quantization is not None:
-            raise ValueError("quantization: a reference that moves (sync) is kept in float32; leave one of the two out")
+                _refuse_both(key, "declared", getattr(self, key) not in (None, False, "auto"))
+        # A reference that moves is kept in float32.
+        _refuse_both("quantization", "sync", self.sync is not None and self.quantization is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,27 +162,23 @@ class PrecomputeConfig:
     output: str
     """Folder of the stores: `output/train` and one for each held-out set."""
     reuse: list[str] = field(default_factory=list)
-    """Stores of the same reference and tokenization to copy from, by key: `[runs/a/shards/train, ...]`."""
+    """Stores of the same reference and tokenization to copy log-probs from: `[runs/a/shards/train, ...]`."""
     rows_per_shard: int = 1024
-    """Dataset rows of one unit, one Parquet file: what is lost at most when a worker is killed."""
+    """Number of dataset rows of one unit (one Parquet file), the most that a killed worker loses."""
     tokens_per_batch: int | None = None
-    """Most tokens of one forward pass. Left out: as many as the device's free memory takes."""
+    """Largest number of tokens of one forward pass; as many as fit in free memory if left out."""
     token_logps: bool = True
-    """Store a log-prob for each token too: it lets a run with a smaller `max_length` use the same shards."""
+    """Store a log-prob for each token too, so that a run with a smaller `max_length` can use the shards."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
-    """What a pair with a NaN or infinite log-prob does: stop the run, or be dropped and counted."""
+    """Stop at a pair with a NaN or infinite log-prob, or drop and count it."""
     device_map: Literal["auto"] | None = None
-    """`auto`: a reference larger than one GPU; its layers are spread over all that one process sees."""
+    """`auto`: spread the layers of a reference larger than one GPU over all GPUs of the process."""
     tp_plan: Literal["auto"] | None = None
-    """`auto`: a reference larger than one GPU; each layer is split over all processes of the launch."""
+    """`auto`: split each layer of a reference larger than one GPU over all processes of the launch."""
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ValueError("rows_per_shard: at least 1")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError("tokens_per_batch: at least 1")
-        if self.device_map is not None and self.tp_plan is not None:
-            raise ValueError("tp_plan: set together with device_map; keep one of the two")
+        require_at_least(self, rows_per_shard=1, tokens_per_batch=1)
+        _refuse_both("tp_plan", "device_map", self.device_map is not None and self.tp_plan is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,23 +190,20 @@ class LoraSettings:
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
-    """Dropout on the adapter's input, in training only."""
+    """Dropout probability on the adapter's input, in training only."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get an adapter, or `all-linear`: every linear layer but the head."""
+    """Names of the layers with an adapter, or `all-linear`: every linear layer but the head."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Names of modules that are trained whole beside the adapter, and saved with it: `[embed_tokens, norm]`."""
+    """Names of modules that are trained whole and saved with the adapter: `[embed_tokens, norm]`."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError("r: at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError("alpha: above 0 and finite; at 0 the adapter changes nothing")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout: from 0 to below 1")
+        require_at_least(self, r=1)
+        require(0 < self.alpha < math.inf, "alpha", "a positive finite number", self.alpha)
+        require(0 <= self.dropout < 1, "dropout", "from 0 to below 1", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,25 +211,25 @@ class Ia3Settings:
     """A fresh IA3 adapter on the policy: learned factors on activations (arXiv 2205.05638)."""
 
     target_modules: list[str] | None = None
-    """Names of the layers that get factors; the library's choice for the architecture if left out."""
+    """Names of the layers with factors; the library's choice for the architecture if left out."""
     feedforward_modules: list[str] | None = None
-    """Those of them whose input is scaled, not their output."""
+    """Names of those layers whose input is scaled instead of their output."""
 
     def __post_init__(self) -> None:
         if self.feedforward_modules is not None and self.target_modules is None:
-            raise ValueError("feedforward_modules: name target_modules too")
+            raise ValueError("feedforward_modules: must be set together with target_modules. Name target_modules too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """The model in training. Its folder also gives the tokenizer and the chat template, in both stages."""
+    """The model in training. Both stages take tokenizer and chat template from its folder."""
 
     model: str
     """Folder or hub name of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
-    """Folder or hub name of a PEFT adapter to go on training."""
+    """Folder or hub name of a PEFT adapter to continue."""
     lora: LoraSettings | None = None
     """Train a fresh LoRA adapter instead of all weights."""
     ia3: Ia3Settings | None = None
@@ -250,37 +241,29 @@ class PolicyConfig:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained, fresh or continued, and not the weights themselves."""
+        """True if an adapter is trained, fresh or continued, instead of the weights."""
         return self.adapter is not None or self.lora is not None or self.ia3 is not None
 
     def __post_init__(self) -> None:
         named = [key for key in ("adapter", "lora", "ia3") if getattr(self, key) is not None]
         if len(named) > 1:
-            raise ValueError(f"{named[1]}: set together with {named[0]}; a run trains one adapter")
+            _refuse_both(named[1], named[0], True)
         if self.quantization is not None and not named:
-            raise ValueError("quantization: quantized weights can't be trained themselves; set lora, ia3 or adapter")
+            raise ValueError(
+                "quantization: must be set together with an adapter, since quantized weights can't be trained. Set "
+                "lora, ia3 or adapter"
+            )
 
 
+# fmt: off
 LossName = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]
+# fmt: on
 
 
-# Which losses take which option. Setting one that no named loss takes is refused, never ignored.
+# The losses that take each option. An option that no named loss takes is refused, not ignored.
 _WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
@@ -296,21 +279,21 @@ class LossConfig:
     weights: list[float] | None = None
     """One weight for each loss of a list; 1 each if left out."""
     beta: float = 0.1
-    """Pull toward the reference, per nat; the paper's tau for `ipo`."""
+    """Strength of the pull toward the reference, per nat; the paper's tau for `ipo`."""
     label_smoothing: float = 0.0
-    """Share of labels taken to be flipped: conservative DPO for `sigmoid`, the epsilon of `robust`, `exo_pair`, ..."""
+    """Assumed share of flipped labels: conservative DPO for `sigmoid`, the epsilon of `robust`, `exo_pair`, ..."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """The divergence that ties the policy to the reference (arXiv 2309.16240)."""
+    """Divergence between policy and reference (arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
     """The alpha of `alpha_divergence`."""
     ld_alpha: float | None = None
     """Weight of tokens past the shorter completion's length, in both models (LD-DPO, arXiv 2409.06411); 0 to 1."""
     use_weighting: bool = False
-    """Weigh pairs by how likely the policy is to write them (WPO, arXiv 2406.11827)."""
+    """Weight pairs by their probability under the policy (WPO, arXiv 2406.11827)."""
     discopop_tau: float = 0.05
     """Temperature of `discopop`."""
     router_aux_loss_coef: float | None = None
-    """Weight of a mixture-of-experts model's balance loss; the model's own if left out, 0 for none."""
+    """Weight of the balance loss of a mixture-of-experts model; the model's own if left out, 0 for none."""
 
     @property
     def types(self) -> list[LossName]:
@@ -323,48 +306,45 @@ class LossConfig:
         return self.weights if self.weights is not None else [1.0] * len(self.types)
 
     def __post_init__(self) -> None:
-        if not self.types:
-            raise ValueError("type: name at least one loss")
-        if len(set(self.types)) < len(self.types):
-            raise ValueError("type: a loss is there twice; give it one weight instead")
-        if self.weights is not None and len(self.weights) != len(self.types):
-            raise ValueError(f"weights: {len(self.weights)} for {len(self.types)} losses; one for each is needed")
-        if self.weights is not None and not all(math.isfinite(weight) for weight in self.weights):
-            raise ValueError("weights: finite numbers")
-        if not 0 < self.beta < math.inf:
-            raise ValueError("beta: above 0 and finite; at 0 the loss does not see what the policy does")
-        if not 0 <= self.label_smoothing <= 0.5:
-            raise ValueError("label_smoothing: from 0 to 0.5; above it the labels would be more wrong than right")
-        if self.label_smoothing > 0 and not set(self.types) & set(_WITH_SMOOTHING):
-            raise ValueError(
-                f"label_smoothing: none of the losses takes it; those that do: {', '.join(_WITH_SMOOTHING)}"
-            )
-        if "robust" in self.types and self.label_smoothing == 0.5:
-            raise ValueError("label_smoothing: below 0.5 for robust, which divides by 1 - 2 label_smoothing")
-        if "exo_pair" in self.types and self.label_smoothing == 0:
-            raise ValueError("label_smoothing: above 0 for exo_pair, which takes its logarithm; 1e-3 is usual")
-        without = [name for name in self.types if name not in _WITH_DIVERGENCE]
-        if self.f_divergence_type != "reverse_kl" and without:
-            raise ValueError(f"f_divergence_type: {', '.join(without)} is defined for reverse_kl alone")
-        if self.f_alpha_divergence_coef != 0.5 and self.f_divergence_type != "alpha_divergence":
-            raise ValueError("f_alpha_divergence_coef: set without f_divergence_type: alpha_divergence")
-        if not math.isfinite(self.f_alpha_divergence_coef):
-            raise ValueError("f_alpha_divergence_coef: a finite number")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError("ld_alpha: from 0, the common length alone, to 1, plain sums")
-        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.types):
-            raise ValueError("use_weighting: aot sorts pairs, so that no value belongs to a pair that could be weighed")
-        if not 0 < self.discopop_tau < math.inf:
-            raise ValueError("discopop_tau: above 0 and finite")
-        if self.discopop_tau != 0.05 and "discopop" not in self.types:
-            raise ValueError("discopop_tau: set without discopop among the losses")
-        if self.router_aux_loss_coef is not None and not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ValueError("router_aux_loss_coef: 0 or above, and finite")
+        names = ", ".join(self.types)
+        require(bool(self.types), "type", "at least one loss", self.types)
+        require(len(set(self.types)) == len(self.types), "type", "different losses", names, "Weight a loss instead")
+        if self.weights is not None:
+            rule = f"{len(self.types)} finite numbers, one for each loss"
+            fits = len(self.weights) == len(self.types) and all(map(math.isfinite, self.weights))
+            require(fits, "weights", rule, self.weights)
+        require(0 < self.beta < math.inf, "beta", "a positive finite number", self.beta)
+        smoothing, tau, alpha = self.label_smoothing, self.discopop_tau, self.f_alpha_divergence_coef
+        require(0 <= smoothing <= 0.5, "label_smoothing", "from 0 to 0.5", smoothing)
+        takes_it = not smoothing or bool(set(self.types) & set(_WITH_SMOOTHING))
+        require(takes_it, "label_smoothing", f"0 for {names}", smoothing, f"Add one of {', '.join(_WITH_SMOOTHING)}")
+        # robust divides by 1 - 2 label_smoothing; exo_pair takes its logarithm.
+        require("robust" not in self.types or smoothing < 0.5, "label_smoothing", "below 0.5 for robust", smoothing)
+        above = "exo_pair" not in self.types or smoothing > 0
+        require(above, "label_smoothing", "above 0 for exo_pair", smoothing, "Set 1e-3, which is usual")
+        without = ", ".join(name for name in self.types if name not in _WITH_DIVERGENCE)
+        divergence = self.f_divergence_type
+        require(divergence == "reverse_kl" or not without, "f_divergence_type", f"reverse_kl for {without}", divergence)
+        require(math.isfinite(alpha), "f_alpha_divergence_coef", "a finite number", alpha)
+        read = alpha == 0.5 or divergence == "alpha_divergence"
+        rule = "left out unless f_divergence_type is alpha_divergence"
+        require(read, "f_alpha_divergence_coef", rule, alpha)
+        share = self.ld_alpha
+        rule = "from 0 (the common length alone) to 1 (plain sums)"
+        require(share is None or 0 <= share <= 1, "ld_alpha", rule, share)
+        # aot sorts pairs, so none of its values belongs to a pair that could be weighted.
+        weighted = self.use_weighting and bool({"aot", "aot_unpaired"} & set(self.types))
+        require(not weighted, "use_weighting", "false for aot and aot_unpaired", True)
+        require(0 < tau < math.inf, "discopop_tau", "a positive finite number", tau)
+        require(tau == 0.05 or "discopop" in self.types, "discopop_tau", "left out unless discopop is a loss", tau)
+        weight = self.router_aux_loss_coef
+        fits = weight is None or 0 <= weight < math.inf
+        require(fits, "router_aux_loss_coef", "a finite number from 0", weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One YAML file: both stages read it."""
+    """The settings of both stages, from one YAML file."""
 
     data: DataConfig
     policy: PolicyConfig
@@ -376,35 +356,48 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.loss.ld_alpha is not None and not self.precompute.token_logps:
-            raise ValueError("loss.ld_alpha: needs token logps in the shards (precompute.token_logps: true)")
+            raise ValueError(
+                f"loss.ld_alpha: must be left out without token log-probs in the shards, got {self.loss.ld_alpha}. Set "
+                "precompute.token_logps: true"
+            )
         if self.precompute.tp_plan is not None:
             _check_tensor_parallel(self)
         if self.reference.sync is not None:
             _check_sync(self)
 
 
+def _refuse_both(key: str, other: str, both: bool) -> None:
+    """Refuse a setting that is set together with another. Raises ValueError."""
+    if both:
+        raise ValueError(f"{key}: must be left out if {other} is set. Keep one of the two")
+
+
 def _check_tensor_parallel(config: "Config") -> None:
-    """Refuse what can't go together with a reference whose layers are split over processes."""
+    """Refuse settings that contradict a reference whose layers are split over processes."""
     reference, own = config.reference, config.reference.model is None
     if reference.quantization is not None or (own and config.policy.quantization is not None):
-        raise ValueError("precompute.tp_plan: quantized weights can't be split; use precompute.device_map: auto")
+        raise ValueError(
+            "precompute.tp_plan: must be left out with quantized weights, which can't be split. Set "
+            "precompute.device_map: auto"
+        )
     if reference.adapter is not None or (own and config.policy.adapter is not None and not reference.disable_adapters):
         raise ValueError(
-            "precompute.tp_plan: an adapter's weights are not split with the layers that it is on; merge it into the "
-            "reference, or use precompute.device_map: auto"
+            "precompute.tp_plan: must be left out with an adapter, whose weights are not split with its layers. Merge "
+            "it into the reference, or set precompute.device_map: auto"
         )
     if reference.sync is not None:
-        raise ValueError("precompute.tp_plan: a reference that moves (reference.sync) is scored by one process")
+        _refuse_both("precompute.tp_plan", "reference.sync", True)
 
 
 def _check_sync(config: "Config") -> None:
-    """Refuse what can't go together with a reference that moves."""
-    if config.policy.quantization is not None:
-        raise ValueError("policy.quantization: quantized weights can't be mixed with the reference (reference.sync)")
-    if config.cluster.train.nodes * config.cluster.train.processes > 1:
-        raise ValueError("cluster.train.processes: a reference that moves (reference.sync) is trained by one process")
-    if config.train.on_missing == "drop":
-        raise ValueError("train.on_missing: drop would change which pairs a window has (reference.sync)")
+    """Refuse settings that contradict a reference that moves."""
+    _refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
+    processes = config.cluster.train.nodes * config.cluster.train.processes
+    require(processes == 1, "cluster.train.processes", "1 with reference.sync, on one node", processes)
+    # Dropped pairs would change which pairs a window has.
+    on_missing = config.train.on_missing
+    require(on_missing == "stop", "train.on_missing", "stop with reference.sync", on_missing)
+    # Such a run is a process for each window.
     for key in ("load_best_model_at_end", "push_to_hub"):
         if str(config.train.given.get(key, "false")).lower() not in FALSE_WORDS:
-            raise ValueError(f"train.{key}: can't be set with reference.sync, whose run is one process for each window")
+            _refuse_both(f"train.{key}", "reference.sync", True)

@@ -1,4 +1,4 @@
-"""Find the files, settings and dtype of a model, a tokenizer or an adapter; read no weights."""
+"""Find the files, the config and the dtype of a model, a tokenizer or an adapter; read no weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ __all__ = [
     "text_config",
 ]
 
-# What the libraries raise for a config.json or weights that they can make nothing of: a size of 0, text for a number,
-# weights of another shape, a package that is not there.
+# Errors of the libraries for a config.json or weights that they can't use: a size of 0, text in place of a number,
+# weights of another shape, a missing package.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -62,16 +62,20 @@ class NamedModel:
     name: str
     revision: str | None
     key: str
-    """The setting that named it, for messages"""
+    """Setting that named it, for messages"""
+
+    @classmethod
+    def policy(cls, config: Config) -> "NamedModel":
+        return cls(config.policy.model, config.policy.revision, "policy.model")
 
     def folder(self, *, weights: bool = True) -> Path:
         return find_model(self.name, self.revision, self.key, weights=weights)
 
 
 def policy_as_reference(config: Config, folder: Path) -> Config:
-    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype that it computed in.
+    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype of its products.
 
-    Trained weights are kept in float32 beside bf16 products, which writing and scoring have no use for.
+    Training keeps weights in float32 for bf16 products; sampling and scoring do not need that.
     """
     policy = config.policy
     dtype: Any = policy_dtype(config)
@@ -93,8 +97,7 @@ def policy_dtype(config: Config) -> str:
     options = config.train.options
     if options.get("bf16") or options.get("fp16"):
         return "bfloat16" if options.get("bf16") else "float16"
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
-    return resolve_dtype(config.policy.dtype, read_json(folder / "config.json"))
+    return resolve_dtype(config.policy.dtype, read_json(NamedModel.policy(config).folder() / "config.json"))
 
 
 def find_model(name: str, revision: str | None, key: str, *, weights: bool = True) -> Path:
@@ -103,11 +106,11 @@ def find_model(name: str, revision: str | None, key: str, *, weights: bool = Tru
     Args:
         name: Folder or hub name.
         revision: Branch, tag or commit on the hub; ignored for a folder.
-        key: The setting that named it, for messages.
-        weights: Whether they are needed too; false fetches none of them.
+        key: Setting that named it, for messages.
+        weights: Fetch the weights too.
 
     Raises:
-        ConfigError: There is no such folder or hub model, or it is no safetensors model.
+        ConfigError: There is no such folder or hub model, or it is not a safetensors model.
     """
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
     folder = _find(name, revision, key, [*patterns, "*.safetensors"] if weights else patterns)
@@ -117,13 +120,13 @@ def find_model(name: str, revision: str | None, key: str, *, weights: bool = Tru
     if not weights:
         return folder
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
+        raise _no_safetensors(name, key)
     _check_weight_index(folder / "model.safetensors.index.json", key)
     return folder
 
 
 def _check_weight_index(index: Path, key: str) -> None:
-    """The library loads whatever files the index names; digests are taken of the safetensors in the folder."""
+    """Refuse an index that names other files than the folder's safetensors, whose digests are taken."""
     if not index.exists():
         return
     files = read_json(index).get("weight_map")
@@ -141,7 +144,7 @@ def find_adapter(name: str, key: str) -> Path:
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
     if read_json(folder / ADAPTER_CONFIG).get("megatron_config"):
-        # Older versions of the library import whatever module such a config names.
+        # Older versions of the library import any module that such a config names.
         raise ConfigError(f"{key}: {name}: an adapter of Megatron's layers, which can't be loaded here")
     return folder
 
@@ -158,35 +161,38 @@ def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Pat
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _not_found(name, key, error) from error
+        raise _not_on_hub(name, key, error) from error
 
 
 def _expanded(name: str, key: str) -> Path:
     try:
         local = Path(name).expanduser()
         local.exists()
-    except RuntimeError as error:
-        raise ConfigError(f"{key}: {name!r}: there is no such user here to have a home folder") from error
-    except OSError as error:
-        raise ConfigError(f"{key}: {name!r}: no folder can have such a name ({error.strerror})") from error
+    except (RuntimeError, OSError) as error:
+        # A home folder of no user here; a name that is too long.
+        raise ConfigError(f"{key}: {name!r}: not a folder's name ({first_line(error)})") from error
     return local
 
 
-def _not_found(name: str, key: str, error: Exception) -> ConfigError:
-    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model the hub gives: {first_line(error)}")
+def _not_on_hub(name: str, key: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model on the hub: {first_line(error)}")
+
+
+def _no_safetensors(name: str, key: str) -> ConfigError:
+    return ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
 
 
 def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
     """Give the reference's model, and the folder of its adapter if it has one. Fetches no weights.
 
-    Left out in the settings, the reference is the policy before training: its model and, where the policy goes on
-    with an adapter, that adapter too, unless `disable_adapters` is set.
+    If the settings name no reference, it is the policy before training: its model, and the adapter in
+    `policy.adapter` unless `disable_adapters` is set.
     """
     reference, policy = config.reference, config.policy
     if reference.model is not None:
         model = NamedModel(reference.model, reference.revision, "reference.model")
     else:
-        model = NamedModel(policy.model, policy.revision, "policy.model")
+        model = NamedModel.policy(config)
     if reference.disable_adapters:
         return model, None
     if reference.adapter is not None:
@@ -197,7 +203,7 @@ def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
 
 
 def declared_reference(config: Config) -> dict[str, str | None]:
-    """Name the reference and the tokenizer as the settings do: what a manifest records for people."""
+    """Name the reference and the tokenizer as the settings do, for people who read the manifest."""
     reference, policy = config.reference, config.policy
     own = reference.declared is None and reference.model is None
     adapter = None if reference.declared is not None else reference_sources(config)[1]
@@ -212,8 +218,8 @@ def declared_reference(config: Config) -> dict[str, str | None]:
 def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     """Give a model's config.json and the SHA-256 of each of its weight files, by name.
 
-    A hub model that is not on this machine is not fetched for it: the hub knows the digest of every large file.
-    So stage two can tell a changed reference from the scored one without ever having it.
+    A hub model that is not on this machine is not fetched: the hub knows the digest of every large file. So stage two
+    can distinguish a changed reference from the scored one without its weights.
     """
     if not _expanded(model.name, model.key).is_dir() and not _is_cached(model):
         return _weights_on_hub(model)
@@ -223,7 +229,7 @@ def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _is_cached(model: NamedModel) -> bool:
-    """Whether all weight files of a hub model are here already, for the revision that is named."""
+    """Return True if all weight files of a hub model are on this machine, for the named revision."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -241,9 +247,9 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         info = HfApi().model_info(model.name, revision=model.revision, files_metadata=True)
-        settings = read_json(Path(hf_hub_download(model.name, "config.json", revision=info.sha)))
+        model_config = read_json(Path(hf_hub_download(model.name, "config.json", revision=info.sha)))
     except (OSError, ValueError) as error:
-        raise _not_found(model.name, model.key, error) from error
+        raise _not_on_hub(model.name, model.key, error) from error
     weights = {
         file.rfilename: file.lfs.sha256
         for file in info.siblings or []
@@ -251,74 +257,75 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     }
     weights.pop(ADAPTER_WEIGHTS, None)
     if not weights:
-        raise ConfigError(f"{model.key}: {model.name}: no *.safetensors in it; other formats can run code when loaded")
-    return settings, weights
+        raise _no_safetensors(model.name, model.key)
+    return model_config, weights
 
 
 def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokenizerBase":
     """Load the policy's tokenizer, which tokenizes for both models in both stages.
 
-    Where `weights` is false, those of a hub model are not fetched along with it.
+    If `weights` is false, a hub model's weights are not fetched with it.
     """
     from transformers import AutoTokenizer
 
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model", weights=weights)
+    folder = NamedModel.policy(config).folder(weights=weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the Rust library behind it raises nothing more special
+    except Exception as error:  # the Rust library behind it raises no narrower class
         raise ConfigError(
             f"policy.model: {config.policy.model}: its tokenizer can't be loaded: {first_line(error)}"
         ) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def resolve_dtype(dtype: Dtype, settings: Mapping[str, Any]) -> str:
-    """Name the dtype that `auto` stands for: the one in the checkpoint's config.json, float32 where it names none."""
+def resolve_dtype(dtype: Dtype, model_config: Mapping[str, Any]) -> str:
+    """Name the dtype that `auto` means: the one in the checkpoint's config.json, else float32."""
     if dtype != "auto":
         return dtype
-    named = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    named = model_config.get("dtype") or model_config.get("torch_dtype") or "float32"
     return str(named).removeprefix("torch.")
 
 
 def at_checkpoint(config: Config, folder: Path) -> Config:
-    """Give the settings with the policy as it is saved in a folder: a checkpoint, or a finished run."""
+    """Give settings whose policy is the one saved in a folder: a checkpoint, or a finished run."""
     policy = config.policy
     if policy.has_adapter:
         policy = dataclasses.replace(policy, adapter=str(folder), lora=None, ia3=None)
     else:
-        # FSDP keeps 16-bit weights in float32 where autocast is on, and saves them so.
+        # Under autocast FSDP keeps 16-bit weights in float32, and saves them so.
         policy = dataclasses.replace(policy, model=str(folder), revision=None, dtype="auto")
     return dataclasses.replace(config, policy=policy)
 
 
 def in_one_process(config: Config) -> Config:
-    """Give the settings with which one process loads the reference by itself, however stage one's were to share it.
+    """Give settings with which one process loads the whole reference, even if stage one's processes share it.
 
-    It is spread over all GPUs where it has been, or where there are several: it may be larger than one of them.
+    It is spread over all GPUs if it was before, or if there are several, since it may be larger than one of them.
     """
     import torch
 
-    settings = config.precompute
-    shared = settings.tp_plan is not None or settings.device_map is not None or torch.cuda.device_count() > 1
-    settings = dataclasses.replace(settings, tp_plan=None, device_map="auto" if shared else None)
-    return dataclasses.replace(config, precompute=settings)
+    before = config.precompute
+    spread = before.tp_plan is not None or before.device_map is not None or torch.cuda.device_count() > 1
+    precompute = dataclasses.replace(before, tp_plan=None, device_map="auto" if spread else None)
+    return dataclasses.replace(config, precompute=precompute)
 
 
 def reference_dtype(config: Config) -> Dtype:
     """Name the dtype that the reference is scored in. Fetches no weights."""
+    if config.reference.dtype != "auto":
+        return config.reference.dtype
     named, _ = reference_sources(config)
-    settings = read_json(named.folder(weights=False) / "config.json") if config.reference.dtype == "auto" else {}
-    return cast(Dtype, resolve_dtype(config.reference.dtype, settings))
+    return cast(Dtype, resolve_dtype("auto", read_json(named.folder(weights=False) / "config.json")))
 
 
 def policy_settings(config: Config) -> Any:
-    """Read the policy's config.json as the library does, its text model's part; loads no weights."""
-    return text_config(NamedModel(config.policy.model, config.policy.revision, "policy.model"))
+    """Read the text model's part of the policy's config.json, as the library does; loads no weights."""
+    return text_config(NamedModel.policy(config))
 
 
 def model_settings(config: Config) -> tuple[Any, Any]:
     """Read the config.json of policy and reference, as `policy_settings` does; fetches no weights of hub models."""
-    policy = text_config(NamedModel(config.policy.model, config.policy.revision, "policy.model"), weights=False)
+    policy = text_config(NamedModel.policy(config), weights=False)
     if config.reference.model is None or config.reference.declared is not None:
         return policy, policy
     return policy, text_config(reference_sources(config)[0], weights=False)
@@ -335,7 +342,7 @@ def text_config(named: NamedModel, *, weights: bool = True) -> Any:
 
 
 def reference_quantization(config: Config) -> Quantization | None:
-    """Give the reference's quantization: its own, or the policy's where the reference is the policy's own weights."""
+    """Give the reference's quantization: its own, or the policy's if the reference is the policy's own weights."""
     if config.reference.quantization is not None or config.reference.model is not None:
         return config.reference.quantization
     return config.policy.quantization

@@ -1,9 +1,9 @@
-"""What makes a shard valid for a run, and a mismatch explained field by field.
+"""Identity of a run's log-probs, and differences between two identities, field by field.
 
-The identity has everything that a log-prob depends on, and nothing else: the reference's weights and config by
-content, its dtype, its adapter; tokenizer and chat template by content, the length rule, the version of the
-tokenization code. Beta, learning rate, loss, LoRA rank, seed and output folder never enter, so a sweep over them
-reuses the shards. Digests are of file contents: a model moved or copied is still the same reference.
+An identity holds everything that a log-prob depends on, and nothing else: the reference's weights and config by
+content, its dtype and its adapter; tokenizer and chat template by content, the length rule, the version of the
+tokenization code. Beta, learning rate, loss, LoRA rank, seed and output folder are not in it, so a sweep over them
+reuses the shards. Digests are of file contents: a moved or copied model is the same reference.
 """
 
 import dataclasses
@@ -36,21 +36,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
-    "Kinship",
+    "PolicyReferenceRelation",
     "check_dtypes",
+    "describe_differences",
     "differences",
+    "differing_fields",
     "fingerprint_of",
     "identity_of_reference",
     "identity_of_run",
-    "kinship",
+    "policy_reference_relation",
     "significand_bits",
 ]
 
 SCHEMA_VERSION = 1
-"""Version of the shards' columns and of the manifest."""
+"""Version of the shards' columns and of the manifest"""
 
 
-# Keys of config.json that say nothing about what the forward pass computes.
+# Keys of config.json that do not change the forward pass.
 _IRRELEVANT_CONFIG = frozenset(
     {
         "_name_or_path",
@@ -71,7 +73,7 @@ _IRRELEVANT_CONFIG = frozenset(
 
 
 def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Collect what a log-prob of this run's reference depends on. Reads files, loads no weights.
+    """Collect everything that a log-prob of this run's reference depends on. Reads files, loads no weights.
 
     Returns:
         Nested dict of strings and numbers: `schema`, `reference`, `tokenization`.
@@ -91,42 +93,42 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
 
 
 def identity_of_reference(config: Config) -> dict[str, Any]:
-    """Collect what makes the reference what it is: digests of weights, config and adapter, dtype, quantization."""
+    """Collect the reference's identity: digests of weights, config and adapter; dtype and quantization."""
     if config.reference.declared is not None:
         return {"declared": config.reference.declared}
     model, adapter = reference_sources(config)
-    settings, weights = reference_weights(model)
+    model_config, weights = reference_weights(model)
     quantization = reference_quantization(config)
     return {
         "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
-        "config": _digest_of_config(settings),
-        "dtype": resolve_dtype(config.reference.dtype, settings),
+        "config": _digest_of_config(model_config),
+        "dtype": resolve_dtype(config.reference.dtype, model_config),
         "adapter": None if adapter is None else _digest_of_adapter(adapter),
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
 
 
 @dataclass(frozen=True)
-class Kinship:
-    """Where the policy and its reference are the same model."""
+class PolicyReferenceRelation:
+    """Conditions under which the policy and its reference are the same model."""
 
     at_start: bool
-    """The policy before training is the reference, dtype aside."""
+    """The policy before training is the reference, except for the dtype"""
     adapters_off: bool
-    """The policy with its adapter switched off is the reference, at any step."""
+    """The policy with its adapter switched off is the reference, at any step"""
     frozen_adapter: Path | None
-    """With this adapter in place of its own, the policy is the reference, at any step."""
+    """Adapter with which, in place of its own, the policy is the reference, at any step"""
 
 
-def kinship(config: Config) -> Kinship:
-    """Tell by content where policy and reference must agree. Reads files, loads no weights."""
+def policy_reference_relation(config: Config) -> PolicyReferenceRelation:
+    """Compare policy and reference by content. Reads files, loads no weights."""
     if config.reference.declared is not None:
-        return Kinship(False, False, None)
+        return PolicyReferenceRelation(False, False, None)
     reference = identity_of_reference(config)
     own = identity_of_reference(dataclasses.replace(config, reference=ReferenceConfig()))
     same_base = all(reference[key] == own[key] for key in ("weights", "config", "quantization"))
     at_start = same_base and reference["adapter"] == own["adapter"]
-    return Kinship(
+    return PolicyReferenceRelation(
         at_start=at_start,
         adapters_off=same_base and reference["adapter"] is None and config.policy.has_adapter,
         frozen_adapter=(
@@ -136,8 +138,27 @@ def kinship(config: Config) -> Kinship:
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of the identity as canonical JSON (sorted keys, no spaces)."""
+    """Give the SHA-256, in hex, of the identity as canonical JSON (sorted keys, no spaces)."""
     return _digest(json.dumps(identity, sort_keys=True, separators=(",", ":")))
+
+
+def differing_fields(stored: Mapping[str, Any], run: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """List the fields in which two nested mappings differ: full name and both values; a missing value is None."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*stored, *run}):
+        old, new = stored.get(key), run.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differing_fields(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((f"{prefix}{key}", old, new))
+    return found
+
+
+def describe_differences(stored: Mapping[str, Any], run: Mapping[str, Any], whose: str = "shards") -> list[str]:
+    """Name every differing field with both values side by side; `whose` names the stored ones."""
+    return [
+        f"{field}: {whose} {_show(old)}, this run {_show(new)}" for field, old, new in differing_fields(stored, run)
+    ]
 
 
 def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: bool) -> list[str]:
@@ -146,44 +167,30 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: b
     Args:
         stored: Identity in the store's manifest.
         run: Identity of this run.
-        joining: True for stage two, which only needs the store to hold enough: where token logps are stored, a
-            larger or equal `max_length` serves, and whether token logps are stored is no matter. False for stage
-            one, which writes into the store and needs it equal.
+        joining: True for stage two, which accepts a store that holds more than it needs: if token logps are stored,
+            `max_length` may be larger, and `token_logps` may differ. False for stage one, which writes into the store
+            and needs an equal identity.
     """
+    if not joining:
+        return describe_differences(stored, run)
+    ours, theirs = stored["tokenization"], run["tokenization"]
+    reason = "the shards were cut shorter than this run wants"
+    if not ours["token_logps"]:
+        reason = "the shards hold no token logps, so it must be equal"
+    serves = ours["token_logps"] and _covers(ours["max_length"], theirs["max_length"])
     found = []
-    for field, (a, b) in sorted(_flatten_pair(stored, run).items()):
-        if a == b:
-            continue
-        if joining and field == "tokenization.token_logps":
-            continue
-        if joining and field == "tokenization.max_length":
-            if stored["tokenization"]["token_logps"] and _covers(a, b):
-                continue
-            reason = (
-                "; the shards hold no token logps, so it must be equal"
-                if not stored["tokenization"]["token_logps"]
-                else "; the shards were cut shorter than this run wants"
-            )
-            found.append(f"{field}: shards {_show(a)}, this run {_show(b)}{reason}")
-            continue
-        found.append(f"{field}: shards {_show(a)}, this run {_show(b)}")
+    for text in describe_differences(stored, run):
+        field = text.partition(":")[0]
+        if field == "tokenization.max_length" and not serves:
+            found.append(f"{text}; {reason}")
+        elif field not in ("tokenization.max_length", "tokenization.token_logps"):
+            found.append(text)
     return found
 
 
 def _covers(stored: int | None, run: int | None) -> bool:
-    """Log-probs of a causal model do not see the tail: a longer cut holds every shorter one."""
+    """Return True if a cut holds the other: log-probs of a causal model do not depend on the tail."""
     return stored is None or (run is not None and stored >= run)
-
-
-def _flatten_pair(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    fields: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, Mapping) and isinstance(y, Mapping):
-            fields.update(_flatten_pair(x, y, f"{prefix}{key}."))
-        else:
-            fields[f"{prefix}{key}"] = (x, y)
-    return fields
 
 
 def _show(value: Any) -> str:
@@ -202,13 +209,13 @@ def _digest_of_config(settings: Mapping[str, Any]) -> str:
 
 def _digest_of_adapter(folder: Path) -> str:
     config = read_json(folder / ADAPTER_CONFIG)
-    # Where the base model lay when the adapter was saved says nothing about what it computes.
+    # The base model's place when the adapter was saved does not change what it computes.
     kept = {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
     return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / ADAPTER_WEIGHTS))
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str:
-    """Digest what turns text into ids. Truncation and padding are left out: calls change them."""
+    """Digest the rules from text to ids. Truncation and padding are left out, since calls change them."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -221,13 +228,13 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
 
 
 def check_dtypes(config: Config) -> None:
-    """Refuse, before an hour of scoring, log-probs that the gate would refuse after it.
+    """Refuse, before scoring, log-probs that the gate would refuse after it.
 
     Raises:
         ConfigError: The policy starts as its reference, but computes in fewer digits than the reference is scored in.
     """
-    kin = kinship(config)
-    if config.train.on_mismatch == "warn" or not (kin.at_start or kin.adapters_off):
+    relation = policy_reference_relation(config)
+    if config.train.on_mismatch == "warn" or not (relation.at_start or relation.adapters_off):
         return
     policy, reference = policy_dtype(config), reference_dtype(config)
     if significand_bits(policy) < significand_bits(reference):
@@ -238,5 +245,5 @@ def check_dtypes(config: Config) -> None:
 
 
 def significand_bits(dtype: str) -> int:
-    """Bits of the significand."""
+    """Give the number of significand bits of a dtype."""
     return {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}.get(dtype, 24)

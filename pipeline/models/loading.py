@@ -1,18 +1,18 @@
 """Load tokenizer, reference and policy; attach adapters; switch dropout off.
 
-A model is named by a folder or a hub name. Either way it is brought to a local folder first (`find_model`), and
-everything after works on that folder, so a model from the hub and its copy on disk are the same model. Weights
-are read from safetensors only: other formats can run code when they are loaded.
+A model is named by a folder or a hub name. `find_model` brings it to a local folder, so a model from the hub and its
+copy on disk are the same model. Weights are read from safetensors only: other formats can run code when loaded.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.base.errors import ConfigError, DataError, first_line
+from pipeline.base.errors import ConfigError, DataError, first_line, one_line
 from pipeline.base.files import read_json
-from pipeline.config.schema import Config, Dtype, Ia3Settings, LoraSettings, PolicyConfig, Quantization
+from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
 from pipeline.models.files import (
     UNREADABLE,
     NamedModel,
@@ -26,18 +26,11 @@ from pipeline.models.files import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "disable_dropout",
-    "empty_model",
-    "load_plain",
-    "load_policy",
-    "load_reference",
-    "pick_device",
-]
+__all__ = ["disable_dropout", "empty_model", "load_plain", "load_policy", "load_reference", "pick_device"]
 
 
 def pick_device() -> "torch.device":
-    """The GPU of this process where there is one (`LOCAL_RANK`, as launchers set it), else the CPU."""
+    """Give the GPU of this process (`LOCAL_RANK`, as launchers set it), or the CPU if there is no GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -54,11 +47,11 @@ def pick_device() -> "torch.device":
 def load_reference(config: Config, device: "torch.device") -> Any:
     """Load the frozen reference for stage one: eval mode, no gradients, dropout off.
 
-    With `precompute.device_map` it is spread over the GPUs that this process sees, whatever `device` says. With
+    With `precompute.device_map` it is spread over all GPUs that this process sees, and `device` is ignored. With
     `precompute.tp_plan` each process of the launch gets its part of every layer, and all must call this.
 
     Raises:
-        ConfigError: It can't be loaded, or not in the way that the settings ask for.
+        ConfigError: It can't be loaded, or not in the way that the settings demand.
         DataError: A weight file is damaged.
     """
     named, adapter = reference_sources(config)
@@ -89,15 +82,17 @@ def load_reference(config: Config, device: "torch.device") -> Any:
 
 
 def _split_layers(named: NamedModel, plan: Literal["auto"]) -> Any:
-    """Say how the library is to split a model's layers over the processes of this launch."""
+    """Make the library's plan to split a model's layers over the processes of this launch."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    settings = text_config(named)
+    model_config = text_config(named)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     otherwise = "use precompute.device_map: auto"
-    if not getattr(settings, "base_model_tp_plan", None):
-        raise ConfigError(f"precompute.tp_plan: transformers has no plan to split {settings.model_type}; {otherwise}")
-    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    if not getattr(model_config, "base_model_tp_plan", None):
+        raise ConfigError(
+            f"precompute.tp_plan: transformers has no plan to split {model_config.model_type}; {otherwise}"
+        )
+    heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
     if heads % processes:
         raise ConfigError(
             f"precompute.tp_plan: {named.name} has {heads} key and value heads, which {processes} processes can't "
@@ -107,7 +102,7 @@ def _split_layers(named: NamedModel, plan: Literal["auto"]) -> Any:
 
 
 def _make_head_whole(model: Any) -> None:
-    """Give each process the whole output projection, which the scorer reads itself, in place of its part."""
+    """Give each process the whole output projection instead of its part, since the scorer reads it itself."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -127,62 +122,44 @@ def _make_head_whole(model: Any) -> None:
 
 
 def load_policy(config: Config) -> Any:
-    """Load the model to train, with its adapter where the settings have one. The Trainer moves it to its device."""
+    """Load the model to train, with its adapter if the settings have one. The Trainer moves it to its device."""
     policy = config.policy
-    named = NamedModel(policy.model, policy.revision, "policy.model")
-    # Quantized weights can't be moved after they are loaded.
+    # Quantized weights can't be moved once they are loaded.
     device = pick_device() if policy.quantization is not None else None
-    model = _load(named, policy.dtype, device, policy.quantization, "policy")
+    model = _load(NamedModel.policy(config), policy.dtype, device, policy.quantization, "policy")
     if policy.adapter is not None:
         return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
-    if policy.lora is not None:
-        return _with_fresh_adapter(model, _lora_config(policy.lora), "policy.lora")
-    if policy.ia3 is not None:
-        return _with_fresh_adapter(model, _ia3_config(policy.ia3), "policy.ia3")
-    return model
+    return _with_fresh_adapter(model, policy, _adapter_config(policy)) if policy.has_adapter else model
 
 
-def empty_model(settings: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
-    """Make a model without weights, on the meta device, which takes neither memory nor files.
+def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
+    """Make a model without weights, on the meta device, which needs neither memory nor files.
 
     Args:
-        settings: Its transformers config.
-        policy: Says which adapter is trained on it.
+        model_config: Its transformers config.
+        policy: Names the adapter that is trained on it.
 
     Returns:
-        The plain model; and, of its adapter, the number of trained parameters and its rank (0 for IA3).
+        The plain model; and the number of its adapter's trained parameters with the adapter's rank (0 for IA3).
 
     Raises:
-        ConfigError: The library makes no causal language model of it, or the adapter does not fit.
+        ConfigError: The library can't make a causal language model of it, or the adapter does not fit.
     """
     import torch
-
-    try:
-        with torch.device("meta"):
-            model = _from_config(settings)
-    except UNREADABLE as error:
-        raise ConfigError(f"policy.model: can't be made from its config.json: {first_line(error)}") from error
-    if policy is None or not policy.has_adapter:
-        return model, None
-    if policy.adapter is not None:
-        from peft import PeftConfig
-
-        adapter: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
-        adapter.inference_mode = False
-    else:
-        adapter = _lora_config(policy.lora) if policy.lora is not None else _ia3_config(policy.ia3 or Ia3Settings())
-    # The plain model is not to be changed: it is what the weights are counted in.
-    with torch.device("meta"):
-        wrapped = _with_fresh_adapter(_from_config(settings), adapter, "policy")
-    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return model, (trained, int(getattr(adapter, "r", 0) or 0))
-
-
-def _from_config(settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     library: Any = AutoModelForCausalLM
-    return library.from_config(settings, trust_remote_code=False)
+    with _loading("policy.model", "can't be made from its config.json"), torch.device("meta"):
+        model = library.from_config(model_config, trust_remote_code=False)
+    if policy is None or not policy.has_adapter:
+        return model, None
+    adapter = _adapter_config(policy)
+    # The plain model must not change: the caller counts its weights.
+    with torch.device("meta"):
+        other = library.from_config(model_config, trust_remote_code=False)
+        wrapped = _with_fresh_adapter(other, policy, adapter)
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return model, (trained, int(getattr(adapter, "r", 0) or 0))
 
 
 def load_plain(config: Config) -> Any:
@@ -195,8 +172,8 @@ def load_plain(config: Config) -> Any:
 def disable_dropout(model: Any) -> None:
     """Switch off every dropout of a plain model: the modules, and the rates that attention reads as numbers.
 
-    To be called before an adapter is attached, whose own dropout is the user's choice. The model's config is not
-    touched, so the saved policy keeps the rates it came with.
+    Call it before an adapter is attached, since an adapter's own dropout is the user's choice. The model's config is
+    unchanged, so the saved policy keeps its rates.
     """
     import torch
 
@@ -217,15 +194,14 @@ def _load(
     spread: Mapping[str, Any] | None = None,
 ) -> Any:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder, key = named.folder(), named.key
-    settings = read_json(folder / "config.json")
-    dtype = resolve_dtype(requested, settings)
-    attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
+    model_config = read_json(folder / "config.json")
+    dtype = resolve_dtype(requested, model_config)
+    attention = model_config.get("attn_implementation") or model_config.get("_attn_implementation")
     if attention is not None and "/" in str(attention):
-        # Such a name is a repository of compiled code, which the library would fetch and run.
+        # Such a name is a repository of compiled code that the library would fetch and run.
         raise ConfigError(
             f"{key}: {folder}: its config.json asks for attention from the hub, {attention!r}; take it out"
         )
@@ -236,7 +212,7 @@ def _load(
         placement["device_map"] = {"": device}
     if quantization is not None:
         placement["quantization_config"] = _bitsandbytes(quantization, dtype, section)
-    try:
+    with _loading(f"{key}: {folder}", "can't be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -245,46 +221,46 @@ def _load(
             output_loading_info=True,
             **placement,
         )
-    except SafetensorError as error:
-        raise DataError(f"{key}: {folder}: damaged weight file: {error}") from error
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"{key}: {folder}: can't be loaded as a causal language model: {first_line(error)}"
-        ) from error
     model, report = loaded
     if report["missing_keys"]:
-        # The library would go on with random numbers in their place.
+        # The library would continue with random numbers in their place.
         first = min(report["missing_keys"])
         raise ConfigError(
             f"{key}: {folder}: holds no {first} (of {len(report['missing_keys'])} missing weights), which "
             f"{type(model).__name__} needs; it was saved from another class of model, or not whole"
         )
     for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights in the first evaluation; from then on training
-        # gets no gradient through them, and DoRA's norms are those of other weights.
+        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights in the first evaluation. Training then gets no
+        # gradient through them, and DoRA's norms are wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     disable_dropout(model)
-    # An adapter records this as its base; a snapshot's folder in a cache would mean nothing elsewhere.
+    # An adapter records this as its base; a snapshot's folder in a cache has no meaning elsewhere.
     model.name_or_path = named.name
     return model
 
 
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
-    import torch
     from peft import PeftModel
+
+    with _loading(f"adapter {adapter}", "does not fit the model"):
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+
+
+@contextlib.contextmanager
+def _loading(place: str, fault: str) -> Iterator[None]:
+    """Turn the libraries' errors for damaged weights and unusable models into ours."""
+    import torch
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+        yield
     except SafetensorError as error:
-        raise DataError(f"{adapter}: damaged weight file: {error}") from error
+        raise DataError(f"{place}: damaged weight file: {error}") from error
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        raise ConfigError(f"adapter {adapter}: does not fit the model: {first_line(error)}") from error
+        raise ConfigError(f"{place}: {fault}: {first_line(error)}") from error
 
 
 def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
@@ -304,39 +280,43 @@ def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.type,
         bnb_4bit_use_double_quant=settings.double,
-        # Products run in the dtype of the weights that are not quantized, as they would without quantization.
+        # Products run in the dtype of the other weights, as without quantization.
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
 
 
-def _lora_config(settings: LoraSettings) -> Any:
-    from peft import LoraConfig, TaskType
+def _adapter_config(policy: PolicyConfig) -> Any:
+    """Make the PEFT config of the policy's adapter, saved or fresh."""
+    from peft import IA3Config, LoraConfig, PeftConfig, TaskType
 
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        modules_to_save=settings.modules_to_save or None,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-    )
-
-
-def _ia3_config(settings: Ia3Settings) -> Any:
-    from peft import IA3Config, TaskType
-
-    modules = settings.target_modules
-    # Named targets without named feed-forward ones: all of them scale outputs.
-    feedforward = settings.feedforward_modules if modules is None else settings.feedforward_modules or []
+    if policy.adapter is not None:
+        saved: Any = PeftConfig.from_pretrained(str(find_adapter(policy.adapter, "policy.adapter")))
+        saved.inference_mode = False
+        return saved
+    if policy.lora is not None:
+        lora = policy.lora
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type, unused-ignore]  # a float works, the annotation says int
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save or None,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+        )
+    assert policy.ia3 is not None
+    modules, feedforward = policy.ia3.target_modules, policy.ia3.feedforward_modules
+    # If only targets are named, all of them scale outputs.
+    feedforward = feedforward if modules is None else feedforward or []
     return IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=modules, feedforward_modules=feedforward)
 
 
-def _with_fresh_adapter(model: Any, adapter: Any, key: str) -> Any:
+def _with_fresh_adapter(model: Any, policy: PolicyConfig, adapter: Any) -> Any:
     from peft import get_peft_model
 
     try:
         return get_peft_model(model, adapter)
     except ValueError as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+        key = next(key for key in ("adapter", "lora", "ia3") if getattr(policy, key) is not None)
+        raise ConfigError(f"policy.{key}: {one_line(str(error))}") from error

@@ -1,1 +1,1 @@
-"""What models answer: sampled replies, their rewards, their means."""
+"""What models answer, and their means."""

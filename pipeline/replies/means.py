@@ -8,12 +8,7 @@ import numpy as np
 
 from pipeline.replies.records import Generation
 
-__all__ = [
-    "Mean",
-    "estimate",
-    "estimate_kl",
-    "estimate_reward",
-]
+__all__ = ["Mean", "estimate", "estimate_kl", "estimate_reward"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +17,7 @@ class Mean:
 
     mean: float
     error: float | None
-    """None for a single value"""
+    """Standard error; None for a single value"""
     count: int
 
     def __str__(self) -> str:
@@ -30,19 +25,19 @@ class Mean:
 
 
 def estimate_kl(generations: Sequence[Generation]) -> Mean:
-    """Estimate KL(policy || reference), nats per reply: the policy's replies, its log-prob less the reference's."""
+    """Estimate KL(policy || reference), nats per reply: the mean log-ratio of the policy's replies."""
     return estimate([g.policy.policy_logps - g.policy.ref_logps for g in generations])
 
 
 def estimate_reward(generations: Sequence[Generation], side: str) -> Mean | None:
-    """Average the rewards of one side's replies, `reference` or `policy`; None where there are none."""
+    """Average the rewards of one side's replies, `reference` or `policy`; None without rewards."""
     replies = [g.reference if side == "reference" else g.policy for g in generations]
     rewards = [reply.reward for reply in replies if reply.reward is not None]
     return estimate(rewards) if rewards else None
 
 
 def estimate(values: Sequence[float]) -> Mean:
-    """Average at least one value."""
+    """Average one value or more."""
     count = len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
     return Mean(float(np.mean(values)), error, count)

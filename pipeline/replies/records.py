@@ -64,7 +64,7 @@ def read_generations(file: Path) -> list[Generation]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             generations.append(_generation(json.loads(line)))
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise DataError(
                 f"{file}, line {number}: must be a prompt with two replies ({first_line(error)}). "
                 "Run `refshard generate` again"
@@ -72,22 +72,18 @@ def read_generations(file: Path) -> list[Generation]:
     return generations
 
 
-def _generation(row: Any) -> Generation:
-    def optional(key: str, kind: type) -> Any:
-        return None if row.get(key) is None else kind(row[key])
+_OPTIONAL = {"step": int, "temperature": float, "max_tokens": int, "seed": int, "num_prompts": int, "reward_by": str}
 
+
+def _generation(row: Any) -> Generation:
+    given = {name: row[_KEYS.get(name, name)] for name in _OPTIONAL if row.get(_KEYS.get(name, name)) is not None}
     return Generation(
         set_name=str(row["set"]),
         row=int(row["row"]),
         prompt=_text(row["prompt"]),
-        step=optional("step", int),
-        temperature=optional("temperature", float),
-        max_tokens=optional("max_tokens", int),
-        seed=optional("seed", int),
-        num_prompts=optional("prompts", int),
-        reward_by=optional("reward_by", str),
         reference=_reply(row["reference"]),
         policy=_reply(row["policy"]),
+        **{name: kind(given[name]) if name in given else None for name, kind in _OPTIONAL.items()},
     )
 
 

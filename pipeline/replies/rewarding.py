@@ -1,4 +1,4 @@
-"""A reward model gives replies their rewards."""
+"""Rewards of replies from a reward model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,30 +6,28 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.pairs import Message
 from pipeline.models.files import find_model
 
-__all__ = [
-    "load_reward_model",
-]
+__all__ = ["load_reward_model"]
 
 
 def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[Message], Sequence[str]], list[float]]:
-    """Load a sequence classifier with one output, whose number is the reward.
+    """Load a sequence classifier with one output, which is the reward.
 
-    Prompt and reply are put together by the chat template of its tokenizer, where it has one; otherwise as two texts,
-    if its tokenizer knows how to part them, or else one after the other.
+    The tokenizer's chat template joins prompt and reply. Without a template they are two texts if the tokenizer has a
+    separator, and one concatenated text otherwise.
 
     Args:
         name: Folder or hub name.
-        device: Where it computes.
+        device: Device of the model.
 
     Returns:
-        A function of a prompt, text or messages, and of replies to it, that gives a reward for each reply.
+        Function of a prompt, text or messages, and of replies to it, that gives the reward of each reply.
 
     Raises:
-        ConfigError: It can't be loaded, or gives another number of outputs.
+        ConfigError: The model can't be loaded, or has another number of outputs.
     """
     folder = find_model(name, None, "--reward-model")
     try:
@@ -40,20 +38,18 @@ def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[M
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--reward-model {name}: can't be loaded as a sequence classifier: {reason}") from error
+        reason = one_line(str(error))
+        raise ConfigError(f"--reward-model: must be a sequence classifier, got {name} ({reason})") from error
     model, report = model
     if report["missing_keys"]:
-        # A language model without such a head would get a random one.
-        raise ConfigError(f"--reward-model {name}: holds no {min(report['missing_keys'])}, so it is no reward model")
+        # transformers would give a language model without a head a random one.
+        raise ConfigError(f"--reward-model: must have weights {min(report['missing_keys'])}, got {name} without them")
     if model.config.num_labels != 1:
-        raise ConfigError(
-            f"--reward-model {name}: gives {model.config.num_labels} numbers for a text; a reward model gives one"
-        )
+        raise ConfigError(f"--reward-model: must have one output, got {name} with {model.config.num_labels}")
     model = model.to(device).eval()
 
     def reward(prompt: str | list[Message], replies: Sequence[str]) -> list[float]:
-        # One at a time: many a classifier finds the last token by a padding token that it does not have.
+        # One reply at a time: many classifiers find the last token by a padding token that they lack.
         with torch.inference_mode():
             return [float(model(**_encode(tokenizer, prompt, reply).to(device)).logits[0, 0]) for reply in replies]
 

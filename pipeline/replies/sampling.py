@@ -1,9 +1,8 @@
-"""Prompts of a run's own set -> replies of a model, drawn token by token, and what any model makes of replies.
+"""Prompts of a set, replies that a model draws to them, and the log-probs of replies under a model.
 
-At temperature 1 a reply is drawn from the model's distribution as it is: whatever the model's folder says of top_k,
-top_p, temperature or penalties is left aside. So the mean of `log policy - log reference` over the policy's replies
-estimates the KL divergence from the reference without bias. Of replies that are cut off it is that of what stands
-before the cut.
+At temperature 1 a reply is drawn from the model's own distribution: top_k, top_p, temperature and penalties of the
+model's folder are ignored. The mean of log policy - log reference over the policy's replies is then an unbiased
+estimate of the KL divergence. For replies that are cut off, it is the KL of the part before the cut.
 """
 
 import math
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError, UnfinishedError
+from pipeline.base.errors import ConfigError, stopped_as_asked
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import outcomes
@@ -30,18 +29,7 @@ from pipeline.scoring.scorer import Scorer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Prompt",
-    "Sampling",
-    "choose_prompts",
-    "draw_replies",
-    "leave_if_asked",
-    "score_replies",
-    "stop_ids",
-]
-
-_BATCH = 16
-"""Replies that are drawn at once: on a GPU hardly slower than one, and the cache of keys and values stays small."""
+__all__ = ["Prompt", "Sampling", "choose_prompts", "draw_replies", "leave_if_asked", "score_replies", "stop_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +37,35 @@ class Prompt:
     """A prompt of a preference set."""
 
     row: int
-    """Position in the source of the pair that it was taken from"""
+    """Position of its pair in the source"""
     ids: list[int]
-    """As DPO saw them"""
+    """Token ids, as DPO reads them"""
     content: str | list[Message]
-    """As the row has it: text, or a conversation that ends before the reply"""
+    """Text, or a conversation that ends before the reply"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How replies are drawn."""
+    """Options of drawing replies."""
 
     max_tokens: int
-    """Longest reply"""
+    """Number of tokens of the longest reply"""
     temperature: float
-    """1 draws from the model's own distribution, 0 takes the likeliest token"""
+    """1 draws from the model's own distribution, 0 takes the most likely token"""
     seed: int
+    batch_replies: int = 16
+    """Number of replies that are drawn together; a GPU draws 16 about as fast as one, with a small key-value cache"""
 
 
 def choose_prompts(
     source: Source, tokenizer: "PreTrainedTokenizerBase", config: Config, count: int, flag: StopFlag
 ) -> list[Prompt]:
-    """Choose prompts that are spread evenly over a set, all different; fewer where the set has no more.
+    """Choose different prompts, spread evenly over a set; fewer than `count` if the set has no more.
 
-    Of a hub dataset that is streamed it is the first ones, since its end is not known.
+    A streamed hub dataset gives its first prompts, since its length is unknown.
 
     Raises:
-        UnfinishedError: Asked to stop.
+        UnfinishedError: A stop was requested.
     """
     total = count_rows(source)
     if total is None and not (source.format == "hub" and source.streaming):
@@ -89,7 +79,7 @@ def choose_prompts(
             break
         if position < wanted[len(chosen)]:
             continue
-        # A row that was dropped, or whose prompt was there already, leaves its place to the next.
+        # If a row is dropped, or repeats a prompt, the next row takes its place.
         for outcome in outcomes([row], tokenizer, config.data):
             if outcome.kept is None or outcome.pair is None:
                 continue
@@ -101,8 +91,7 @@ def choose_prompts(
 
 
 def stop_ids(config: Config, tokenizer: Any) -> list[int]:
-    """Give the tokens that end a reply, for both models alike: the tokenizer's EOS and those that the policy's model
-    names."""
+    """Give the tokens that end a reply of either model: the tokenizer's EOS, and those of the policy's model."""
     folder = find_model(config.policy.model, config.policy.revision, "policy.model")
     named: Any = getattr(policy_settings(config), "eos_token_id", None)
     if (folder / "generation_config.json").exists():
@@ -121,50 +110,42 @@ def draw_replies(
     flag: StopFlag,
     count: Callable[[int, int], None] = lambda replies, tokens: None,
 ) -> list[list[int]]:
-    """Draw one reply to each prompt; two models that are asked with one seed meet the same random numbers.
+    """Draw one reply to each prompt. Two models with the same prompts and seed use the same random numbers.
 
     Args:
-        model: A causal language model in evaluation mode, with or without adapter.
-        prompts: Token ids.
-        sampling: How.
+        model: Causal language model in evaluation mode, with or without adapter.
+        prompts: Token ids of each prompt.
+        sampling: Options.
         stops: Tokens that end a reply.
-        pad_id: What the shorter prompts of a batch are filled with, on their left.
-        flag: Asks to stop.
-        count: Called with the number of replies that each batch has given, and of their tokens.
+        pad_id: Token that fills the shorter prompts of a batch, on the left.
+        flag: Request to stop.
+        count: Called after each batch with its number of replies and of their tokens.
 
     Returns:
-        Token ids of the replies, in the prompts' order, with the token that ended each; without one where a reply was
-        cut off.
+        Token ids of the replies, in the prompts' order. A reply ends with its stop token unless it was cut off.
 
     Raises:
-        ConfigError: A prompt leaves no room for a reply in what the model can read.
-        UnfinishedError: Asked to stop.
+        ConfigError: A prompt leaves no room for a reply.
+        UnfinishedError: A stop was requested.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    longest = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    device = input_device(model)
     replies: dict[int, list[int]] = {}
-    # Prompts of one length need little padding.
+    # Prompts of similar lengths need little padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
+    for start in range(0, len(order), sampling.batch_replies):
+        batch = order[start : start + sampling.batch_replies]
         width = max(len(prompts[i]) for i in batch)
-        room = min(sampling.max_tokens, longest - width)
-        if room < 1:
-            raise ConfigError(f"a prompt of {width} tokens leaves no room for a reply: the model reads {longest}")
-        ids = torch.tensor([[pad_id] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-        settings = _generation(sampling, int(room), stops, pad_id)
-        # What is not named here would be taken from the model's own.
-        causal.generation_config = settings
-        # Anew for each batch: the models' batches take different numbers of steps.
-        transformers.set_seed(sampling.seed + start)
+        config = _generation_config(causal, width, sampling, stops, pad_id)
+        padded = [[pad_id] * (width - len(prompts[i])) + list(prompts[i]) for i in batch]
+        mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+        # Seed each batch: the two models' batches take different numbers of steps.
+        torch.manual_seed(sampling.seed + start)
         with torch.inference_mode():
             drawn = causal.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                stopping_criteria=transformers.StoppingCriteriaList([_Asked(flag)]),
+                input_ids=torch.tensor(padded, device=input_device(model)),
+                attention_mask=torch.tensor(mask, device=input_device(model)),
+                generation_config=config,
+                stopping_criteria=transformers.StoppingCriteriaList([_StopRequested(flag)]),
             )
         leave_if_asked(flag)
         for i, reply in zip(batch, drawn[:, width:].tolist(), strict=True):
@@ -174,18 +155,26 @@ def draw_replies(
     return [replies[i] for i in range(len(prompts))]
 
 
-def _generation(sampling: Sampling, max_tokens: int, stops: Sequence[int], pad_id: int) -> Any:
-    how: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        # Left out, top_k would be 50.
-        how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_tokens, eos_token_id=list(stops) or None, pad_token_id=pad_id, **how
+def _generation_config(causal: Any, width: int, sampling: Sampling, stops: Sequence[int], pad_id: int) -> Any:
+    longest = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = min(sampling.max_tokens, longest - width)
+    if room < 1:
+        raise ConfigError(f"data.max_length: prompts must be shorter than the model's {longest} tokens, got {width}")
+    # A top_k that is left out would be 50.
+    how: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=int(room),
+        eos_token_id=list(stops) or None,
+        pad_token_id=pad_id,
+        **(how if sampling.temperature > 0 else {"do_sample": False}),
     )
+    # `generate` takes options that are not set here from the model's own configuration.
+    causal.generation_config = config
+    return config
 
 
-class _Asked(transformers.StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """Ends a batch between two tokens when the program is asked to stop."""
+class _StopRequested(transformers.StoppingCriteria):  # type: ignore[misc, unused-ignore]
+    """End a batch between two tokens if a stop is requested."""
 
     def __init__(self, flag: StopFlag) -> None:
         self._flag = flag
@@ -195,9 +184,9 @@ class _Asked(transformers.StoppingCriteria):  # type: ignore[misc, unused-ignore
 
 
 def leave_if_asked(flag: StopFlag) -> None:
-    """Raise UnfinishedError if asked to stop: replies are written once all are there."""
+    """Raise UnfinishedError if a stop was requested. Replies are written only once all are drawn."""
     if flag:
-        raise UnfinishedError("stopped as asked; no replies were written. Run the same command again")
+        raise stopped_as_asked("no replies were written")
 
 
 def score_replies(
@@ -206,14 +195,14 @@ def score_replies(
     """Give a model's logps of replies.
 
     Args:
-        scorer: Holds the model; its adapter, if any, as it is worn now.
+        scorer: Scorer of the model, with its adapter on or off.
         prompts: Token ids of N prompts.
-        replies: One or two lists of N replies each, as token ids.
+        replies: One or two lists of N replies, as token ids.
 
     Returns:
         For each list, the logps of its replies: nats, summed over the tokens.
     """
-    # A prompt and two replies are a pair; a single reply is both sides of its own, and computed once.
+    # Two replies to a prompt make a pair. A single reply is both sides of its pair, and is computed once.
     pairs = [
         TokenizedPair(prompt_ids=list(prompt), chosen_ids=list(one), rejected_ids=list(other))
         for prompt, one, other in zip(prompts, replies[0], replies[-1], strict=True)

@@ -1,1 +1,1 @@
-"""Pages for people: one run, several runs, one store, one pair."""
+"""Pages about a run, a store, a pair."""

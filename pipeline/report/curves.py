@@ -43,7 +43,7 @@ _PANELS = (
         bounds=(0, 1.02),
         level=(0.5, "chance"),
     ),
-    _Panel(title="Reward margin", unit="chosen minus rejected reward", series={"": "rewards/margins"}),
+    _Panel(title="Reward margin", unit="reward, beta × nats", series={"": "rewards/margins"}),
     _Panel(
         title="Rewards: beta times the log-prob shift",
         unit="reward, beta × nats",

@@ -1,8 +1,8 @@
-"""Starts of stage two on one output folder, numbered: the newest one owns the folder, an older one saves no more.
+"""Attempts of stage two on one output folder, numbered: the newest one owns the folder, older ones save no more.
 
-A scheduler that loses sight of a process starts another one, and the first may come back at any time. So each start
-puts a file with the next number into `attempts/`, and looks there again before everything that it saves. The file
-also says what the start began with.
+A scheduler that loses sight of a process starts another one, and the first may come back at any time. So each attempt
+puts a file with the next number into `attempts/`, and looks there again before each save. The file also records what
+the attempt began with.
 """
 
 import contextlib
@@ -19,16 +19,12 @@ from pipeline.base.errors import FencedError
 from pipeline.base.files import make_folder, put_if_absent, storage_error
 from pipeline.base.versions import library_versions
 
-__all__ = [
-    "Attempt",
-    "claim_run",
-    "set_aside",
-]
+__all__ = ["Attempt", "claim_run", "set_aside"]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of stage two."""
+    """One attempt of stage two."""
 
     run_folder: Path
     number: int
@@ -38,11 +34,11 @@ class Attempt:
         return f"{self.number:04d}"
 
     def is_newest(self) -> bool:
-        """Say whether this start still owns the run's folder."""
+        """Return True if this attempt still owns the run's folder."""
         return _newest(self.run_folder) <= self.number
 
     def check(self) -> None:
-        """Make sure that this start still owns the run's folder.
+        """Check that this attempt still owns the run's folder.
 
         Raises:
             FencedError: A newer one has taken over.
@@ -50,13 +46,13 @@ class Attempt:
         newest = _newest(self.run_folder)
         if newest > self.number:
             raise FencedError(
-                f"{self.run_folder}: another start of this run (attempt {newest}) has taken over from this one "
-                f"(attempt {self.number}), which leaves and saves nothing more. Let the newer one finish"
+                f"{self.run_folder}: attempt {newest} of this run has taken over from this one (attempt "
+                f"{self.number}), which stops and saves nothing more. Let the newer one finish"
             )
 
 
 def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:
-    """Take over the run's folder from whatever start of it may still be running.
+    """Take over the run's folder from any other attempt that may still be running.
 
     Raises:
         StorageError: The folder can't be written.
@@ -70,20 +66,20 @@ def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:
     content = (json.dumps(about, indent=1, sort_keys=True) + "\n").encode()
     while True:
         attempt = Attempt(run_folder, _newest(run_folder) + 1)
-        # Of two that start at once, one gets the number and the other the next.
+        # If two begin at once, one gets the number and the other the next.
         if put_if_absent(folder / f"{attempt.name}.json", content):
             return attempt
 
 
 def set_aside(folder: Path) -> str:
-    """Rename a checkpoint that nothing can go on from, out of this start's way; gives its new name.
+    """Rename a checkpoint that no attempt can resume; give its new name.
 
-    Whoever still writes into it goes on doing so there, and its content stays for a look.
+    A process that is still writing into it continues there, and the content stays for inspection.
     """
     number = 0
     while (target := folder.with_name(f"broken-{folder.name}-{number}")).exists():
         number += 1
-    # Another worker may be looking at the same folders.
+    # Another process may be looking at the same folders.
     with contextlib.suppress(FileNotFoundError):
         folder.rename(target)
     return target.name

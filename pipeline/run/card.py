@@ -1,50 +1,53 @@
-"""The model card of a trained policy: what it was trained on, against which reference, with which settings."""
+"""The model card of a trained policy: its data, its reference, its settings."""
 
 import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import one_line
-from pipeline.config.schema import LossConfig
+from pipeline.base.versions import library_versions
+from pipeline.config.schema import Config, LossConfig
+from pipeline.data.sources import open_source
+from pipeline.run.inputs import RunInputs
 
-__all__ = [
-    "model_card",
-]
+__all__ = ["hub_names", "model_card"]
 
 
 def model_card(
+    inputs: RunInputs,
     *,
     name: str,
-    base_model: str,
-    reference: str,
-    fingerprint: str,
-    dataset: str,
     pairs: int,
     loss: Mapping[str, Any],
-    adapter: str | None,
+    hub: Mapping[str, Any],
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
-    versions: Mapping[str, str],
-    hub_model: str | None,
-    hub_dataset: str | None,
 ) -> str:
     """Write the card as Markdown with the hub's YAML header.
 
     Names come from settings and data, so they are quoted: in the header as JSON strings, which YAML reads, in the
     text as code.
+
+    Args:
+        inputs: What the run's last attempt began with.
+        name: Title of the card.
+        pairs: Number of pairs that were trained on.
+        loss: The `loss` section.
+        hub: What `hub_names` gives.
+        training: Settings of the training to show.
+        metrics: Held-out metrics by name; timings are left out.
     """
+    adapter, dataset = inputs.policy.adapter, inputs.sets["train"].dataset
     header = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "refshard", "preference-optimization"],
+        **hub,
     }
-    # The hub accepts names of its own here, no paths.
-    if hub_model is not None:
-        header["base_model"] = hub_model
-    if hub_dataset is not None:
-        header["datasets"] = [hub_dataset]
+    metrics = {key: value for key, value in metrics.items() if not any(word in key for word in _TIMINGS)}
     lines = ["---"]
     lines += [f"{key}: {_quoted(value)}" for key, value in header.items()]
     lines += [
@@ -57,10 +60,10 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        f"| policy before training | {_code(base_model)} |",
+        f"| policy before training | {_code(inputs.policy.model)} |",
         f"| trained weights | {_code(adapter) if adapter else 'all'} |",
-        f"| reference | {_code(reference)} |",
-        f"| fingerprint of the reference log-probs | `{fingerprint}` |",
+        f"| reference | {_code(inputs.reference.name)} |",
+        f"| fingerprint of the reference log-probs | `{inputs.reference.fingerprint}` |",
         f"| data | {_code(dataset)}, {pairs:,} pairs |",
         f"| loss | {_code(_named_loss(loss))}, beta {loss['beta']:g} |",
     ]
@@ -68,12 +71,25 @@ def model_card(
     if metrics:
         lines += ["", "## Held-out pairs", "", "| metric | value |", "|---|---|"]
         lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
-    lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()), ""]
+    lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in library_versions().items()), ""]
     return "\n".join(lines)
 
 
+def hub_names(config: Config) -> dict[str, Any]:
+    """Name policy and dataset in the header's fields, which take names on the hub alone, no paths."""
+    names: dict[str, Any] = {}
+    if not Path(config.policy.model).exists():
+        names["base_model"] = config.policy.model
+    if open_source(config.data).format == "hub":
+        names["datasets"] = [config.data.path]
+    return names
+
+
+_TIMINGS = ("runtime", "per_second", "preparation_time")
+
+
 def _named_loss(loss: Mapping[str, Any]) -> str:
-    """The losses with their weights, and every option that is not left as it is."""
+    """Name the losses with their weights, and every option that is not its default."""
     names = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
     weights = loss.get("weights") or [1] * len(names)
     text = " + ".join(
@@ -88,14 +104,13 @@ _LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
 
 
 def _quoted(value: Any) -> str:
-    """The value as JSON that YAML reads as well: it knows no pairs of surrogates, so only what does not print is
-    escaped."""
+    """Give the value as JSON that is also YAML, which has no surrogate pairs: escape only unprintable characters."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _plain(value: Any) -> str:
-    """Text that can't end its table cell, start markup, or span lines."""
+    """Escape text so that it can't end its table cell, start markup, or span lines."""
     text = one_line(str(value))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
@@ -104,6 +119,6 @@ def _plain(value: Any) -> str:
 
 def _code(value: Any) -> str:
     text = one_line(str(value)).replace("`", "'")
-    # Backslashes before a pipe would escape each other, and leave the pipe to end the cell.
+    # Backslashes before a pipe would escape each other, and the pipe would end the cell.
     text = re.sub(r"\\*\|", lambda _: r"\|", text)
     return f"`{text}`"

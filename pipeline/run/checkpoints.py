@@ -1,7 +1,7 @@
-"""Checkpoints that count: a marker with sizes and digests, written last; resume takes the newest that holds.
+"""Committed checkpoints: a marker with sizes and digests is written last, and resume takes the newest that holds.
 
 The library's own resume takes the highest number, accepts a missing optimizer and flipped bits, and stops at a
-half-written folder. So a checkpoint without our marker is one that a kill cut short, and is set aside.
+half-written folder. Here a checkpoint without a marker counts as cut short by a kill, and is set aside.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ __all__ = [
     "find_checkpoint",
     "is_recorded",
     "newest_step",
-    "newest_whole",
     "processes_of",
     "refuse_other_run",
     "saved_policy",
@@ -39,16 +38,14 @@ __all__ = [
 ]
 
 MARKER = "refshard-commit.json"
-
-
-# What the library's own saving on a signal leaves in a folder until it is done. It is off here, but folders travel.
+# The library's own saving on a signal leaves this file until it is done. It is off here, but a folder may be copied.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], attempt: int = 0) -> None:
-    """Write the marker of a checkpoint whose files are all there: their sizes and SHA-256, step, identity.
+    """Write the marker of a complete checkpoint: sizes and SHA-256 of its files, step, identity, its own digest.
 
-    All of it is on the disk before the marker is. The marker carries a digest of itself.
+    All files are synced to the disk before the marker is written.
 
     Raises:
         StorageError: The disk is full or failing; the checkpoint stays uncommitted.
@@ -62,15 +59,15 @@ def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], atte
 
 
 def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> Path | None:
-    """Give the newest checkpoint whose marker and files hold, or None where no training was saved yet.
+    """Give the newest checkpoint whose marker and files hold, or None if none was committed yet.
 
-    Newer folders are renamed, never deleted, with a warning: one without a marker was being written when the process
-    died, one with a marker that does not hold is damaged. Where none is left to go on from, but there were some, all
-    stay as they are, so that the same command says the same again and never starts from the beginning by itself.
+    Newer folders are renamed, never deleted, with a warning. One without a marker was being written when the process
+    died; one whose marker does not hold is damaged. If all committed ones are damaged, they stay as they are, so that
+    the same command fails again and never starts over by itself.
 
     Raises:
-        IdentityError: The checkpoint is of a run with other settings, named field by field.
-        DataError: Checkpoints were committed, but every one of them is damaged.
+        IdentityError: The checkpoint is of a run with other settings; each is named.
+        DataError: Checkpoints were committed, but all of them are damaged.
     """
     unfit: dict[Path, str] = {}
     for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
@@ -89,15 +86,15 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
             )
     for broken, problem in unfit.items():
         kind = "damaged" if (broken / MARKER).exists() else "cut short while it was saved"
-        warn(f"{broken}: {kind} ({problem}); set aside as {set_aside(broken)}, going on without it")
+        warn(f"{broken}: {kind} ({problem}); set aside as {set_aside(broken)}")
     return folder
 
 
 def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a folder whose newest readable checkpoint is of another run, without a look at its files.
+    """Refuse a folder whose newest readable marker is of another run. Checkpoints' files are not read.
 
     Raises:
-        IdentityError: The differing settings are named.
+        IdentityError: The settings differ; each is named.
     """
     for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         with contextlib.suppress(DataError, StorageError):
@@ -109,52 +106,42 @@ def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
     """Give the run's checkpoints by step, whatever their state."""
-    # Only the library's own names: checkpoint-500-backup is somebody's copy, to be left alone.
+    # Only the library's own names: checkpoint-500-backup is a user's copy.
     found = {p: re.fullmatch("checkpoint-([0-9]+)", p.name) for p in run_folder.glob("checkpoint-*") if p.is_dir()}
     return {int(name[1]): p for p, name in found.items() if name}
 
 
 def newest_step(run_folder: Path) -> int:
-    """Step of the newest committed checkpoint, 0 if there is none. Only looks; its files are not checked."""
+    """Give the step of the newest committed checkpoint, 0 if there is none. Its files are not checked."""
     committed = (step for step, folder in checkpoint_folders(run_folder).items() if (folder / MARKER).exists())
     return max(committed, default=0)
 
 
-def newest_whole(run_folder: Path) -> tuple[int, Path] | None:
-    """Give the step and the folder of the newest checkpoint whose marker and files hold. Only looks."""
-    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
-        if _problem(folder, step) is None:
-            return step, folder
-    return None
-
-
 def saved_policy(run_folder: Path) -> tuple[int, Path]:
-    """Give step and folder of a run's policy: the finished one, or the newest whole checkpoint. Only looks.
+    """Give step and folder of a run's policy: the finished one, or the newest whole checkpoint.
 
     Raises:
         UnfinishedError: Nothing was saved yet.
     """
     if is_recorded(run_folder):
         return int(read_json(run_folder / RECORD)["step"]), run_folder
-    saved = newest_whole(run_folder)
-    if saved is None:
-        raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
-    return saved
+    for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
+        if _problem(folder, step) is None:
+            return step, folder
+    raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
 
 
 def trained_weights(config: Config, folder: Path, option: str) -> Path:
-    """Give the folder that holds the trained policy where a user names a run, finished or not, or a checkpoint.
-
-    A copy of either's weights, without what a run records, will do as well.
+    """Give the folder that holds a trained policy.
 
     Args:
-        config: Says whether they are an adapter's or a whole model's.
-        folder: What the user named.
-        option: The option that it was named with, for messages.
+        config: Settings of the policy: an adapter or a whole model.
+        folder: Folder of a run, finished or not, of a checkpoint, or of a copy of its weights.
+        option: Option that names the folder, for messages.
 
     Raises:
-        ConfigError: It is neither, or its weights are not of this kind of policy.
-        UnfinishedError: It is a run's, and nothing was saved yet.
+        ConfigError: The folder holds no weights of this kind of policy.
+        UnfinishedError: The folder is a run's, and nothing was saved yet.
     """
     if is_recorded(folder) or checkpoint_folders(folder) or (folder / SETTINGS).exists():
         folder = saved_policy(folder)[1]
@@ -173,12 +160,12 @@ def trained_weights(config: Config, folder: Path, option: str) -> Path:
 
 
 def is_recorded(run_folder: Path) -> bool:
-    """Whether the run is recorded as finished."""
+    """Return True if the run is recorded as finished."""
     return (run_folder / RECORD).exists()
 
 
 def delete_run(run_folder: Path) -> None:
-    """Delete what an earlier run of this program recorded and saved for going on; the weights get replaced."""
+    """Delete an earlier run's records and checkpoints. Its weights stay until they are replaced."""
     (run_folder / RECORD).unlink(missing_ok=True)
     delete_records(run_folder)
     for folder in (*checkpoint_folders(run_folder).values(), *run_folder.glob("references")):
@@ -186,14 +173,14 @@ def delete_run(run_folder: Path) -> None:
 
 
 def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
-    """Delete the checkpoints that are older than the newest `keep` whole ones, and at least two of those.
+    """Delete the checkpoints that are older than the newest `keep` whole ones (at least 2).
 
-    Folders that are not whole are not counted. Whole means here that the marker and all sizes hold.
+    A whole checkpoint is one whose marker and sizes hold. Others are not counted.
 
     Args:
-        run_folder: Where they are.
+        run_folder: Folder of the run.
         keep: The user's `save_total_limit`.
-        best: Name of the one that is kept whatever its age.
+        best: Name of the best checkpoint, which is kept at any age.
     """
     folders = checkpoint_folders(run_folder)
     whole = sorted(step for step, folder in folders.items() if _problem(folder, step, digests=False) is None)
@@ -202,13 +189,13 @@ def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
         return
     for step, folder in folders.items():
         if step < kept[0] and folder.name != best:
-            # First the marker: a deletion that is cut short must not leave what looks like a damaged checkpoint.
+            # The marker first, so that a deletion that is cut short does not look like damage.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
-    """Say what is wrong with a checkpoint, naming the file; None if nothing is."""
+    """Describe what is wrong with a checkpoint; None if nothing is."""
     if not (folder / MARKER).exists():
         return f"it has no {MARKER}"
     try:
@@ -231,7 +218,7 @@ def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        # Not the cached digest: a checkpoint is judged by what is on the disk now.
+        # Not the cached digest: the disk's content may have changed.
         if digests and read_sha256(file) != expected["sha256"]:
             return f"{name} has another SHA-256"
     return None
@@ -247,10 +234,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def processes_of(checkpoint: Path) -> int:
-    """Say how many processes saved a checkpoint, by the random states that are in it.
+    """Count the processes that saved a checkpoint, by their random states.
 
     Raises:
-        DataError: There is none, or not that of every process.
+        DataError: The random state of a process is missing.
     """
     found = {file.name for file in checkpoint.glob("rng_state*.pth")}
     if "rng_state.pth" in found:
@@ -258,5 +245,5 @@ def processes_of(checkpoint: Path) -> int:
     wanted = [f"rng_state_{rank}.pth" for rank in range(max(len(found), 2))] if found else ["rng_state.pth"]
     for name in wanted:
         if name not in found:
-            raise DataError(f"{checkpoint}: {name} is missing, so that the run can't go on as if it never stopped")
+            raise DataError(f"{checkpoint}: {name} is missing, so the run can't resume exactly")
     return len(found)

@@ -1,12 +1,12 @@
-"""What a run writes down for people while it goes: its log, what it reads, margins, generations, what stage one cost.
+"""Records of a run for people.
 
-    RUN/log.jsonl              a line at each start, log, evaluation and end, appended
-    RUN/inputs.json            reference, policy, sets: what this start began with
-    RUN/margins/NAME.parquet   a row a pair, of the newest evaluation; `train`: the last pairs trained on
+    RUN/log.jsonl              a line for each start of an attempt, log, evaluation and end, appended
+    RUN/inputs.json            reference, policy, sets: what the last attempt began with
+    RUN/margins/NAME.parquet   a row a pair, of the newest evaluation; `train`: the last trained pairs
     RUN/generations.jsonl      replies of the reference and of the policy to the same prompts (refshard generate)
-    OUTPUT/costs/*.json        one for each time that a worker of stage one scored something
+    OUTPUT/costs/*.json        costs of stage one, a file for each worker's work on a set
 
-Nothing here decides anything: each file may be deleted, and none is part of a run's or a store's identity.
+Each file may be deleted, and none is part of a run's or a store's identity.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, StorageError
-from pipeline.base.files import make_folder, parse_json, replace_file, write_json
+from pipeline.base.files import make_folder, parse_json, replace_file, storage_error, write_json
 from pipeline.base.folders import Folder
 from pipeline.base.progress import without_nan
 from pipeline.replies.records import GENERATIONS
@@ -50,13 +50,13 @@ LOG, INPUTS, MARGINS, COSTS = "log.jsonl", "inputs.json", "margins", "costs"
 
 
 MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift", "rejected_shift")
-"""Of a pair, nats but for the reward margin: chosen minus rejected logps under either model; policy minus reference"""
+"""Columns of a pair: chosen minus rejected logps under either model, nats; reward margin; log-ratios, nats"""
 
 
 class RunLog:
-    """Appends to a run's log, as long as its start is the newest.
+    """Appends to a run's log, as long as its attempt is the newest.
 
-    A disk that refuses a line costs that line, not the run: it is said once.
+    If the disk refuses a line, the line is lost and the run continues, with one warning.
     """
 
     def __init__(self, attempt: Attempt) -> None:
@@ -71,7 +71,7 @@ class RunLog:
         line = json.dumps(without_nan({"kind": kind, "time": time.time(), "attempt": self._attempt.number, **record}))
         try:
             with self._file.open("a+b") as log:
-                # A line that a kill has cut short must not swallow this one.
+                # Start a new line after one that a kill has cut short.
                 log.seek(-1 if log.tell() else 0, 2)
                 log.write(b"" if log.read(1) in (b"", b"\n") else b"\n")
                 log.write(line.encode() + b"\n")
@@ -82,21 +82,21 @@ class RunLog:
 
 
 def write_inputs(run_folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Write down what a start of the run began with. Raises StorageError."""
+    """Write what an attempt begins with. Raises StorageError."""
     write_json(run_folder / INPUTS, inputs)
 
 
 def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
-    """Write what a set's pairs have come to, in place of what an earlier evaluation wrote.
+    """Write the margins of a set's pairs, in place of an earlier evaluation's.
 
     Args:
-        run_folder: Of the run.
-        name: Of the set.
-        step: After which this was measured.
-        rows: [P, 5], as `MARGIN_COLUMNS`.
+        run_folder: Folder of the run.
+        name: Name of the set.
+        step: Step of the evaluation.
+        rows: Values of `MARGIN_COLUMNS`, [P, 5].
 
     Raises:
-        StorageError: They can't be written.
+        StorageError: The file can't be written.
     """
     schema = pa.schema([pa.field(column, pa.float32(), nullable=False) for column in MARGIN_COLUMNS])
     table = pa.table([rows[:, i] for i in range(rows.shape[1])], schema=schema)
@@ -106,19 +106,19 @@ def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.f
     try:
         make_folder(folder)
     except OSError as error:
-        raise StorageError(f"{folder}: can't be made ({error.strerror or error})") from error
+        raise storage_error(folder, error) from error
     replace_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
 
 
 def delete_records(run_folder: Path) -> None:
-    """Delete what an earlier run in this folder wrote down."""
+    """Delete the records of an earlier run in this folder."""
     for name in (LOG, INPUTS, GENERATIONS):
         (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / MARGINS, ignore_errors=True)
 
 
 def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:
-    """Write down what a worker's work on one set has cost, as far as the disk lets it."""
+    """Record the costs of a worker's work on one set; warn if the disk fails."""
     folder = output.child(COSTS)
     try:
         folder.make()
@@ -128,9 +128,9 @@ def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:
 
 
 def delete_costs(output: Folder, name: str) -> None:
-    """Delete what the work on one set has cost, whose store is deleted too. Raises StorageError."""
+    """Delete the costs of one set, whose store is deleted too. Raises StorageError."""
     folder = output.child(COSTS)
-    # The rest of a name is a number of our own; another set may be named `NAME-2`.
+    # Match the whole suffix: another set may be named `NAME-2`.
     mine = re.compile(rf"{re.escape(name)}-[0-9a-f]{{12}}\.json")
     for file in folder.names():
         if mine.fullmatch(file):
@@ -138,7 +138,7 @@ def delete_costs(output: Folder, name: str) -> None:
 
 
 def read_costs(output: Folder) -> list[dict[str, Any]]:
-    """Read what all workers have written down; what can't be read is left out."""
+    """Read the costs of all workers; files that can't be read are left out."""
     folder = output.child(COSTS)
     costs = []
     with contextlib.suppress(StorageError):

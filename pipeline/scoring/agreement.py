@@ -1,11 +1,16 @@
-"""Bound the difference between two scorings of the same pairs: rounding, and the noise floor of a store."""
+"""Compare two scorings of the same pairs: rounding, and the noise floor of a store."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["ROUNDING", "NoiseFloor", "allowed_gap"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ROUNDING", "Agreement", "NoiseFloor", "allowed_gap", "compare", "completion_gap"]
 
 _FLOORS = 4.0
-"""How many times the noise floor is allowed: training batches differ more from stage one's than its own did."""
+"""Multiple of the noise floor that is allowed: training batches differ more from stage one's than those did"""
 
 
 ROUNDING = {
@@ -13,23 +18,30 @@ ROUNDING = {
     "float32": (1e-4, 5e-3),
     "float16": (2e-2, 5e-1),
     "bfloat16": (1e-1, 3.0),
-    # LLM.int8() rounds activations, and which of them it leaves alone depends on the batch.
+    # LLM.int8() rounds activations except some columns, and the batch decides on those.
     "int8": (1e-1, 3.0),
 }
-"""Mean and largest difference, nats a token, that rounding alone may make between two ways of computing in a dtype:
-pure bf16 weights against float32 weights under autocast, for one."""
+"""Mean and largest difference, nats a token, that rounding may make between two ways of computing in a dtype, such as
+pure bf16 weights and float32 weights under autocast"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """How far token logps move when the same pairs are scored in other company: model, dtype and kernel's own noise."""
+    """Noise of model, dtype and kernel: how far token logps move if the same pairs are scored in another batch."""
 
     tokens: int = 0
-    """Tokens that were scored twice"""
+    """Number of tokens that were scored twice"""
     mean: float = 0.0
     """Mean absolute difference, nats"""
     largest: float = 0.0
     """Largest absolute difference, nats"""
+
+    @classmethod
+    def of(cls, gaps: Sequence[npt.NDArray[np.float64]]) -> "NoiseFloor":
+        """Measure the differences of all completions; those that are not finite are left out."""
+        flat = np.abs(np.concatenate([np.empty(0), *gaps]))
+        flat = flat[np.isfinite(flat)]
+        return cls(tokens=len(flat), mean=float(flat.mean()), largest=float(flat.max())) if len(flat) else cls()
 
     def __add__(self, other: "NoiseFloor") -> "NoiseFloor":
         tokens = self.tokens + other.tokens
@@ -39,12 +51,59 @@ class NoiseFloor:
         )
 
 
-def allowed_gap(noise: NoiseFloor, dtype: str) -> tuple[float, float]:
-    """Mean and largest difference, nats a token, that two scorings of one pair by one model may have.
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Difference between two scorings of the same completions, nats a token."""
+
+    mean: float
+    """Mean absolute difference"""
+    largest: float
+    """Largest absolute difference"""
+    allowed: tuple[float, float]
+    """Largest mean and largest single difference that pass"""
+
+    @property
+    def agrees(self) -> bool:
+        """Return True if both are within what is allowed; NaN is not."""
+        return self.mean <= self.allowed[0] and self.largest <= self.allowed[1]
+
+    def __str__(self) -> str:
+        return (
+            f"token logps {self.mean:.2g} nats apart on average, {self.largest:.2g} at most "
+            f"(allowed {self.allowed[0]:.2g} and {self.allowed[1]:.2g})"
+        )
+
+
+def completion_gap(logps: Any, stored_logps: Any, stored_sum: float) -> npt.NDArray[np.float64]:
+    """Subtract what is stored of one completion from its token logps.
 
     Args:
-        noise: The noise floor that stage one measured.
-        dtype: Of the model's weights; `int8` where they are in 8 bits.
+        logps: Token logps, [tokens] nats.
+        stored_logps: Stored token logps, [tokens] nats; None if only the sum is stored.
+        stored_sum: Their stored sum, nats.
+
+    Returns:
+        Differences, [tokens] nats; if only the sum is stored, its difference divided by the tokens, [1].
     """
-    mean, largest = ROUNDING[dtype]
+    found = np.asarray(logps, dtype=np.float64)
+    if stored_logps is None:
+        return np.array([(found.sum() - stored_sum) / len(found)])
+    return found - np.asarray(stored_logps, dtype=np.float64)
+
+
+def compare(gaps: Sequence[npt.NDArray[np.float64]], allowed: tuple[float, float]) -> Agreement:
+    """Judge the differences of all completions by what is allowed, from `allowed_gap`."""
+    flat = np.abs(np.concatenate(gaps))
+    return Agreement(mean=float(flat.mean()), largest=float(flat.max()), allowed=allowed)
+
+
+def allowed_gap(noise: NoiseFloor, dtype: str, *, in_8_bits: bool = False) -> tuple[float, float]:
+    """Give the mean and the largest difference, nats a token, that two scorings of one pair by one model may have.
+
+    Args:
+        noise: Noise floor that stage one measured.
+        dtype: Dtype of the model's weights.
+        in_8_bits: The weights are quantized to 8 bits.
+    """
+    mean, largest = ROUNDING["int8" if in_8_bits else dtype]
     return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest

@@ -1,11 +1,11 @@
 """Attention over a packed row, in which the completions of a group share their prompt.
 
-`switch_attention` registers an attention function with transformers under a name of its own and has the model use
-it. Where a call carries a layout, the function attends group by group; where it carries none, it is the function
-that the model had before. No model is patched: transformers hands unknown keywords of forward down to its attention.
+`switch_attention` registers an attention function with transformers under a name of its own, and has the model use
+it. If a call carries a layout, the function attends group by group. Otherwise it calls the function that the model
+had before. No model is patched: transformers passes unknown keywords of forward down to its attention.
 
-On a GPU one flex-attention kernel serves the whole row and skips the blocks in which nothing is seen; elsewhere each
-sequence is one scaled-dot-product call. Neither makes a mask of the whole row.
+On a GPU, one flex-attention kernel serves the whole row and skips blocks in which nothing is visible. On a CPU, each
+sequence is one scaled-dot-product call. Neither builds a mask of the whole row.
 """
 
 import inspect
@@ -19,32 +19,34 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.scoring.packing import Layout
+from pipeline.scoring.packing import Kernel, Layout
 
-__all__ = [
-    "NOT_A_MASK",
-    "switch_attention",
-]
+__all__ = ["NOT_A_MASK", "switch_attention"]
 
 _PREFIX = "refshard_"
 
 
-# A mask of four dimensions is taken by transformers as made already, and this one is never looked at.
+# transformers takes a mask of four dimensions as ready-made. Packed attention never reads this one.
 NOT_A_MASK = torch.zeros((1, 1, 1, 1))
 
 
-# Queries of one call where a mask is needed: what it takes grows with the sequence's length, not with its square.
+# Queries of one masked call. Memory then grows with the sequence's length, not with its square.
 _ROWS = 512
 
 
-# What transformers hands down that changes nothing about how much a token sees of another.
+# Keywords from transformers that do not change which tokens see each other.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_router_logits", "is_causal"}
 
 
-def switch_attention(model: Any) -> bool:
-    """Let the model's attention answer `layout=...`; without that argument it stays as it is.
+# Keywords that a kernel is made of.
+_KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
 
-    False where the model's class does not take its attention from transformers' interface.
+
+def switch_attention(model: Any) -> bool:
+    """Let the model's attention accept `layout=...`; without that argument it stays as it is.
+
+    Returns:
+        False if the model's class does not take its attention from transformers' interface.
     """
     current = model.config.get_text_config()._attn_implementation
     if str(current).startswith(_PREFIX):
@@ -52,7 +54,7 @@ def switch_attention(model: Any) -> bool:
     if current not in ("sdpa", "eager"):
         return False
     AttentionInterface.register(f"{_PREFIX}{current}", {"sdpa": _sdpa_or_packed, "eager": _eager_or_packed}[current])
-    # Without a layout, masks are those of the implementation that stands behind.
+    # Calls without a layout get the masks of the original implementation.
     AttentionMaskInterface.register(f"{_PREFIX}{current}", ALL_MASK_ATTENTION_FUNCTIONS[current])
     try:
         model.set_attn_implementation(f"{_PREFIX}{current}")
@@ -68,7 +70,7 @@ def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **
         kwargs.get("softcap") is not None
         and "softcap" not in inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
     ):
-        # transformers 5.17 goes on without the cap; packed rows with it would be another model than padded ones.
+        # transformers 5.17 ignores the cap in padded rows; packed rows with it would be another model.
         raise NotImplementedError("this attention caps no scores")
     return _packed(module, *tensors, layout=layout, **kwargs)
 
@@ -80,7 +82,7 @@ def _eager_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, *
     return _packed(module, *tensors, layout=layout, **kwargs)
 
 
-# Not traced by torch.compile: what is computed follows from the layout, so every batch would be compiled anew.
+# Not traced by torch.compile: the layout decides what is computed, so every batch would be compiled anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed(
     module: Any,
@@ -90,71 +92,72 @@ def _packed(
     attention_mask: torch.Tensor | None = None,
     *,
     layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over a packed row: query [1, heads, T, size], key and value [1, fewer heads, T, size].
+    """Attend over a packed row.
+
+    Args:
+        module: The attention module.
+        query: [1, heads, T, size]
+        key: [1, heads or fewer, T, size]
+        value: As `key`.
+        attention_mask: `NOT_A_MASK`.
+        layout: Positions of the row's groups.
+        **keywords: What transformers passes to an attention function.
 
     Returns:
-        [1, T, heads, size], and None in the place of the attention's weights.
+        [1, T, heads, size], and None in place of the attention weights.
 
     Raises:
-        NotImplementedError: The family asks for something that a packed row is not known to give.
+        NotImplementedError: The layer uses a keyword or a mask that packed rows do not support.
     """
-    asked = {name for name, given in kwargs.items() if given is not None and given is not False} - _HARMLESS
-    if asked:
-        raise NotImplementedError(f"packed attention knows nothing of {', '.join(sorted(asked))}")
+    unknown = {name for name, given in keywords.items() if given is not None and given is not False}
+    unknown -= _HARMLESS | _KNOWN
+    if unknown:
+        raise NotImplementedError(f"packed attention does not support {', '.join(sorted(unknown))}")
     if attention_mask is None or attention_mask.shape != NOT_A_MASK.shape:
-        # A layer put something into it, or made one of its own: a bias by distance, a choice of the best keys.
-        raise NotImplementedError("packed attention knows nothing of a mask that a layer made itself")
-    if sliding_window is not None:
-        layout.memo["window"] = sliding_window
+        # A layer changed the mask or made one of its own: a bias by distance, a choice of the best keys.
+        raise NotImplementedError("packed attention does not support a mask that a layer made itself")
+    kernel = Kernel(
+        scaling=keywords.get("scaling"),
+        dropout=keywords.get("dropout", 0.0),
+        window=keywords.get("sliding_window"),
+        softcap=keywords.get("softcap"),
+    )
+    if layout.kernels is not None:
+        layout.kernels.add(kernel)
     if query.device.type == "cuda":
-        return _flex(module, query, key, value, layout, scaling, dropout, sliding_window, softcap), None
+        return _flex(module, query, key, value, layout, kernel), None
     heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads:
         key, value = (tensor.repeat_interleave(heads // key_heads, dim=1) for tensor in (key, value))
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _attend(q, k, v, layout, scaling, dropout, sliding_window, softcap)
-
-    # The prompt goes with its first completion. Split, not sliced: the gradient is then put together in one piece.
+    # A prompt is computed together with its first completion. Splitting, unlike slicing, gives backward one tensor.
     sizes = [n for prompt, (first, *others) in layout.groups for n in (prompt + first, *others)]
     pieces = zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for prompt, (_, *others) in layout.groups:
         q, k, v = next(pieces)
-        outputs.append(attend(q, k, v))
+        outputs.append(_attend(q, k, v, layout, kernel))
         k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
         for _ in others:
             q, k, v = next(pieces)
             if q.shape[2]:
                 k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            outputs.append(attend(q, k, v))
+            outputs.append(_attend(q, k, v, layout, kernel))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, kernel: Kernel
 ) -> torch.Tensor:
-    """Attend causally, queries being the last ones of the sequence that the keys are: [1, heads, queries, size]."""
+    """Attend causally; the queries are the last tokens of the sequence of keys: [1, heads, queries, size]."""
     queries, keys = query.shape[2], key.shape[2]
     if queries == 0:
         return query[..., :0].new_zeros((*query.shape[:3], value.shape[3]))
-    if window is not None and keys <= window:
-        window = None
-    if queries == keys and window is None and softcap is None:
-        return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    window = None if kernel.window is not None and keys <= kernel.window else kernel.window
+    options: dict[str, Any] = {"dropout_p": kernel.dropout, "scale": kernel.scaling}
+    if queries == keys and window is None and kernel.softcap is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     outputs = []
     for start in range(0, queries, _ROWS):
         q = query[:, :, start : start + _ROWS]
@@ -163,63 +166,47 @@ def _attend(
         first = 0 if window is None else max(0, end - rows - window + 1)
         k, v = key[:, :, first:end], value[:, :, first:end]
         mask = _causal_mask(layout, rows, end - first, window, q)
-        if softcap is None:
-            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling))
+        if kernel.softcap is None:
+            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
         else:
-            outputs.append(_softcapped(q, k, v, mask, scaling, dropout, softcap))
+            outputs.append(_softcapped(q, k, v, mask, kernel, kernel.softcap))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _causal_mask(layout: Layout, rows: int, columns: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Make what is added to scores where the last query sees the last key: [rows, columns], 0 or minus infinity."""
+    """Make the mask added to scores, in which the last query sees the last key: [rows, columns], 0 or -inf."""
     name = (rows, columns, window, like.dtype, like.device)
-    if name not in layout.memo:
+    if name not in layout.masks:
         distance = torch.arange(columns - rows, columns, device=like.device)[:, None]
         distance = distance - torch.arange(columns, device=like.device)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        layout.memo[name] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
-            hidden, float("-inf")
-        )
-    mask: torch.Tensor = layout.memo[name]
+        zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        layout.masks[name] = zeros.masked_fill_(hidden, float("-inf"))
+    mask: torch.Tensor = layout.masks[name]
     return mask
 
 
 def _softcapped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, kernel: Kernel, softcap: float
 ) -> torch.Tensor:
-    """Attend with scores softcap * tanh(scores / softcap), as Gemma 2 does, which no fused kernel here knows."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    """Attend with scores softcap * tanh(scores / softcap), as Gemma 2 does; no fused kernel here supports it."""
+    scale = query.shape[-1] ** -0.5 if kernel.scaling is None else kernel.scaling
     scores = (query @ key.transpose(2, 3)) * scale  # [1, heads, rows, columns]
     scores = torch.tanh(scores / softcap) * softcap + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.dropout(weights, dropout, train=dropout > 0) @ value
+    return torch.dropout(weights, kernel.dropout, train=kernel.dropout > 0) @ value
 
 
 def _flex(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, kernel: Kernel
 ) -> torch.Tensor:
     # A model may be spread over several devices.
-    name = ("blocks", window, query.device)
-    if name not in layout.memo:
-        layout.memo[name] = _block_mask(layout, window, query.device)
+    name = ("blocks", kernel.window, query.device)
+    if name not in layout.masks:
+        layout.masks[name] = _block_mask(layout, kernel.window, query.device)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-    output: torch.Tensor = attend(
-        module, query, key, value, layout.memo[name], scaling=scaling, dropout=dropout, softcap=softcap
-    )[0]
+    options = {"scaling": kernel.scaling, "dropout": kernel.dropout, "softcap": kernel.softcap}
+    output: torch.Tensor = attend(module, query, key, value, layout.masks[name], **options)[0]
     return output
 
 
@@ -227,9 +214,9 @@ _BLOCK = 128
 
 
 def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any:
-    """Say which blocks of 128 queries and 128 keys have anything to compute, and which need no mask at all.
+    """List the blocks of 128 queries and 128 keys to compute, and those of them that need no mask.
 
-    Made from the layout, block by block: a mask of every query and key, T * T of them, never exists.
+    The lists are made from the layout, so a mask of all T * T queries and keys never exists.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -241,8 +228,8 @@ def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any
     total = sum(n for *_, n in parts)
     blocks = -(-total // _BLOCK)
     sizes = torch.tensor([n for *_, n in parts])
-    # Each [T], filled up to whole blocks with what stands last: the token's group, its completion there (0 is the
-    # prompt), its position.
+    # Each token's group, its completion in that group (0 is the prompt), and its position: each [T], padded to whole
+    # blocks with the last value.
     group, completion = (torch.tensor([part[i] for part in parts]).repeat_interleave(sizes) for i in (0, 1))
     position = torch.cat([torch.arange(start, start + n) for _, _, start, n in parts])
     group, completion, position = (
@@ -259,7 +246,7 @@ def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any
     index = torch.arange(blocks, device=device)
     before = index[:, None] > index  # [query blocks, key blocks]
     meet = (first_group[:, None] <= last_group) & (first_group <= last_group[:, None])
-    # Two blocks that lie in different completions of one group see nothing of each other.
+    # Blocks in different completions of one group do not see each other.
     apart = one_part[:, None] & one_part & (first_group[:, None] == first_group) & (low != 0) & (low[:, None] != low)
     some = (before | (index[:, None] == index)) & meet & ~apart
     alike = (first_group[:, None] == first_group) & one_group[:, None] & one_part
@@ -275,12 +262,12 @@ def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any
 
 
 def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of each block: [blocks] and [blocks]."""
+    """Give the smallest and the largest value of each block: [blocks] and [blocks]."""
     rows = values.view(-1, _BLOCK)
     return rows.amin(dim=1), rows.amax(dim=1)
 
 
 def _listed(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block wants, and which, those first: [1, 1, blocks] and [1, 1, blocks, blocks]."""
+    """Count each query block's key blocks, and list them first: [1, 1, blocks] and [1, 1, blocks, blocks]."""
     order = torch.argsort(wanted.int(), dim=1, descending=True, stable=True).int()
     return wanted.sum(dim=1).int()[None, None], order[None, None]

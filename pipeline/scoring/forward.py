@@ -1,8 +1,8 @@
 """Model + batch -> token logps: the one scorer that both stages call.
 
-`prepare` gives a loaded causal language model a second way through its forward: backbone, then the chunked head
-on the positions that predict a completion token. It is the model's own forward that is extended, and the head's, not a
-function beside them, so wrappers that act on forward (DDP, FSDP, DeepSpeed, autocast, PEFT) act on scoring too.
+`prepare` gives a loaded causal language model a second path through its forward: the backbone, then the chunked head
+on the positions that predict a completion token. It extends the forward methods of the model and of its head, so
+wrappers that act on forward (DDP, FSDP, DeepSpeed, autocast, PEFT) act on scoring too.
 """
 
 import inspect
@@ -18,110 +18,121 @@ from pipeline.scoring.attention import NOT_A_MASK
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
 from pipeline.scoring.packing import Batch
 
-__all__ = [
-    "Scores",
-    "input_device",
-    "prepare",
-    "score",
-    "sum_logps",
-    "weighted_sums",
-]
+__all__ = ["LOGPS", "Scores", "Want", "input_device", "prepare", "score", "sum_logps", "weighted_sums"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Want:
+    """Results that scoring gives beside the log-probs."""
+
+    statistics: bool = True
+    """Numbers that training logs about each token; without them no gradient flows"""
+    squares: bool = False
+    """The tokens' `log_sum_squares`"""
+    aux_loss: bool = False
+    """A mixture of experts' balance loss, which only padded batches have"""
+
+
+LOGPS, STATISTICS = Want(statistics=False), Want()
+"""The log-probs alone, and what training needs"""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scored tokens of a batch of P pairs, strung together: all chosen completions, then all rejected ones."""
+    """Scored tokens of a batch of P pairs, concatenated: all chosen completions, then all rejected ones."""
 
     tokens: TokenStatistics
-    """Of N tokens, the batch's completion tokens"""
+    """Statistics of the batch's N completion tokens"""
     lengths: torch.Tensor
-    """[2P] int64, tokens of each completion; their sum is N"""
+    """Number of tokens of each completion, [2P] int64; their sum is N"""
     aux_loss: torch.Tensor | None = None
-    """Scalar, a mixture of experts' balance loss over all real tokens; None where it was not asked for"""
+    """A mixture of experts' balance loss over all real tokens, scalar; None if not wanted"""
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logps of the chosen and of the rejected completions, [P] and [P] float32. They carry the gradient."""
+        """Sum the logps of the chosen and of the rejected completions: [P] and [P] float32, with their gradient."""
         return sum_logps(self.tokens.logps, self.lengths)
 
 
-def prepare(model: Any) -> None:
-    """Let the model's forward answer `predictors=..., targets=...` with token statistics instead of logits.
+@dataclass
+class _Output(TokenStatistics):
+    """Output of a prepared model's forward."""
 
-    Without those arguments forward is as it was, so generation and saving do not notice.
+    aux_loss: torch.Tensor | None = None
+
+
+def prepare(model: Any) -> None:
+    """Let the model's forward accept `logit_positions=..., targets=...` and give token statistics for them.
+
+    Without these arguments forward is unchanged, and so are generation and saving.
 
     Raises:
-        ConfigError: An adapter sits on the head, where the scorer would pass it by.
+        ConfigError: An adapter sits on the head, where the scorer would bypass it.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if type(causal.get_output_embeddings()).__module__.startswith("peft."):
+    head = causal.get_output_embeddings()
+    if type(head).__module__.startswith("peft."):
         raise ConfigError(
             "policy: an adapter on the head (lm_head) can't be trained: the scorer reads the head's weight itself; "
             "leave lm_head out of target_modules and modules_to_save"
         )
-    _prepare_head(causal)
+    head.forward = types.MethodType(_head_forward(causal, head.forward), head)
     original = causal.forward
 
     def forward(
         self: Any,
         *args: Any,
-        predictors: torch.Tensor | None = None,
+        logit_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
-        statistics: bool = True,
-        squares: bool = False,
-        aux_loss: bool = False,
+        want: Want = LOGPS,
         **kwargs: Any,
     ) -> Any:
-        if predictors is None or targets is None:
+        if logit_positions is None or targets is None:
             return original(*args, **kwargs)
-        if aux_loss:
+        if want.aux_loss:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
             hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
         # [rows, length, hidden] -> [M, hidden]
-        hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
-        scored = self.get_output_embeddings()(hidden, targets=targets, statistics=statistics, squares=squares)
-        return {**scored, "aux_loss": balance}
+        hidden = hidden.flatten(0, 1).index_select(0, logit_positions.to(hidden.device))
+        return _Output(**self.get_output_embeddings()(hidden, targets=targets, want=want), aux_loss=balance)
 
-    # `generate` asks the signature whether forward takes masks and positions, and leaves them out where it does not.
+    # `generate` passes masks and positions only if the signature has them.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
 
 
-def _prepare_head(causal: Any) -> None:
-    """Let the head's forward score `targets=...` from final hidden states, [M, hidden].
+def _head_forward(causal: Any, project: Any) -> Any:
+    """Make a forward of the head that scores `targets=...` from final hidden states, [M, hidden].
 
-    Its weight is read inside its own call, since only there FSDP and DeepSpeed have put it together.
+    It reads the head's weight inside the head's own call, since FSDP and DeepSpeed gather the weight only there.
     """
-    head = causal.get_output_embeddings()
-    project = head.forward
 
-    def forward(self: Any, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, **wanted: bool) -> Any:
-        return project(hidden) if targets is None else _read_off(causal, hidden, targets, **wanted)
+    def forward(self: Any, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, want: Want = LOGPS) -> Any:
+        return project(hidden) if targets is None else _score_targets(causal, hidden, targets, want)
 
-    head.forward = types.MethodType(forward, head)
+    return forward
 
 
-# Not traced by torch.compile, which would take the head's chunks apart for every length anew.
+# Not traced by torch.compile, which would recompile the head's chunks for every length.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _read_off(
-    causal: Any, hidden: torch.Tensor, targets: torch.Tensor, *, statistics: bool, squares: bool
-) -> dict[str, torch.Tensor | None]:
-    """Score the targets from their predictors' final hidden states, [M, hidden]."""
-    # A weight that accelerate keeps off the device is fetched for the head's own forward alone, and this is another.
+def _score_targets(causal: Any, hidden: torch.Tensor, targets: torch.Tensor, want: Want) -> TokenStatistics:
+    """Score each target from the final hidden state that predicts it, [M, hidden]."""
+    # accelerate fetches an offloaded weight only for the head's original forward, which this is not.
     with align_module_device(causal.get_output_embeddings()):
         head = head_of(causal)
-        # Of a model that is spread over several devices, the head need not be where its last layer is.
+        # If a model is spread over several devices, head and last layer may be on different ones.
         hidden, there = hidden.to(head.weight.device), targets.to(head.weight.device)
-        if not statistics:
-            return {"logps": token_logps(hidden, there, head).to(targets.device)}
-        found = vars(token_statistics(hidden, there, head, squares=squares))
-    return {name: None if value is None else value.to(targets.device) for name, value in found.items()}
+        if want.statistics:
+            found = token_statistics(hidden, there, head, squares=want.squares)
+        else:
+            found = TokenStatistics(token_logps(hidden, there, head))
+    return TokenStatistics(**{name: value.to(targets.device) for name, value in found.items()})
 
 
 def _hidden_and_balance(
     causal: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the model's own forward, which knows its balance loss, and catch the hidden states on their way to the head.
+    """Run the model's original forward, which computes its balance loss, and keep the hidden states before the head.
 
     Returns:
         Hidden states, [rows, length, hidden], and the balance loss, a scalar with a gradient.
@@ -129,67 +140,66 @@ def _hidden_and_balance(
     caught: list[torch.Tensor] = []
     hook = causal.base_model.register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:
-        # One position of logits, since forward makes some.
+        # Forward always makes logits; one position is the least.
         outputs = forward(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)
     finally:
         hook.remove()
     return caught[0], outputs.aux_loss
 
 
-def score(
-    model: Any, batch: Batch, *, statistics: bool = True, squares: bool = False, aux_loss: bool = False
-) -> Scores:
+def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
     """Score every completion token of the batch.
 
-    The model must have been through `prepare`, and `check_scoring` says whether it can read packed batches.
-    Gradients flow to its parameters unless the caller switched them off. No tensor of [tokens, vocabulary] is made,
-    forward or backward.
+    `prepare` must have been called on the model; `check_scoring` tells if it reads packed batches. Gradients flow to
+    its parameters unless the caller switched them off. No tensor of [tokens, vocabulary] is made, forward or backward.
 
     Args:
         model: A prepared causal language model, wrapped or not.
         batch: P pairs.
-        statistics: Also give what training logs about each token, and let gradients flow.
-        squares: Also give the tokens' `log_sum_squares`.
-        aux_loss: Also give a mixture of experts' balance loss, which padded batches alone have.
+        want: What to give beside the log-probs.
     """
-    wanted = {name: True for name, on in (("squares", squares), ("aux_loss", aux_loss)) if on}
     if batch.layout is None:
         reading: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
-        assert not aux_loss, "the balance loss counts tokens as they stand in padded rows"
+        assert not want.aux_loss, "the balance loss counts tokens as they stand in padded rows"
         mask = NOT_A_MASK.to(batch.input_ids.device)
         reading = {"attention_mask": mask, "position_ids": batch.position_ids, "layout": batch.layout}
     outputs = model(
         input_ids=batch.input_ids,
-        predictors=batch.predictors,
+        logit_positions=batch.logit_positions,
         targets=batch.targets,
-        statistics=statistics,
+        want=want,
         **reading,
-        **wanted,
     )
-    balance = outputs.pop("aux_loss")
-    if batch.shared is not None:
+    index = batch.expand_index
+    tokens = {
         # [M] -> [N]
-        outputs = {name: None if v is None else v.index_select(0, batch.shared) for name, v in outputs.items()}
-    return Scores(TokenStatistics(**outputs), batch.lengths, balance)
+        name: value if index is None else value.index_select(0, index)
+        for name, value in outputs.items()
+        if name != "aux_loss"
+    }
+    return Scores(TokenStatistics(**tokens), batch.lengths, outputs.get("aux_loss"))
 
 
 def input_device(model: Any) -> torch.device:
     """Give the device that a model takes its token ids on, however it is spread."""
-    # The embeddings come first of all.
+    # The embeddings are the first parameters.
     device: torch.device = next(model.parameters()).device
     if device.type == "meta":
-        # Kept off the device, and brought there for every pass.
+        # accelerate keeps them off the device, and fetches them for every pass.
         device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
     return device
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum token logps per completion, in float64, rounded once to float32; halves are chosen and rejected.
+    """Sum token logps per completion, in float64, rounded once to float32.
 
     Args:
-        token_logps: [N], row by row.
-        lengths: [2P], tokens of each row.
+        token_logps: [N], the completions concatenated.
+        lengths: Number of tokens of each completion, [2P]: P chosen, then P rejected.
+
+    Returns:
+        Sums of the chosen and of the rejected completions, [P] and [P].
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     wide = token_logps if token_logps.device.type == "mps" else token_logps.double()
@@ -204,12 +214,15 @@ def weighted_sums(
     """Sum token logps as LD-DPO does (arXiv 2409.06411): past the shorter completion's length a token counts alpha.
 
     Args:
-        token_logps: [N], row by row.
-        lengths: [2P], tokens of each row.
-        ld_alpha: 0 sums the common length alone, 1 everything.
+        token_logps: [N], the completions concatenated.
+        lengths: Number of tokens of each completion, [2P].
+        ld_alpha: 0 sums the common length only, 1 everything.
+
+    Returns:
+        As `sum_logps`.
     """
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2)  # [2P]
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)  # [2P]
     starts = lengths.cumsum(0) - lengths
     position = torch.arange(len(token_logps), device=lengths.device) - starts.repeat_interleave(lengths)  # [N]
-    weights = torch.where(position < shared.repeat_interleave(lengths), 1.0, ld_alpha)
+    weights = torch.where(position < shorter.repeat_interleave(lengths), 1.0, ld_alpha)
     return sum_logps(token_logps * weights, lengths)

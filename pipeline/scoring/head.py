@@ -1,9 +1,9 @@
 """Hidden states -> token logps, without logits.
 
-The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they
-exist for one chunk of positions at a time: forward keeps one number per position, backward computes each chunk
-again and turns it into the gradient at once. Where the head itself is frozen, as under adapters, the gradient of the
-hidden states is linear in that of the logps, so forward makes it along the way and no chunk is computed again.
+The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they exist
+for one chunk of positions at a time: forward keeps one number per position, and backward recomputes each chunk. If the
+head is frozen, as under adapters, the gradient of the hidden states is linear in that of the logps. Forward then makes
+it on the way, and no chunk is recomputed.
 """
 
 from collections.abc import Iterator
@@ -11,19 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils.generic import ModelOutput
 
-from pipeline.scoring.fused import liger_logps, liger_pays
+__all__ = ["Head", "TokenStatistics", "head_of", "positions_of_chunk", "token_logps", "token_statistics"]
 
-__all__ = [
-    "Head",
-    "TokenStatistics",
-    "head_of",
-    "positions_of_chunk",
-    "token_logps",
-    "token_statistics",
-]
-
-# Float32 logits of one chunk. Small enough to stay near a CPU's caches, large enough for an efficient product.
+# Bytes of one chunk's float32 logits: few enough for a CPU's caches, enough for an efficient product.
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -35,7 +27,7 @@ _SMALLEST_CHUNK = 128
 
 @dataclass(frozen=True)
 class Head:
-    """What turns a final hidden state h into logits: softcap(scale * (W h + b))."""
+    """Output projection, from a final hidden state h to logits: softcap(scale * (W h + b))."""
 
     weight: torch.Tensor
     """[vocabulary, hidden]"""
@@ -46,20 +38,23 @@ class Head:
     """Logits are softcap * tanh(logits / softcap), as in Gemma 2."""
 
 
-@dataclass(frozen=True)
-class TokenStatistics:
-    """What is known of each of N scored tokens; only `logps` carries a gradient, and stage one asks for it alone."""
+@dataclass
+class TokenStatistics(ModelOutput):  # type: ignore[misc, unused-ignore]
+    """Numbers of each of N scored tokens; only `logps` carries a gradient, and stage one needs only it.
+
+    A library output, since every wrapper of a model finds the tensors in those.
+    """
 
     logps: torch.Tensor
-    """[N] float32, natural log"""
+    """Natural log, [N] float32"""
     entropy: torch.Tensor | None = None
-    """[N] float32, nats"""
+    """Entropy of the prediction, [N] float32, nats"""
     mean_logit: torch.Tensor | None = None
-    """[N] float32, over the vocabulary"""
+    """Mean of the logits over the vocabulary, [N] float32"""
     is_top1: torch.Tensor | None = None
-    """[N] bool, the token is the model's first choice"""
+    """True if the token is the model's first choice, [N] bool"""
     log_sum_squares: torch.Tensor | None = None
-    """[N] float32, log of the summed squares of all probabilities; None where it was not asked for"""
+    """Log of the summed squares of all probabilities, [N] float32; None if not wanted"""
 
 
 def head_of(model: Any) -> Head:
@@ -69,7 +64,7 @@ def head_of(model: Any) -> Head:
     divide by `logits_scaling`; Gemma caps with `final_logit_softcapping`.
     """
     config = model.config.get_text_config()
-    # MPT has a `logit_scale` too, at times a word, which the library's forward takes no notice of.
+    # MPT has a `logit_scale` too, sometimes a word, which the library's forward ignores.
     scale = None if config.model_type == "mpt" else getattr(config, "logit_scale", None)
     if scale is None:
         scale = getattr(config, "lm_head_multiplier", None)
@@ -85,40 +80,25 @@ def head_of(model: Any) -> Head:
 
 
 def positions_of_chunk(positions: int, vocabulary: int, *, on_gpu: bool) -> int:
-    """Say how many positions' logits are in memory at once."""
+    """Give the number of positions whose logits are in memory at once."""
     bytes_of_chunk = _CHUNK_BYTES_ON_GPU if on_gpu else _CHUNK_BYTES
     return min(positions, max(_SMALLEST_CHUNK, bytes_of_chunk // (4 * vocabulary)))
 
 
+@torch.no_grad()
 def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
-    """Score each position's target token and nothing else, without a gradient: what stage one needs.
+    """Score each position's target token without a gradient: what stage one needs.
 
-    The same products and sums as `token_statistics`, so the same numbers; but on a GPU where Liger's fused kernel
-    agrees and measures faster, it is that one's.
+    The products and sums are those of `token_statistics`, so the numbers are equal.
 
     Args:
         hidden: Final hidden states of the predicting positions, [N, hidden].
-        targets: The token each of them predicts, [N] int64.
+        targets: The token that each of them predicts, [N] int64.
         head: Output projection.
 
     Returns:
-        [N] float32 (float64 for a float64 model), natural log.
+        Natural log, [N] float32 (float64 for a float64 model).
     """
-    with torch.no_grad():
-
-        def plain() -> torch.Tensor:
-            return _chunked_logps(hidden, targets, head)
-
-        def fused() -> torch.Tensor:
-            return liger_logps(hidden, head.weight, head.bias, targets, head.softcap)
-
-        # Liger knows no scale.
-        if head.scale == 1.0 and len(targets) and liger_pays(hidden, head.weight, plain, fused):
-            return fused()
-        return plain()
-
-
-def _chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
     logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
     for part, logits in chunks:
@@ -133,27 +113,42 @@ def token_statistics(
 ) -> TokenStatistics:
     """Score each position's target token.
 
-    Products run in the dtype of autocast where it is on, else in that of `hidden`; log-sum-exp and all sums over
-    the vocabulary in float32 (float64 for a float64 model).
+    Products run in autocast's dtype if it is on, else in that of `hidden`. Log-sum-exp and all sums over the
+    vocabulary are float32 (float64 for a float64 model).
 
     Args:
         hidden: Final hidden states of the predicting positions, [N, hidden].
-        targets: The token each of them predicts, [N] int64.
+        targets: The token that each of them predicts, [N] int64.
         head: Output projection.
         squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
     """
     frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
-    ahead = torch.is_grad_enabled() and hidden.requires_grad and frozen
+    options = _Options(
+        scale=head.scale,
+        softcap=head.softcap,
+        squares=squares,
+        gradient_in_forward=torch.is_grad_enabled() and hidden.requires_grad and frozen,
+    )
     logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, squares, ahead
+        hidden, head.weight, head.bias, targets, options
     )
     return TokenStatistics(logps, entropy, mean_logit, is_top1, log_sum_squares if squares else None)
 
 
-class _Chunks:
-    """Logits of a few positions at a time, in two buffers that every chunk uses again.
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Everything but tensors that `_TokenStatistics` needs."""
 
-    Memory that is new to a process costs more than the passes over it: each page of it is a fault.
+    scale: float
+    softcap: float | None
+    squares: bool
+    gradient_in_forward: bool
+
+
+class _Chunks:
+    """Logits of a few positions at a time, in two buffers that all chunks reuse.
+
+    New memory costs more than the passes over it, since each of its pages is a fault.
     """
 
     def __init__(
@@ -166,9 +161,9 @@ class _Chunks:
     ) -> None:
         device = hidden.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        """Of the products' operands"""
+        """Dtype of the products' operands"""
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        """Of the logits and all that is made of them"""
+        """Dtype of the logits and everything after them"""
         self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
         self._bias, self._scale, self._softcap = bias, scale, softcap
         self._size = positions_of_chunk(len(hidden), len(weight), on_gpu=device != "cpu")
@@ -203,18 +198,16 @@ class _TokenStatistics(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        squares: bool,
-        ahead: bool,
+        options: _Options,
     ) -> tuple[torch.Tensor, ...]:
+        scale, softcap = options.scale, options.softcap
         chunks = _Chunks(hidden, weight, bias, scale, softcap)
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
             torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         # d logp / d hidden of each position.
-        slopes = torch.empty_like(chunks.hidden) if ahead else None
+        slopes = torch.empty_like(chunks.hidden) if options.gradient_in_forward else None
         powers: torch.Tensor | None = None
         for part, logits in chunks:
             mean_logit[part] = logits.mean(dim=-1)
@@ -228,8 +221,8 @@ class _TokenStatistics(torch.autograd.Function):
             log_total = total.log()
             log_sums[part] = log_total + top.squeeze(1)
             logps[part] = target.sub_(log_total)
-            if squares:
-                # The sum is at least one over the vocabulary, so its logarithm needs no care.
+            if options.squares:
+                # The sum is at least 1 / vocabulary, so its logarithm is finite.
                 log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
             # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
             entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
@@ -240,8 +233,7 @@ class _TokenStatistics(torch.autograd.Function):
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.ahead, ctx.hidden_dtype = ahead, hidden.dtype
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.options, ctx.hidden_dtype = options, hidden.dtype
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
         return logps, entropy, mean_logit, is_top1, log_sum_squares
@@ -249,23 +241,24 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_logps = gradients[0]
-        if ctx.ahead:
+        options = ctx.options
+        if options.gradient_in_forward:
             (slopes,) = ctx.saved_tensors
-            return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 7
+            return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 4
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         enabled, dtype = ctx.autocast
         with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
-            chunks = _Chunks(hidden, weight, bias, ctx.scale, ctx.softcap)
+            chunks = _Chunks(hidden, weight, bias, options.scale, options.softcap)
         wide = chunks.wide
         grad_hidden = torch.empty_like(chunks.hidden) if need_hidden else None
-        # The weight's gradient sums over all positions; float32 keeps what bf16 sums would lose.
+        # The weight's gradient sums over all positions; bf16 sums would lose small terms.
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if need_bias else None
         narrow: torch.Tensor | None = None
         product: torch.Tensor | None = None
         for part, logits in chunks:
-            gradient = _to_gradient(logits, log_sums[part], targets[part], ctx.scale, ctx.softcap)
+            gradient = _to_gradient(logits, log_sums[part], targets[part], options.scale, options.softcap)
             gradient *= grad_logps[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -286,7 +279,7 @@ class _TokenStatistics(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
+            *[None] * 2,
         )
 
 

@@ -1,4 +1,4 @@
-"""How many tokens of a batch fit the device's memory, and what to do when they did not."""
+"""Tokens of a batch that fit the device's memory; detection and cleanup if memory runs out."""
 
 import gc
 import resource
@@ -9,33 +9,26 @@ from typing import Any
 import torch
 
 from pipeline.data.tokens import TokenizedPair
-from pipeline.scoring.forward import input_device, score
+from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.packing import make_batch
 
-__all__ = [
-    "free_memory",
-    "is_out_of_memory",
-    "name_of_device",
-    "peak_memory",
-    "tokens_for",
-    "tokens_that_fit",
-]
+__all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "tokens_for", "tokens_that_fit"]
 
-# More tokens at once make a CPU slower, whose caches they leave; a fixed number makes every run the same to the bit.
+# More tokens at once leave a CPU's caches and are slower. A constant makes every run the same to the bit.
 _ON_CPU = 2048
 
 
 _FEWEST, _MOST = 2048, 65536
 
 
-# Of what is free; the rest is for fragments, and for what grows faster than the probe shows.
+# Share of the free memory; the rest is for fragments, and for tensors that grow faster than the probe shows.
 _SHARE = 0.7
 
 
 def tokens_that_fit(model: Any, packed: bool) -> int:
-    """Choose the tokens of one forward pass, a power of two, by what two probes of the model take.
+    """Choose the tokens of one forward pass, a power of two, by the memory that two probes of the model take.
 
-    Of a model that is spread over several GPUs, the one with the least room decides. On a CPU it is a constant.
+    If a model is spread over several GPUs, the one with the least room decides. On a CPU it is a constant.
     """
     devices = list(dict.fromkeys(p.device for p in model.parameters() if p.device.type == "cuda"))
     if not devices:
@@ -49,9 +42,9 @@ def tokens_that_fit(model: Any, packed: bool) -> int:
 
 
 def tokens_for(free: float | None, per_token: float) -> int:
-    """Choose the tokens of one forward pass for so many free bytes of a GPU, of which a token takes `per_token`.
+    """Choose the tokens of one forward pass for a GPU's free bytes, and the bytes of a token.
 
-    None stands for a CPU.
+    `free` is None for a CPU.
     """
     if free is None:
         return _ON_CPU
@@ -60,32 +53,32 @@ def tokens_for(free: float | None, per_token: float) -> int:
 
 
 def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device]) -> list[int]:
-    """Bytes that scoring one batch of so many tokens takes at most on each device, weights included."""
+    """Give the peak bytes on each device while one batch of so many tokens is scored, weights included."""
     quarter = tokens // 4
-    # Of two prompts: equal pairs would be packed into one group.
+    # Two prompts, since equal pairs would be packed into one group.
     pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for i in (1, 4)]
     batch = make_batch(pairs, 0, packed=packed).to(input_device(model))
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        score(model, batch, statistics=False)
+        score(model, batch, want=LOGPS)
     return [int(torch.cuda.max_memory_allocated(device)) for device in devices]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: a GPU has a class for it, a CPU only words."""
+    """Return True if an error says that memory ran out: a GPU has a class for it, a CPU only words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def free_memory() -> None:
-    """Give back what is held for reuse, so that smaller pieces can have it."""
+    """Release the memory that is held for reuse."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that were held at most since the process began: on its GPU, or, without one, by the process."""
+    """Give the peak bytes since the process began: on its GPU, or, without one, of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # Linux counts in KiB, macOS in bytes.

@@ -5,9 +5,9 @@ without its last token, which predicts nothing.
 
     [ prompt A | completion 1 | completion 2 | prompt B | completion 1 | ... ]
 
-Every completion continues the positions of its prompt, and sees the prompt and itself alone (attention.py). So a
-prompt is computed once, however many completions share it. A *padded* batch is what any model can read: a row for
-each sequence, padded on the right, which leaves every real position as it is without padding.
+Every completion continues the positions of its prompt, and sees only the prompt and itself (attention.py). So a
+prompt is computed once, however many completions share it. A *padded* batch is one that any model can read: one row
+a sequence, padded on the right, which does not change the real positions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,48 +20,57 @@ import torch
 
 from pipeline.data.tokens import TokenizedPair
 
-__all__ = [
-    "Batch",
-    "Layout",
-    "make_batch",
-    "pack_pairs",
-    "pad_pairs",
-    "plan_batches",
-]
+__all__ = ["Batch", "Kernel", "Layout", "make_batch", "pack_pairs", "pad_pairs", "plan_batches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """How one layer attends, as its family asks transformers for it."""
+
+    scaling: float | None = None
+    """Factor of the scores; None is 1 / sqrt(head size)"""
+    dropout: float = 0.0
+    """Share of the attention weights that are dropped"""
+    window: int | None = None
+    """Number of tokens that a token sees, itself included; None for all before it"""
+    softcap: float | None = None
+    """Scores are softcap * tanh(scores / softcap), as in Gemma 2; None for plain scores"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the prompt groups of a packed row stand."""
+    """Positions of the prompt groups in a packed row."""
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
-    """Of each group, in the row's order: tokens of its prompt, and of each completion as it stands in the row"""
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """What attention makes of the layout once and every layer uses again: masks"""
+    """Number of tokens of each group's prompt, and of each of its completions, in the row's order"""
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """Masks that attention makes once for all layers"""
+    kernels: set[Kernel] | None = field(default=None, compare=False)
+    """Collects the kernel of each layer, for the self-check; None collects nothing"""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """P pairs. Scored tokens are strung together: the P chosen completions, then the P rejected ones."""
+    """P pairs. Scored tokens are concatenated: the P chosen completions, then the P rejected ones."""
 
     input_ids: torch.Tensor
-    """[rows, length] int64; one row where packed"""
-    predictors: torch.Tensor
-    """[M] int64, place in the flattened `input_ids` of the token that predicts each scored token"""
+    """Token ids, [rows, length] int64; one row if packed"""
+    logit_positions: torch.Tensor
+    """Positions in the flattened `input_ids` whose logits predict the scored tokens, [M] int64"""
     targets: torch.Tensor
-    """[M] int64, the scored tokens"""
-    shared: torch.Tensor | None
-    """[N] int64, which of the M each token of the 2P completions is; None where no completion occurs twice: N = M"""
+    """Scored tokens, [M] int64"""
+    expand_index: torch.Tensor | None
+    """Index among the M of each token of the 2P completions, [N] int64; None if no completion occurs twice (N = M)"""
     lengths: torch.Tensor
-    """[2P] int64, tokens of each completion; their sum is N"""
+    """Number of tokens of each completion, [2P] int64; their sum is N"""
     num_tokens: torch.Tensor
-    """[P] int64, tokens of a pair's two sequences, the prompt in each"""
+    """Number of tokens of each pair's two sequences, the prompt counted in each, [P] int64"""
     attention_mask: torch.Tensor | None = None
-    """[rows, length] int64, 1 on real tokens; of a padded batch alone"""
+    """1 on real tokens, [rows, length] int64; None if packed"""
     position_ids: torch.Tensor | None = None
-    """[1, length] int64; of a packed batch alone"""
+    """[1, length] int64; None if padded"""
     layout: Layout | None = None
-    """Of a packed batch alone"""
+    """Groups of the packed row; None if padded"""
 
     @property
     def num_pairs(self) -> int:
@@ -75,7 +84,7 @@ class Batch:
         return Batch(**moved)
 
     def pin_memory(self) -> "Batch":
-        """What the data loader calls, so that moving to a GPU overlaps with work."""
+        """Pin all tensors, for the data loader: copying to a GPU then overlaps with work."""
         pinned: dict[str, Any] = {
             name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
         }
@@ -85,9 +94,9 @@ class Batch:
 def plan_batches(pairs: Sequence[TokenizedPair], tokens_per_batch: int, *, packed: bool) -> list[list[int]]:
     """Cut pairs, given by index, into batches of at most `tokens_per_batch` tokens, padding included.
 
-    Longest first: neighbours have similar lengths, and the largest batch comes first, where too little memory shows
-    at once. Packed, pairs that share a prompt stand together. The plan depends on the pairs and their order alone.
-    A pair above the budget is a batch of its own.
+    The longest pairs come first: neighbours have similar lengths, and too little memory shows at once. If packed,
+    pairs that share a prompt are neighbours. The plan depends only on the pairs and their order. A pair above the
+    budget is a batch of its own.
     """
     lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
     if packed:
@@ -111,7 +120,9 @@ def _plan_packed(pairs: Sequence[TokenizedPair], lengths: Sequence[int], tokens_
     batches: list[list[int]] = []
     used = tokens_per_batch
     for group in groups:
-        there: set[tuple[int, ...]] | None = None  # Completions of this prompt in the open batch; None: not even it.
+        there: set[tuple[int, ...]] | None = (
+            None  # This prompt's completions in the open batch; None if the prompt is not in it.
+        )
         for i in group:
             completions = {tuple(pairs[i].chosen_ids), tuple(pairs[i].rejected_ids)}
             alone = len(pairs[i].prompt_ids) + _in_row(completions)
@@ -130,14 +141,14 @@ def _in_row(completions: Iterable[tuple[int, ...]]) -> int:
 
 
 def make_batch(pairs: Sequence[TokenizedPair], pad_id: int, *, packed: bool) -> Batch:
-    """Pack the pairs, if the model can read that; otherwise pad them."""
+    """Pack the pairs if the model reads packed batches, else pad them."""
     return pack_pairs(pairs) if packed else pad_pairs(pairs, pad_id)
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
-    """Pack the pairs into one row; prompts and completions that are equal stand in it once."""
+    """Pack the pairs into one row, which holds equal prompts and completions once."""
     groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    slots: list[int] = []  # Of the P chosen, then the P rejected completions: which distinct one it is.
+    slots: list[int] = []  # Number of the distinct completion, for the P chosen and then the P rejected ones.
     count = 0
     for prompt, completion in _sequences(pairs):
         known = groups.setdefault(prompt, {})
@@ -147,33 +158,33 @@ def pack_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
         slots.append(known[completion])
     row: list[int] = []
     positions: list[npt.NDArray[np.int64]] = []
-    predictors: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * count
+    logit_positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * count
     targets: list[tuple[int, ...]] = [()] * count
     layout = []
     for prompt, completions in groups.items():
         last = len(row) + len(prompt) - 1
         row.extend(prompt)
         positions.append(np.arange(len(prompt)))
-        # The longest first: attention computes the prompt along with it.
+        # The longest first, since attention computes the prompt together with it.
         ordered = sorted(completions, key=lambda completion: -len(completion))
         for completion in ordered:
             start = len(row)
             row.extend(completion[:-1])
             positions.append(np.arange(len(prompt), len(prompt) + len(completion) - 1))
             # The prompt's last token predicts the first of each completion.
-            predictors[completions[completion]] = np.concatenate([[last], np.arange(start, len(row))])
+            logit_positions[completions[completion]] = np.concatenate([[last], np.arange(start, len(row))])
             targets[completions[completion]] = completion
         layout.append((len(prompt), tuple(len(completion) - 1 for completion in ordered)))
     lengths, num_tokens = _counts(pairs)
-    shared = None
+    expand_index = None
     if count < len(slots):
         starts = np.cumsum([0, *(len(target) for target in targets)])
-        shared = torch.from_numpy(np.concatenate([np.arange(starts[slot], starts[slot + 1]) for slot in slots]))
+        expand_index = torch.from_numpy(np.concatenate([np.arange(starts[slot], starts[slot + 1]) for slot in slots]))
     return Batch(
         input_ids=torch.tensor([row]),
-        predictors=torch.from_numpy(np.concatenate(predictors)),
+        logit_positions=torch.from_numpy(np.concatenate(logit_positions)),
         targets=torch.tensor([id for target in targets for id in target]),
-        shared=shared,
+        expand_index=expand_index,
         lengths=lengths,
         num_tokens=num_tokens,
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
@@ -187,18 +198,18 @@ def pad_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> Batch:
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    predictors = []
+    logit_positions = []
     for i, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
         input_ids[i, :end] = torch.tensor([*prompt, *completion])
         attention_mask[i, :end] = 1
-        predictors.append(np.arange(len(prompt) - 1, end - 1) + i * length)
+        logit_positions.append(np.arange(len(prompt) - 1, end - 1) + i * length)
     lengths, num_tokens = _counts(pairs)
     return Batch(
         input_ids=input_ids,
-        predictors=torch.from_numpy(np.concatenate(predictors)),
+        logit_positions=torch.from_numpy(np.concatenate(logit_positions)),
         targets=torch.tensor([id for _, completion in rows for id in completion]),
-        shared=None,
+        expand_index=None,
         lengths=lengths,
         num_tokens=num_tokens,
         attention_mask=attention_mask,
@@ -206,7 +217,7 @@ def pad_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> Batch:
 
 
 def _sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Prompt and completion of the P chosen, then the P rejected sequences."""
+    """Give prompt and completion of the P chosen, then of the P rejected sequences."""
     return [
         (tuple(p.prompt_ids), tuple(completion))
         for completions in ([p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs])
@@ -215,7 +226,7 @@ def _sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[tuple[int, ...], tu
 
 
 def _counts(pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lengths` and `num_tokens` of a batch."""
+    """Give `lengths` and `num_tokens` of a batch."""
     lengths = torch.tensor([*(len(p.chosen_ids) for p in pairs), *(len(p.rejected_ids) for p in pairs)])
     prompts = torch.tensor([len(p.prompt_ids) for p in pairs])
     return lengths, 2 * prompts + torch.add(*lengths.chunk(2))

@@ -1,4 +1,4 @@
-"""A loaded, checked model that gives pairs their token log-probs: what every command that scores holds."""
+"""A loaded, checked model that gives pairs their token log-probs, for every command that scores."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
-from pipeline.scoring.forward import input_device, prepare, score
+from pipeline.scoring.forward import LOGPS, input_device, prepare, score
 from pipeline.scoring.memory import free_memory, is_out_of_memory, tokens_that_fit
 from pipeline.scoring.packing import Batch, make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
@@ -29,11 +29,11 @@ __all__ = ["Scorer", "load_scorer", "reference_scorer"]
 
 @dataclass(kw_only=True)
 class Scorer:
-    """A prepared and checked model, and how pairs are batched for it."""
+    """Prepared and checked model, with the rules by which pairs are batched for it."""
 
     model: Any
     packed: bool
-    """Pack the batches: the model keeps the sequences of a packed row apart"""
+    """True if the model reads packed batches"""
     pad_id: int
     """Token id that fills padded rows"""
     key: str
@@ -45,11 +45,11 @@ class Scorer:
     def check(
         cls, model: Any, tokenizer: "PreTrainedTokenizerBase", key: str, tokens_per_batch: int | None = None
     ) -> "Scorer":
-        """Prepare a loaded causal language model for scoring, and check that it is scored right.
+        """Prepare a loaded causal language model for scoring, and check its scores.
 
         Args:
-            model: In evaluation or training mode, which it keeps.
-            tokenizer: Gives the padding token.
+            model: Causal language model; it keeps its mode, evaluation or training.
+            tokenizer: Tokenizer with the padding token.
             key: Setting or option that named the model, for messages.
             tokens_per_batch: Most tokens of one forward pass; None chooses as many as fit the device.
 
@@ -62,7 +62,7 @@ class Scorer:
         return cls(model=model, packed=packed, pad_id=pad_id, key=key, tokens_per_batch=tokens_per_batch)
 
     def fit(self) -> int:
-        """Give the tokens of one forward pass; the first call probes the device where no number was given."""
+        """Give the tokens of one forward pass; the first call probes the device if no number was given."""
         self.tokens_per_batch = self.tokens_per_batch or tokens_that_fit(self.model, self.packed)
         return self.tokens_per_batch
 
@@ -76,11 +76,11 @@ class Scorer:
     ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Score pairs without gradients, in batches of similar lengths, the longest first.
 
-        The pairs' order and lengths alone decide what is scored with what. Where memory runs out, the pairs that are
-        left are batched anew with half the tokens.
+        Batches depend only on the pairs' order and lengths. If memory runs out, the remaining pairs are batched anew
+        with half the tokens.
 
         Yields:
-            A pair's index, and the token logps of its chosen and of its rejected completion: [tokens] float32, nats.
+            A pair's index, and the token logps of its chosen and its rejected completion, [tokens] float32, nats.
 
         Raises:
             ConfigError: Not even the longest pair alone fits the device's memory.
@@ -101,14 +101,14 @@ class Scorer:
                 yield from ((i, *completions) for i, completions in zip(indices, scored, strict=True))
             left = [i for i in left if i not in done]
             if left:
-                # Outside of the handler, whose error holds on to the batch that did not fit.
+                # Outside of the handler, whose error keeps the batch that did not fit.
                 self._halve()
 
     def _score(self, pairs: Sequence[TokenizedPair]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Score one batch; give the token logps of each pair's chosen and rejected completion."""
         batch = self.batch(pairs)
         with torch.inference_mode():
-            scores = score(self.model, batch.to(input_device(self.model)), statistics=False)
+            scores = score(self.model, batch.to(input_device(self.model)), want=LOGPS)
         flat = scores.tokens.logps.float().cpu().numpy()
         completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
         return list(zip(completions[: len(pairs)], completions[len(pairs) :], strict=True))
@@ -124,14 +124,14 @@ class Scorer:
     def _halve(self) -> None:
         self.tokens_per_batch = self.fit() // 2
         click.echo(
-            f"Out of memory: going on with {self.tokens_per_batch} tokens in a batch "
-            f"(precompute.tokens_per_batch: {self.tokens_per_batch} spares the try)",
+            f"Out of memory: resuming with {self.tokens_per_batch} tokens in a batch "
+            f"(precompute.tokens_per_batch: {self.tokens_per_batch} avoids this)",
             err=True,
         )
         free_memory()
 
     def release(self) -> None:
-        """Let go of the model, and give back its memory."""
+        """Drop the model and release its memory."""
         self.model = None
         free_memory()
 
@@ -152,7 +152,7 @@ def load_scorer(
 def reference_scorer(
     config: Config, tokenizer: "PreTrainedTokenizerBase", key: str | None = None, tokens_per_batch: int | None = None
 ) -> Iterator[Scorer]:
-    """Load the reference as `load_scorer` does, and let go of it at the end."""
+    """Load the reference as `load_scorer` does, and release it at the end."""
     scorer = load_scorer(config, tokenizer, key, tokens_per_batch)
     try:
         yield scorer

@@ -5,28 +5,28 @@ from typing import Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
-from pipeline.scoring.forward import input_device, score
-from pipeline.scoring.packing import Batch, pack_pairs, pad_pairs
+from pipeline.scoring.forward import LOGPS, input_device, score
+from pipeline.scoring.packing import Batch, Kernel, pack_pairs, pad_pairs
 
-__all__ = [
-    "check_scoring",
-    "not_packed",
-]
+__all__ = ["check_scoring", "not_packed"]
 
 
 def check_scoring(model: Any, key: str) -> bool:
     """Compare the scorer with the model's own logits, and the model with itself, on small batches.
 
-    Some families do more after the backbone than a projection. Those that head.py does not know would get wrong
-    numbers without a sign of it, so they are refused. So are models that see the tokens that they are to predict.
-    A family whose layers do not keep the sequences of a packed row apart is found, too.
+    Some families do more after the backbone than a projection. A family that head.py does not know would silently get
+    wrong numbers, so it is refused; so is a model that sees the tokens that it is to predict.
+
+    Args:
+        model: A prepared causal language model.
+        key: Setting that named it, for messages.
 
     Returns:
-        Whether the model reads packed batches; where it does not, it is to be scored in padded ones.
+        True if the model reads packed batches; otherwise its batches must be padded.
 
     Raises:
         ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob.
@@ -41,29 +41,32 @@ def check_scoring(model: Any, key: str) -> bool:
         model.train(training)
 
 
+def _logps_of(model: Any, batch: Batch) -> torch.Tensor:
+    return score(model, batch.to(input_device(model)), LOGPS).tokens.logps.float().cpu()
+
+
 def _check_padded(model: Any, key: str) -> None:
     ids = _some_ids(model, 12)
     others = _some_ids(model, 12, start=1)
-    # Equal but for the last two tokens of either completion.
+    # Equal except the last two tokens of each completion.
     pair = TokenizedPair(prompt_ids=ids[:4], chosen_ids=ids[4:9], rejected_ids=ids[5:12])
     changed = TokenizedPair(
         prompt_ids=ids[:4], chosen_ids=ids[4:7] + others[7:9], rejected_ids=ids[5:10] + others[10:12]
     )
-    device = input_device(model)
-    batch, later = (pad_pairs([p], pad_id=0).to(device) for p in (pair, changed))
+    batch, later = (pad_pairs([p], pad_id=0) for p in (pair, changed))
+    there = batch.to(input_device(model))
     name = _name_of(model)
     try:
-        ours = score(model, batch, statistics=False).tokens.logps.float()
-        ours_later = score(model, later, statistics=False).tokens.logps.float()
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        ours, ours_later = _logps_of(model, batch), _logps_of(model, later)
+        logits = model(input_ids=there.input_ids, attention_mask=there.attention_mask, use_cache=False).logits
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{key}: {name} can't be run as a causal language model ({' '.join(str(error).split())}); "
+            f"{key}: {name} can't be run as a causal language model ({one_line(str(error))}); "
             "this architecture is not supported"
         ) from error
-    plain = torch.log_softmax(logits.float(), dim=-1).flatten(0, 1)[batch.predictors, batch.targets]
+    plain = torch.log_softmax(logits.float().cpu(), dim=-1).flatten(0, 1)[batch.logit_positions, batch.targets]
     # One bf16 logit near 16 is rounded by up to 1/16; float32 agrees to five digits.
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
     gap = (ours - plain).abs().max().item()
@@ -74,8 +77,8 @@ def _check_padded(model: Any, key: str) -> None:
         )
     same = [i for i in range(len(ours)) if i not in (3, 4, 10, 11)]
     moved = (ours - ours_later)[same].abs().max().item()
-    # Which columns LLM.int8() keeps in float16 depends on all tokens of a batch, which is felt by tenths of a nat.
-    if moved > (0.25 if getattr(model.config, "quantization_config", None) else tolerance):
+    # LLM.int8() keeps columns in float16 that all tokens of a batch decide on; this moves log-probs by 0.1 nats.
+    if moved > (0.25 if _is_quantized(model) else tolerance):
         raise ConfigError(
             f"{key}: {name} sees tokens that come later (changing them moves log-probs before them by {moved:.3g}), "
             "so it gives no log-probs of a text; a causal language model is needed"
@@ -83,84 +86,84 @@ def _check_padded(model: Any, key: str) -> None:
 
 
 def _reads_packed(model: Any) -> bool:
-    """Whether a packed row gives what padded rows give, and keeps each sequence from the tokens of all others.
+    """Return True if a packed row gives the padded rows' log-probs and no sequence attends to another.
 
-    The first is judged by the dtype's rounding, in which small faults could hide. The rest exactly: tokens that a
-    completion may not see move it no further than in padded batches, where experts' shapes and LLM.int8()'s columns
-    may; and positions move something.
+    The log-probs agree to the dtype's rounding, in which small faults could hide. The rest is exact: tokens that a
+    completion must not see move it no further than in padded batches, and positions matter.
     """
-    settings = model.config.get_text_config()
-    before = settings._attn_implementation
-    if _hides_in_masks(settings):
+    model_config = model.config.get_text_config()
+    before = model_config._attn_implementation
+    if _hides_in_masks(model_config):
         return False
-    pairs, company = _check_pairs(model)
-    packed, packed_company = pack_pairs(pairs), pack_pairs(company)
-    nowhere = dataclasses.replace(packed, position_ids=torch.zeros_like(packed.input_ids))
-    device = input_device(model)
-
-    def logps_of(batch: Batch) -> torch.Tensor:
-        return score(model, batch.to(device), statistics=False).tokens.logps.float().cpu()
-
+    pairs, other_pairs = _check_pairs(model)
+    packed, other_batch = pack_pairs(pairs), pack_pairs(other_pairs)
+    kernels: set[Kernel] = set()
+    assert packed.layout is not None
+    packed = dataclasses.replace(packed, layout=dataclasses.replace(packed.layout, kernels=kernels))
+    unplaced = dataclasses.replace(packed, position_ids=torch.zeros_like(packed.input_ids))
     try:
-        # Before the switch: what an implementation of another name does differently must show.
-        padded, padded_company = logps_of(pad_pairs(pairs, 0)), logps_of(pad_pairs(company, 0))
+        # Before the switch, so that a difference between the two implementations shows.
+        padded, other_padded = (_logps_of(model, pad_pairs(p, 0)) for p in (pairs, other_pairs))
         if not switch_attention(model):
             return False
-        found, found_company, misplaced = (logps_of(batch) for batch in (packed, packed_company, nowhere))
+        found, other_found, misplaced = (_logps_of(model, batch) for batch in (packed, other_batch, unplaced))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # NotImplementedError is a RuntimeError: attention refused a keyword or a mask that it does not know.
+        # Attention raises NotImplementedError, a RuntimeError, for keywords and masks that it does not support.
         reads = False
     else:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        mean, largest = ROUNDING["int8" if getattr(model.config, "quantization_config", None) else dtype]
+        mean, largest = ROUNDING["int8" if _is_quantized(model) else dtype]
         gap = (found - padded).abs()
         reads = bool(gap.mean() <= mean and gap.max() <= largest)
-        # The last completion of all is that which is the same in other company.
+        # The last completion is the same in both batches.
         kept = slice(-len(pairs[-1].rejected_ids), None)
-        moved = (padded - padded_company)[kept].abs().max()
-        # Experts get other numbers of tokens in other company, which a few tokens may feel in one of the two alone.
+        moved = (padded - other_padded)[kept].abs().max()
+        # In another batch experts get other numbers of tokens, which may move a few tokens in only one of the two.
         experts = any("expert" in name for name, _ in model.named_modules())
         floor = mean / 10 * min(1.0, found.std().item()) if experts else 1e-6
-        reads &= bool((found - found_company)[kept].abs().max() <= floor + 4 * moved)
-        # Positions that are not read would be right for the row's first sequence alone.
+        reads &= bool((found - other_found)[kept].abs().max() <= floor + 4 * moved)
+        # A model that ignores positions gives right numbers only for the row's first sequence.
         reads &= not torch.equal(found, misplaced)
-        assert packed.layout is not None
-        # A window that attention was not told of is in its mask alone.
-        reads &= "window" in packed.layout.memo or not _has_window(settings)
+        # If no layer passes its window to attention, the window is only in the mask.
+        reads &= any(kernel.window is not None for kernel in kernels) or not _has_window(model_config)
     if not reads:
         model.set_attn_implementation(before)
     return reads
 
 
 def not_packed(model: Any) -> str:
-    """What to tell people of a model that `check_scoring` found not to read packed batches."""
+    """Write the warning for a model that does not read packed batches."""
     return (
         f"{_name_of(model)} does not keep the sequences of a packed row apart (its layers are not all attention, or "
-        "attention of a kind unknown here); it is scored in padded batches, with the same numbers, but slower"
+        "attention of an unknown kind); it is scored in padded batches, with the same numbers, but slower"
     )
 
 
-def _hides_in_masks(settings: Any) -> bool:
-    """Whether attention is of a kind that says only in its mask what it sees: chunks, blocks, an index of the best.
+def _hides_in_masks(model_config: Any) -> bool:
+    """Return True if attention puts what it sees only into its mask: chunks, blocks, an index of the best keys.
 
-    Those are longer than any batch that is small enough to check a model with.
+    These are longer than any batch small enough for this check.
     """
-    kinds = set(getattr(settings, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    return bool(kinds or getattr(settings, "attention_chunk_size", None))
+    kinds = set(getattr(model_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    return bool(kinds or getattr(model_config, "attention_chunk_size", None))
 
 
-def _has_window(settings: Any) -> bool:
-    if getattr(settings, "layer_types", None):
-        return "sliding_attention" in settings.layer_types
-    return getattr(settings, "sliding_window", None) is not None
+def _has_window(model_config: Any) -> bool:
+    if getattr(model_config, "layer_types", None):
+        return "sliding_attention" in model_config.layer_types
+    return getattr(model_config, "sliding_window", None) is not None
+
+
+def _is_quantized(model: Any) -> bool:
+    return bool(getattr(model.config, "quantization_config", None))
 
 
 def _check_pairs(model: Any) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
-    """Pairs of which two share a prompt and a completion, and the same in other company.
+    """Make pairs of which two share a prompt and a completion, and the pairs of another batch.
 
-    There every token is another but for the last pair's prompt and rejected completion, which stand amid the row.
+    All tokens differ between the two except the last pair's prompt and rejected completion.
     """
     ids, others = _some_ids(model, 60), _some_ids(model, 60, start=5)
     ours, theirs = (

@@ -1,8 +1,8 @@
-"""The processes of one launch: each a worker of its own, or all of them one model, of which each holds a part.
+"""Processes of one launch: each is a worker of its own, or all of them hold one model together.
 
-Where they are one model (tensor parallelism), the first process leads: it alone reads, decides and writes, and hands
-what it is about to run to the others, which follow. After each such step all say how it went, so that none goes on,
-or leaves, without the others.
+If they hold one model (tensor parallelism), the first process leads. Only it reads, decides and writes; it sends each
+pass to the others, which follow. After each step all processes exchange their status, so that none continues or ends
+without the others.
 """
 
 import contextlib
@@ -20,49 +20,43 @@ from pipeline.base.signals import StopFlag
 from pipeline.models.loading import pick_device
 from pipeline.scoring.memory import is_out_of_memory
 
-__all__ = [
-    "Ensemble",
-    "Led",
-    "Order",
-    "processes_of_launch",
-    "share_of_process",
-]
+__all__ = ["Ensemble", "LeaderModel", "Order", "processes_of_launch", "share_of_process"]
 
 T = TypeVar("T")
 
 
 Order = tuple[str, Any]
-"""What the followers do next, and with what."""
+"""Name of the followers' next step, and its arguments"""
 
 
-# Among followers a pause is no fault: the leader may read, copy or wait for a disk for hours.
+# A pause is not a fault: the leader may read, copy or wait for a disk for hours.
 _PATIENCE = timedelta(days=7)
 
 
-# Of one that failed, for the others to come to the same point; they may be waiting for it in the model's layers.
+# A process that failed waits so long for the others, which may be waiting for it in the model's layers.
 _PATIENCE_AFTER_FAILURE = timedelta(seconds=60)
 
 
-# How a step went; a failure is that and its exit status.
+# Status of a step; for a failure the exit status is added.
 _DONE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
 
 
 def processes_of_launch() -> tuple[int, int]:
-    """Give the rank of this process and the number of those that torchrun, accelerate or `--processes` started."""
+    """Give this process's rank and the number of processes that torchrun, accelerate or `--processes` started."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share_of_process(worker: tuple[int, int]) -> tuple[int, int]:
-    """Give the share, (I, N), of this process where each process of worker I of N is a worker of its own."""
+    """Give this process's share, (I, N), if each process of worker I of N is a worker of its own."""
     (index, count), (rank, processes) = worker, processes_of_launch()
     return index * processes + rank, count * processes
 
 
 class Ensemble:
-    """The processes of this launch, as one model.
+    """Processes of this launch, as one model.
 
     Args:
-        flag: Set where any of the processes was asked to stop, at the end of a step.
+        flag: Set at the end of a step if any of the processes was asked to stop.
 
     Raises:
         ConfigError: There is no launch of several processes.
@@ -80,19 +74,19 @@ class Ensemble:
         device = pick_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # The library takes the group that is there. Loading a large model on some processes may take long.
+        # The library uses this group. Some processes may take long to load a large model.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-        # Apart from the model's own traffic: what is said here must not be taken for a part of a layer's sum.
+        # A group of its own: a status must not be mistaken for a part of a layer's sum.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._failed = False
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """Be the leader for a while; at its end, however it comes, the followers are told to leave, and its status."""
+        """Lead; at the end or at an error, tell the followers to leave with this process's status."""
         try:
             yield
         except Exception as error:
-            # After a step that failed anywhere they leave by themselves.
+            # After a failed step they leave by themselves.
             if not self._failed:
                 with contextlib.suppress(UnfinishedError):
                     self.send(("leave", _status_of(error)))
@@ -104,7 +98,7 @@ class Ensemble:
         self._broadcast([order])
 
     def receive(self) -> Order:
-        """Wait for what the leader tells.
+        """Wait for the leader's next order.
 
         Raises:
             UnfinishedError: The leader is gone.
@@ -121,12 +115,12 @@ class Ensemble:
             raise _gone() from error
 
     def together(self, step: Callable[[], T]) -> T:
-        """Do a step that every process does now; give its result if it went well in all of them.
+        """Run a step that every process runs now; give its result if it succeeded in all of them.
 
         Raises:
-            RefshardError: It failed elsewhere; with the exit status that the process there ends with.
-            torch.OutOfMemoryError: Memory ran out elsewhere, after this process had what it needed.
-            ConfigError: Memory ran out in this process while others wait for it, so that none can go on.
+            RefshardError: It failed in another process, whose exit status the error has.
+            torch.OutOfMemoryError: Memory ran out in another process.
+            ConfigError: Memory ran out in this process while the others wait for it inside of a layer.
         """
         failure: Exception | None = None
         try:
@@ -150,7 +144,7 @@ class Ensemble:
         return result
 
     def _worst(self, own: int, failure: Exception | None) -> int:
-        """Say how a step went here, hear how it went at worst, and whether any process was asked to stop."""
+        """Exchange the step's status; give the worst one, and set the flag if any process was asked to stop."""
         status = 0 if failure is None or own == _OUT_OF_MEMORY else _status_of(failure)
         said = torch.tensor([own + status, int(bool(self._flag))])
         patience = _PATIENCE if failure is None else _PATIENCE_AFTER_FAILURE
@@ -160,7 +154,7 @@ class Ensemble:
         except RuntimeError as error:
             self._failed = True
             if time.monotonic() - start < patience.total_seconds():
-                # What went wrong here, if anything, came of the other's end.
+                # A failure here is a consequence of the other's end.
                 raise _gone() from (failure or error)
             if own == _OUT_OF_MEMORY:
                 raise ConfigError(
@@ -174,14 +168,14 @@ class Ensemble:
         return worst
 
     def smallest(self, value: int) -> int:
-        """Give the smallest of the values that the processes call this with, each at the same point of its work."""
+        """Give the smallest of all processes' values; all must call it at the same point."""
         said = torch.tensor([value])
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self._group)
         return int(said)
 
 
-class Led:
-    """A prepared model whose every pass the followers run too. For all else it is the leader's own part of it."""
+class LeaderModel:
+    """Prepared model whose every pass the followers run too; all attributes are those of the leader's own part."""
 
     def __init__(self, model: Any, ensemble: Ensemble) -> None:
         self._model, self._ensemble = model, ensemble
@@ -195,16 +189,16 @@ class Led:
 
     @staticmethod
     def follow(model: Any, inputs: dict[str, Any], ensemble: Ensemble, device: torch.device) -> None:
-        """Run the pass that the leader runs now. Raises as `Ensemble.together` does."""
+        """Run the pass that the leader runs now. Raises the errors of `Ensemble.together`."""
         with torch.inference_mode():
             ensemble.together(lambda: model(**{name: _on(value, device) for name, value in inputs.items()}))
 
 
 def _finish_on_device() -> None:
-    """Wait for a GPU to do what it was given, sums over the processes included.
+    """Wait until the GPU has finished its work, sums over the processes included.
 
-    A process hands its GPU a whole pass without waiting, so that it would call a step done whose sums the others have
-    not come to; the next step's would then be added up with those.
+    A process queues a whole pass without waiting. Without this it would call a step done before the others reach its
+    sums, which would then meet those of the next step.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()

@@ -1,13 +1,10 @@
-"""What a store holds: its columns, and what they say of the reference and of the pairs, as JSON has it.
-
-Needs pyarrow and numpy only. A store that is unfinished is read as far as it goes.
-"""
+"""Read a store's columns, finished or not, and sum them up as JSON. Needs pyarrow and numpy only."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,128 +16,74 @@ from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import ranking
-from pipeline.store.format import check_part, pair_keys, part_name, schema
+from pipeline.store.format import CheckedPart, pair_keys, part_name, schema
 from pipeline.store.ranking import PairColumns
-from pipeline.store.store import open_store, parts_there, read_content, read_manifest, read_part
+from pipeline.store.store import Store, load_store, read_checked_part
 
-__all__ = [
-    "Contents",
-    "describe",
-    "explain_command",
-    "identity_facts",
-    "read_contents",
-]
+__all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
 
-T = TypeVar("T")
-
-
-_COLUMNS = (
-    "pair_key",
-    "row",
-    "prompt_tokens",
-    "chosen_tokens",
-    "rejected_tokens",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
-
-
+_COLUMNS = schema(token_logps=False).names
 _EXAMPLES = 20
-"""Of each kind of suspicious pairs"""
-
-
+"""Examples of each kind of suspicious pairs"""
 _READERS = 8
-"""Parts read at once: checking digests leaves Python's lock, and a network answers late"""
+"""Parts read at once: computing digests releases the interpreter's lock, and a network has latency"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A store's books and columns; of an unfinished store, those of the parts that are there."""
+    """Counts and columns of a store's parts; of an unfinished store, those that are there."""
 
     folder: Folder
     manifest: Mapping[str, Any]
     totals: Mapping[str, Any]
     noise: NoiseFloor
     files: list[str]
-    """Of the parts, in order"""
+    """Names of the parts, in order"""
     bytes: int
-    """Of all parts"""
+    """Size of all parts"""
     pairs: PairColumns
     unfinished: UnfinishedError | None
-    """What is to be done; None where the store is finished"""
+    """Error that says how to finish the store; None once it is finished"""
 
 
 def read_contents(folder: Folder) -> Contents:
-    """Read a store's columns (not its token logps). Every part's digest is checked on the way.
+    """Read a store's columns, but not its token logps, and check every part's digest.
 
     Raises:
-        DataError: Something is damaged, or a value can't be.
+        DataError: A file is damaged, or a value is impossible.
         IdentityError: A part is another run's.
         StorageError: A part can't be read.
     """
-    manifest = read_manifest(folder)
-    try:
-        store = open_store(folder)
-    except UnfinishedError as error:
-        return _read_unfinished(folder, manifest, error)
-    parts = store.parts
-    files = [str(part["file"]) for part in parts]
-    tables = _at_once(lambda number: read_part(store, number, _COLUMNS), range(len(parts)))
-    return Contents(
-        folder=folder,
-        manifest=manifest,
-        totals=store.index["totals"],
-        noise=store.noise,
-        files=files,
-        bytes=sum(int(part["bytes"]) for part in parts),
-        pairs=_to_columns(folder, files, tables),
-        unfinished=None,
-    )
-
-
-def _read_unfinished(folder: Folder, manifest: Mapping[str, Any], error: UnfinishedError) -> Contents:
-    """Read the parts that are there. Without an index each is checked against the digest in its own footer."""
-    units = sorted(parts_there(folder))
-
-    def read(unit: int) -> tuple[pa.Table, dict[str, Any], NoiseFloor, int]:
-        content = read_content(folder, part_name(unit), "Run the same command again")
-        part = check_part(folder, unit, content, manifest)
-        return part.table.select(list(_COLUMNS)), part.ledger.as_dict(), part.noise, len(content)
-
-    files = [part_name(unit) for unit in units]
-    found = _at_once(read, units)
+    store = load_store(folder)
+    parts = _read_parts(store)
     totals, noise = Ledger(), NoiseFloor()
-    for _, ledger, noise_of_part, _ in found:
-        totals.add(ledger)
-        noise += noise_of_part
+    for part in parts:
+        totals.add(part.ledger.as_dict())
+        noise += part.noise
     return Contents(
         folder=folder,
-        manifest=manifest,
+        manifest=store.manifest,
         totals=totals.as_dict(),
         noise=noise,
-        files=files,
-        bytes=sum(size for *_, size in found),
-        pairs=_to_columns(folder, files, [table for table, *_ in found]),
-        unfinished=error,
+        files=[part_name(unit) for unit in store.units],
+        bytes=sum(part.size for part in parts),
+        pairs=_to_columns(folder, [part.table for part in parts]),
+        unfinished=store.unfinished,
     )
 
 
-def _at_once(read: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
-    """Read several parts at a time; gives them in their order. The first failure ends it."""
+def _read_parts(store: Store) -> list[CheckedPart]:
+    """Read several parts at a time; give them in order. The first error cancels the others."""
     readers = ThreadPoolExecutor(_READERS)
     try:
-        return list(readers.map(read, numbers))
+        return list(readers.map(lambda unit: read_checked_part(store, unit, _COLUMNS), store.units))
     finally:
         readers.shutdown(cancel_futures=True)
 
 
-def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]) -> PairColumns:
-    plain = schema(token_logps=False)
-    for file, table in zip(files, tables, strict=True):
-        if not table.schema.equals(plain):
-            raise DataError(f"{folder.place(file)}: its columns are not those of a part. Run refshard verify {folder}")
-    # pandas, which empty_table and to_numpy import, takes longer than all the rest.
-    together = pa.concat_tables([pa.Table.from_batches([], plain), *tables])
+def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
+    # Not by empty_table and to_numpy: they import pandas, which takes longer than all the rest.
+    together = pa.concat_tables([pa.Table.from_batches([], schema(token_logps=False)), *tables])
 
     def column(name: str, dtype: Any) -> npt.NDArray[Any]:
         values = together[name].cast(pa.from_numpy_dtype(dtype)).combine_chunks()
@@ -167,7 +110,7 @@ def _to_columns(folder: Folder, files: Sequence[str], tables: Sequence[pa.Table]
 
 
 def describe(store: Contents) -> dict[str, Any]:
-    """Sum a store up, in what JSON can say: counts, lengths, how the reference ranks the pairs, suspicious pairs."""
+    """Sum a store up for JSON: counts, lengths, the reference's margins, and suspicious pairs."""
     pairs = store.pairs
     first = ranking.first_of_each(pairs.keys)
     margins, per_token = ranking.margins(pairs), ranking.margins_per_token(pairs)
@@ -214,7 +157,7 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
 
 
 def _suspicious(store: Contents, first: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Examples of pairs to look at, by their rows, and how many there are."""
+    """Count each kind of suspicious pairs, and give examples by their rows."""
     pairs = store.pairs
     repeats = np.flatnonzero(first != np.arange(len(pairs)))
     same = ranking.same_on_both_sides(pairs)
@@ -275,7 +218,7 @@ def _described_noise(noise: Mapping[str, Any]) -> str:
 
 
 def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Say for people whose store it is that `describe` has described, and how much is in it."""
+    """Give the lines of text on a store's reference, dataset, and size; `entry` is the result of `describe`."""
     identity, declared = entry["identity"], entry["declared"]
     totals = Ledger()
     totals.add(dict(entry["totals"]))
@@ -297,7 +240,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
-    """Give the command that shows one pair of a store; stores are named after their sets."""
+    """Give the command that shows one pair of a store, whose folder is named after its set."""
     name = str(entry["store"]).rstrip("/").rpartition("/")[2]
     option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
     return f"refshard explain --config F{option} --row {row}"

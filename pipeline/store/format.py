@@ -1,15 +1,15 @@
-"""The files of a store: the schema of a part, the manifest, the index, and the seals that tell an edited file.
+"""File formats of a store: schema and checks of a part, shapes and checks of the manifest and the index.
 
 docs/shard-format.md describes the format for readers outside this project.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType, UnionType
 from typing import Any
 
 import numpy as np
@@ -26,21 +26,19 @@ from pipeline.scoring.agreement import NoiseFloor
 __all__ = [
     "DELETE_INDEX",
     "DELETE_PART",
+    "DELETE_VOUCHED_PART",
     "MANIFEST",
+    "MANIFEST_SHAPE",
     "MAX_BYTES",
     "PART_NAME",
     "CheckedPart",
     "ScoredPair",
     "SummedPair",
-    "_open_parquet",
-    "check_footer",
     "check_index",
     "check_part",
     "content_digest",
-    "footer_of",
-    "has_shape_of_manifest",
+    "fits",
     "is_sealed",
-    "open_part",
     "pair_keys",
     "part_name",
     "schema",
@@ -53,20 +51,20 @@ MANIFEST, INDEX, SKIPPED = "manifest.json", "index.json", "skipped.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPair:
-    """One shard row: the pair's key and what the reference gave its completions."""
+    """One row of a part: a pair's key and the token log-probs of its completions."""
 
     key: bytes
     row: int
     prompt_tokens: int
     chosen_token_logps: npt.NDArray[np.float32]
-    """[chosen tokens] nats"""
+    """[chosen tokens], nats"""
     rejected_token_logps: npt.NDArray[np.float32]
-    """[rejected tokens] nats"""
+    """[rejected tokens], nats"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummedPair:
-    """One shard row of which only the sums are known."""
+    """One row of a part whose token log-probs are not known, only their sums."""
 
     key: bytes
     row: int
@@ -78,31 +76,28 @@ class SummedPair:
     rejected_logps: float
 
 
-PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
-
-
 @dataclass(frozen=True)
 class CheckedPart:
-    """What a part holds, once every byte of it is known to be what was written."""
+    """Content of a part whose bytes were checked."""
 
     table: pa.Table
     ledger: Ledger
     skipped: list[Any]
     noise: NoiseFloor
+    size: int
+    """Bytes of the file"""
 
 
-DELETE_PART = "Delete this part, then run the same command again: it scores this unit only"
-
-
+PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
+DELETE_PART = "Delete this part, then run refshard precompute again: it scores this unit only"
+DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores nothing twice"
-
-
 MAX_BYTES = 2**32
-"""Of a part, manifest or index. Parts of the default size have some megabytes"""
+"""Largest part, manifest, or index. Parts of the default size have some megabytes"""
 
 
 def schema(*, token_logps: bool) -> pa.Schema:
-    """Columns of a part, schema version 1."""
+    """Give the columns of a part, schema version 1."""
     fields = [
         pa.field("pair_key", pa.binary(16), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -126,10 +121,9 @@ def part_name(unit: int) -> str:
 
 
 def pair_keys(part: pa.Table) -> npt.NDArray[np.bytes_]:
-    """The keys of a part's rows, [rows], as numpy strings of 16 bytes.
+    """Give the keys of a part's rows as numpy strings of 16 bytes, [rows].
 
-    Comparing such strings ignores trailing zero bytes, which changes no order and no equality among keys of one
-    length.
+    numpy ignores trailing zero bytes in comparisons, which changes no order and no equality among keys of one length.
     """
     column = part["pair_key"].combine_chunks()
     return np.frombuffer(column.buffers()[1], dtype="S16")[column.offset : column.offset + len(column)]
@@ -161,7 +155,7 @@ def to_table(pairs: Sequence[ScoredPair] | Sequence[SummedPair], *, token_logps:
 def _side_of(
     pairs: Sequence[ScoredPair] | Sequence[SummedPair], side: str
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-    """Token counts and sums of one side's completions, and their token logps where they are known."""
+    """Give the token counts, the sums, and, where known, the token logps of one side's completions."""
     lists = [getattr(pair, f"{side}_token_logps") for pair in pairs if isinstance(pair, ScoredPair)]
     if len(lists) == len(pairs):
         lengths = [len(values) for values in lists]
@@ -174,79 +168,78 @@ def _side_of(
         return np.array(lengths, dtype=np.int32), np.array(sums, dtype=np.float64).astype(np.float32), lists
 
 
-def has_shape_of_manifest(manifest: Mapping[str, Any]) -> bool:
-    """Whether everything is there, and of its type, that readers take for granted."""
-    identity, plan, declared = (manifest.get(section) for section in ("identity", "plan", "declared"))
-    if not (isinstance(identity, dict) and isinstance(plan, dict) and isinstance(declared, dict)):
-        return False
-    tokenization = identity.get("tokenization")
-    return (
-        _has_shape_of_reference(identity.get("reference"))
-        and isinstance(tokenization, dict)
-        and isinstance(tokenization.get("token_logps"), bool)
-        and isinstance(tokenization.get("max_length"), int | None)
-        and ("rows" not in plan or _has_shape_of_ranges(plan))
-    )
+def check_part(
+    folder: Folder,
+    unit: int,
+    content: bytes,
+    manifest: Mapping[str, Any],
+    columns: Sequence[str] | None = None,
+    *,
+    vouched: bool = False,
+) -> CheckedPart:
+    """Check the bytes of a part against themselves and the manifest.
 
-
-def _has_shape_of_ranges(plan: Mapping[str, Any]) -> bool:
-    rows = plan["rows"]
-    return (
-        isinstance(rows, str)
-        and re.fullmatch(r"[0-9]{1,18}:[0-9]{0,18}", rows) is not None
-        and _is_count(plan.get("rows_per_shard"))
-        and plan["rows_per_shard"] > 0
-    )
-
-
-def _has_shape_of_reference(reference: Any) -> bool:
-    if not isinstance(reference, dict) or "declared" in reference:
-        return isinstance(reference, dict)
-    bits = reference.get("quantization")
-    return (
-        all(isinstance(reference.get(name), str) for name in ("weights", "dtype"))
-        and isinstance(reference.get("adapter"), str | None)
-        and (bits is None or (isinstance(bits, dict) and _is_count(bits.get("bits"))))
-    )
-
-
-def check_part(folder: Folder, unit: int, content: bytes, manifest: Mapping[str, Any]) -> CheckedPart:
-    """Check the bytes of a part against themselves and the manifest: no index is needed for it.
+    Args:
+        folder: The store.
+        unit: The part's number.
+        content: The file's bytes.
+        manifest: The store's.
+        columns: Columns of the table that is returned; None for all.
+        vouched: The index vouches for the bytes, so their own digest is not computed, and other columns are not read.
 
     Raises:
-        DataError: Damaged: the content digest in its footer is not that of its rows and footer.
-        IdentityError: Another run's part.
+        DataError: The part is damaged: unreadable, or not what the digest in its footer says.
+        IdentityError: The part is another run's.
     """
-    place, way_on = folder.place(part_name(unit)), DELETE_PART
-    with open_part(place, content, way_on) as part:
-        metadata = footer_of(part)
-        check_footer(place, metadata, manifest["fingerprint"], unit)
-        table = part.read()
-    if not table.schema.equals(schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))):
-        raise DataError(f"{place}: damaged, its columns are not those of a part. {way_on}")
-    footer = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()}
-    if footer.get("refshard.digest") != content_digest(table, footer):
-        raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {way_on}")
+    place, remedy = folder.place(part_name(unit)), DELETE_VOUCHED_PART if vouched else DELETE_PART
+    expected = schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))
+    try:
+        with _open_parquet(content) as part:
+            footer = _decode_footer(part)
+            _check_footer(place, footer, manifest["fingerprint"], unit)
+            if not part.schema_arrow.equals(expected):
+                raise DataError(f"{place}: damaged, its columns are not those of a part. {remedy}")
+            table = part.read(list(columns) if columns and vouched else None)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{place}: damaged ({error}). {remedy}") from error
+    if not vouched and footer.get("refshard.digest") != content_digest(table, footer):
+        raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {remedy}")
     try:
         ledger = Ledger()
         ledger.add(json.loads(footer["refshard.ledger"]))
         skipped = json.loads(footer["refshard.skipped"])
         noise = NoiseFloor(**json.loads(footer["refshard.noise"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: damaged, its footer does not say what became of its rows. {way_on}") from error
+        raise DataError(f"{place}: damaged, its footer does not count its rows. {remedy}") from error
     if not table.num_rows == ledger.kept == ledger.rows - ledger.dropped.total():
-        raise DataError(f"{place}: damaged, its {table.num_rows} rows are not what its footer counts. {way_on}")
-    return CheckedPart(table=table, ledger=ledger, skipped=skipped, noise=noise)
+        raise DataError(f"{place}: damaged, its {table.num_rows} rows are not what its footer counts. {remedy}")
+    table = table.select(list(columns)) if columns else table
+    return CheckedPart(table=table, ledger=ledger, skipped=skipped, noise=noise, size=len(content))
+
+
+def _check_footer(place: str, footer: Mapping[str, str], fingerprint: str, unit: int) -> None:
+    found = footer.get("refshard.fingerprint", "none")
+    if found != fingerprint:
+        raise IdentityError(
+            f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
+        )
+    if footer.get("refshard.unit") != str(unit):
+        raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
+
+
+def _decode_footer(part: pq.ParquetFile) -> dict[str, str]:
+    metadata = part.schema_arrow.metadata or {}
+    return {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()}
 
 
 def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
-    """SHA-256 of what a part says, however Parquet has encoded it: its columns' values and the rest of its footer.
+    """Give the SHA-256 of a part's values and footer, which does not depend on Parquet's encoding.
 
-    Page checksums let a flipped bit in a page's header through now and then, and do not cover the footer at all.
+    Page checksums miss some flipped bits in page headers, and do not cover the footer.
     """
     digest = hashlib.sha256()
-    said = {key: value for key, value in footer.items() if key.startswith("refshard.") and key != "refshard.digest"}
-    digest.update(json.dumps(said, sort_keys=True).encode())
+    ours = {key: value for key, value in footer.items() if key.startswith("refshard.") and key != "refshard.digest"}
+    digest.update(json.dumps(ours, sort_keys=True).encode())
     for name in table.column_names:
         column = table[name].combine_chunks()
         digest.update(f"{name} {len(column)} {column.null_count}".encode())
@@ -262,11 +255,12 @@ def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """A JSON file of what is said, with its own SHA-256 in it."""
+    """Encode a JSON file that holds the SHA-256 of its own content."""
     return (json.dumps({**content, "sha256": _seal(content)}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Return True if a JSON file holds the SHA-256 of its own content."""
     return content.get("sha256") == _seal({key: value for key, value in content.items() if key != "sha256"})
 
 
@@ -274,81 +268,88 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
-    parts, totals, noise = index.get("parts"), index.get("totals"), index.get("noise")
-    if index.get("fingerprint") != fingerprint or not isinstance(parts, list):
-        raise DataError(f"{place}: does not belong to the manifest beside it. {DELETE_INDEX}")
-    if not is_sealed(index):
-        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says. {DELETE_INDEX}")
-    for number, part in enumerate(parts):
-        # A name from a file must not lead out of its folder; there is only one right name anyway.
-        if not isinstance(part, dict) or part.get("file") != part_name(number):
-            raise DataError(f"{place}: entry {number} must name {part_name(number)}. {DELETE_INDEX}")
-    if (
-        not all(_is_count(part.get("rows")) and _is_count(part.get("bytes")) for part in parts)
-        or not _has_shape_of_totals(totals)
-        or not _has_shape_of_noise(noise)
-        or sum(part["rows"] for part in parts) != index["totals"]["kept"]
-    ):
-        raise DataError(f"{place}: damaged, its parts do not add up to its totals. {DELETE_INDEX}")
-
-
-def _has_shape_of_totals(totals: Any) -> bool:
-    return (
-        isinstance(totals, dict)
-        and all(_is_count(totals.get(name)) for name in ("rows", "kept"))
-        and all(
-            isinstance(totals.get(name), dict) and all(map(_is_count, totals[name].values()))
-            for name in ("dropped", "noted")
-        )
-    )
-
-
-def _has_shape_of_noise(noise: Any) -> bool:
-    return (
-        isinstance(noise, dict)
-        and noise.keys() == vars(NoiseFloor()).keys()
-        and _is_count(noise["tokens"])
-        and all(isinstance(noise[name], int | float) and 0 <= noise[name] < math.inf for name in ("mean", "largest"))
-    )
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-@contextlib.contextmanager
-def open_part(place: str, content: bytes, way_on: str) -> Iterator[pq.ParquetFile]:
-    """Open the bytes of a part once, for its footer and its columns. Raises DataError where they can't be read."""
-    unreadable = (pa.ArrowException, OSError, ValueError)
-    try:
-        part = _open_parquet(content)
-    except unreadable as error:
-        raise DataError(f"{place}: damaged, no readable Parquet footer ({error}). Delete it and run again") from error
-    with part:
-        try:
-            yield part
-        except unreadable as error:
-            raise DataError(f"{place}: damaged ({error}). {way_on}") from error
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
 
 
-def footer_of(part: pq.ParquetFile) -> dict[bytes, bytes]:
-    return dict(part.schema_arrow.metadata or {})
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _is_gap(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
+
+
+_IDENTITY = {
+    "reference": (
+        {"declared": str},
+        {"weights": str, "dtype": str, "adapter": str | None, "quantization": (NoneType, {"bits": _is_count})},
+    ),
+    "tokenization": {"token_logps": bool, "max_length": int | None},
+}
+_RANGE = {"rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"), "rows_per_shard": _is_positive}
+MANIFEST_SHAPE = {"identity": _IDENTITY, "plan": ({"rows": NoneType}, _RANGE), "declared": dict}
+_INDEX_SHAPE = {
+    "parts": [{"file": str, "rows": _is_count, "bytes": _is_count}],
+    "totals": {"rows": _is_count, "kept": _is_count, "dropped": _are_counts, "noted": _are_counts},
+    "noise": {"tokens": _is_count, "mean": _is_gap, "largest": _is_gap},
+}
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Return True if a value of a JSON file has a declared shape.
+
+    Args:
+        value: As `json` gives it.
+        shape: A type, a predicate, or a pattern; a dict of the shapes of keys, where a missing key counts as None; a
+            list of its items' shape; a tuple of alternatives.
+    """
+    match shape:
+        case dict():
+            return isinstance(value, dict) and all(fits(value.get(key), inner) for key, inner in shape.items())
+        case list():
+            return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+        case tuple():
+            return any(fits(value, alternative) for alternative in shape)
+        case re.Pattern():
+            return isinstance(value, str) and shape.fullmatch(value) is not None
+        case type() | UnionType():
+            return isinstance(value, shape)
+    return bool(shape(value))
+
+
+def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
+    """Refuse an index that is not the manifest's, was edited, or does not add up. Raises DataError."""
+    if index.get("fingerprint") != fingerprint:
+        raise DataError(f"{place}: does not belong to the manifest beside it. {DELETE_INDEX}")
+    if not is_sealed(index):
+        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content. {DELETE_INDEX}")
+    if not fits(index, _INDEX_SHAPE) or index["noise"].keys() != vars(NoiseFloor()).keys():
+        raise DataError(f"{place}: damaged, not the content of an index. {DELETE_INDEX}")
+    # Only these names: a name from a file must not lead out of its folder.
+    if [part["file"] for part in index["parts"]] != [part_name(unit) for unit in range(len(index["parts"]))]:
+        raise DataError(f"{place}: damaged, it does not name the parts in order. {DELETE_INDEX}")
+    if sum(part["rows"] for part in index["parts"]) != index["totals"]["kept"]:
+        raise DataError(f"{place}: damaged, its parts do not add up to its totals. {DELETE_INDEX}")
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:
-    """Open the bytes of a part, from whomever they are.
+    """Open the bytes of a part, which may come from an untrusted writer.
 
     Raises:
-        ValueError: They would unpack to more than any part does; or what the library raises for what is no Parquet.
+        ValueError: The bytes would unpack to more than any part does. The library raises its own errors besides.
     """
     start = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
-    # The footer may name types of other libraries, whose code would run to make them; columns are plain without it.
+    # The Arrow schema in a footer may name extension types, whose code would run. Columns are plain without it.
     plain = content[:start] + content[start:].replace(b"ARROW:schema", b"no-ARROW-use")
     part = pq.ParquetFile(
         pa.BufferReader(plain),
         page_checksum_verification=True,
-        # What a footer may have allocated: strings hold what a unit skipped, lists its row groups.
+        # Limits on what a footer makes the reader allocate: strings hold skipped rows, lists row groups.
         thrift_string_size_limit=2**28,
         thrift_container_size_limit=2**20,
     )
@@ -356,13 +357,3 @@ def _open_parquet(content: bytes) -> pq.ParquetFile:
     if sum(part.metadata.row_group(number).total_byte_size for number in groups) > MAX_BYTES:
         raise ValueError(f"would unpack to more than {MAX_BYTES:,} bytes")
     return part
-
-
-def check_footer(place: str, metadata: Mapping[bytes, bytes], fingerprint: str, unit: int) -> None:
-    found = metadata.get(b"refshard.fingerprint", b"none").decode("utf-8", errors="replace")
-    if found != fingerprint:
-        raise IdentityError(
-            f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
-        )
-    if metadata.get(b"refshard.unit") != str(unit).encode():
-        raise DataError(f"{place}: holds another unit than its name says; delete it and run again")

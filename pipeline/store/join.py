@@ -1,8 +1,7 @@
-"""Tokenized pairs x shards -> dataset with reference columns, joined by the pair's key.
+"""Join tokenized pairs with stored log-probs by the pair's key, into an Arrow file with reference columns.
 
-Nothing is held in memory for each pair or token. The stores' keys and sums become an index on disk, sorted out of
-core and then memory-mapped; their token logps go to one flat file that is read batch by batch; the joined set is an
-Arrow file. Its order is that of the source, so shuffling stays the trainer's.
+Memory does not grow with pairs or tokens: the stores' keys and sums are memory-mapped, their token logps are read from
+one flat file batch by batch, and the joined set is an Arrow file in the source's order. The trainer shuffles it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,28 +16,36 @@ from pipeline.base.errors import DataError, StorageError
 from pipeline.data.intake import KeptPair
 from pipeline.store.reference_table import ReferenceTable
 
-__all__ = [
-    "JoinReport",
-    "join",
-]
+__all__ = ["JoinReport", "join"]
 
 _CHUNK = 1024
-
-
 _BATCH_BYTES = 16 * 2**20
-"""Of an Arrow batch: who opens the joined set holds 6 KiB for each, so chunks are put together"""
+"""Size of an Arrow batch. A reader of the joined set holds 6 KiB for each batch, so chunks are combined"""
+_SCHEMA = pa.schema(
+    [
+        ("pair_key", pa.binary(16)),
+        ("row", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("truncated", pa.bool_()),
+        ("part", pa.int32()),
+        ("ref_chosen_logps", pa.float32()),
+        ("ref_rejected_logps", pa.float32()),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class JoinReport:
-    """How the join went."""
+    """Counts of a join."""
 
     matched: int
     missing: int
     first_missing: str | None
-    """Place of the first pair without reference logps"""
+    """Place of the first pair without reference log-probs"""
     surplus: int
-    """Keys in the shards that no pair asked for"""
+    """Number of keys in the shards that no pair has"""
 
     def summary(self) -> str:
         return f"{self.matched:,} matched, {self.missing:,} missing, {self.surplus:,} surplus in the shards"
@@ -48,23 +55,23 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     """Look up every pair by key and write those that match to an Arrow file, in order.
 
     Columns: `pair_key`, `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `truncated`, `part`, `ref_chosen_logps`,
-    `ref_rejected_logps`, and where the table has it `token_start`, for `TokenLogps`. Pairs without a match are counted,
-    not written; what that means is the caller's to say.
+    `ref_rejected_logps`, and, where the table has it, `token_start` for `TokenLogps`. Pairs without a match are counted
+    and left out.
 
     Args:
-        pairs: In the source's order.
-        table: What the stores hold.
-        file: Where the joined set goes.
-        keep_missing: Write pairs without a match too, with NaN for the reference's logps and -1 for part and start, so
-            that a pair's place in the set does not depend on which pairs are scored.
+        pairs: Pairs in the source's order.
+        table: Stored log-probs by key.
+        file: Path of the joined set.
+        keep_missing: Write pairs without a match too, with NaN for their log-probs and -1 for part and start. A pair's
+            place in the set then does not depend on which pairs are scored.
 
     Raises:
-        DataError: A pair matches by key but not by its token counts: the shard was cut elsewhere.
+        DataError: A pair matches by key but not by its token counts: the shard was cut at another length.
         StorageError: The file can't be written.
     """
     matched, missing, first_missing = 0, 0, None
-    used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # a bit for each row
-    columns = _joined_schema(with_tokens=table.with_tokens)
+    used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # one bit a row
+    columns = _SCHEMA.append(pa.field("token_start", pa.int64())) if table.with_tokens else _SCHEMA
     held: list[pa.RecordBatch] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,26 +102,6 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     except OSError as error:
         raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
     return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))
-
-
-_IDS = pa.list_(pa.int32())
-
-
-def _joined_schema(*, with_tokens: bool) -> pa.Schema:
-    fields = [
-        ("pair_key", pa.binary(16)),
-        ("row", pa.int64()),
-        ("prompt_ids", _IDS),
-        ("chosen_ids", _IDS),
-        ("rejected_ids", _IDS),
-        ("truncated", pa.bool_()),
-        ("part", pa.int32()),
-        ("ref_chosen_logps", pa.float32()),
-        ("ref_rejected_logps", pa.float32()),
-    ]
-    if with_tokens:
-        fields.append(("token_start", pa.int64()))
-    return pa.schema(fields)
 
 
 def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:

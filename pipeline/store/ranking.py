@@ -1,4 +1,4 @@
-"""How a reference ranks the pairs that it scored, and which of them look wrong: arithmetic on a store's columns.
+"""Rank a store's pairs by the reference's own margins, and find the pairs that look wrong.
 
 Needs numpy only, and about 200 bytes a pair.
 """
@@ -26,25 +26,25 @@ __all__ = [
 ]
 
 _LEAST_NOISE = 1e-5
-"""Nats a token: what float32 leaves of equal token logps, however they were scored"""
+"""Rounding of float32 between two scorings of equal pairs, nats a token"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairColumns:
-    """The columns of P pairs, in the store's order."""
+    """Columns of P pairs, in the store's order."""
 
     keys: npt.NDArray[np.bytes_]
-    """[P] strings of 16 bytes"""
+    """Keys, [P] strings of 16 bytes"""
     rows: Integers
-    """[P] positions in the dataset"""
+    """Positions in the dataset, [P]"""
     parts: Integers
-    """[P] number of the part that holds it"""
+    """Numbers of the parts that hold the pairs, [P]"""
     prompt_tokens: Integers
     chosen_tokens: Integers
-    """[P] at least 1"""
+    """Token counts, [P], at least 1"""
     rejected_tokens: Integers
     chosen_logps: Floats
-    """[P] nats, finite"""
+    """Sums of token log-probs, [P] nats, finite"""
     rejected_logps: Floats
 
     def __len__(self) -> int:
@@ -53,15 +53,15 @@ class PairColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class Swaps:
-    """Pairs that look like another one with chosen and rejected changed over."""
+    """Pairs that look like another one with chosen and rejected swapped."""
 
     indexes: Integers
-    """[S, 2] the two of each match, the earlier first, in order; a later pair is in one match at most"""
+    """Both pairs of each match, the earlier first, [S, 2], ascending; a later pair is in one match at most"""
     same_order: int
-    """Pairs of another key that coincide with an earlier one just as well, but not changed over: what chance, or
-    texts that differ only after max_length, makes of the data"""
+    """Pairs of another key that coincide with an earlier one without a swap: by chance, or because the texts differ
+    only after max_length"""
     tolerance: float
-    """How far apart the sums may be, nats a token"""
+    """Largest difference of the sums, nats a token"""
 
 
 def margins(pairs: PairColumns) -> Floats:
@@ -75,14 +75,14 @@ def margins_per_token(pairs: PairColumns) -> Floats:
 
 
 def length_differences(pairs: PairColumns) -> Integers:
-    """Give by how many tokens the chosen completion is longer, [P]."""
+    """Give the chosen completion's tokens less the rejected one's, [P]."""
     return pairs.chosen_tokens - pairs.rejected_tokens
 
 
 def longer_sides(pairs: PairColumns) -> dict[str, dict[str, Any]]:
-    """Give, for the pairs of which the chosen, the rejected or neither completion is longer, how they are ranked.
+    """Give the reference's preferences by which completion is longer: `chosen`, `rejected`, or `neither`.
 
-    Each has `pairs`, `share_chosen_preferred` and `share_chosen_preferred_per_token`, None where there are no pairs.
+    Each has `pairs`, `share_chosen_preferred`, and `share_chosen_preferred_per_token`; shares of no pairs are None.
     """
     difference, whole, per_token = length_differences(pairs), margins(pairs), margins_per_token(pairs)
     groups = {"chosen": difference > 0, "rejected": difference < 0, "neither": difference == 0}
@@ -97,9 +97,9 @@ def longer_sides(pairs: PairColumns) -> dict[str, dict[str, Any]]:
 
 
 def first_of_each(keys: npt.NDArray[np.bytes_]) -> Integers:
-    """Give for each pair the index of the first that has its key: its own, if it is no duplicate. [P]"""
+    """Give for each pair the index of the first pair with its key, [P]: its own, unless it is a duplicate."""
     first = np.arange(len(keys), dtype=np.int64)
-    # Sorting numbers is some times as fast as sorting strings, and half of a hash tells nearly all apart.
+    # Numbers sort faster than strings, and half of a hash distinguishes nearly all keys.
     shared = _has_equal(np.ascontiguousarray(keys).view(np.uint64)[::2])
     candidates = np.flatnonzero(shared)
     _, earliest, inverse = np.unique(keys[candidates], return_index=True, return_inverse=True)
@@ -108,7 +108,7 @@ def first_of_each(keys: npt.NDArray[np.bytes_]) -> Integers:
 
 
 def _has_equal(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Tell which values are there more than once."""
+    """Mark the values that occur more than once."""
     order = np.argsort(values)
     equal = values[order][1:] == values[order][:-1]
     found = np.zeros(len(values), dtype=bool)
@@ -117,9 +117,9 @@ def _has_equal(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 
 def same_on_both_sides(pairs: PairColumns) -> Integers:
-    """Give the indexes of pairs whose completions were one as scored: as many tokens, and the same sum to the bit.
+    """Give the indexes of pairs with equal completions as scored: equal token counts, and sums equal to the bit.
 
-    A completion that is there twice for a prompt is scored once, so nothing but equality is expected of it.
+    Equal completions of a prompt are scored once, so their sums are exactly equal.
     """
     same = (pairs.chosen_tokens == pairs.rejected_tokens) & (pairs.chosen_logps == pairs.rejected_logps)
     return np.flatnonzero(same)
@@ -128,83 +128,72 @@ def same_on_both_sides(pairs: PairColumns) -> Integers:
 def worst(pairs: PairColumns, most: int) -> Integers:
     """Give the indexes of the pairs with the most negative margins per token, the most negative first.
 
-    Only pairs whose margin is negative in sum as well: where the two disagree, the lengths alone may be why.
+    The summed margin must be negative too: where the two disagree, the lengths alone may be the cause.
     """
     values = margins_per_token(pairs)
     negative = np.flatnonzero((values < 0) & (margins(pairs) < 0))
     if len(negative) > most:
-        # All that tie with the last one wanted stay in, so that the order below decides.
+        # Keep all ties with the last one, so that the order below decides.
         negative = negative[values[negative] <= np.partition(values[negative], most - 1)[most - 1]]
     return negative[np.argsort(values[negative], kind="stable")][:most]
 
 
 def likely_swapped(pairs: PairColumns, first: Integers, noise: float) -> Swaps:
-    """Find pairs that are likely another one with chosen and rejected changed over.
+    """Find pairs that are likely another pair with chosen and rejected swapped.
 
-    The key can't tell, as it is one of all three texts. But the same prompt and completions have the same three
-    lengths and, but for noise, the same two sums.
+    The key covers all three texts in order, so it differs. The same prompt and completions have the same three lengths
+    and, up to noise, the same two sums.
 
     Args:
-        pairs: Of a store.
-        first: As `first_of_each` gives it: of duplicates the first alone is looked at.
-        noise: Mean difference of token logps that are scored twice, nats a token.
+        pairs: Columns of a store.
+        first: Result of `first_of_each`; later duplicates are left out.
+        noise: Mean difference of token logps that were scored twice, nats a token.
     """
     tolerance = max(float(noise), _LEAST_NOISE)
     here = np.arange(len(pairs))
     lengths = np.stack([pairs.chosen_tokens, pairs.rejected_tokens])
     sums = np.stack([pairs.chosen_logps, pairs.rejected_logps])
-    # The shorter completion first; of equally long ones the less likely.
+    # The shorter completion first; of equally long ones, the less likely.
     changed = (lengths[0] > lengths[1]) | ((lengths[0] == lengths[1]) & (sums[0] > sums[1]))
     order = np.stack([changed, ~changed]).astype(np.int64)
     lengths, sums = lengths[order, here], sums[order, here]
-    # Completions that are as good as equal are in no order.
-    told = (lengths[0] != lengths[1]) | (sums[1] - sums[0] > 2 * tolerance * lengths[0])
-    kept = np.flatnonzero((first == here) & told)
-    # Nearly all pairs are alone with their lengths.
+    # Nearly equal completions have no order.
+    ordered = (lengths[0] != lengths[1]) | (sums[1] - sums[0] > 2 * tolerance * lengths[0])
+    kept = np.flatnonzero((first == here) & ordered)
+    # Hardly any pairs have their lengths in common.
     kept = kept[_has_equal(_hashed(pairs.prompt_tokens[kept], *lengths[:, kept]))]
     fixed = (pairs.prompt_tokens[kept], *lengths[:, kept])
     steps = sums[:, kept] / (2 * tolerance * lengths[:, kept])
     partner = np.full(len(pairs), -1, dtype=np.int64)
     coincides = np.zeros(len(pairs), dtype=bool)
-    # Two sums at most a tolerance apart are in one cell of twice that width, or in one of those moved by half of it.
+    # Two sums at most a tolerance apart share a cell of twice that width, or one of those shifted by half of it.
     for shift in ((0.0, 0.0), (0.0, 0.5), (0.5, 0.0), (0.5, 0.5)):
-        cells = _hashed(*fixed, *np.floor(steps + np.array(shift)[:, None]))
-        in_company = _has_equal(cells)
-        cells, indexes = cells[in_company], kept[in_company]
-        groups = [_Group(cells[changed[indexes] == way], indexes[changed[indexes] == way]) for way in (False, True)]
-        for mine, other in (groups, groups[::-1]):
-            coincides[mine.indexes[mine.earliest(mine.cells) < mine.indexes]] = True
-            found = other.earliest(mine.cells)
-            match = found < mine.indexes
-            partner[mine.indexes[match]] = found[match]
+        cells = (*fixed, *np.floor(steps + np.array(shift)[:, None]))
+        same, swapped = _hashed(*cells, changed[kept]), _hashed(*cells, ~changed[kept])
+        coincides[kept[_earliest(same, kept, same) < kept]] = True
+        found = _earliest(same, kept, swapped)
+        match = found < kept
+        partner[kept[match]] = found[match]
     later = np.flatnonzero(partner >= 0)
     return Swaps(
         indexes=np.stack([partner[later], later], axis=1), same_order=int(coincides.sum()), tolerance=tolerance
     )
 
 
-class _Group:
-    """Pairs that have their sides in one order, by cell."""
-
-    def __init__(self, cells: npt.NDArray[np.uint64], indexes: Integers) -> None:
-        self.cells, self.indexes = cells, indexes
-        self._known, at = np.unique(cells, return_index=True)
-        self._first = indexes[at]
-
-    def earliest(self, cells: npt.NDArray[np.uint64]) -> Integers:
-        """Give the least index in each cell; one beyond all where nobody is in it."""
-        beyond = np.iinfo(np.int64).max
-        if len(self._known) == 0:
-            return np.full(len(cells), beyond)
-        at = np.minimum(np.searchsorted(self._known, cells), len(self._known) - 1)
-        return np.where(self._known[at] == cells, self._first[at], beyond)
+def _earliest(cells: npt.NDArray[np.uint64], indexes: Integers, wanted: npt.NDArray[np.uint64]) -> Integers:
+    """Give the least index in each wanted cell; one beyond all others where the cell is empty."""
+    if len(cells) == 0:
+        return np.empty(0, np.int64)
+    known, at = np.unique(cells, return_index=True)
+    near = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[near] == wanted, indexes[at[near]], np.iinfo(np.int64).max)
 
 
 def _hashed(*columns: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """Mix the numbers of each pair into one: equal for equal ones, and for others once in 2**64 times."""
+    """Hash the numbers of each pair, [P]; different numbers collide once in 2**64 times."""
     mixed = np.zeros(len(columns[0]), dtype=np.uint64)
     for column in columns:
-        # The mixing of splitmix64 (doi 10.1145/2660193.2660195), which wraps around as meant.
+        # The mixing of splitmix64 (doi 10.1145/2660193.2660195); it is meant to wrap around.
         mixed = (mixed + column.astype(np.float64).view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -213,10 +202,10 @@ def _hashed(*columns: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
 
 
 def part_means(pairs: PairColumns, num_parts: int) -> dict[str, npt.NDArray[Any]]:
-    """Give `pairs` of each part, and means over them: [parts], NaN for a part without pairs.
+    """Give the number of `pairs` in each part, [parts], and means over them, NaN for a part without pairs.
 
-    `margin` and `margin_per_token` in nats, `chosen_tokens`, `rejected_tokens`, `share_chosen_preferred` (a tie
-    counts one half).
+    The means: `margin` and `margin_per_token` in nats, `chosen_tokens`, `rejected_tokens`, and
+    `share_chosen_preferred`, where a tie counts one half.
     """
     counts = np.bincount(pairs.parts, minlength=num_parts)
     whole = margins(pairs)

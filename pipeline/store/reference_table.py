@@ -1,4 +1,4 @@
-"""Index the pairs of one or several stores by key, sorted on disk, with their summed log-probs."""
+"""Index the pairs of one or several stores by key, sorted and memory-mapped, with their summed log-probs."""
 
 import mmap
 import os
@@ -15,13 +15,7 @@ from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.store.format import pair_keys
 from pipeline.store.store import Store, read_parts
 
-__all__ = [
-    "INDEX_ROW",
-    "ReferenceTable",
-    "TokenLogps",
-    "build_reference_table",
-    "load_reference_table",
-]
+__all__ = ["INDEX_ROW", "ReferenceTable", "TokenLogps", "build_reference_table", "load_reference_table"]
 
 INDEX_ROW = np.dtype(
     [
@@ -34,43 +28,35 @@ INDEX_ROW = np.dtype(
         ("part", "<i4"),
     ]
 )
-"""What the index has of a pair, in 44 bytes: its key; where its token logps start in their file, counted in values (-1:
-nowhere); sums in nats and token counts, both cut to this run's max_length; the number of its part, counted through the
-stores"""
-
+"""One pair in 44 bytes: its key; the position of its token logps in their file, in values, -1 without them; sums in
+nats and token counts, both cut to this run's max_length; the number of its part, counted through the stores"""
 
 _ABSENT = np.array((b"", -1, np.nan, np.nan, 0, 0, -1), INDEX_ROW)
-
-
-_SORTED_ROWS = 2**18
-"""Rows that are sorted at once, in memory: 11 MiB, of which there are about four copies"""
-
-
-_BLOCK = 128
-"""Rows, 5.5 KiB of them, for which one key stays in memory: an eighth of a byte a pair"""
-
-
-_AT_ONCE = 32
-"""Keys that are looked up before the pages are let go: the system maps up to 2 MiB for one that is read"""
+_ROWS_PER_WRITE = 2**18
+"""Rows copied at once, 11 MiB"""
+_BLOCK = 32
+"""Rows for which one key stays in memory: half a byte a row"""
+_KEYS_AT_ONCE = 32
+"""Keys looked up between two releases of mapped pages: the system maps up to 2 MiB for a page that is read"""
 
 
 class ReferenceTable:
-    """What the stores have of each pair, sorted by key and memory-mapped. Equal keys are equal pairs, and kept once."""
+    """Stored log-probs by pair, sorted by key and memory-mapped. Equal keys are equal pairs and are kept once."""
 
     def __init__(self, file: IO[bytes], rows: int, fence: npt.NDArray[np.bytes_], *, with_tokens: bool) -> None:
         """Map the index.
 
         Args:
-            file: Of `INDEX_ROW`, ascending by key; it may be closed and deleted afterwards.
-            rows: How many.
-            fence: The keys of rows 0, `_BLOCK`, 2 `_BLOCK`, ...
-            with_tokens: The rows say where their token logps are.
+            file: Rows of `INDEX_ROW`, ascending by key; the file may be closed and deleted afterwards.
+            rows: Number of rows.
+            fence: Keys of the rows 0, `_BLOCK`, 2 `_BLOCK`, ...
+            with_tokens: The rows hold the positions of their token logps.
         """
         self._fence = fence
         # An empty file can't be mapped.
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if rows else None
-        self.rows: npt.NDArray[np.void] = np.empty(0, INDEX_ROW) if self._map is None else _view(self._map)
-        """[R] `INDEX_ROW`, read-only"""
+        self.rows: npt.NDArray[np.void] = np.frombuffer(self._map or b"", INDEX_ROW)
+        """Rows of `INDEX_ROW`, [R], read-only"""
         self.with_tokens = with_tokens
 
     def __len__(self) -> int:
@@ -78,56 +64,44 @@ class ReferenceTable:
 
     @property
     def keys(self) -> npt.NDArray[np.bytes_]:
-        """[R] 16 bytes each, ascending"""
+        """Keys, [R] of 16 bytes, ascending"""
         return self.rows["key"]
 
     def look_up(self, keys: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void]]:
         """Find pairs by key.
 
         Args:
-            keys: K of them, in any order.
+            keys: K keys, in any order.
 
         Returns:
-            Their rows in the table, [K], -1 where a key is not there; and copies of these rows, [K] `INDEX_ROW`, with
-            NaN for the sums and -1 for part and start where a key is not there.
+            Row numbers in the table, [K], -1 for an absent key; and copies of these rows, [K] `INDEX_ROW`. An absent
+            key has NaN for the sums and -1 for part and start.
         """
         wanted = np.array(keys, dtype="S16")
         at = np.full(len(wanted), -1, dtype=np.int64)
         found = np.full(len(wanted), _ABSENT)
-        if not len(self):
+        if self._map is None:
             return at, found
         # Ascending, so that neighbours in the file are read together.
         order = np.argsort(wanted)
-        for start in range(0, len(order), _AT_ONCE):
-            some = order[start : start + _AT_ONCE]
-            near = self._last_not_above(wanted[some])
-            hits = self.keys[near] == wanted[some]
-            at[some[hits]] = near[hits]
-            found[some[hits]] = self.rows[near[hits]]
-            self._let_go()
-        return at, found
-
-    def _last_not_above(self, keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
-        """For each key, the last row whose key is not above it, or the first row if all are."""
-        near = np.maximum(np.searchsorted(self._fence, keys, side="right") - 1, 0) * _BLOCK
-        step = _BLOCK // 2
-        while step:
-            further = np.minimum(near + step, len(self) - 1)
-            near = np.where(self.keys[further] <= keys, further, near)
-            step //= 2
-        return near
-
-    def _let_go(self) -> None:
-        """Unmap the pages that were read. They stay in the system's cache, but no longer count as this process's."""
-        if self._map is not None:
+        for start in range(0, len(order), _KEYS_AT_ONCE):
+            some = order[start : start + _KEYS_AT_ONCE]
+            blocks = np.maximum(np.searchsorted(self._fence, wanted[some], side="right") - 1, 0)
+            near = np.minimum(blocks[:, None] * _BLOCK + np.arange(_BLOCK), len(self) - 1)
+            same = self.keys[near] == wanted[some, None]
+            hit = same.any(axis=1)
+            at[some[hit]] = near[hit, same[hit].argmax(axis=1)]
+            found[some[hit]] = self.rows[at[some[hit]]]
+            # The pages stay in the system's cache, but no longer count as this process's memory.
             self._map.madvise(mmap.MADV_DONTNEED)
+        return at, found
 
 
 class TokenLogps:
     """Token logps of all stored pairs, read from their file pair by pair.
 
-    Read and not mapped: an epoch touches every page, and a map's pages count as the process's memory. It pickles as
-    its path, so that workers of a DataLoader open the file themselves.
+    The file is not mapped: an epoch touches every page, and mapped pages count as the process's memory. A pickle holds
+    the path, so that a DataLoader's workers open the file themselves.
     """
 
     def __init__(self, file: Path) -> None:
@@ -138,20 +112,20 @@ class TokenLogps:
         return TokenLogps, (self._file,)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.float32]:
-        """Read `count` values from the `start`-th on: a pair's chosen ones and then its rejected ones. Nats, read-only.
+        """Read `count` values from position `start`: a pair's chosen logps, then its rejected ones. Nats, read-only.
 
         Raises:
-            StorageError: The file can't be read, or ends before.
+            StorageError: The file can't be read, or ends too early.
         """
         try:
             if self._opened is None:
                 self._opened = self._file.open("rb", buffering=0)
-            # With its own position: forked workers share the file's.
+            # pread takes a position of its own: forked workers share the file's.
             content = os.pread(self._opened.fileno(), 4 * count, 4 * start)
         except OSError as error:
             raise StorageError(f"{self._file}: can't be read ({error.strerror or error})") from error
         if len(content) != 4 * count:
-            raise StorageError(f"{self._file}: cut short. It is made anew when refshard train is run again")
+            raise StorageError(f"{self._file}: cut short. Run refshard train again, which writes it anew")
         return np.frombuffer(content, dtype="<f4")
 
 
@@ -163,22 +137,22 @@ def load_reference_table(
     folder: Path | None = None,
     token_file: Path | None = None,
 ) -> ReferenceTable:
-    """Read keys and sums from the stores; where they were cut later than `max_length`, sum the shorter prefix.
+    """Read keys and sums from the stores; where a store was cut later than `max_length`, sum the shorter prefix.
 
-    A causal model's log-probs do not depend on what comes after, so the prefix of stored token logps is what a
-    scoring at the smaller length would have given. One part is in memory at a time.
+    Log-probs of a causal model do not depend on later tokens, so a prefix of stored token logps equals a scoring at the
+    smaller length. One part is in memory at a time.
 
     Args:
         stores: Finished stores of one identity.
-        max_length: Of this run, at most that of the stores.
-        ld_alpha: Weight in the sums of tokens past the shorter completion's length (LD-DPO, arXiv 2409.06411).
-        folder: Where the index is kept, in files without a name that are gone with the table, however the process
-            ends. The system's folder for temporary files if None: name another for stores of millions of pairs.
-        token_file: Where token logps are appended, cut to `max_length` and not weighed, for `TokenLogps` to read; the
-            tables of several sets may share it. They are left out if None, or where a store has none.
+        max_length: This run's, at most that of the stores.
+        ld_alpha: Weight of tokens past the shorter completion's length (LD-DPO, arXiv 2409.06411).
+        folder: Folder of the index, a file without a name that disappears with the process. None takes the system's
+            folder for temporary files; name another one for stores of millions of pairs.
+        token_file: File that token logps are appended to, cut to `max_length` and unweighted, for `TokenLogps`; several
+            sets may share it. They are left out if None, or where a store has none.
 
     Raises:
-        ConfigError: `ld_alpha` is asked for, and a store has no token logps.
+        ConfigError: `ld_alpha` is given, and a store has no token logps.
         DataError: A part is damaged, or its sums are not those of its token logps.
         StorageError: The index or the token logps can't be written.
     """
@@ -186,140 +160,88 @@ def load_reference_table(
     stored = bool(stores) and not sums_only
     if ld_alpha is not None and sums_only:
         raise ConfigError(
-            f"loss.ld_alpha: {sums_only[0].folder} holds sums alone, and tokens are weighed one by one; "
-            "score again with precompute.token_logps: true"
+            f"loss.ld_alpha: must be unset, got {ld_alpha}: {sums_only[0].folder} holds sums alone. Score again with "
+            "precompute.token_logps: true"
         )
     token_file = token_file if stored else None
     pieces = _pieces(stores, max_length, ld_alpha, token_file)
-    rows = sum(part["rows"] for store in stores for part in store.parts)
-    return build_reference_table(pieces, rows, folder=folder, with_tokens=token_file is not None)
+    return build_reference_table(pieces, folder=folder, with_tokens=token_file is not None)
 
 
 def build_reference_table(
-    pieces: Iterable[npt.NDArray[np.void]], rows: int, *, folder: Path | None = None, with_tokens: bool = False
+    pieces: Iterable[npt.NDArray[np.void]], *, folder: Path | None = None, with_tokens: bool = False
 ) -> ReferenceTable:
-    """Sort rows by key on disk. Of rows with equal keys the first stays.
-
-    Keys are digests, so their first bits spread the rows evenly over as many buckets as make one small enough to be
-    sorted in memory; what the buckets give one after the other is in order.
+    """Sort rows by key in memory, about 110 bytes a row at most, and map them from a file. Equal keys keep the first.
 
     Args:
-        pieces: Rows in any order, `INDEX_ROW`; each piece is in memory while it is taken.
-        rows: About how many there are in all.
-        folder: As for `load_reference_table`, made if needed.
+        pieces: Rows in any order, `INDEX_ROW`.
+        folder: Folder of the file, made if needed; as for `load_reference_table`.
         with_tokens: The rows say where their token logps are.
 
     Raises:
         StorageError: The disk is full or failing.
     """
-    bits = min(max(rows - 1, 0) // _SORTED_ROWS, 2**16 - 1).bit_length()
-    kept, fence = 0, [np.empty(0, "S16")]
+    rows = np.concatenate([np.empty(0, INDEX_ROW), *pieces])
+    keys, first = np.unique(rows["key"], return_index=True)
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            for bucket in _buckets(pieces, bits, folder):
-                keys = np.ascontiguousarray(bucket["key"])
-                order = np.argsort(keys, kind="stable")
-                keys = keys[order]
-                first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-                keys = keys[first]
-                _write_rows(file, bucket, order[first])
-                fence.append(keys[-kept % _BLOCK :: _BLOCK].copy())  # a view would hold all of them
-                kept += len(keys)
+            # As bytes without fields: numpy copies those an order of magnitude faster.
+            whole = rows.view(f"V{INDEX_ROW.itemsize}")
+            for start in range(0, len(first), _ROWS_PER_WRITE):
+                file.write(whole[first[start : start + _ROWS_PER_WRITE]].tobytes())
             file.flush()
-            return ReferenceTable(file, kept, np.concatenate(fence), with_tokens=with_tokens)
+            return ReferenceTable(file, len(keys), keys[::_BLOCK].copy(), with_tokens=with_tokens)
     except OSError as error:
         where = folder or tempfile.gettempdir()
         raise StorageError(f"{where}: the stores' index can't be written ({error.strerror or error})") from error
 
 
-def _buckets(pieces: Iterable[npt.NDArray[np.void]], bits: int, folder: Path | None) -> Iterator[npt.NDArray[np.void]]:
-    """Yield the rows by their keys' first bits, ascending; those of one bucket in the order in which they came."""
-    if not bits:
-        yield np.concatenate([np.empty(0, INDEX_ROW), *pieces])
-        return
-    with tempfile.TemporaryFile(dir=folder) as spill:
-        # One file of many runs, each in the buckets' order, and where in it each bucket of each run begins.
-        edges, written = [], 0
-        for run in _runs(pieces):
-            numbers = np.ascontiguousarray(run["key"]).view(">u2")[::8].astype(np.uint16) >> (16 - bits)
-            _write_rows(spill, run, np.argsort(numbers, kind="stable"))
-            ends = np.cumsum(np.bincount(numbers, minlength=2**bits))
-            edges.append(written + np.concatenate([[0], ends]))
-            written += len(run)
-        spill.flush()
-        for number in range(2**bits):
-            yield np.concatenate([_read_rows(spill, *run[number : number + 2].tolist()) for run in edges])
-
-
-def _runs(pieces: Iterable[npt.NDArray[np.void]]) -> Iterator[npt.NDArray[np.void]]:
-    """Put pieces together until there are enough rows to be worth a visit to every bucket."""
-    held: list[npt.NDArray[np.void]] = []
-    for piece in pieces:
-        held.append(piece)
-        if sum(map(len, held)) >= _SORTED_ROWS:
-            yield np.concatenate(held)
-            held = []
-    yield np.concatenate([np.empty(0, INDEX_ROW), *held])
-
-
-def _write_rows(file: IO[bytes], rows: npt.NDArray[np.void], order: npt.NDArray[np.int64]) -> None:
-    # As bytes without fields: numpy moves those whole, an order faster.
-    file.write(rows.view(f"V{INDEX_ROW.itemsize}")[order].tobytes())
-
-
-def _read_rows(file: IO[bytes], start: int, end: int) -> npt.NDArray[np.void]:
-    size = INDEX_ROW.itemsize
-    return np.frombuffer(os.pread(file.fileno(), (end - start) * size, start * size), INDEX_ROW)
-
-
-def _view(mapped: mmap.mmap) -> npt.NDArray[np.void]:
-    return np.frombuffer(mapped, INDEX_ROW)
-
-
 def _pieces(
     stores: Sequence[Store], max_length: int | None, ld_alpha: float | None, token_file: Path | None
 ) -> Iterator[npt.NDArray[np.void]]:
-    """Each part's share of the index; its token logps go to their file on the way."""
-    number = 0
+    """Yield the index rows of each part, and append its token logps to their file."""
     start = token_file.stat().st_size // 4 if token_file is not None and token_file.exists() else 0
-    for store in stores:
-        for part in read_parts(store):
-            piece, lists = _piece(store, part, number, max_length, ld_alpha)
-            piece["token_start"] = -1
-            if token_file is not None:
-                values, starts = _side_by_side(*lists)
-                piece["token_start"] = start + starts
-                start += len(values)
-                _append(token_file, values)
-            yield piece
-            number += 1
+    parts = ((store, part) for store in stores for part in read_parts(store))
+    for number, (store, part) in enumerate(parts):
+        piece, lists = _piece(store, part, number, max_length, ld_alpha)
+        if token_file is not None:
+            values, starts = _side_by_side(*lists)
+            piece["token_start"] = start + starts
+            start += len(values)
+            try:
+                token_file.parent.mkdir(parents=True, exist_ok=True)
+                with token_file.open("ab") as sink:
+                    sink.write(values.tobytes())
+            except OSError as error:
+                raise StorageError(f"{token_file}: can't be written ({error.strerror or error})") from error
+        yield piece
 
 
 def _piece(
     store: Store, part: pa.Table, number: int, max_length: int | None, ld_alpha: float | None
 ) -> tuple[npt.NDArray[np.void], list[pa.ListArray]]:
-    """One part's share of the index, and its token logps, chosen and rejected, where they are stored."""
+    """Give the index rows of one part and, where stored, its token logps, chosen and rejected."""
     room = part["prompt_tokens"].to_numpy()
     room = np.maximum(max_length - room, 0) if max_length is not None else np.full_like(room, np.iinfo(np.int32).max)
     tokens = {
         side: np.minimum(part[f"{side}_tokens"].to_numpy(), room).astype(np.int32) for side in ("chosen", "rejected")
     }
-    shared = np.minimum(tokens["chosen"], tokens["rejected"])
+    common = np.minimum(tokens["chosen"], tokens["rejected"])
     piece = np.empty(part.num_rows, INDEX_ROW)
-    piece["key"], piece["part"] = pair_keys(part), number
+    piece["key"], piece["part"], piece["token_start"] = pair_keys(part), number, -1
     lists = []
     for side, counts in tokens.items():
         sums = part[f"ref_{side}_logps"].to_numpy()
         if "chosen_token_logps" in part.column_names:
             column = part[f"{side}_token_logps"].combine_chunks()
-            whole, cut, weighted = _sums_of(column, counts, shared, 1.0 if ld_alpha is None else ld_alpha)
-            # The sum was rounded once; anything beyond that was not written by refshard.
+            whole, cut, weighted = _sums_of(column, counts, common, 1.0 if ld_alpha is None else ld_alpha)
+            # refshard rounds a sum once. A larger difference was written by another program.
             if not np.allclose(whole, sums, rtol=1e-5, atol=1e-5):
                 raise DataError(
                     f"{store.folder}, part {number}: its sums are not those of its token logps, so one of the two was "
-                    "changed after it was scored. Delete the part and index.json, then run refshard precompute again"
+                    "changed after scoring. Delete the part and index.json, then run refshard precompute again"
                 )
             sums = weighted
             lists.append(cut)
@@ -331,7 +253,7 @@ def _piece(
 def _side_by_side(
     chosen: pa.ListArray, rejected: pa.ListArray
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Put each row's rejected values after its chosen ones; give all values, and where each row's start, [R]."""
+    """Interleave chosen and rejected values row by row; give all values, and the start of each row, [R]."""
     counts = [side.value_lengths().to_numpy().astype(np.int64) for side in (chosen, rejected)]
     ends = np.cumsum(counts[0] + counts[1])
     starts = ends - counts[0] - counts[1]
@@ -341,25 +263,16 @@ def _side_by_side(
     return values, starts
 
 
-def _append(file: Path, values: npt.NDArray[np.float32]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as sink:
-            sink.write(values.tobytes())
-    except OSError as error:
-        raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
-
-
 def _sums_of(
-    lists: pa.ListArray, counts: npt.NDArray[np.int32], shared: npt.NDArray[np.int32], tail_weight: float
+    lists: pa.ListArray, counts: npt.NDArray[np.int32], common: npt.NDArray[np.int32], tail_weight: float
 ) -> tuple[npt.NDArray[np.float64], pa.ListArray, npt.NDArray[np.float64]]:
-    """Cut lists of token logps and add them up, in float64.
+    """Cut lists of token logps and sum them, in float64.
 
     Args:
-        lists: [R] lists, none of them empty.
-        counts: [R] values of each list that stay.
-        shared: [R] values of each list, from its start, that count once.
-        tail_weight: What the values after those count.
+        lists: Token logps, [R] lists, none of them empty.
+        counts: Values of each list to keep, [R].
+        common: Leading values of each list with weight 1, [R].
+        tail_weight: Weight of the values after those.
 
     Returns:
         Sums of the whole lists, [R]; the lists cut to `counts`; their weighted sums, [R].
@@ -372,8 +285,8 @@ def _sums_of(
         return np.zeros(0), lists, np.zeros(0)
     position = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
     kept = position < np.repeat(counts, lengths)
-    weights = np.where(position < np.repeat(shared, lengths), 1.0, tail_weight) * kept
-    # Each list is added up by itself; a running sum over a whole part would round.
+    weights = np.where(position < np.repeat(common, lengths), 1.0, tail_weight) * kept
+    # Each list is summed by itself; a running sum over the part would round.
     whole = np.add.reduceat(values, offsets[:-1], dtype=np.float64)
     weighted = np.add.reduceat(values * weights, offsets[:-1])
     cut = pa.ListArray.from_arrays(

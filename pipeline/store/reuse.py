@@ -1,7 +1,8 @@
-"""Pairs that other stores have scored already, found by key and copied: adding 5% of data means scoring 5%."""
+"""Copy the log-probs of pairs that other stores have scored, so that adding 5% of data means scoring 5%."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,36 +13,33 @@ from pipeline.base.errors import ConfigError, DataError, IdentityError
 from pipeline.data.intake import KeptPair
 from pipeline.models.identity import differences
 from pipeline.store.format import ScoredPair, pair_keys
-from pipeline.store.store import Store, open_store, read_part
+from pipeline.store.store import Store, open_store, read_part, read_parts
 
-__all__ = [
-    "Reusable",
-    "copy_scored",
-    "open_reusable",
-]
+__all__ = ["Reusable", "copy_scored", "open_reusable"]
 
-# Parts kept decoded. Rows that keep their order ask for one part after the other.
 _PARTS_IN_MEMORY = 8
+"""Decoded parts that are kept; rows in their old order read one part after the other"""
 
 
 @dataclass(frozen=True)
 class Reusable:
-    """Where each scored pair of some stores stands, sorted by key."""
+    """Places of the scored pairs of several stores, sorted by key."""
 
     stores: list[Store]
     keys: npt.NDArray[np.bytes_]
-    """[R] 16 bytes each, ascending"""
+    """Keys, [R] of 16 bytes, ascending"""
     places: npt.NDArray[np.int64]
-    """[R, 3] store, part, row in the part"""
-    parts: dict[tuple[int, int], pa.Table] = field(default_factory=dict)
+    """Store, part, and row in the part of each pair, [R, 3]"""
+    read: Callable[[int, int], pa.Table]
+    """Reads the token logps of a part, by store and part; keeps the latest tables"""
 
 
 def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusable:
-    """Open stores to copy from. Their identity must be this run's in every field.
+    """Open stores to copy from. Their identity must equal this run's in every field.
 
     Raises:
         ConfigError: A store has no token logps, without which a row can't be copied.
-        IdentityError: A store is of another reference or tokenization; the fields are named.
+        IdentityError: A store is of another reference or tokenization; the message names the fields.
         DataError: A store is missing or damaged.
     """
     stores = [open_store(folder) for folder in folders]
@@ -51,7 +49,8 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
         stored = store.manifest["identity"]
         if not (stored["tokenization"]["token_logps"] and identity["tokenization"]["token_logps"]):
             raise ConfigError(
-                f"precompute.reuse: {store.folder}: copying needs token logps on both sides (precompute.token_logps)"
+                f"precompute.reuse: {store.folder}: copying needs token logps on both sides. Set "
+                "precompute.token_logps: true for both"
             )
         found = differences(stored, identity, joining=False)
         if found:
@@ -59,21 +58,24 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
                 f"precompute.reuse: {store.folder}: scored by another reference or tokenization. It differs in "
                 f"{'; '.join(found)}. Leave it out, or restore the settings"
             )
-        for part in range(len(store.parts)):
-            column = pair_keys(read_part(store, part, ["pair_key"]))
-            keys.append(column)
-            rows = np.arange(len(column))
+        for part, table in enumerate(read_parts(store, ["pair_key"])):
+            keys.append(pair_keys(table))
+            rows = np.arange(table.num_rows)
             places.append(np.stack([np.full_like(rows, number), np.full_like(rows, part), rows], axis=1))
-    all_keys = np.concatenate([np.empty(0, "S16"), *keys])
-    unique, first = np.unique(all_keys, return_index=True)
-    return Reusable(stores, unique, np.concatenate([np.empty((0, 3), np.int64), *places])[first])
+    unique, first = np.unique(np.concatenate([np.empty(0, "S16"), *keys]), return_index=True)
+
+    @functools.lru_cache(_PARTS_IN_MEMORY)
+    def read(store: int, part: int) -> pa.Table:
+        return read_part(stores[store], part, ["chosen_token_logps", "rejected_token_logps"]).combine_chunks()
+
+    return Reusable(stores, unique, np.concatenate([np.empty((0, 3), np.int64), *places])[first], read)
 
 
 def copy_scored(reusable: Reusable, pairs: Sequence[KeptPair]) -> dict[int, ScoredPair]:
-    """Give the pairs that are scored already, by their index in `pairs`, with this dataset's row numbers.
+    """Give the pairs that are scored already by their index in `pairs`, with this dataset's row numbers.
 
     Raises:
-        DataError: A stored pair has the same key but other token counts; its store was cut elsewhere.
+        DataError: A stored pair has the same key but other token counts; its store was cut at another length.
     """
     if not len(reusable.keys) or not pairs:
         return {}
@@ -82,17 +84,8 @@ def copy_scored(reusable: Reusable, pairs: Sequence[KeptPair]) -> dict[int, Scor
     copied = {}
     for i in np.flatnonzero(reusable.keys[at] == wanted).tolist():
         store, part, row = reusable.places[at[i]].tolist()
-        copied[i] = _scored_pair(_part(reusable, store, part), row, pairs[i])
+        copied[i] = _scored_pair(reusable.read(store, part), row, pairs[i])
     return copied
-
-
-def _part(reusable: Reusable, store: int, part: int) -> pa.Table:
-    if (store, part) not in reusable.parts:
-        while len(reusable.parts) >= _PARTS_IN_MEMORY:
-            reusable.parts.pop(next(iter(reusable.parts)))
-        columns = ["chosen_token_logps", "rejected_token_logps"]
-        reusable.parts[store, part] = read_part(reusable.stores[store], part, columns).combine_chunks()
-    return reusable.parts[store, part]
 
 
 def _scored_pair(table: pa.Table, row: int, pair: KeptPair) -> ScoredPair:

@@ -1,18 +1,18 @@
-"""The shard store: manifest, parts and index of one split; schema, write, read, verify.
+"""Create, write, finish, open, and read a store: the shards of one set.
 
-    STORE/manifest.json        who the reference is, how pairs were tokenized; written once, first
+    STORE/manifest.json        identity of the reference and tokenization; written once, first
     STORE/part-00000.parquet   one per unit of `rows_per_shard` consecutive dataset rows
-    STORE/index.json           written last, when every unit is there
+    STORE/index.json           written last, once every unit has its part
 
-A file under its final name is whole and never changes. A missing index means unfinished, never empty. This module
-needs pyarrow and numpy only.
+A file under its final name is complete and never changes. A store without an index is unfinished, never empty. This
+module needs pyarrow and numpy only.
 """
 
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -22,32 +22,33 @@ from pipeline.base.errors import DataError, IdentityError, UnfinishedError
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
-from pipeline.models.identity import SCHEMA_VERSION, differences, fingerprint_of
+from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import (
     DELETE_INDEX,
     DELETE_PART,
+    DELETE_VOUCHED_PART,
     INDEX,
     MANIFEST,
+    MANIFEST_SHAPE,
     MAX_BYTES,
     PART_NAME,
     SKIPPED,
+    CheckedPart,
     ScoredPair,
     SummedPair,
-    check_footer,
     check_index,
     check_part,
     content_digest,
-    footer_of,
-    has_shape_of_manifest,
+    fits,
     is_sealed,
-    open_part,
     part_name,
     sealed,
     to_table,
 )
 
 __all__ = [
+    "PartHeader",
     "Store",
     "check_identity",
     "create_store",
@@ -55,9 +56,11 @@ __all__ = [
     "find_stores",
     "finish_store",
     "is_finished",
+    "load_store",
     "open_store",
     "part_exists",
     "parts_there",
+    "read_checked_part",
     "read_content",
     "read_manifest",
     "read_part",
@@ -68,11 +71,24 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """A finished store, as its manifest and index describe it."""
+    """A store, finished or not, as its manifest and index describe it."""
 
     folder: Folder
     manifest: Mapping[str, Any]
     index: Mapping[str, Any]
+    """Empty until the store is finished"""
+    units: Sequence[int] = ()
+    """Units whose part is there, ascending; all of them once the store is finished"""
+
+    @property
+    def unfinished(self) -> UnfinishedError | None:
+        """Error that says how to finish the store; None once it is finished."""
+        if self.index:
+            return None
+        return UnfinishedError(
+            f"{self.folder}: unfinished, {len(self.units)} parts so far and no index. Run: refshard precompute with "
+            "the same settings"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -80,16 +96,17 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the index says: of the store's whole content, as it holds each part's own."""
+        """SHA-256 of the index, which holds the SHA-256 of every part."""
         return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:
+        """Index entries of the parts."""
         return list(self.index["parts"])
 
     @property
     def noise(self) -> NoiseFloor:
-        """The noise floor over all parts; of 0 tokens where nothing was scored twice, as in imported stores."""
+        """Noise floor over all parts; 0 tokens where nothing was scored twice, as in imported stores."""
         return NoiseFloor(**self.index["noise"])
 
 
@@ -98,7 +115,7 @@ def part_exists(where: Where, unit: int) -> bool:
 
 
 def parts_there(where: Where) -> frozenset[int]:
-    """Units whose part is there, with one look at the folder."""
+    """List the units whose part is there, with one request."""
     return frozenset(int(match[1]) for name in open_folder(where).names() if (match := PART_NAME.fullmatch(name)))
 
 
@@ -107,11 +124,7 @@ def is_finished(where: Where) -> bool:
 
 
 def find_stores(where: Where) -> list[Folder]:
-    """The store that a folder is, or the stores that it holds.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Give the store in a folder, or the stores in its subfolders. Raises DataError where there are none."""
     folder = open_folder(where)
     if folder.size(MANIFEST) is not None:
         return [folder]
@@ -122,13 +135,13 @@ def find_stores(where: Where) -> list[Folder]:
 
 
 def delete_store(where: Where) -> None:
-    """Delete a store's own files, the index first: a store cut short in this is unfinished, never wrong.
+    """Delete a store's own files, the index first, so that an interruption leaves an unfinished store.
 
     Raises:
         StorageError: A file can't be deleted.
     """
     folder = open_folder(where)
-    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), and those are not ours to delete.
+    # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), which are not ours to delete.
     parts = [name for name in folder.names() if PART_NAME.fullmatch(name)]
     for name in (INDEX, SKIPPED, *parts, MANIFEST):
         folder.delete(name)
@@ -137,17 +150,17 @@ def delete_store(where: Where) -> None:
 def create_store(
     where: Where, identity: Mapping[str, Any], plan: Mapping[str, Any], declared: Mapping[str, Any]
 ) -> str:
-    """Write the manifest, or check that the one that is there is this run's. Gives the fingerprint.
+    """Write the manifest, or check that the one that is there is this run's. Return the fingerprint.
 
     Args:
-        where: The store's folder or URL, made if needed.
-        identity: What must match: everything that a log-prob depends on.
-        plan: What must be equal for this store to be continued: rows per shard, dataset, rules for dropping.
+        where: Folder or URL of the store, made if needed.
+        identity: Everything that a log-prob depends on; must match.
+        plan: Everything else that must be equal to continue a store: rows per shard, dataset, rules for dropping.
         declared: Recorded for people, compared with nothing.
 
     Raises:
-        IdentityError: The folder holds another run's store; the differing fields are named.
-        StorageError: The folder can't be made, or is in an object store that can't put if absent.
+        IdentityError: The folder holds another run's store; the message names the fields that differ.
+        StorageError: The folder can't be made, or is in an object store without conditional writes.
     """
     folder = open_folder(where)
     folder.make()
@@ -161,36 +174,41 @@ def create_store(
         "declared": declared,
     }
     folder.put_if_absent(MANIFEST, sealed(manifest))
-    # Read back in any case: another worker may have been first.
+    # Read back: another worker may have been first.
     stored = read_manifest(folder)
     found = differences(stored["identity"], identity, joining=False)
-    # The manifest is JSON; compare the plan as JSON would give it back.
+    # Compare the plan as JSON gives it back.
     ours = json.loads(json.dumps(plan))
-    found += [
-        f"{key}: shards {stored['plan'].get(key)!r}, this run {ours.get(key)!r}"
-        for key in sorted({*stored["plan"], *ours})
-        if stored["plan"].get(key) != ours.get(key)
-    ]
+    found += describe_differences(stored["plan"], ours)
     if found:
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
-            "Set precompute.output to a new folder, or pass --overwrite to delete these shards"
+            "Set precompute.output to a new folder, or pass --overwrite to refshard precompute to delete these shards"
         )
     return fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartHeader:
+    """Footer entries that all parts of a store share."""
+
+    fingerprint: str
+    token_logps: bool
+    """Parts hold token logps, not sums alone"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, device, and versions that wrote the part; recorded for people"""
 
 
 def write_part(
     where: Where,
     unit: int,
     pairs: Sequence[ScoredPair] | Sequence[SummedPair],
-    *,
-    fingerprint: str,
-    token_logps: bool,
     ledger: Ledger,
-    provenance: Mapping[str, Any],
     noise: NoiseFloor | None = None,
+    *,
+    header: PartHeader,
 ) -> bool:
-    """Write one unit's part: serialized, read back and compared, then committed. False if another was first.
+    """Write the part of a unit: serialize, read back, compare, commit. Return False if another writer was first.
 
     Raises:
         DataError: A log-prob is not finite or a row has no tokens; nothing is written.
@@ -198,26 +216,20 @@ def write_part(
     """
     folder = open_folder(where)
     footer = {
-        "refshard.fingerprint": fingerprint,
+        "refshard.fingerprint": header.fingerprint,
         "refshard.unit": str(unit),
         "refshard.ledger": json.dumps(ledger.as_dict()),
         "refshard.skipped": json.dumps(ledger.skipped),
-        "refshard.provenance": json.dumps(provenance, sort_keys=True),
+        "refshard.provenance": json.dumps(header.provenance, sort_keys=True),
         "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
     }
-    table = to_table(pairs, token_logps=token_logps)
+    table = to_table(pairs, token_logps=header.token_logps)
     footer["refshard.digest"] = content_digest(table, footer)
     table = table.replace_schema_metadata(footer)
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        compression="zstd",
-        write_page_checksum=True,
-        store_schema=True,
-    )
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, store_schema=True)
     content = buffer.getvalue()
-    # A writer can produce wrong bytes; what is committed must decode to what was meant.
+    # Guard against a writer that produces wrong bytes.
     if not pq.read_table(io.BytesIO(content), page_checksum_verification=True).equals(table, check_metadata=False):
         raise DataError(
             f"{folder.place(part_name(unit))}: does not read back as written; nothing was committed. Run again"
@@ -226,7 +238,7 @@ def write_part(
 
 
 def finish_store(where: Where, num_units: int) -> list[int]:
-    """Write the index if every unit's part is there. Gives the units that are missing, none if finished.
+    """Write the index if every unit's part is there. Return the missing units.
 
     Raises:
         DataError: A part is damaged.
@@ -241,7 +253,7 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     manifest = read_manifest(folder)
     totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
     for unit in range(num_units):
-        # From here on the index vouches for these bytes, whatever they are: so all of them is looked at, once.
+        # Check all bytes once: from here on the index vouches for them.
         content = read_content(folder, part_name(unit), DELETE_PART)
         part = check_part(folder, unit, content, manifest)
         totals.add(part.ledger.as_dict())
@@ -268,66 +280,84 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     return []
 
 
-def open_store(where: Where) -> Store:
-    """Open a finished store. Its parts are checked when they are read.
+def load_store(where: Where) -> Store:
+    """Open a store, finished or not. Its parts are checked when they are read.
 
     Raises:
-        UnfinishedError: There is a store, but not all of it yet.
-        DataError: There is none, or its manifest or index is damaged.
+        DataError: There is no store, or its manifest or index is damaged.
+        IdentityError: The store is of another version of the format.
     """
     folder = open_folder(where)
     manifest = read_manifest(folder)
     if not is_finished(folder):
-        raise UnfinishedError(
-            f"{folder}: unfinished, {len(parts_there(folder))} parts so far and no index. Run: refshard precompute "
-            "with the same settings"
-        )
+        return Store(folder=folder, manifest=manifest, index={}, units=sorted(parts_there(folder)))
     index = parse_json(folder.place(INDEX), read_content(folder, INDEX, DELETE_INDEX))
     check_index(folder.place(INDEX), index, manifest["fingerprint"])
-    return Store(folder=folder, manifest=manifest, index=index)
+    return Store(folder=folder, manifest=manifest, index=index, units=range(len(index["parts"])))
+
+
+def open_store(where: Where) -> Store:
+    """Open a finished store. Raises UnfinishedError where parts are missing, and as `load_store` does."""
+    store = load_store(where)
+    if store.unfinished is not None:
+        raise store.unfinished
+    return store
+
+
+def read_checked_part(
+    store: Store, unit: int, columns: Sequence[str] | None = None, *, thorough: bool = False
+) -> CheckedPart:
+    """Read a part after checking its bytes: against the index, or, without one, against the digest in its footer.
+
+    Args:
+        store: Finished or not.
+        unit: Number of the part.
+        columns: Columns to give; None for all, as in `schema`.
+        thorough: Check the digest in the footer although an index vouches for the bytes.
+
+    Raises:
+        DataError: The part is missing or damaged; the message names it and the remedy.
+        IdentityError: The part is another run's.
+    """
+    name = part_name(unit)
+    if not store.index:
+        content = read_content(store.folder, name, DELETE_PART)
+        return check_part(store.folder, unit, content, store.manifest, columns)
+    place, entry = store.folder.place(name), store.parts[unit]
+    if (size := store.folder.size(name)) is None:
+        raise DataError(f"{place}: missing, though the index lists it. {DELETE_VOUCHED_PART}")
+    # The size first: a file that is longer than it should be is not read at all.
+    if size != entry["bytes"] or hashlib.sha256(
+        content := read_content(store.folder, name, DELETE_VOUCHED_PART)
+    ).hexdigest() != entry.get("sha256"):
+        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {DELETE_VOUCHED_PART}")
+    return check_part(store.folder, unit, content, store.manifest, columns, vouched=not thorough)
 
 
 def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a part after checking size, SHA-256, page checksums and fingerprint. Columns as in `schema`.
-
-    Raises:
-        DataError: The part is missing, damaged, or another run's; the message names it and the way on.
-    """
-    entry = store.parts[number]
-    name = part_name(number)
-    place = store.folder.place(name)
-    way_on = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
-    if (size := store.folder.size(name)) is None:
-        raise DataError(f"{place}: missing, though the index lists it. {way_on}")
-    # The size first: what is longer than it should be is not read at all.
-    if size != entry.get("bytes") or hashlib.sha256(
-        content := read_content(store.folder, name, way_on)
-    ).hexdigest() != entry.get("sha256"):
-        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {way_on}")
-    with open_part(place, content, way_on) as part:
-        check_footer(place, footer_of(part), store.fingerprint, number)
-        return part.read(columns and list(columns))
+    """Read the rows of a part. Arguments and errors are those of `read_checked_part`."""
+    return read_checked_part(store, number, columns).table
 
 
 def read_parts(store: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Read the parts in order, one in memory at a time."""
-    for number in range(len(store.parts)):
-        yield read_part(store, number, columns)
+    """Read the parts in order, one at a time."""
+    for unit in store.units:
+        yield read_part(store, unit, columns)
 
 
 def read_manifest(where: Where) -> dict[str, Any]:
     """Read a store's manifest.
 
     Raises:
-        DataError: There is none, or it is damaged or was edited.
-        IdentityError: It is of another version of the format.
+        DataError: The manifest is missing, damaged, or was edited.
+        IdentityError: The manifest is of another version of the format.
     """
     folder = open_folder(where)
     place = folder.place(MANIFEST)
     if folder.size(MANIFEST) is None:
         raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
     manifest = parse_json(place, read_content(folder, MANIFEST, "Restore it from a backup, or score again"))
-    if manifest.get("format") != "refshard" or not has_shape_of_manifest(manifest):
+    if manifest.get("format") != "refshard" or not fits(manifest, MANIFEST_SHAPE):
         raise DataError(f"{place}: not a refshard manifest")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise IdentityError(
@@ -336,30 +366,30 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
         raise DataError(f"{place}: edited or damaged, its fingerprint is not that of its identity")
     if not is_sealed(manifest):
-        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of what it says")
+        raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content")
     return manifest
 
 
-def read_content(folder: Folder, name: str, way_on: str) -> bytes:
+def read_content(folder: Folder, name: str, remedy: str) -> bytes:
     """Read a store's file, unless it is far larger than any that this program writes.
 
     Raises:
-        DataError: It is missing or too large.
-        StorageError: It can't be read.
+        DataError: The file is missing or too large; the message ends with the remedy.
+        StorageError: The file can't be read.
     """
     if (size := folder.size(name) or 0) > MAX_BYTES:
-        raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {way_on}")
+        raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {remedy}")
     try:
         return folder.read(name)
     except FileNotFoundError as error:
-        raise DataError(f"{folder.place(name)}: missing. {way_on}") from error
+        raise DataError(f"{folder.place(name)}: missing. {remedy}") from error
 
 
 def check_identity(stores: Sequence[Store], identity: Mapping[str, Any]) -> None:
-    """Refuse stores that were made by another reference or tokenization than this run's.
+    """Refuse stores of another reference or tokenization than this run's.
 
     Raises:
-        IdentityError: The differing fields are named, both values side by side.
+        IdentityError: The message names the fields that differ, with both values.
     """
     for store in stores:
         found = differences(store.manifest["identity"], identity, joining=True)

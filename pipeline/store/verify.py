@@ -1,14 +1,13 @@
-"""Whether a store is what stage one wrote: everything that is wrong with it, not only the first thing.
+"""Check all of a store, and report everything that is wrong with it, not only the first problem.
 
     manifest -> its own digest, the fingerprint of its identity
     index    -> its own digest, every unit, the totals
     part     -> size and SHA-256 of the index, page checksums, content digest, fingerprint, schema
     rows     -> in their unit's range, once each, finite, sums those of their tokens; equal keys, equal values
 
-Needs pyarrow and numpy only. Where there is no index yet, the parts that are there are checked all the same.
+Needs pyarrow and numpy only. Parts of an unfinished store are checked without an index.
 """
 
-import hashlib
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,75 +20,67 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import RefshardError, UnfinishedError
 from pipeline.base.folders import LEFTOVERS, Folder
-from pipeline.store.format import check_part, pair_keys, part_name
-from pipeline.store.store import Store, open_store, parts_there, read_content, read_manifest
+from pipeline.store.format import INDEX, MANIFEST, SKIPPED, pair_keys, part_name
+from pipeline.store.store import Store, load_store, parts_there, read_checked_part, read_manifest
 
-__all__ = [
-    "Findings",
-    "delete_leftovers",
-    "verify_store",
-]
+__all__ = ["Findings", "delete_leftovers", "verify_store"]
 
 _SIDES = ("chosen", "rejected")
 
 
 @dataclass
 class Findings:
-    """What a store holds, and what is wrong with it."""
+    """Counts of a store, and its problems."""
 
     place: str
     parts: int = 0
-    """That were read, whole"""
+    """Number of parts that hold"""
     pairs: int = 0
     token_logps: int = 0
     duplicates: int = 0
-    """Pairs whose key an earlier pair has"""
+    """Number of pairs whose key an earlier pair has"""
     largest_gap: float = 0.0
-    """Between the sums of two pairs with one key, nats"""
+    """Largest difference of the sums of two pairs with one key, nats"""
     leftovers: list[str] = field(default_factory=list)
-    """Temporary files of writers that were killed, or of writers at work; nobody reads them"""
-    strangers: list[str] = field(default_factory=list)
-    """Other files; nobody reads them either"""
+    """Temporary files of writers, killed or at work; no reader uses them"""
+    unknown_files: list[str] = field(default_factory=list)
+    """Other files; no reader uses them"""
     unfinished: UnfinishedError | None = None
     problems: list[RefshardError | str] = field(default_factory=list)
 
 
 def verify_store(folder: Folder) -> Findings:
-    """Check all of a store. What is found is in the result; nothing is raised for it, and nothing is changed."""
+    """Check all of a store. Problems are returned, not raised; nothing is changed."""
     findings = Findings(str(folder))
     try:
-        manifest = read_manifest(folder)
+        # Without the manifest nothing says what the parts should be.
+        store = Store(folder=folder, manifest=read_manifest(folder), index={}, units=sorted(parts_there(folder)))
     except RefshardError as error:
-        # Without it nothing says what the parts should be.
         findings.problems.append(error)
         return findings
-    store = None
     try:
-        store = open_store(folder)
-    except UnfinishedError as error:
-        findings.unfinished = error
+        store = load_store(folder)
+        findings.unfinished = store.unfinished
     except RefshardError as error:
         findings.problems.append(error)
-    there = sorted(parts_there(folder))
-    units = range(len(store.parts)) if store else there
-    known = {"manifest.json", "index.json", "skipped.jsonl", *map(part_name, units)}
+    known = {MANIFEST, INDEX, SKIPPED, *map(part_name, store.units)}
     for name in folder.names():
         if name.startswith(LEFTOVERS):
             findings.leftovers.append(name)
         elif name not in known:
-            findings.strangers.append(name)
-    _check_rows(_whole_parts(folder, store, units, manifest, findings), manifest, findings)
+            findings.unknown_files.append(name)
+    _check_rows(_whole_parts(store, findings), store.manifest["plan"], findings)
     return findings
 
 
 def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
-    """Delete temporary files that were written long ago. Gives how many there were.
+    """Delete old temporary files; return their number.
 
-    It may run beside workers: one whose file is taken away under it, because a clock has jumped, writes it again.
+    Workers may be at work: one that loses a file, because a clock has jumped, writes it again.
 
     Args:
-        folder: The store.
-        older_than: Seconds, by the clock of the file server.
+        folder: Folder of the store.
+        older_than: Least age in seconds, by the file server's clock.
 
     Raises:
         StorageError: A file can't be deleted.
@@ -105,25 +96,11 @@ def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
     return len(old)
 
 
-def _whole_parts(
-    folder: Folder, store: Store | None, units: Any, manifest: Mapping[str, Any], findings: Findings
-) -> Iterator[tuple[int, pa.Table]]:
-    """Yield the units whose part is all that it should be; the others become problems."""
-    for unit in units:
-        name = part_name(unit)
+def _whole_parts(store: Store, findings: Findings) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the parts that hold, as unit and rows; the others become problems."""
+    for unit in store.units:
         try:
-            content = read_content(folder, name, "Delete index.json and run refshard precompute again")
-            if store is not None:
-                entry = store.parts[unit]
-                digest = hashlib.sha256(content).hexdigest()
-                if (len(content), digest) != (entry.get("bytes"), entry.get("sha256")):
-                    findings.problems.append(
-                        f"{folder.place(name)}: {len(content):,} bytes with SHA-256 {digest[:12]}, index.json says "
-                        f"{entry.get('bytes')} with {str(entry.get('sha256'))[:12]}. Delete this part and index.json, "
-                        "then run refshard precompute again: it scores this unit only"
-                    )
-                    continue
-            table = check_part(folder, unit, content, manifest).table
+            table = read_checked_part(store, unit, thorough=True).table
         except RefshardError as error:
             findings.problems.append(error)
             continue
@@ -131,14 +108,14 @@ def _whole_parts(
         yield unit, table
 
 
-def _check_rows(parts: Iterator[tuple[int, pa.Table]], manifest: Mapping[str, Any], findings: Findings) -> None:
+def _check_rows(parts: Iterator[tuple[int, pa.Table]], plan: Mapping[str, Any], findings: Findings) -> None:
     keys: list[npt.NDArray[np.bytes_]] = []
     sums: list[npt.NDArray[np.float32]] = []
     last = -1
     for unit, table in parts:
         place = f"{findings.place}/{part_name(unit)}"
         rows = table["row"].to_numpy()
-        findings.problems += [f"{place}: {problem}" for problem in _problems_of_rows(unit, table, manifest, last)]
+        findings.problems += [f"{place}: {problem}" for problem in _problems_of_rows(unit, table, plan, last)]
         last = max(last, int(rows.max(initial=last)))
         keys.append(pair_keys(table))
         sums.append(np.stack([table[f"ref_{side}_logps"].to_numpy() for side in _SIDES], axis=1))
@@ -148,12 +125,11 @@ def _check_rows(parts: Iterator[tuple[int, pa.Table]], manifest: Mapping[str, An
         _check_duplicates(np.concatenate(keys), np.concatenate(sums), findings)
 
 
-def _problems_of_rows(unit: int, table: pa.Table, manifest: Mapping[str, Any], last: int) -> Iterator[str]:
-    plan = manifest["plan"]
+def _problems_of_rows(unit: int, table: pa.Table, plan: Mapping[str, Any], last: int) -> Iterator[str]:
     rows = table["row"].to_numpy()
     if (np.diff(rows, prepend=last) <= 0).any():
         yield "its rows do not ascend, or an earlier part holds one of them"
-    # Imported pairs are counted off as they were kept, and those of a TR-DPO window are picked.
+    # Units of an imported store count kept pairs, and a TR-DPO window picks its rows.
     if isinstance(plan.get("rows"), str) and "window" not in plan:
         start = int(plan["rows"].partition(":")[0] or 0)
         size = int(plan["rows_per_shard"])
@@ -187,7 +163,7 @@ def _problems_of_rows(unit: int, table: pa.Table, manifest: Mapping[str, Any], l
 
 
 def _check_duplicates(keys: npt.NDArray[np.bytes_], sums: npt.NDArray[np.float32], findings: Findings) -> None:
-    """Equal keys are equal pairs: their log-probs may differ by the noise of another company, and no more."""
+    """Compare the log-probs of equal keys, which may differ by the noise of another batch and no more."""
     order = np.argsort(keys, kind="stable")
     keys, sums = keys[order], sums[order].astype(np.float64)
     same = keys[1:] == keys[:-1]
@@ -197,7 +173,7 @@ def _check_duplicates(keys: npt.NDArray[np.bytes_], sums: npt.NDArray[np.float32
     gaps = np.abs(sums[1:] - sums[:-1])[same]
     findings.largest_gap = float(gaps.max())
     size = np.abs(sums[1:])[same]
-    # Far beyond what any dtype's noise adds up to, and far below what another prompt or model makes.
+    # Far above the noise of any dtype, and far below the difference that another prompt or model makes.
     allowed = 1.0 + 0.05 * size
     if (gaps > allowed).any():
         findings.problems.append(

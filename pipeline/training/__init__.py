@@ -1,1 +1,1 @@
-"""Joined rows to batches to loss to policy."""
+"""Joined rows to loss to policy."""

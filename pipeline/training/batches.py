@@ -1,32 +1,61 @@
 """Collate joined rows to a batch: packed or padded token ids, and the reference log-probs of its pairs."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.data.tokens import TokenizedPair, truncate
-from pipeline.scoring.packing import make_batch
+from pipeline.scoring.packing import Batch, make_batch
 from pipeline.store.reference_table import TokenLogps
 
-__all__ = [
-    "make_collator",
-]
+__all__ = ["JoinedBatch", "make_collator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedBatch:
+    """A micro-batch of P pairs with N completion tokens.
+
+    It moves itself between devices. If its fields were entries of the batch, transformers would round them to the
+    policy's dtype under DeepSpeed, reference logps included.
+    """
+
+    batch: Batch
+    ref_chosen_logps: torch.Tensor
+    """Reference logps of the chosen completions, [P] float32, nats"""
+    ref_rejected_logps: torch.Tensor
+    """Reference logps of the rejected completions, [P] float32, nats"""
+    truncated: torch.Tensor
+    """True for a pair with a truncated completion, [P] bool"""
+    ref_token_logps: torch.Tensor | None
+    """Reference token logps in the scorer's order, [N] float32, nats; None where sums alone are stored"""
+
+    def to(self, device: torch.device) -> "JoinedBatch":
+        return self._each(lambda part: part.to(device, non_blocking=True) if torch.is_tensor(part) else part.to(device))
+
+    def pin_memory(self) -> "JoinedBatch":
+        """Called by the data loader, so that moving to a GPU overlaps with work."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> "JoinedBatch":
+        changed: dict[str, Any] = {n: None if part is None else change(part) for n, part in vars(self).items()}
+        return JoinedBatch(**changed)
 
 
 def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
-    """Make the function that turns rows of the joined set into one micro-batch.
+    """Make the function that collates rows of the joined set to one micro-batch.
 
     Args:
-        pad_id: What padding is filled with, where there is any.
-        max_length: As the pairs were joined.
-        token_logps: The file that the rows' `token_start` counts in; without it there are no `ref_token_logps`.
-        packed: Pack the pairs into one row, if the model can read that; otherwise pad them.
+        pad_id: Token id of padding.
+        max_length: The `data.max_length` that the pairs were joined with.
+        token_logps: File that the rows' `token_start` counts in; without it, `ref_token_logps` is None.
+        packed: Pack the pairs into one row, which the model must be able to read; otherwise pad them.
     """
 
-    # Not a function in a function: loader processes that are not forks get it as a pickle.
+    # Not a closure: loader processes that are not forks unpickle it.
     return functools.partial(_collate, pad_id=pad_id, max_length=max_length, token_logps=token_logps, packed=packed)
 
 
@@ -47,27 +76,27 @@ def _collate(
         if pair is None:
             raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
         pairs.append(pair)
-    # The first entry tells the library how many pairs there are.
-    columns: dict[str, Any] = {
-        "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
-        "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
-        "truncated": torch.tensor([row["truncated"] for row in rows], dtype=torch.float32),
-        "batch": make_batch(pairs, pad_id, packed=packed),
-    }
-    if token_logps is not None and "token_start" in rows[0]:
-        # [N], in the order in which the scorer gives the policy's
-        columns["ref_token_logps"] = _ref_token_logps(rows, pairs, token_logps)
-    return columns
+    joined = JoinedBatch(
+        batch=make_batch(pairs, pad_id, packed=packed),
+        ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
+        ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+        truncated=torch.tensor([row["truncated"] for row in rows]),
+        ref_token_logps=(
+            _ref_token_logps(rows, pairs, token_logps) if token_logps is not None and "token_start" in rows[0] else None
+        ),
+    )
+    # The libraries take the number of pairs from the first entry.
+    return {"rows": torch.tensor([row["row"] for row in rows]), "joined": joined}
 
 
 def _ref_token_logps(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[TokenizedPair], token_logps: TokenLogps
 ) -> torch.Tensor:
-    """Read the reference's token logps: all chosen completions', then all rejected ones', [N] float32."""
+    """Read the reference's token logps, all chosen completions and then all rejected ones: [N] float32."""
     sides: tuple[list[Any], list[Any]] = ([], [])
     for row, pair in zip(rows, pairs, strict=True):
         chosen, both = len(pair.chosen_ids), len(pair.chosen_ids) + len(pair.rejected_ids)
-        # A pair that was not scored has none; the loader may fetch it ahead, but the loss refuses it.
+        # An unscored pair has none. The loader may fetch it ahead; the loss refuses it.
         unscored = row["token_start"] < 0
         values = np.full(both, np.nan, np.float32) if unscored else token_logps.read(row["token_start"], both)
         sides[0].append(values[:chosen])

@@ -1,4 +1,4 @@
-"""Commit checkpoints as they are saved, and answer stop requests at the end of a step."""
+"""Commit checkpoints after each save, and answer stop requests at the end of a step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,31 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate import PartialState
 
 from pipeline.base.signals import StopFlag
 from pipeline.run.attempts import Attempt
 from pipeline.run.checkpoints import commit_checkpoint, delete_older
 from pipeline.training.processes import largest, on_main_process
-from pipeline.training.trainer import EvaluationLeft, PairTrainer
+from pipeline.training.trainer import EvaluationLeft
 
-__all__ = [
-    "CommitCallback",
-]
+__all__ = ["CommitCallback"]
+
+_SAVE, _LEAVE = 1, 2
+"""Answers to a stop request: save and leave; leave without another save"""
 
 
 class CommitCallback(transformers.TrainerCallback):
-    """Commits each checkpoint that the library saved, and turns a stop request into a last one.
+    """Commits each checkpoint that the library saved, and saves a last one on a stop request.
 
     Args:
-        identity: Of the run, for the marker.
+        identity: Identity of the run, for the marker.
         flag: The stop request.
-        attempt: This start of the run.
+        attempt: The run's attempt.
         keep: The user's `save_total_limit`.
-        going_on_from: The checkpoint that training goes on from.
-        clock: Seconds that never jump, unlike those of the wall.
+        clock: Gives seconds that never jump, unlike the wall clock's.
     """
 
-    # A checkpoint this young is worth as much as another one, when a second SIGTERM says that time is short.
+    # On a second SIGTERM time is short, and a checkpoint of this age is not saved again.
     RECENT_SECONDS = 60.0
 
     def __init__(
@@ -40,34 +41,21 @@ class CommitCallback(transformers.TrainerCallback):
         *,
         attempt: Attempt,
         keep: int | None = None,
-        going_on_from: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._flag = flag
         self._attempt = attempt
         self._keep = keep
-        self._going_on_from = going_on_from
         self._clock = clock
         self._committed_at: float | None = None
         self.stopped_early = False
-        self.trainer: PairTrainer | None = None
 
     def leave_if_asked(self) -> None:
-        """Leave where no training was done since the last save, if any process was asked to stop.
-
-        Raises:
-            EvaluationLeft: It was; there is nothing to save.
-        """
+        """Raise EvaluationLeft if any process was asked to stop, at a point where there is nothing to save."""
         if self._request():
             self.stopped_early = True
             raise EvaluationLeft(save=False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.leave_if_asked()
-        if self._going_on_from is not None:
-            assert self.trainer is not None
-            self.trainer.finish_evaluation(self._going_on_from)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         request = self._request()
@@ -80,21 +68,20 @@ class CommitCallback(transformers.TrainerCallback):
             control.should_evaluate = control.should_log = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # An evaluation may take longer than the time between a signal and the end.
+        # An evaluation may take longer than the time between a signal and the kill.
         request = self._request()
         if request:
             self.stopped_early = True
             raise EvaluationLeft(save=request == _SAVE)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The library comes here when it leaves an epoch in its middle, too.
+        # The library also calls this when it leaves an epoch in its middle.
         if self.stopped_early:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        # Every rank saves its own random state; the marker may only follow the last of them.
-        self.trainer.accelerator.wait_for_everyone()
+        # Every rank saves its own random state. The marker must follow the last of them.
+        PartialState().wait_for_everyone()
         on_main_process(lambda: self._commit(Path(args.output_dir), state))
         self._committed_at = self._clock()
 
@@ -107,12 +94,8 @@ class CommitCallback(transformers.TrainerCallback):
             delete_older(run_folder, self._keep, best and Path(best).name)
 
     def _request(self) -> int:
-        """Processes get their signals at different times; all do after a step what any of them was asked."""
+        """Agree on an answer: signals come to processes at different times, and any process's request counts."""
         own = _SAVE if self._flag else 0
         if self._flag.is_urgent and self._committed_at is not None:
             own = _LEAVE if self._clock() - self._committed_at < self.RECENT_SECONDS else _SAVE
         return largest(own)
-
-
-# Save and leave; leave without another save.
-_SAVE, _LEAVE = 1, 2

@@ -1,9 +1,8 @@
-"""The parity gate: before step one, the policy must give what the shards say, wherever it starts as the reference.
+"""The parity gate: before step one, a policy that equals the reference must reproduce the shards' log-probs.
 
-A sample of pairs, across lengths and shards, is scored by the policy as it will train (train mode, its dtype and
-autocast, its wrappers) and compared token by token. What is allowed comes from the noise floor that stage one
-measured for this model, dtype and kernel, never from how far the loss is from ln 2: a healthy mixture of experts
-reads far from it.
+The policy scores a sample of pairs, across lengths and shards, as it will train: train mode, its dtype and autocast,
+its wrappers. The gate compares token by token. It allows the noise floor that stage one measured for this model, dtype
+and kernel. The loss is no measure: a healthy mixture of experts is far from ln 2.
 """
 
 import contextlib
@@ -17,38 +16,35 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
-import transformers
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
-from pipeline.models.identity import Kinship, significand_bits
-from pipeline.scoring.agreement import ROUNDING, allowed_gap
-from pipeline.scoring.forward import score
+from pipeline.config.schema import Config
+from pipeline.models.files import policy_dtype
+from pipeline.models.identity import PolicyReferenceRelation, policy_reference_relation, significand_bits
+from pipeline.scoring.agreement import ROUNDING, allowed_gap, compare, completion_gap
+from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
 from pipeline.training.processes import of_main_process
+from pipeline.training.trainer import gpus_of
+from pipeline.training.windows import Window
 
-__all__ = [
-    "Gaps",
-    "Gate",
-    "GateCallback",
-    "choose_sample",
-]
+__all__ = ["Gaps", "Gate", "choose_sample", "make_gate", "run_gate"]
 
 _SAMPLE = 32
-"""Pairs that are compared, unless there are more parts, each of which gives one up to the next number."""
-
+"""Number of pairs to compare, over all lengths; up to `_MOST_PARTS` parts that have none of them add one each"""
 
 _MOST_PARTS = 128
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Policy minus stored, of every sampled completion."""
+    """Policy logps minus stored logps of the sampled completions."""
 
     values: list[npt.NDArray[np.float64]]
-    """[tokens] nats each; where only sums are stored, one value: the sum's gap over its tokens"""
+    """Gaps of each completion, [tokens] nats; if only sums are stored, [1]: the sum's gap over its tokens"""
     parts: list[int]
-    """The part that each of them comes from"""
+    """Part of each completion"""
 
     @property
     def flat(self) -> npt.NDArray[np.float64]:
@@ -65,78 +61,104 @@ class Gaps:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What is compared with what, and how near it must be."""
+    """The store to compare with, and the conditions of the comparison."""
 
     store: Store
     reference_dtype: str
     policy_dtype: str
-    """Dtype that the policy's products run in: autocast's where it is on"""
+    """Dtype of the policy's products: autocast's if it is on"""
     in_8_bits: bool
-    """The reference's weights are in 8 bits"""
-    kinship: Kinship
-    """Where the two must agree"""
+    """True if the reference's weights are in 8 bits"""
+    relation: PolicyReferenceRelation
+    """States in which the policy must equal the reference"""
     start: int
-    """Step before whose successor the policy stands at its start"""
+    """Step after which the policy has its initial weights"""
     warn_only: bool
-    """Print what is found instead of stopping"""
+    """Print a warning instead of stopping"""
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """Mean and largest difference that pass, nats a token."""
-        return allowed_gap(self.store.noise, "int8" if self.in_8_bits else self.reference_dtype)
+        """Mean and largest gap that pass, nats a token."""
+        return allowed_gap(self.store.noise, self.reference_dtype, in_8_bits=self.in_8_bits)
 
     def passes(self, gaps: Gaps) -> bool:
-        """Whether the gaps are within what is allowed; NaN is not."""
-        mean, largest = self.allowed
-        return gaps.mean <= mean and gaps.largest <= largest
+        """Return True if the gaps are allowed; NaN is not."""
+        return compare(gaps.values, self.allowed).agrees
 
 
-class GateCallback(transformers.TrainerCallback):
-    """Runs the gate when training begins or goes on, on every rank alike."""
+def make_gate(config: Config, scored: Config, store: Store, window: Window | None) -> Gate:
+    """Make the gate of a run.
 
-    def __init__(self, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
-        self._gate = gate
-        self._say = say
-        self._leave_if_asked = leave_if_asked
-        self.trainer: Any = None
+    Args:
+        config: The run's settings.
+        scored: Settings that the store was scored with: the run's own, or the window's.
+        store: The training set's store.
+        window: With `reference.sync`, the window that is trained.
+    """
+    relation = policy_reference_relation(scored)
+    if window is not None and window.number > 0:
+        # A moved reference equals the policy only if it is a copy.
+        copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
+        relation = PolicyReferenceRelation(at_start=copied, adapters_off=False, frozen_adapter=None)
+    reference = store.manifest["identity"]["reference"]
+    return Gate(
+        store=store,
+        # Nothing is known of a reference that is known by name alone, and nothing is compared.
+        reference_dtype=str(reference.get("dtype", "float32")),
+        policy_dtype=policy_dtype(config),
+        in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
+        relation=relation,
+        start=0 if window is None else window.first,
+        warn_only=config.train.on_mismatch == "warn",
+    )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gate, trainer = self._gate, self.trainer
-        kin = gate.kinship
-        fresh = state.global_step == gate.start
-        if not (kin.adapters_off or kin.frozen_adapter or (kin.at_start and fresh)):
-            return
-        rows = choose_sample(trainer.train_dataset)
-        if not rows:
-            return
-        measure = _Measure(trainer, rows, self._leave_if_asked)
-        worn: dict[str, Any] = {}
-        if kin.at_start and fresh:
-            which = "the policy before its first step"
-        elif kin.adapters_off:
-            worn, which = {"adapters": False}, "the policy with its adapter switched off"
-        elif _is_sharded(trainer) or _trains_biases(trainer.model):
-            # Another adapter can't be put on a model that is spread over ranks, nor beside one that has biases.
-            self._say("Parity gate: not run, since the adapter that training began with can't be put back for it")
-            return
-        else:
-            worn, which = {"adapter": kin.frozen_adapter}, f"the policy with the adapter {kin.frozen_adapter}"
-        gaps = measure(**worn)
-        if gate.passes(gaps):
-            self._say(
-                f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, token "
-                f"logps {gaps.mean:.2g} nats apart on average, {gaps.largest:.2g} at most "
-                f"(allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
-            )
-            return
-        error = _explain(gate, gaps, which, measure, worn, fresh)
-        if not gate.warn_only:
-            raise error
-        self._say(f"warning: {error}")
+
+def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
+    """Run the gate before the first step of an attempt, on every rank alike.
+
+    Args:
+        trainer: The policy's trainer, ready for the first step.
+        gate: The comparison to make.
+        say: Prints a line.
+        leave_if_asked: Raises if a stop request has come.
+
+    Raises:
+        RefshardError: The policy differs from the reference; the message names the likely cause.
+    """
+    relation = gate.relation
+    fresh = trainer.state.global_step == gate.start
+    if not (relation.adapters_off or relation.frozen_adapter or (relation.at_start and fresh)):
+        return
+    rows = choose_sample(trainer.train_dataset)
+    if not rows:
+        return
+    measure = _Measure(trainer, rows, leave_if_asked)
+    state: dict[str, Any] = {}
+    if relation.at_start and fresh:
+        which = "the policy before its first step"
+    elif relation.adapters_off:
+        state, which = {"adapters": False}, "the policy with its adapter switched off"
+    elif _is_sharded(trainer) or _trains_biases(trainer.model):
+        # A model that is sharded over ranks takes no second adapter, and neither does one whose adapter has biases.
+        say("Parity gate: not run, since the adapter that training began with can't be put back for it")
+        return
+    else:
+        state, which = {"adapter": relation.frozen_adapter}, f"the policy with the adapter {relation.frozen_adapter}"
+    gaps = measure(**state)
+    if gate.passes(gaps):
+        say(
+            f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, "
+            f"{compare(gaps.values, gate.allowed)}"
+        )
+        return
+    error = _explain(gate, gaps, which, measure, state, fresh)
+    if not gate.warn_only:
+        raise error
+    say(f"warning: {error}")
 
 
 def choose_sample(dataset: Any) -> list[int]:
-    """Choose rows of the joined set for the gate: of every part, of every length, the same for every run.
+    """Choose rows of the joined set of every part and length, the same for every run.
 
     Rows without reference logps are left out.
     """
@@ -154,19 +176,19 @@ def choose_sample(dataset: Any) -> list[int]:
     for i, part in enumerate(_spread(known, _MOST_PARTS)):
         of_part = by_length[parts[by_length] == part]
         if not chosen & set(of_part.tolist()):
-            # Short ones here, long ones there.
+            # Of some parts a short pair, of others a long one.
             chosen.add(int(of_part[(i * len(of_part)) // len(known)]))
     return sorted(chosen)
 
 
 def _spread(values: npt.NDArray[Any], count: int) -> list[int]:
-    """At most `count` of the values, evenly spaced, first and last among them."""
+    """Give at most `count` of the values, evenly spaced, with the first and the last."""
     at = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [int(value) for value in np.unique(values[at])]
 
 
 class _Measure:
-    """Scores the sample in one way or another and compares with what is stored."""
+    """Scores the sample with the policy in one of its states, and compares with the stored logps."""
 
     def __init__(self, trainer: Any, rows: list[int], leave_if_asked: Callable[[], None]) -> None:
         self._trainer = trainer
@@ -179,9 +201,9 @@ class _Measure:
         was_training = model.training
         size = trainer.args.per_device_train_batch_size
         gaps = Gaps([], [])
-        # Nothing of the run's random state may depend on whether the gate looked.
-        with torch.random.fork_rng(devices=_devices(trainer)), torch.no_grad(), trainer.accelerator.autocast():
-            with _worn(trainer.accelerator.unwrap_model(model), adapters, adapter):
+        # The run's random state must not depend on whether the gate ran.
+        with torch.random.fork_rng(devices=gpus_of(trainer)), torch.no_grad(), trainer.accelerator.autocast():
+            with _active_adapter(trainer.accelerator.unwrap_model(model), adapters, adapter):
                 model.train(training)
                 _silence_adapter_dropout(model)
                 for start in range(0, len(self._rows), size):
@@ -191,23 +213,22 @@ class _Measure:
         return of_main_process(gaps)
 
     def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
-        inputs = self._trainer._prepare_inputs(self._trainer.data_collator(rows))
-        scores = score(model, inputs["batch"].to(self._trainer.args.device), statistics=False)
+        joined = self._trainer.data_collator(rows)["joined"]
+        scores = score(model, joined.batch.to(self._trainer.args.device), want=LOGPS)
         tokens = scores.tokens.logps.double().cpu().numpy()
         lengths = scores.lengths.cpu().numpy()
         ends = np.cumsum(lengths)[:-1]
-        stored = np.split(inputs["ref_token_logps"].double().cpu().numpy(), ends) if "ref_token_logps" in inputs else []
+        stored = [] if joined.ref_token_logps is None else np.split(joined.ref_token_logps.double().numpy(), ends)
         for i, ours in enumerate(np.split(tokens, ends)):
             row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
-            # Under ld_alpha the stored sums are weighed; but it needs token logps, so sums alone are plain.
-            gap = ours - stored[i] if stored else np.array([(ours.sum() - row[f"ref_{side}_logps"]) / len(ours)])
-            gaps.values.append(gap)
+            # Sums are never weighted here: ld_alpha needs token logps.
+            gaps.values.append(completion_gap(ours, stored[i] if stored else None, row[f"ref_{side}_logps"]))
             gaps.parts.append(row["part"])
 
 
 @contextlib.contextmanager
-def _worn(model: Any, adapters: bool, adapter: Path | None) -> Iterator[None]:
-    """Let the model wear its own adapter, none, or that of a folder."""
+def _active_adapter(model: Any, adapters: bool, adapter: Path | None) -> Iterator[None]:
+    """Activate the model's own adapter, none, or the one in a folder."""
     if adapter is not None:
         model.load_adapter(str(adapter), "reference", is_trainable=False)
         active = model.active_adapter
@@ -225,14 +246,10 @@ def _worn(model: Any, adapters: bool, adapter: Path | None) -> Iterator[None]:
 
 
 def _silence_adapter_dropout(model: Any) -> None:
-    """An adapter's own dropout is the user's choice, and no fault: out of the way for the comparison."""
+    """Switch off the adapter's own dropout, which is the user's choice and not a fault."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" in name:
             module.train(False)
-
-
-def _devices(trainer: Any) -> list[Any]:
-    return [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
 
 
 def _is_sharded(trainer: Any) -> bool:
@@ -244,9 +261,9 @@ def _trains_biases(model: Any) -> bool:
 
 
 def _explain(
-    gate: Gate, gaps: Gaps, which: str, measure: _Measure, worn: Mapping[str, Any], fresh: bool
+    gate: Gate, gaps: Gaps, which: str, measure: _Measure, state: Mapping[str, Any], fresh: bool
 ) -> RefshardError:
-    """Find the likely cause of gaps that do not pass, and say it."""
+    """Find the likely cause of gaps that do not pass."""
     found = (
         f"{which} is not the reference that {gate.store.folder} holds: token logps are {gaps.mean:.3g} nats apart on "
         f"average, {gaps.largest:.3g} at most (allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
@@ -258,12 +275,12 @@ def _explain(
             f"{found}, but only in {names}: what it holds is not what this reference gave. Delete it and index.json, "
             "then run refshard precompute again"
         )
-    if gate.kinship.adapters_off and gate.kinship.at_start and fresh and gate.passes(measure(adapters=False)):
+    if gate.relation.adapters_off and gate.relation.at_start and fresh and gate.passes(measure(adapters=False)):
         return ConfigError(
             f"{found}. With the adapter switched off it is, so the adapter, declared fresh, is not a zero change: "
             "start from one whose change is zero, or name it in policy.adapter, which puts it on the reference too"
         )
-    if gate.passes(measure(training=False, **worn)):
+    if gate.passes(measure(training=False, **state)):
         return ConfigError(
             f"{found}. In evaluation mode it is, so dropout, or another noise of training, is on in the policy; the "
             "reference was scored without. Set the rates in its config.json to 0"
@@ -307,7 +324,7 @@ def _bad_parts(gate: Gate, gaps: Gaps) -> list[int]:
 
 
 def _share_at_edges(gaps: Gaps) -> float:
-    """Share of the absolute gap that lies at the first and the last token of the completions that have more."""
+    """Give the share of the absolute gap at the first and last tokens, of completions with more than four."""
     long = [np.abs(values) for values in gaps.values if len(values) > 4]
     total = sum(float(values.sum()) for values in long)
     return sum(float(values[0] + values[-1]) for values in long) / total if total and math.isfinite(total) else 0.0

@@ -1,8 +1,8 @@
 """The DPO family: pure functions of logps, one per loss, each with its paper and equation.
 
-Words used below, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps
-minus the reference's; the score s is f'(ratio), which for the usual reverse KL is u itself; n is the number of
-completion tokens; delta is s_c - s_r. Every loss gives one value per pair, [P]; `total_loss` averages and adds up.
+Symbols, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps minus the
+reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is the number of completion tokens, and
+delta is s_c - s_r. Every loss gives one value per pair, [P]; `total_loss` averages them and adds the losses up.
 """
 
 import math
@@ -45,72 +45,72 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What a loss may look at: P pairs under both models. Logps in nats; only the policy's carry a gradient."""
+    """Inputs of a loss: P pairs under both models, logps in nats. Only the policy's logps carry a gradient."""
 
     chosen_logps: Tensor
-    """[P] float32, policy; with `ld_alpha`, tokens past the shorter completion's length count `ld_alpha` each"""
+    """Policy, [P] float32; with `ld_alpha`, tokens past the shorter completion's length count `ld_alpha` each"""
     rejected_logps: Tensor
-    """[P] float32, policy"""
+    """Policy, [P] float32, weighted likewise"""
     ref_chosen_logps: Tensor
-    """[P] float32, reference, weighted as the policy's"""
+    """Reference, [P] float32, weighted likewise"""
     ref_rejected_logps: Tensor
-    """[P] float32, reference"""
+    """Reference, [P] float32, weighted likewise"""
     chosen_tokens: Tensor
-    """[P] tokens of each chosen completion"""
+    """Number of tokens of each chosen completion, [P]"""
     rejected_tokens: Tensor
-    """[P]"""
+    """Number of tokens of each rejected completion, [P]"""
     chosen_plain_logps: Tensor
-    """[P] float32, policy, every token counted once: `chosen_logps` where `ld_alpha` is not set"""
+    """Policy, [P] float32, every token counted once; equal to `chosen_logps` without `ld_alpha`"""
     wpo_weights: Tensor | None = None
-    """[P] float32, no gradient; None without WPO"""
+    """WPO's weights, [P] float32, without gradient; None without WPO"""
 
     @property
     def chosen_ratios(self) -> Tensor:
-        """[P] u_c"""
+        """Log-ratios u_c, [P]"""
         return self.chosen_logps - self.ref_chosen_logps
 
     @property
     def rejected_ratios(self) -> Tensor:
-        """[P] u_r"""
+        """Log-ratios u_r, [P]"""
         return self.rejected_logps - self.ref_rejected_logps
 
 
 @dataclass(frozen=True)
 class PairLoss:
-    """The objective over P pairs, and what is logged about each of them."""
+    """The objective over P pairs, and the rewards that are logged."""
 
     loss: Tensor
-    """Scalar, carries the gradient"""
+    """Objective, scalar, with the gradient"""
     chosen_rewards: Tensor
-    """[P] float32, detached: beta times the plain log-ratio, whatever the loss or divergence"""
+    """beta * u_c for every loss and divergence, [P] float32, detached"""
     rejected_rewards: Tensor
-    """[P] float32, detached"""
+    """beta * u_r, [P] float32, detached"""
 
 
-def total_loss(pairs: Pairs, settings: LossConfig) -> PairLoss:
-    """Add up the losses that the settings name, each averaged over the pairs and times its weight.
+def total_loss(pairs: Pairs, config: LossConfig) -> PairLoss:
+    """Add up the named losses, each averaged over the pairs and times its weight.
 
-    A policy equal to its reference has every reward at 0 and a `sigmoid` loss of ln 2: the numbers to look for at
-    step 0. The mean is over this micro-batch; the pairs that other ranks hold are not seen.
+    A policy equal to its reference has rewards of 0 and a `sigmoid` loss of ln 2: the numbers to look for at step 0.
+    The mean is over this micro-batch alone, without the pairs of other ranks.
     """
     loss = torch.zeros((), dtype=pairs.chosen_logps.dtype, device=pairs.chosen_logps.device)
-    for name, weight in zip(settings.types, settings.weights_of_types, strict=True):
-        per_pair = pair_losses(name, pairs, settings)  # [P]
+    for name, weight in zip(config.types, config.weights_of_types, strict=True):
+        per_pair = pair_losses(name, pairs, config)  # [P]
         if pairs.wpo_weights is not None:
             per_pair = per_pair * pairs.wpo_weights
         loss = loss + weight * per_pair.mean()
     return PairLoss(
         loss=loss,
-        chosen_rewards=settings.beta * pairs.chosen_ratios.detach(),
-        rejected_rewards=settings.beta * pairs.rejected_ratios.detach(),
+        chosen_rewards=config.beta * pairs.chosen_ratios.detach(),
+        rejected_rewards=config.beta * pairs.rejected_ratios.detach(),
     )
 
 
-def pair_losses(name: LossName, pairs: Pairs, settings: LossConfig) -> Tensor:
-    """Give the loss `name` of each pair, [P]."""
-    beta, smoothing = settings.beta, settings.label_smoothing
+def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
+    """Compute the loss `name` of each pair, [P]."""
+    beta, smoothing = config.beta, config.label_smoothing
     u_c, u_r = pairs.chosen_ratios, pairs.rejected_ratios
-    s_c, s_r = (divergence_score(u, settings.f_divergence_type, settings.f_alpha_divergence_coef) for u in (u_c, u_r))
+    s_c, s_r = (divergence_score(u, config.f_divergence_type, config.f_alpha_divergence_coef) for u in (u_c, u_r))
     n_c, n_r = pairs.chosen_tokens, pairs.rejected_tokens
     match name:
         case "sigmoid":
@@ -126,7 +126,7 @@ def pair_losses(name: LossName, pairs: Pairs, settings: LossConfig) -> Tensor:
         case "robust":
             return robust(s_c - s_r, beta=beta, label_smoothing=smoothing)
         case "discopop":
-            return discopop(s_c - s_r, beta=beta, tau=settings.discopop_tau)
+            return discopop(s_c - s_r, beta=beta, tau=config.discopop_tau)
         case "nca_pair":
             return nca_pair(u_c, u_r, beta=beta)
         case "bco_pair":
@@ -148,21 +148,16 @@ def pair_losses(name: LossName, pairs: Pairs, settings: LossConfig) -> Tensor:
 
 
 def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
-    """Give f'(t) at t = exp(ratio) for the divergence D_f that ties policy and reference (f-DPO, arXiv 2309.16240).
+    """Compute f'(t) at t = exp(u) for log-ratios u, [P], and the divergence D_f (f-DPO, arXiv 2309.16240).
 
-    reverse_kl: ln t, DPO's own. forward_kl: 1 - 1/t. js_divergence: ln 2t/(1+t). alpha_divergence:
+    reverse_kl: ln t, as in DPO. forward_kl: 1 - 1/t. js_divergence: ln 2t/(1+t). alpha_divergence:
     (t^(alpha-1) - 1) / (alpha - 1), which tends to ln t as alpha tends to 1. Constants that cancel in the
     difference of two scores are left out, as in TRL.
-
-    Args:
-        ratios: Log-ratios u, [P].
-        divergence: One of the four names.
-        alpha: Coefficient of the alpha divergence.
     """
     if divergence == "reverse_kl" or (divergence == "alpha_divergence" and abs(alpha - 1) < 1e-6):
         return ratios
     if divergence == "forward_kl":
-        # e^80 is near the largest float32; beyond it the score would be infinite and its gradient NaN.
+        # e^80 is near the largest float32. Beyond it the score is infinite and its gradient NaN.
         return 1 - torch.exp((-ratios).clamp(max=80.0))
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratios)
@@ -172,10 +167,9 @@ def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
 def sigmoid(delta: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta delta).
 
-    With label smoothing e it is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3),
-    which supposes that a share e of the labels is flipped: -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta
-    delta). On scores divided by their completions' lengths it is `sigmoid_norm` (length-normalized DPO, arXiv
-    2411.15124, eq. 6).
+    With label smoothing e, conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3), where a
+    share e of the labels is flipped: -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta delta). On scores divided
+    by their completions' lengths, `sigmoid_norm` (length-normalized DPO, arXiv 2411.15124, eq. 6).
     """
     return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
 
@@ -188,7 +182,7 @@ def hinge(delta: Tensor, *, beta: float) -> Tensor:
 def ipo(delta: Tensor, *, beta: float) -> Tensor:
     """IPO (arXiv 2310.12036, eq. 17): (delta - 1/(2 beta))^2, with beta for the paper's tau.
 
-    Delta is the difference of the scores per token, as the paper's authors use it (TRL pull request 1265).
+    Delta is the difference of the scores per token, as in the authors' own code (TRL pull request 1265).
     """
     return (delta - 1 / (2 * beta)) ** 2
 
@@ -220,7 +214,7 @@ def discopop(delta: Tensor, *, beta: float, tau: float) -> Tensor:
     """
     x = beta * delta
     modulation = torch.sigmoid(x / tau)
-    # m exp(-x) in one exponential: a product of the two is 0 times infinity where x is far below 0.
+    # m exp(-x) in one exponential: their product is 0 times infinity if x is far below 0.
     exponential = torch.exp((F.logsigmoid(x / tau) - x).clamp(max=80.0))
     return -(1 - modulation) * F.logsigmoid(x) + exponential
 
@@ -262,9 +256,8 @@ def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def aot(policy_margins: Tensor, ref_margins: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """Paired alignment by optimal transport (arXiv 2406.05882, section 3).
 
-    The policy's margins (chosen minus rejected logps), sorted over the micro-batch, should exceed the reference's,
-    sorted likewise; so the loss depends on which pairs share a micro-batch, and a value belongs to a rank in the
-    order, not to a pair.
+    The policy's margins (chosen minus rejected logps), sorted over the micro-batch, should exceed the reference's
+    sorted margins. A value belongs to a place in that order, not to a pair, and depends on the whole micro-batch.
     """
     delta = policy_margins.sort().values - ref_margins.sort().values
     return sigmoid(delta, beta=beta, label_smoothing=label_smoothing)
@@ -277,29 +270,29 @@ def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothi
 
 
 def sft(chosen_plain_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
-    """Cross-entropy on the chosen completions: the mean over all their tokens in the micro-batch, for every pair.
+    """Cross-entropy on the chosen completions: for every pair, the mean over all their tokens in the micro-batch.
 
-    Added to `sigmoid` it is the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL loss, there averaged per
-    completion). The reference has no part in it.
+    Added to `sigmoid`, the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL loss, averaged per completion
+    there). The reference is not used.
     """
     return -(chosen_plain_logps.sum() / chosen_tokens.sum()).expand(len(chosen_plain_logps))
 
 
 def wpo_weights(token_logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -> Tensor:
-    """Weigh pairs by how likely the policy is to write them itself (arXiv 2406.11827, eq. 2 and its alignment).
+    """Weight pairs by the policy's own likelihood of them (WPO, arXiv 2406.11827, eq. 2 and its alignment).
 
-    The weight of a completion is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2; that of a
-    pair the product of both. No gradient.
+    A completion's weight is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2. A pair's weight is
+    the product of both.
 
     Args:
-        token_logps: [N], row by row, all chosen and then all rejected.
-        log_sum_squares: [N], log of the summed squares of the policy's probabilities at each of those positions.
-        lengths: [2P], tokens of each row.
+        token_logps: Policy's token logps, [N], all chosen completions and then all rejected ones.
+        log_sum_squares: Log of the summed squares of the policy's probabilities at those positions, [N].
+        lengths: Number of tokens of each completion, [2P].
 
     Returns:
-        [P] float32
+        Weights, [P] float32, without gradient.
     """
-    rows = torch.repeat_interleave(lengths)  # [N], the row of each token
+    rows = torch.repeat_interleave(lengths)  # [N], the completion of each token
     aligned = (token_logps - log_sum_squares).detach()
     sums = torch.zeros(len(lengths), dtype=aligned.dtype, device=aligned.device).index_add(0, rows, aligned)
     chosen, rejected = torch.exp(sums / lengths).chunk(2)
@@ -307,16 +300,16 @@ def wpo_weights(token_logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -
 
 
 def router_aux_weight(config: Any, loss: LossConfig) -> float:
-    """Weight of the balance loss: the settings', or the model's own; 0 for a model without experts.
+    """Give the weight of the balance loss: the configured one, or the model's own; 0 for a model without experts.
 
     Raises:
-        ConfigError: A weight is set for a model that has no balance loss.
+        ConfigError: A weight is set for a model without a balance loss.
     """
     has_balance = hasattr(config, "output_router_logits")
     if loss.router_aux_loss_coef and not has_balance:
         raise ConfigError(
-            f"loss.router_aux_loss_coef: {config.model_type} is no mixture of experts that gives its router's logits; "
-            "leave it out"
+            f"loss.router_aux_loss_coef: must be left out for a model without experts that give their router's "
+            f"logits, got {loss.router_aux_loss_coef:g} for {config.model_type}. Remove it"
         )
     if not has_balance:
         return 0.0
@@ -325,17 +318,17 @@ def router_aux_weight(config: Any, loss: LossConfig) -> float:
 
 
 def balance_weight(model: Any, loss: LossConfig) -> float:
-    """Give the weight of the balance loss for a loaded model; 0 where no layer of it has experts."""
+    """Give the weight of the balance loss for a loaded model; 0 if none of its layers has experts."""
     return router_aux_weight(model.config.get_text_config(), loss) if _has_router(model) else 0.0
 
 
 def _has_router(model: Any) -> bool:
-    """Whether any layer has experts: a family of mixtures has members without (Jamba with one expert)."""
+    """Return True if a layer has experts; some members of mixture families have none (Jamba with one expert)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     recorders = (getattr(causal.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     if recorders is None:
-        return True  # Not said; the config is.
-    # A class of modules, or a record of one with the name that they go by in a layer.
+        return True  # The config alone says so.
+    # Each recorder is a class of modules, or holds one, with the modules' name within a layer.
     wanted: list[tuple[Any, str]] = [
         (getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or "")
         for recorder in (recorders if isinstance(recorders, list | tuple) else (recorders,))

@@ -1,28 +1,23 @@
-"""Per-pair metrics of a batch, and their averages over the pairs that were logged together."""
+"""Per-pair metrics of a micro-batch, and their averages over the pairs of one log entry."""
 
-import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from pipeline.config.schema import LossConfig
 from pipeline.scoring.forward import Scores, weighted_sums
-from pipeline.scoring.packing import Batch
+from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
 
-__all__ = [
-    "averages_of",
-    "columns_of",
-    "first_pairs",
-    "pairs_of",
-]
+__all__ = ["averages_of", "columns_of", "first_pairs", "pairs_of"]
 
 
-def pairs_of(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfig) -> Pairs:
-    """What the losses look at: policy logps from the scorer, reference logps from the batch."""
+def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
+    """Put together the losses' inputs: policy logps from the scorer, reference logps from the batch."""
     chosen, rejected = plain = scores.sums()
     if loss.ld_alpha is not None:
-        # The reference's sums were weighed by the join, in the same way.
+        # The join has weighted the reference's sums likewise.
         chosen, rejected = weighted_sums(scores.tokens.logps, scores.lengths, loss.ld_alpha)
     weights = None
     if scores.tokens.log_sum_squares is not None:
@@ -31,8 +26,8 @@ def pairs_of(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfi
     return Pairs(
         chosen_logps=chosen,
         rejected_logps=rejected,
-        ref_chosen_logps=inputs["ref_chosen_logps"],
-        ref_rejected_logps=inputs["ref_rejected_logps"],
+        ref_chosen_logps=joined.ref_chosen_logps,
+        ref_rejected_logps=joined.ref_rejected_logps,
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_plain_logps=plain[0],
@@ -41,16 +36,13 @@ def pairs_of(scores: Scores, inputs: Mapping[str, torch.Tensor], loss: LossConfi
 
 
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
-    columns = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
-    return dataclasses.replace(
-        pairs, **{name: column[:count] for name, column in columns.items() if column is not None}
-    )
+    """Give the first `count` pairs."""
+    columns: dict[str, Any] = {n: None if column is None else column[:count] for n, column in vars(pairs).items()}
+    return Pairs(**columns)
 
 
-def columns_of(
-    batch: Batch, scores: Scores, inputs: Mapping[str, torch.Tensor], pairs: Pairs, objective: PairLoss
-) -> dict[str, torch.Tensor]:
-    """Everything that is averaged, as sums per pair: each [P], float32."""
+def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss) -> dict[str, torch.Tensor]:
+    """Compute all that is averaged, as sums per pair: each [P] float32."""
     ref_margins = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     margins = objective.chosen_rewards - objective.rejected_rewards
     columns = {
@@ -65,17 +57,17 @@ def columns_of(
         "ref/accuracies": _share_above_zero(ref_margins),
         "lengths/chosen": pairs.chosen_tokens,
         "lengths/rejected": pairs.rejected_tokens,
-        "lengths/truncated": inputs["truncated"],
+        "lengths/truncated": joined.truncated,
     }
     if scores.aux_loss is not None:
-        columns["aux_loss"] = scores.aux_loss.expand(batch.num_pairs)
-    columns["tokens"] = batch.num_tokens
+        columns["aux_loss"] = scores.aux_loss.expand(joined.batch.num_pairs)
+    columns["tokens"] = joined.batch.num_tokens
     tokens = scores.tokens
     assert tokens.entropy is not None and tokens.is_top1 is not None and tokens.mean_logit is not None
     per_token = {"entropy": tokens.entropy, "top1": tokens.is_top1, "logit": tokens.mean_logit}
-    if "ref_token_logps" in inputs:
+    if joined.ref_token_logps is not None:
         # The k3 estimator (joschu.net/blog/kl-approx.html): never negative, 0 where the two agree.
-        gap = inputs["ref_token_logps"] - tokens.logps.detach()
+        gap = joined.ref_token_logps - tokens.logps.detach()
         per_token["kl"] = torch.expm1(gap) - gap
     rows = torch.repeat_interleave(scores.lengths)
     for name, values in per_token.items():
@@ -86,12 +78,12 @@ def columns_of(
 
 
 def _share_above_zero(margins: torch.Tensor) -> torch.Tensor:
-    # A tie says nothing: it counts as half right, so a policy equal to its reference reads 0.5, not 0.
+    # A tie counts as half right, so a policy equal to its reference has an accuracy of 0.5, not 0.
     return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def averages_of(totals: Mapping[str, float]) -> dict[str, float]:
-    """Averages over pairs, or over tokens where the metric is one of tokens."""
+    """Average over pairs, or over tokens for a metric of tokens."""
     chosen, rejected, pairs = totals["num_chosen"], totals["num_rejected"], totals["pairs"]
     averages = {name: total / pairs for name, total in totals.items() if "/" in name or name == "aux_loss"}
     averages["logits/chosen"] = totals["logit_chosen"] / chosen

@@ -1,8 +1,7 @@
 """The moved reference of TR-DPO: alpha * policy + (1 - alpha) * reference, weight by weight, from disk to disk.
 
-One file of weights is in memory at a time. With an adapter on the policy, what is mixed are the weights that base
-and adapter stand for together: averaging the adapter's factors would not average the models, since only their
-products add.
+One file of weights is in memory at a time. An adapter on the policy is merged into its base before mixing. Averaging
+the adapter's factors would not average the models, since only their products add.
 """
 
 import contextlib
@@ -20,31 +19,27 @@ from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.models.files import ADAPTER_WEIGHTS
 from pipeline.models.loading import load_plain
 
-__all__ = [
-    "MARKER",
-    "mix",
-]
+__all__ = ["MARKER", "mix"]
 
 MARKER = "refshard-reference.json"
-
-
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path, made_from: Mapping[str, Any]) -> None:
-    """Write the reference that a policy's checkpoint moves its predecessor to, in float32.
+    """Mix a policy's checkpoint into the previous reference, and write the moved reference in float32.
 
-    `target` appears whole or not at all; where another worker was first, its folder is kept.
+    `target` appears whole or not at all. If another worker was first, its folder stays.
 
     Args:
         config: The run's settings, with `reference.sync`.
-        checkpoint: The policy, a folder of full weights or of an adapter.
-        previous: The reference before, as this function wrote it; None for the run's first one.
+        checkpoint: Folder of the policy's full weights or of its adapter.
+        previous: Folder of the previous reference, written by this function; None for the run's first one.
         target: Folder to write.
-        made_from: What the result is a function of, recorded beside it.
+        made_from: Inputs that determine the result, recorded beside it.
 
     Raises:
         ConfigError: Policy and reference do not have the same weights by name and shape.
+        DataError: A weight file is damaged.
         StorageError: The disk is full or failing.
     """
     assert config.reference.sync is not None
@@ -57,9 +52,9 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
         policy = checkpoint
         if (checkpoint / ADAPTER_WEIGHTS).exists():
             policy = work / "policy"
-            worn = dataclasses.replace(config.policy, adapter=str(checkpoint), lora=None, ia3=None)
-            # As the reference would be, were it the policy of this step: base and adapter, merged.
-            _save_plain(dataclasses.replace(config, policy=worn, reference=ReferenceConfig()), policy)
+            adapted = dataclasses.replace(config.policy, adapter=str(checkpoint), lora=None, ia3=None)
+            # With the default reference, the policy's base and adapter are merged.
+            _save_plain(dataclasses.replace(config, policy=adapted, reference=ReferenceConfig()), policy)
         mixed = work / "mixed"
         _mix_files(policy, previous, mixed, config.reference.sync.mixup_alpha)
         write_json(mixed / MARKER, made_from)
@@ -67,7 +62,7 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
         try:
             mixed.rename(target)
         except OSError:
-            # The name is taken: another worker was first, and made the same.
+            # If the name is taken, another worker was first and made the same.
             if not target.exists():
                 raise
     except OSError as error:
@@ -77,7 +72,7 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
 
 
 def _save_plain(config: Config, folder: Path) -> None:
-    """Save the settings' reference as plain float32 weights, adapters merged in, under the names that saving gives."""
+    """Save the configured reference as plain float32 weights, with adapters merged in."""
     model = load_plain(config)
     model.save_pretrained(folder, max_shard_size="2GB")
     del model
@@ -101,7 +96,7 @@ def _mix_files(policy: Path, reference: Path, target: Path, alpha: float) -> Non
                     new = other.get_tensor(key)
                 if new.shape != old.shape:
                     raise _not_alike(key, f"has shape {tuple(old.shape)}, the policy's {tuple(new.shape)}")
-                # Counters and masks are no weights.
+                # Counters and masks are not weights.
                 mixed[key] = (
                     old.float().mul_(1.0 - alpha).add_(new.float(), alpha=alpha) if old.is_floating_point() else old
                 )
@@ -123,7 +118,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _files_by_tensor(folder: Path) -> Mapping[str, str]:
-    """The file that holds each tensor, by the tensor's name."""
+    """Give the name of each tensor's file, by the tensor's name."""
     if (folder / _INDEX).exists():
         names: Mapping[str, str] = read_json(folder / _INDEX)["weight_map"]
         return names

@@ -1,4 +1,4 @@
-"""What the processes of one run decide together: each gets the same answer, and none is left waiting for another."""
+"""Decisions that the processes of a run share: all get the same answer, and none waits for another in vain."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,21 +9,13 @@ from accelerate.utils import broadcast_object_list, gather
 
 from pipeline.base.errors import RefshardError
 
-__all__ = [
-    "largest",
-    "of_main_process",
-    "on_main_process",
-]
+__all__ = ["largest", "of_main_process", "on_main_process"]
 
 T = TypeVar("T")
 
 
 def on_main_process(action: Callable[[], T]) -> T:
-    """Have the main process do something; every process gets its result, or raises its error.
-
-    Raises:
-        RefshardError: What the action raised, in every process.
-    """
+    """Run an action in the main process; every process returns its result or raises its RefshardError."""
     state = PartialState()
     if state.num_processes == 1:
         return action()
@@ -35,7 +27,7 @@ def on_main_process(action: Callable[[], T]) -> T:
         except RefshardError as error:
             outcome = [(None, error)]
         except Exception as error:
-            # It may not travel; the others leave as well, and this process says what it was.
+            # It may not be picklable. The other processes leave as well, and this one raises it.
             bug = error
             outcome = [(None, RefshardError(f"the main process failed: {type(error).__name__}"))]
     result, failure = broadcast_object_list(outcome)[0]
@@ -47,14 +39,14 @@ def on_main_process(action: Callable[[], T]) -> T:
 
 
 def of_main_process(value: T) -> T:
-    """Give the main process's value to all, where all made one and must not decide differently by a rounding."""
+    """Give all processes the main process's value, so that no rounding makes them decide differently."""
     if PartialState().num_processes == 1:
         return value
     return broadcast_object_list([value])[0]  # type: ignore[no-any-return]
 
 
 def largest(value: int) -> int:
-    """Give the largest of the values that the processes call this with, each at the same point of its work."""
+    """Give the largest of the values that the processes call this with, at the same point of their work."""
     state = PartialState()
     if state.num_processes == 1:
         return value

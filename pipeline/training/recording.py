@@ -1,4 +1,4 @@
-"""What stage two says and writes down on its way: the progress line, the run's log, the margins of its pairs."""
+"""Record training as it runs: the progress line, the run's log, the margins of its pairs."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -15,17 +15,19 @@ from pipeline.run.attempts import Attempt
 from pipeline.run.records import RunLog, write_margins
 from pipeline.scoring.memory import name_of_device, peak_memory
 
-__all__ = [
-    "Margins",
-    "RecordCallback",
-]
+__all__ = ["Margins", "RecordCallback"]
 
 _LAST_TRAINED = 2048
-"""Pairs of training whose margins are kept: enough for a histogram"""
+"""Number of trained pairs whose margins are kept: enough for a histogram"""
 
 
 class Margins:
-    """Collects the margins of pairs as the trainer measures them, and writes them when a set is done."""
+    """Collects the margins of pairs during training and evaluation, and writes them when a set is done.
+
+    Args:
+        attempt: The run's attempt.
+        only_set: Name of the held-out set, if there is exactly one.
+    """
 
     def __init__(self, attempt: Attempt, only_set: str | None) -> None:
         self._attempt = attempt
@@ -34,7 +36,7 @@ class Margins:
         self._trained: deque[npt.NDArray[np.float32]] = deque(maxlen=_LAST_TRAINED)
 
     def add(self, columns: Mapping[str, torch.Tensor], *, training: bool) -> None:
-        """Take the pairs of a micro-batch, of all processes: each column [P]."""
+        """Add the pairs of a micro-batch, of all processes: each column [P]."""
         policy = columns["logps/chosen"] - columns["logps/rejected"]
         shift = columns["logps/chosen_shift"]
         rows = torch.stack(
@@ -54,35 +56,35 @@ class Margins:
             self._held_out.append(rows.numpy())
 
     def finish_set(self, prefix: str, step: int) -> None:
-        """Write what was measured of a held-out set, which the library names by its metrics' prefix."""
+        """Write the margins of a held-out set, which the library names by its metrics' prefix."""
         name = prefix.removeprefix("eval").removeprefix("_") or self._only_set
         if self._held_out and name is not None:
             self._write(name, step, np.concatenate(self._held_out))
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was measured of a set whose evaluation was left."""
+        """Drop the margins of a set whose evaluation was left."""
         self._held_out = []
 
     def finish_training(self, step: int) -> None:
-        """Write the last pairs that were trained on."""
+        """Write the margins of the last trained pairs."""
         if self._trained:
             self._write("train", step, np.stack(list(self._trained)))
 
     def _write(self, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
-        # What a start writes that another one has taken over from would mix with that one's.
+        # An attempt that another has taken over from must not overwrite that one's.
         if self._attempt.is_newest():
             write_margins(self._attempt.run_folder, name, step, rows)
 
 
 class RecordCallback(transformers.TrainerCallback):
-    """Keeps the run's log and its progress line, in place of the library's own.
+    """Writes the run's log and its progress line, in place of the library's own.
 
     Args:
         log: The run's log.
-        margins: What the trainer measures.
-        pairs: Of each set, by name.
-        batch_pairs: Of an optimizer step, over all processes.
+        margins: The margins that the trainer collects.
+        pairs: Number of pairs of each set, by name.
+        batch_pairs: Number of pairs of an optimizer step, over all processes.
     """
 
     def __init__(self, log: RunLog, margins: Margins, *, pairs: Mapping[str, int], batch_pairs: int) -> None:
@@ -92,12 +94,11 @@ class RecordCallback(transformers.TrainerCallback):
         self._batch_pairs = batch_pairs
         self._progress: Progress | None = None
         self._step = self._tokens = self._evaluated = 0
-        self.trainer: Any = None
 
     def _begun(self, args: Any, state: Any) -> Progress | None:
-        """The progress of this start; None but on the first process.
+        """Give the attempt's progress, begun at the first event; None on all processes but the first.
 
-        Begins at the first event: a start that finds all steps done has evaluations to make and nothing to train.
+        If all steps were done before, the first event is one of an evaluation.
         """
         if self._progress is None and args.process_index == 0:
             self._step, self._tokens = state.global_step, state.num_input_tokens_seen
@@ -157,7 +158,7 @@ class RecordCallback(transformers.TrainerCallback):
             self._margins.finish_training(state.global_step)
 
     def end(self, step: int, *, finished: bool) -> None:
-        """Write down how this start ended; called once all evaluations are made."""
+        """Log the end of the attempt, after all evaluations."""
         if self._progress is not None:
             self._progress.close()
             self._add("end", {"step": step, "finished": finished})

@@ -1,7 +1,7 @@
-"""Which pairs each optimizer step sees, known before training begins.
+"""Pairs of each optimizer step, known before training begins.
 
-The library's own loader and sampler are asked, with row numbers in place of pairs, so that what they do with seeds,
-epochs, accumulation and incomplete batches is never guessed.
+The library's own loader and sampler run over row numbers in place of pairs. Their rules for seeds, epochs,
+accumulation and incomplete batches thus apply unchanged.
 """
 
 import copy
@@ -17,10 +17,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError
 
-__all__ = [
-    "Order",
-    "order_of_run",
-]
+__all__ = ["Order", "order_of_run"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +25,20 @@ class Order:
     """The pairs of a run, step by step."""
 
     steps: list[npt.NDArray[np.int64]]
-    """For each optimizer step, the indices of its pairs in the training set"""
+    """Indices of each optimizer step's pairs in the training set"""
     steps_per_epoch: int
 
     def pairs_of(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Indices of the pairs of steps `first` + 1 to `last`, ascending, each once."""
+        """Give the indices of the pairs of steps `first` + 1 to `last`, ascending, each once."""
         return np.unique(np.concatenate([np.empty(0, np.int64), *self.steps[first:last]]))
 
 
 def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> Order:
-    """Give the pairs of every step of a run of one process on a training set of `num_pairs`."""
+    """Give the pairs of every step of a run of one process on a training set of `num_pairs`.
+
+    Raises:
+        ConfigError: There are no steps to train.
+    """
     arguments = copy.copy(arguments)
     arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
     trainer = transformers.Trainer(
@@ -52,14 +53,15 @@ def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> O
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     if not len(loader):
         raise ConfigError(
-            f"train: no step can be made of {num_pairs} pairs; a batch is larger than the set (dataloader_drop_last)"
+            f"train.dataloader_drop_last: must be false for {num_pairs} pairs, which are fewer than a batch, got true. "
+            "Set a smaller train.per_device_train_batch_size"
         )
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(math.ceil(total / steps_per_epoch)):
         loader.set_epoch(epoch)
         batches = [batch["index"].cpu().numpy() for batch in loader]
-        # The last step of an epoch takes the micro-batches that are left.
+        # The last step of an epoch takes the remaining micro-batches.
         steps += [np.concatenate(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation)]
     if not steps[:total]:
-        raise ConfigError("train.num_train_epochs: no steps to train; with reference.sync there must be some")
+        raise ConfigError("train.num_train_epochs: must be above 0 with reference.sync, got 0. Train at least one step")
     return Order(steps[:total], steps_per_epoch)

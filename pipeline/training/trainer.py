@@ -1,6 +1,7 @@
-"""A transformers.Trainer for joined preference pairs: ours are the collator, the loss and the metrics.
+"""A transformers.Trainer for joined preference pairs, with its own loss, metrics and checks of checkpoints.
 
-The reference is two numbers per pair in the batch; nothing here knows how to load a second model.
+The reference is two numbers per pair in the batch. No second model is loaded. Four private methods of the library are
+overridden; the contract test names them and all else here that the library does not document.
 """
 
 import functools
@@ -19,8 +20,8 @@ from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
 from pipeline.run.checkpoints import processes_of
-from pipeline.scoring.forward import score
-from pipeline.scoring.packing import Batch
+from pipeline.scoring.forward import Want, score
+from pipeline.training.batches import JoinedBatch
 from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
 from pipeline.training.metrics import averages_of, columns_of, first_pairs, pairs_of
@@ -28,18 +29,14 @@ from pipeline.training.offload import ActivationOffload
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins
 
-__all__ = [
-    "EvaluationLeft",
-    "PairTrainer",
-    "saving",
-]
+__all__ = ["EvaluationLeft", "PairTrainer", "gpus_of", "saving"]
 
 
 class EvaluationLeft(Exception):
-    """A stop request came during an evaluation, or before a step was taken: all is left where it stands.
+    """A stop request came during an evaluation, or before the first step.
 
     Args:
-        save: Whether there is time, and something, to be saved.
+        save: True if a checkpoint should be saved.
     """
 
     def __init__(self, *, save: bool) -> None:
@@ -49,20 +46,17 @@ class EvaluationLeft(Exception):
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Tell a disk that failed under the libraries, which have errors of their own for it, from a bug.
+    """Distinguish a failing disk from a bug, as the libraries have errors of their own for it.
 
     Raises:
-        StorageError: It did.
+        StorageError: The disk is full or failing.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # What torch.save says when it can't write; a RuntimeError can be anything else.
-        if (
-            type(error) is RuntimeError
-            and "PytorchStreamWriter" not in str(error)
-            and "unexpected pos" not in str(error)
-        ):
+        # torch.save's words for a write that failed. Any other RuntimeError is something else.
+        words = ("PytorchStreamWriter", "unexpected pos")
+        if type(error) is RuntimeError and not any(word in str(error) for word in words):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(
@@ -74,11 +68,12 @@ class PairTrainer(transformers.Trainer):
     """Trains a policy on pairs that carry their reference logps.
 
     Args:
-        loss: What is made small.
-        activation_offload: Have what backward needs wait in the CPU's memory.
-        attempt: This start of the run; it saves only as long as the run's folder is its own.
-        load_policy: Loads the policy as a checkpoint has it, for the best one of a run under FSDP.
-        margins: Takes what each pair has come to.
+        loss: The `loss` section.
+        activation_offload: Keep activations in the CPU's memory until backward needs them.
+        attempt: The run's attempt, which saves only while it owns the run's folder.
+        load_policy: Loads the policy of a checkpoint, for the best one of a run under FSDP.
+        margins: Collects each pair's margins.
+        before_training: Called with the trainer once all is ready for the first step.
     """
 
     model: torch.nn.Module
@@ -91,20 +86,23 @@ class PairTrainer(transformers.Trainer):
         attempt: Attempt | None = None,
         load_policy: Callable[[Path], Any] | None = None,
         margins: Margins | None = None,
+        before_training: Callable[["PairTrainer"], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.add_callback(_BeforeTraining(self, before_training))
+        self._first_step = 0
         self._attempt = attempt
         self._load_policy = load_policy
         self._margins = margins
-        # Workers that are left to the process's end are told to end then, and must know that it is meant.
+        # Stop the loaders' workers before the interpreter exits. They ignore a SIGTERM unless this is set.
         self._closing: Any = multiprocessing.RawValue("b", 0)
-        # Not atexit: a process that was itself started by multiprocessing does not come there.
+        # Not atexit, which does not run in a process that multiprocessing started.
         multiprocessing.util.Finalize(None, setattr, args=(self._closing, "value", 1), exitpriority=0)
         self._loss = loss
         self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
         self._balance_weight = balance_weight(kwargs["model"], loss)
-        # The loss is a mean over pairs already; the library must divide it by the accumulation steps.
+        # The loss is a mean over pairs, which the library must divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._totals: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
 
@@ -115,8 +113,8 @@ class PairTrainer(transformers.Trainer):
             self.is_fsdp_enabled = hasattr(self.accelerator.state, "fsdp_plugin")
         if self.args.deepspeed and not self.is_deepspeed_enabled:
             raise ConfigError(
-                "train.deepspeed: accelerate makes DDP of it where it was started for CPUs (ACCELERATE_USE_CPU, "
-                "accelerate launch --cpu); start with torchrun and train.use_cpu: true"
+                "train.deepspeed: accelerate, started for CPUs (ACCELERATE_USE_CPU, accelerate launch --cpu), runs DDP "
+                "in its place. Start with torchrun and set train.use_cpu: true"
             )
 
     def compute_loss(
@@ -126,30 +124,32 @@ class PairTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of the micro-batch's pairs; metrics are added up on the way.
+        """Compute the mean loss of the micro-batch's pairs, and add up their metrics.
 
         Raises:
             DataError: A pair has no reference logps.
         """
-        if not torch.isfinite(inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).all():
+        joined = cast(JoinedBatch, inputs["joined"]).to(self.args.device)
+        batch = joined.batch
+        if not torch.isfinite(joined.ref_chosen_logps + joined.ref_rejected_logps).all():
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
-        batch = cast(Batch, inputs["batch"]).to(self.args.device)
         with self._offload if self._offload and torch.is_grad_enabled() else nullcontext():
-            scores = score(model, batch, squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
-        pairs = pairs_of(scores, inputs, self._loss)
+            want = Want(squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
+            scores = score(model, batch, want)
+        pairs = pairs_of(scores, joined, self._loss)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
         if not self.model.training and 0 < (real := self._real_pairs(batch.num_pairs)) < batch.num_pairs:
             loss = total_loss(first_pairs(pairs, real), self._loss).loss
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
-        self._add_metrics(columns_of(batch, scores, inputs, pairs, objective))
+        self._add_metrics(columns_of(joined, scores, pairs, objective))
         return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
 
     def _real_pairs(self, count: int) -> int:
-        """How many of this process's held-out pairs are not there to fill up the set's last batches.
+        """Give the number of real (non-padding) pairs in this rank's last evaluation batch.
 
-        What they give is taken out of what the processes measured; but a mean over them would still be in it.
+        The library drops the padding pairs' own results, but a mean over the batch would still hold them.
         """
         gradient_state: Any = self.accelerator.gradient_state
         if self.args.world_size == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
@@ -159,28 +159,41 @@ class PairTrainer(transformers.Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # The library counts by the ids that went in.
-        return int(super().floating_point_ops({"input_ids": inputs["batch"].input_ids}))
+        # The library counts by the number of ids.
+        return int(super().floating_point_ops({"input_ids": inputs["joined"].batch.input_ids}))
 
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        # Loaders draw a seed when they start. Training's random numbers must not depend on how often it is measured.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            metrics = super().evaluate(*arguments, **options)
+    def get_train_dataloader(self) -> Any:
+        return self._unsignalled(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self._unsignalled(super().get_eval_dataloader(eval_dataset))
+
+    def _unsignalled(self, loader: Any) -> Any:
+        """Let the loader's workers ignore the signals that the run gets."""
+        # Accelerate's loader wraps the one with the workers, which is the same in all evaluations if workers persist.
+        inner = getattr(loader, "base_dataloader", loader)
+        if getattr(inner.worker_init_fn, "func", None) is not _start_worker:
+            inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
+        return loader
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        # Loaders draw a seed when they start. Training's random numbers must not depend on the evaluations.
+        with torch.random.fork_rng(devices=gpus_of(self)):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._margins is not None:
-            prefix = next(key[: -len("_runtime")] for key in metrics if key.endswith("_runtime"))
-            self._margins.finish_set(prefix, self.state.global_step)
+            self._margins.finish_set(metric_key_prefix, self.state.global_step)
         return metrics
 
     def finish_evaluation(self, checkpoint: Path) -> None:
-        """Evaluate, if the checkpoint that training goes on from was saved when a stop request had ended that."""
-        # The library saves its control with it, in which an evaluation is due until it is done.
+        """Evaluate if the resumed checkpoint was saved by a stop request during an evaluation."""
+        # The checkpoint holds the library's control, in which an evaluation is due until it is done.
         saved: Any = self.state.stateful_callbacks
         if not saved.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
             return
@@ -189,12 +202,12 @@ class PairTrainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
 
     def save_checkpoint(self) -> None:
-        """Save what the run goes on from, between the steps at which the library does so by itself."""
+        """Save a checkpoint outside the library's own schedule."""
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def forget_evaluation(self) -> None:
-        """Drop what an evaluation that was left has measured, of this step's held-out sets."""
+        """Drop the results of a left evaluation at this step."""
         step = self.state.global_step
         self.state.log_history = [
             entry
@@ -206,85 +219,84 @@ class PairTrainer(transformers.Trainer):
             self._margins.forget()
         self.model.train()
 
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        try:
-            super()._maybe_log_save_evaluate(*arguments, **options)
-        except EvaluationLeft as left:
-            # The control, in which the evaluation is due still, is saved with the checkpoint.
-            self.forget_evaluation()
-            self.control.should_training_stop = True
-            if left.save:
-                self.save_checkpoint()
+    def leave(self, *, save: bool) -> None:
+        """End training during an evaluation.
+
+        Args:
+            save: Save a checkpoint, unless no step was taken since the last one.
+        """
+        self.forget_evaluation()
+        if not self.is_in_train:
+            return
+        if save and self.state.global_step > self._first_step:
+            # The checkpoint holds the control, in which the evaluation is still due.
+            self.save_checkpoint()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         def make_way(folder: Path) -> None:
             self._check_owner()
             if folder.exists():
-                # Of a start that this one has taken over from: its files and ours must never be in one folder.
+                # An attempt that this one has taken over from wrote it. Its files and ours must never share a folder.
                 set_aside(folder)
 
         on_main_process(lambda: make_way(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
         with saving(f"{self.args.output_dir}: the checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
-    # A process that was stopped while it saved may come back when another start has made a folder of the same name,
-    # so it looks again before each of the files.
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            # All steps were done at the start: the policy is in one piece, and DeepSpeed was never begun.
+        folder = Path(output_dir or str(self.args.output_dir))
+        # Under FSDP with sharded states, the library saves no model. If the resumed checkpoint was the last step's,
+        # DeepSpeed was never started, and the policy is whole.
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.deepspeed is None):
+            trained_only = hasattr(self.model, "peft_config")
+            weights = whole_weights(self.model, trained_only=trained_only) if self.is_fsdp_enabled else None
             if self.args.should_save:
-                self._save(output_dir)
-            return
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        # Where the state is saved in shares, the library would save no model at all.
-        weights = whole_weights(self.model, trained_only=hasattr(self.model, "peft_config"))
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+                    folder, state_dict=weights
+                )
+                assert self.processing_class is not None
+                self.processing_class.save_pretrained(folder)
+        else:
+            super().save_model(str(folder), _internal_call)
         if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
+            # A pickle of the arguments, with access tokens. Nothing reads it; refshard.yaml holds the settings.
+            (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # A process that was suspended during a save may wake after another attempt has made a folder of this name. So
+        # every process checks before each of its files: the optimizer's state here, and its random state right after.
         self._check_owner()
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            folder, whole = Path(output_dir), "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            save_optimizer(self._inner_optimizer, folder, self.args.process_index, self.args.world_size, whole=whole)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        folder, whole = Path(output_dir), not self._saves_shares
-        save_optimizer(self._inner_optimizer, folder, self.args.process_index, self.args.world_size, whole=whole)
-        if self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-
-    @property
-    def _saves_shares(self) -> bool:
-        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        self._check_owner()
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
-        return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate's is around it
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        self._check_owner()
-        super()._save_rng_state(output_dir)
+        return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
 
     def _check_owner(self) -> None:
-        # Every process has files of its own to save.
         if self._attempt is not None:
             self._attempt.check()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Do nothing where the library would load the weights: the policy was loaded from the checkpoint.
+        """Load no weights: the policy was loaded from the checkpoint already.
 
-        `from_pretrained` knows all that a saved folder may be; this method of the library warns of weights that it
-        does not find, and knows nothing of what is renamed or merged when a model is loaded.
+        `from_pretrained` handles every saved folder. The library's method handles no weights that are renamed or
+        merged on loading, and warns of them. It is not called under DeepSpeed.
         """
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
+    def load_best(self) -> None:
+        """Load the weights of the run's best checkpoint into the policy."""
         if not self.is_fsdp_enabled:
-            super()._load_best_model()
+            self._load_best_model()
             return
         has_adapter = hasattr(self.model, "peft_config")
         weights: dict[str, torch.Tensor] = {}
@@ -304,21 +316,21 @@ class PairTrainer(transformers.Trainer):
         folder = Path(checkpoint)
         processes_of(folder)
         if self.is_deepspeed_enabled:
-            # Weights and optimizer are with DeepSpeed by now, which reads them from pickles that can run code: none is
-            # read but from a checkpoint whose marker and digests hold (find_checkpoint).
+            # DeepSpeed has loaded weights and optimizer, from pickles that can run code. Only a checkpoint whose
+            # marker and digests hold is ever read (find_checkpoint).
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if not (folder / "scheduler.pt").is_file():
-            raise DataError(f"{folder}: scheduler.pt is missing, so that the run can't go on as if it never stopped")
+            raise DataError(f"{folder}: scheduler.pt is missing, so the run can't resume exactly")
         load_optimizer(self._inner_optimizer, folder)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         self._check_loaded(folder)
 
     def _check_loaded(self, checkpoint: Path) -> None:
-        """Make sure that optimizer and schedule are those of the training's step."""
+        """Check that optimizer and schedule are those of the training's step."""
         if self.args.fp16:
-            # With a loss scale, steps that overflow are counted by the library and not by the optimizer.
+            # With a loss scale, the library counts steps that overflow, and the optimizer does not.
             return
         step = self.state.global_step
         counted = {int(state["step"]) for state in self._inner_optimizer.state.values() if "step" in state}
@@ -328,23 +340,11 @@ class PairTrainer(transformers.Trainer):
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and schedule.last_epoch != step:
             raise DataError(f"{checkpoint / 'scheduler.pt'}: is at step {schedule.last_epoch}, the training at {step}")
 
-    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        loader = super()._get_dataloader(*arguments, **options)
-        # The one that has the workers is inside of accelerate's.
-        inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = functools.partial(_start_worker, self._closing, inner.worker_init_fn)
-        return loader
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments, access tokens included. Nothing here reads it; refshard.yaml has the settings.
-        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the averages since the last log to what the library logs, under TRL's names."""
+        """Add the averages since the last log to the library's entry, under TRL's names."""
         mode = "train" if self.model.training else "eval"
         totals = self._totals[mode]
-        # The library also logs a summary of the whole run at its end, when nothing has been added up.
+        # At the end the library also logs a summary of the whole run, when there are no totals.
         if totals:
             prefix = "" if mode == "train" else next((k[: -len("loss")] for k in logs if k.endswith("_loss")), "eval_")
             logs.update({f"{prefix}{name}": value for name, value in averages_of(totals).items()})
@@ -354,9 +354,9 @@ class PairTrainer(transformers.Trainer):
 
     def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"
-        # One collective per micro-batch: [pairs of all ranks, columns]. Pairs that fill up the last one of an epoch are
-        # trained on, and counted; held-out ones are not. (In training the library fetches a step's micro-batches at
-        # once, and accelerate would take each of them for the last.)
+        # One collective per micro-batch: [pairs of all ranks, columns]. Pairs that pad an epoch's last micro-batch are
+        # trained on and counted; padding held-out pairs are not. (In training the library fetches a step's
+        # micro-batches at once, so accelerate would take each of them for the last.)
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         stacked = gather(torch.stack(list(columns.values()), dim=1)).double().cpu()
         if self._margins is not None:
@@ -366,8 +366,25 @@ class PairTrainer(transformers.Trainer):
             totals[name] = totals.get(name, 0.0) + total
         totals["pairs"] = totals.get("pairs", 0.0) + stacked.shape[0]
         if mode == "train":
-            # Kept in the library's own counter, so that a checkpoint carries it.
+            # In the library's own counter, which checkpoints hold.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
+
+
+def gpus_of(trainer: transformers.Trainer) -> list[torch.device]:
+    """Give the GPU that the trainer computes on, if any, as a list for `torch.random.fork_rng`."""
+    device = trainer.args.device
+    return [device] if device.type == "cuda" else []
+
+
+class _BeforeTraining(transformers.TrainerCallback):
+    def __init__(self, trainer: PairTrainer, action: Callable[[PairTrainer], None] | None) -> None:
+        self._trainer = trainer
+        self._action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._first_step = state.global_step
+        if self._action is not None:
+            self._action(self._trainer)
 
 
 def _start_worker(closing: Any, seed: Callable[[int], None] | None, worker: int) -> None:

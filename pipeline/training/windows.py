@@ -1,11 +1,10 @@
-"""TR-DPO's windows: consecutive optimizer steps that share one reference, and where each of them keeps its things.
+"""TR-DPO's windows: consecutive optimizer steps that share one reference, and the folders of each.
 
-The reference moves after steps K, 2K, ... Window w trains steps wK + 1 to (w + 1)K on the reference as it stands
-after step wK; an evaluation at step wK sees the moved reference already. Where a run stands is read from its
-checkpoints, so that every process finds out by itself.
+The reference moves after steps K, 2K, ... Window w trains steps wK + 1 to (w + 1)K on the reference after step wK. An
+evaluation at step wK uses the moved reference. Every process reads the run's current window from its checkpoints.
 
     precompute.output/train                        log-probs of the pairs of window 0 alone
-    train.output_dir/references/step-00001024/     the reference of window 2, float32, where K is 512
+    train.output_dir/references/step-00001024/     the reference of window 2, float32, if K is 512
     train.output_dir/references/.../shards/train   log-probs of the pairs of window 2 alone
 """
 
@@ -15,27 +14,39 @@ import math
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import transformers
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.data.intake import Ledger
+from pipeline.data.loading import load_pairs
+from pipeline.data.rows import Source
 from pipeline.models.files import ADAPTER_CONFIG, find_adapter, policy_settings, reference_dtype
-from pipeline.models.identity import identity_of_reference
-from pipeline.run.checkpoints import checkpoint_folders
+from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
+from pipeline.run.checkpoints import checkpoint_folders, find_checkpoint, is_recorded
+from pipeline.run.identity import run_identity
+from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
-from pipeline.training.steps import Order
+from pipeline.training.steps import Order, order_of_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Window",
     "WindowCallback",
     "check_mixable",
+    "evaluate_moved",
     "make_window",
+    "next_window",
     "prepare_reference",
     "window_at",
     "window_config",
@@ -44,31 +55,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Window:
-    """Steps first + 1 to last, on the reference as it stands after step first."""
+    """Steps first + 1 to last, on the reference after step first."""
 
     number: int
     first: int
     last: int
     evaluations: frozenset[int]
-    """Steps at which held-out sets are evaluated on this window's reference, `first` among them if it is one"""
+    """Steps at which held-out sets are evaluated on this window's reference, possibly with `first`"""
     is_last: bool
 
 
 def window_at(
     config: Config, arguments: transformers.TrainingArguments, order: Order, checkpoint: Path | None
 ) -> Window:
-    """Give the window that a run's checkpoint stands in; the first one where there is none."""
+    """Give the window that a run's checkpoint begins or continues; without a checkpoint, the first one."""
     assert config.reference.sync is not None
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     return make_window(config, arguments, order, step // config.reference.sync.steps)
 
 
 def make_window(config: Config, arguments: transformers.TrainingArguments, order: Order, number: int) -> Window:
-    """Give window `number`, or the last one there is."""
+    """Give window `number`, or the last one if there are fewer."""
     assert config.reference.sync is not None
     size, total = config.reference.sync.steps, len(order.steps)
     evaluated = _evaluated_steps(arguments, order) if config.data.eval else set()
-    # Where the reference moves at the very end, an evaluation there has a window of its own, without steps.
+    # If the reference moves at the very end, an evaluation there has a window of its own, without steps.
     last_number = total // size if total % size or total in evaluated else total // size - 1
     number = min(number, last_number)
     return Window(
@@ -81,7 +92,7 @@ def make_window(config: Config, arguments: transformers.TrainingArguments, order
 
 
 def _evaluated_steps(arguments: transformers.TrainingArguments, order: Order) -> set[int]:
-    """Steps at which the library evaluates, and the last one, whose metrics go into the model card."""
+    """Give the steps at which the library evaluates, and the last one, whose metrics go into the model card."""
     total = len(order.steps)
     steps = {total}
     if arguments.eval_on_start:
@@ -98,7 +109,7 @@ def _evaluated_steps(arguments: transformers.TrainingArguments, order: Order) ->
 
 
 def window_config(config: Config, window: Window, output: Path) -> Config:
-    """Give the settings of one window: the run's own, with the reference and the stores of this window."""
+    """Give the run's settings with the reference and the stores of one window."""
     if window.number == 0:
         return dataclasses.replace(config, reference=dataclasses.replace(config.reference, sync=None))
     folder = _reference_folder(output, window.first)
@@ -110,18 +121,18 @@ def window_config(config: Config, window: Window, output: Path) -> Config:
 
 
 def _reference_folder(output: Path, step: int) -> Path:
-    """Folder of the reference as it stands after a step."""
+    """Give the folder of the reference after a step."""
     return output / "references" / f"step-{step:08d}"
 
 
 def prepare_reference(config: Config, window: Window, output: Path) -> None:
-    """Make the window's reference, unless it is there: the one before, moved toward the window's first checkpoint.
+    """Make the window's reference unless it exists: the previous one, moved toward the window's first checkpoint.
 
-    A reference that was made from another training than the checkpoint's (a run that went back to an older
-    checkpoint may come out differently) is made again, and its log-probs go with it.
+    A run that went back to an older checkpoint may reach this step with other weights. Then the reference is made
+    again, and its log-probs are deleted.
 
     Raises:
-        DataError: What it is made from is gone.
+        DataError: The checkpoint or the previous reference is gone.
     """
     assert config.reference.sync is not None
     if window.number == 0:
@@ -134,7 +145,7 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
         "step": window.first,
         "sync": dataclasses.asdict(config.reference.sync),
         "policy": sha256_of_files(checkpoint.glob("*.safetensors")),
-        # Of a reference that is gone, having served, the first one's identity stands for all that followed.
+        # The previous reference may be deleted by now. The first one's identity stands for all that followed.
         "first": identity_of_reference(config),
     }
     if target.exists():
@@ -150,21 +161,20 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
     for needed in (checkpoint, previous):
         if needed is not None and not needed.exists():
             raise DataError(
-                f"{needed}: gone, and the reference of step {window.first} is made from it. Restore it, or start over "
-                "with refshard train --overwrite"
+                f"{needed}: missing, and the reference of step {window.first} is made from it. Restore it, or start "
+                "over with refshard train --overwrite"
             )
     mix(config, checkpoint=checkpoint, previous=previous, target=target, made_from=made_from)
     _delete_older(output, config.reference.sync.steps)
 
 
 def check_mixable(config: Config) -> None:
-    """Refuse an adapter whose weights can't be told as one model's.
+    """Refuse an adapter on embeddings that are tied to the head.
 
-    Where input embeddings and head are one tensor, an adapter on the embeddings parts them, and no checkpoint of the
-    architecture holds both.
+    It makes two tensors of one, and no checkpoint of the architecture holds both.
 
     Raises:
-        ConfigError: Such an adapter, with `reference.sync`.
+        ConfigError: There is such an adapter.
     """
     policy = config.policy
     if not policy.has_adapter or not getattr(policy_settings(config), "tie_word_embeddings", False):
@@ -175,13 +185,13 @@ def check_mixable(config: Config) -> None:
     elif policy.ia3 is not None:
         named = policy.ia3.target_modules or []
     elif policy.adapter is not None:
-        settings = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
-        named = [*_as_list(settings.get("modules_to_save")), *_as_list(settings.get("target_modules"))]
+        saved = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
+        named = [*_as_list(saved.get("modules_to_save")), *_as_list(saved.get("target_modules"))]
     embeddings = [name for name in named if re.search(r"emb|wte|word", name)]
     if embeddings:
         raise ConfigError(
-            f"reference.sync: the adapter changes {embeddings[0]}, which the model shares with its head, so that "
-            "policy and reference can't be mixed; leave it out of the adapter"
+            f"reference.sync: the adapter must not change embeddings that are tied to the head, got {embeddings[0]}. "
+            "Leave it out of the adapter"
         )
 
 
@@ -190,28 +200,61 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _delete_older(output: Path, size: int) -> None:
-    """Delete the references that no checkpoint can go on from."""
+    """Delete the references that no checkpoint needs to resume."""
     oldest = min(checkpoint_folders(output), default=0) // size * size
     for folder in (output / "references").glob("step-*"):
         if int(folder.name.removeprefix("step-")) < oldest:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class WindowCallback(transformers.TrainerCallback):
-    """Ends training where the reference moves, and evaluates there once it has moved.
+def next_window(
+    config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Config, dict[str, Source], frozenset[int]] | None:
+    """Find the window that a TR-DPO run comes to next, and make its reference.
 
-    The library evaluates at a step's end. Where the reference moves at that step, the evaluation is the next
-    window's first act, since its log-probs are not there before.
+    Returns:
+        The window's settings, the sets that it needs scored, and its training rows; None if the run is finished.
     """
+    arguments = training_arguments(config)
+    output = config.train.folder
+    if is_recorded(output):
+        click.echo(f"{output}: this run is finished already; nothing to score.")
+        return None
+    kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
+    order = order_of_run(arguments, len(kept))
+    check_mixable(config)
+    fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
+    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
+    # Refuses another run's checkpoints too, before the reference is moved to them.
+    checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
+    window = window_at(config, arguments, order, checkpoint)
+    prepare_reference(config, window, output)
+    rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
+    steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
+    click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
+    needed = {
+        name: source
+        for name, source in sources.items()
+        if (bool(rows) if name == "train" else bool(window.evaluations))
+    }
+    return window_config(config, window, output), needed, rows
+
+
+def evaluate_moved(trainer: transformers.Trainer, window: Window) -> None:
+    """Evaluate where a window begins, if an evaluation is due at that step.
+
+    The library evaluates at a step's end. If the reference moves at that step, its log-probs do not exist until the
+    next window begins.
+    """
+    if trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
+        trainer.evaluate()
+
+
+class WindowCallback(transformers.TrainerCallback):
+    """Ends training where the reference moves."""
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self.trainer: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first = self._window.first
-        if first > 0 and state.global_step == first and first in self._window.evaluations:
-            self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._ends(state):
@@ -220,7 +263,7 @@ class WindowCallback(transformers.TrainerCallback):
         control.should_evaluate = state.global_step in self._window.evaluations
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The end of a step is the end of an epoch at times; all is done by then.
+        # If the step also ends an epoch, all was done at the step's end.
         if self._ends(state):
             control.should_evaluate = control.should_save = False
 

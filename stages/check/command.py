@@ -72,7 +72,7 @@ def run(
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
     batch_pairs = int(config.train.options.get("per_device_train_batch_size", 8))
-    sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in ("train", *config.data.eval)}
+    sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.sets}
     stores = {} if config.reference.sync is not None else look_at_stores(config, sets, tokenizer)
     found = Findings(sets=sets, stores=stores)
     if sets["train"].ledger.kept:

@@ -1,1 +1,1 @@
-"""`refshard demo`: prepare the embedded default, and sum it up."""
+"""`refshard demo`: prepare the embedded default, and summarize it."""

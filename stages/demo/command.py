@@ -1,12 +1,12 @@
-"""Prepare the embedded default and say what training on it did.
+"""Prepare the embedded default, and summarize what training on it did.
 
-`prepare` makes, from fixed seeds and without a network, what a first run needs: a small reference model that writes
-reviews, and preference pairs of its own reviews, labelled by a noisy judge who knows the true reward
-(`stages.demo.reviews`). `summary` reads the finished run and sets every figure beside what was possible: accuracy
-beside its ceiling, reward beside the best reward at the same KL.
+`prepare` makes what a first run needs, from fixed seeds and without a network: a small reference model that writes
+reviews, and preference pairs of its own reviews. A noisy judge who knows the true reward labels them (`reviews`).
+`summary` reads the finished run and compares each figure with its optimum: accuracy with the accuracy of the true
+ranking, reward with the best reward at the same KL.
 
-The model is small (0.7 M parameters) because what it lacks at first is steps, not size: 625 steps of 16 reviews take
-about 20 seconds on two cores and leave about 95% of its reviews grammatical.
+The model has 0.7 M parameters. It needs steps more than size: 625 steps of 16 reviews take about 20 seconds on two
+cores and make about 95% of its reviews grammatical.
 """
 
 import hashlib
@@ -15,47 +15,45 @@ import math
 import random
 import shutil
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.base.errors import UnfinishedError
-from pipeline.base.files import read_json, replace_file
+from pipeline.base.files import read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import without_other_bars
+from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_set, read_rows
 from pipeline.data.tokens import TokenizedPair
-from pipeline.models.files import load_tokenizer
-from pipeline.replies import records
-from pipeline.replies.records import write_generations
-from pipeline.replies.sampling import score_replies
-from pipeline.run import reading
+from pipeline.models.files import load_tokenizer, policy_as_reference
+from pipeline.replies import sampling
+from pipeline.replies.drawing import draw_both, loaded_scorer
+from pipeline.replies.means import estimate_kl
+from pipeline.replies.records import Generation, write_generations
+from pipeline.replies.sampling import Sampling, draw_replies, score_replies
 from pipeline.run.checkpoints import is_recorded
-from pipeline.scoring.scorer import Scorer
+from pipeline.run.reading import RECORD
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
 from stages.demo import reviews
 
-__all__ = [
-    "Reply",
-    "Samples",
-    "Settings",
-    "draw_replies",
-    "prepare",
-    "summary",
-]
+__all__ = ["prepare", "summary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ class Settings:
 
     seed: int = 0
     num_reviews: int = 10_000
-    """Generated reviews that the reference is trained on, once each."""
+    """Number of generated reviews; the reference is trained on each once"""
     batch_reviews: int = 16
     hidden_size: int = 128
     num_layers: int = 3
@@ -73,40 +71,27 @@ class Settings:
     num_pairs: int = 4000
     num_heldout_pairs: int = 400
     num_heldout_prompts: int = 400
-    """Of the 1,600 prompts; the training pairs use the others. The reference has seen prompts of both."""
+    """Held-out prompts of the 1,600. Training pairs use the others; the reference has seen prompts of both"""
     max_tokens: int = 72
-    """Longest reply that is drawn. The grammar's own longest are about 50."""
+    """Number of tokens of the longest reply; the grammar's longest have about 50"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A reply that a model drew at temperature 1."""
-
-    prompt: str
-    text: str
-    """Without the end-of-text token. Starts with the newline that parts it from the prompt."""
-    prompt_ids: list[int]
-    ids: list[int]
-    """As drawn, end-of-text token included unless the reply was cut off."""
-    logps: float
-    """Natural log, summed over `ids`, under the model that drew it."""
-
-    @property
-    def reward(self) -> int:
-        return reviews.true_reward(self.text)
+def _sampling(seed: int) -> Sampling:
+    return Sampling(max_tokens=Settings().max_tokens, temperature=1.0, seed=seed, batch_replies=400)
 
 
 def prepare(folder: Path, *, seed: int = 0) -> None:
-    """Build the reference model and the pairs in `folder`, unless they are there.
+    """Make the reference model and the pairs in `folder`, unless they are there.
 
-    Writes `model/` (what `from_pretrained` loads), `train.jsonl`, `heldout.jsonl` and, last, `prepared.json`, which
-    vouches for the others: a folder without it, or with that of other settings or other code, is done again.
-    On one machine the same seed gives the same bytes.
+    Writes `model/` for `from_pretrained`, `train.jsonl`, `heldout.jsonl` and, last, `prepared.json`. A folder whose
+    `prepared.json` is missing, or was written by other settings or other code, is made again. On one machine the same
+    seed gives the same bytes.
     """
     settings = Settings(seed=seed)
     marker = folder / "prepared.json"
     digest = _digest(settings)
-    if _is_prepared(folder, digest):
+    files = ("model/model.safetensors", "model/tokenizer.json", "train.jsonl", "heldout.jsonl", marker.name)
+    if all((folder / name).exists() for name in files) and read_json(marker)["digest"] == digest:
         click.echo(f"{folder} is prepared already.")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,185 +105,122 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
 
         prompts = reviews.all_prompts()
         rng.shuffle(prompts)
-        heldout_prompts, train_prompts = (
-            prompts[: settings.num_heldout_prompts],
-            prompts[settings.num_heldout_prompts :],
-        )
+        split = settings.num_heldout_prompts
         rewards: Counter[int] = Counter()
         for name, asked, num_pairs in (
-            ("train.jsonl", train_prompts, settings.num_pairs),
-            ("heldout.jsonl", heldout_prompts, settings.num_heldout_pairs),
+            ("train.jsonl", prompts[split:], settings.num_pairs),
+            ("heldout.jsonl", prompts[:split], settings.num_heldout_pairs),
         ):
-            pairs, drawn = _draw_pairs(model, tokenizer, asked, num_pairs, settings, rng)
+            pairs, drawn = _draw_pairs(model, tokenizer, asked, num_pairs, rng)
             rewards.update(drawn)
-            replace_file(folder / name, ("".join(json.dumps(pair) + "\n" for pair in pairs)).encode())
+            replace_file(folder / name, "".join(json.dumps(pair) + "\n" for pair in pairs).encode())
             click.echo(f"{num_pairs} pairs of the reference's own reviews, labelled by a noisy judge: {folder / name}")
-    prepared = {
-        "digest": digest,
-        "settings": asdict(settings),
-        # Of every reply drawn, ties included: what the best possible policy is computed from.
-        "reference_rewards": {str(reward): count for reward, count in sorted(rewards.items())},
-    }
-    replace_file(marker, (json.dumps(prepared, indent=1) + "\n").encode())
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Replies of the policy and of the reference to the same held-out prompts, with the same random numbers."""
-
-    before: list[Reply]
-    """Drawn from the reference"""
-    after: list[Reply]
-    """Drawn from the policy"""
-    before_policy_logps: list[float]
-    """What the policy gives the reference's replies, nats"""
-    after_ref_logps: list[float]
-    """What the reference gives the policy's replies, nats"""
+    # The optimum follows from the rewards of all replies, ties included.
+    counts = {str(reward): count for reward, count in sorted(rewards.items())}
+    write_json(marker, {"digest": digest, "settings": asdict(settings), "reference_rewards": counts})
 
 
 def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
-    """Print what training did, each figure beside what was possible, and save the figures with the run.
+    """Print what training did, each figure beside its optimum, and save the figures with the run.
 
-    Held-out accuracy comes from the policy's log-probs and the shards; true reward, grammar and KL from replies that
-    both models draw to the held-out prompts, which become the run's generations.
+    Held-out accuracy comes from the policy's log-probs and the shards. True reward, grammar and KL come from replies
+    of both models to the held-out prompts, which become the run's generations.
 
     Args:
         folder: The prepared folder.
-        config: The settings of the finished run.
-        seed: Of the replies.
+        config: Settings of the finished run.
+        seed: Seed of the replies.
 
     Raises:
         UnfinishedError: The run has not finished.
     """
     run_folder = config.train.folder
     if not is_recorded(run_folder):
-        raise UnfinishedError(f"{run_folder}: no finished run there. Run: refshard train with the same settings")
+        raise UnfinishedError(f"{run_folder}: must hold a finished run. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)
-    held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    with _two_threads(), without_other_bars():
-        margins = _held_out_margins(config, tokenizer, run_folder)
-        samples = _draw_samples(config, tokenizer, run_folder, [row["prompt"] for row in held_out], seed)
-    counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["reference_rewards"]
-    figures = _figures(held_out, margins, samples, [int(r) for r, count in counts.items() for _ in range(count)])
-    write_generations(run_folder, _generations(config, tokenizer, run_folder, samples, seed))
-    replace_file(run_folder / "demo.json", (json.dumps(figures, indent=1) + "\n").encode())
-    click.echo(_as_text(figures, samples, config, run_folder))
+    name = next(iter(config.data.eval))
+    kept = list(kept_pairs(read_rows(open_set(config.data, name)), tokenizer, config.data, Ledger()))
+    pairs = [one.pair for one in kept]
+    prompts = [pair.prompt_ids for pair in pairs]
+    with _two_threads():
+        margins = _policy_margins(config, run_folder, pairs, tokenizer)
+        margins -= _reference_margins(config, name, [one.key for one in kept])
+        replies = draw_both(config, run_folder, prompts, _sampling(seed), tokenizer, StopFlag())
+    step = int(read_json(run_folder / RECORD)["step"])
+    generations = [
+        Generation(
+            set_name=name,
+            row=row,
+            prompt=tokenizer.decode(ids),
+            step=step,
+            temperature=_sampling(seed).temperature,
+            max_tokens=_sampling(seed).max_tokens,
+            seed=seed,
+            num_prompts=len(prompts),
+            reward_by="true reward of the demo",
+            reference=replace(before, reward=float(reviews.true_reward(before.text))),
+            policy=replace(after, reward=float(reviews.true_reward(after.text))),
+        )
+        for row, (ids, (before, after)) in enumerate(zip(prompts, replies, strict=True))
+    ]
+    figures = _figures(folder, (config.loss.beta * margins).tolist(), generations)
+    write_generations(run_folder, generations)
+    write_json(run_folder / "demo.json", figures)
+    click.echo(_as_text(figures, generations, config, run_folder))
     return figures
 
 
-def _held_out_margins(config: Config, tokenizer: Any, run_folder: Path) -> list[float]:
-    """Reward margin of each held-out pair, in order: the policy's log-probs against those in the shards."""
-    name = next(iter(config.data.eval))
-    pairs = list(kept_pairs(read_rows(open_set(config.data, name)), tokenizer, config.data, Ledger()))
-    table = load_reference_table(
-        [open_store(open_folder(config.precompute.output).child(name))], config.data.max_length
-    )
-    at, found = table.look_up([pair.key for pair in pairs])
+def _reference_margins(config: Config, name: str, keys: Sequence[bytes]) -> npt.NDArray[np.float64]:
+    """Read the reference's margins of a set's pairs from its shards: [P], nats."""
+    store = open_store(open_folder(config.precompute.output).child(name))
+    at, found = load_reference_table([store], config.data.max_length).look_up(keys)
     if (at < 0).any():
-        raise AssertionError("held-out pairs that were scored by this run are not in its shards")
-    ref_margins = (found["chosen_logps"].astype(float) - found["rejected_logps"]).tolist()
-    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
-    sums = _sums(policy, tokenizer, [pair.pair for pair in pairs])
-    return [
-        config.loss.beta * (chosen - rejected - ref) for ref, (chosen, rejected) in zip(ref_margins, sums, strict=True)
-    ]
+        raise AssertionError("held-out pairs that this run has scored are not in its shards")
+    margins: npt.NDArray[np.float64] = found["chosen_logps"].astype(float) - found["rejected_logps"]
+    return margins
 
 
-def _sums(model: Any, tokenizer: Any, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
-    """Logps of each pair's chosen and rejected completion."""
-    prompts, chosen, rejected = (
-        [getattr(p, f"{side}_ids") for p in pairs] for side in ("prompt", "chosen", "rejected")
-    )
-    scorer = Scorer.check(model, tokenizer, "policy.model")
-    return list(zip(*score_replies(scorer, prompts, chosen, rejected), strict=True))
+def _policy_margins(
+    config: Config, run_folder: Path, pairs: Sequence[TokenizedPair], tokenizer: Any
+) -> npt.NDArray[np.float64]:
+    """Score a set's pairs with the policy, and give its margins: [P], nats."""
+    prompts, chosen, rejected = zip(*((p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs), strict=True)
+    with loaded_scorer(policy_as_reference(config, run_folder), "policy", tokenizer) as scorer:
+        of_chosen, of_rejected = score_replies(scorer, prompts, chosen, rejected)
+    return np.array(of_chosen, dtype=np.float64) - np.array(of_rejected, dtype=np.float64)
 
 
-def _logps(model: Any, tokenizer: Any, replies: Sequence[Reply]) -> list[float]:
-    """Logps of replies."""
-    twins = [
-        TokenizedPair(prompt_ids=reply.prompt_ids, chosen_ids=reply.ids, rejected_ids=reply.ids) for reply in replies
-    ]
-    return [logps for logps, _ in _sums(model, tokenizer, twins)]
-
-
-def _draw_samples(config: Config, tokenizer: Any, run_folder: Path, prompts: list[str], seed: int) -> Samples:
-    """Draw from both models, one of them in memory at a time."""
-    max_tokens = Settings().max_tokens
-
-    def load_reference() -> Any:
-        return LlamaForCausalLM.from_pretrained(config.reference.model or config.policy.model, use_safetensors=True)
-
-    before = draw_replies(load_reference(), tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    policy = LlamaForCausalLM.from_pretrained(run_folder, use_safetensors=True)
-    after = draw_replies(policy, tokenizer, prompts, seed=seed, max_tokens=max_tokens)
-    before_policy_logps = _logps(policy, tokenizer, before)
-    del policy
-    return Samples(before, after, before_policy_logps, _logps(load_reference(), tokenizer, after))
-
-
-def _generations(
-    config: Config, tokenizer: Any, run_folder: Path, samples: Samples, seed: int
-) -> list[records.Generation]:
-    """The replies as `refshard generate` has them, with their true rewards."""
-    step = int(read_json(run_folder / reading.RECORD)["step"])
-
-    def reply(drawn: Reply, ref_logps: float, policy_logps: float) -> records.Reply:
-        return records.Reply(
-            text=drawn.text,
-            num_tokens=len(drawn.ids),
-            ref_logps=ref_logps,
-            policy_logps=policy_logps,
-            reward=float(drawn.reward),
-        )
-
-    return [
-        records.Generation(
-            set_name=next(iter(config.data.eval)),
-            row=row,
-            prompt=tokenizer.decode(before.prompt_ids),
-            step=step,
-            temperature=1.0,
-            max_tokens=Settings().max_tokens,
-            seed=seed,
-            num_prompts=len(samples.before),
-            reward_by="true reward of the demo",
-            reference=reply(before, before.logps, samples.before_policy_logps[row]),
-            policy=reply(after, samples.after_ref_logps[row], after.logps),
-        )
-        for row, (before, after) in enumerate(zip(samples.before, samples.after, strict=True))
-    ]
-
-
-def _figures(
-    held_out: Sequence[dict[str, Any]], margins: Sequence[float], samples: Samples, reference_rewards: list[int]
-) -> dict[str, float]:
-    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in held_out]
-    count = len(samples.after)
-    kl = math.fsum(reply.logps for reply in samples.after) - math.fsum(samples.after_ref_logps)
-    kl /= count
+def _figures(folder: Path, margins: Sequence[float], generations: Sequence[Generation]) -> dict[str, float]:
+    held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = [(row["chosen_reward"], row["rejected_reward"]) for row in held_out]
+    counts = read_json(folder / "prepared.json")["reference_rewards"]
+    rewards = [int(reward) for reward, count in counts.items() for _ in range(count)]
+    before, after = [g.reference for g in generations], [g.policy for g in generations]
+    kl = estimate_kl(generations).mean
+    right = [margin * (chosen - rejected) > 0 for margin, (chosen, rejected) in zip(margins, labels, strict=True)]
     return {
-        "accuracy": sum(margin > 0 for margin in margins) / len(margins),
-        "accuracy_ceiling": reviews.accuracy_ceiling((r["chosen_reward"], r["rejected_reward"]) for r in held_out),
-        "true_ranking": sum(margin * gap > 0 for margin, gap in zip(margins, gaps, strict=True)) / len(margins),
-        "margin": math.fsum(margins) / len(margins),
+        "accuracy": fmean(margin > 0 for margin in margins),
+        "accuracy_ceiling": reviews.accuracy_ceiling(labels),
+        "true_ranking": fmean(right),
+        "margin": fmean(margins),
         "kl": kl,
-        "reward_before": sum(reply.reward for reply in samples.before) / count,
-        "reward_after": sum(reply.reward for reply in samples.after) / count,
-        "reward_optimum": reviews.optimal_at_kl(reference_rewards, max(kl, 0.0)).reward,
-        "grammatical_before": sum(reviews.is_grammatical(reply.text) for reply in samples.before) / count,
-        "grammatical_after": sum(reviews.is_grammatical(reply.text) for reply in samples.after) / count,
+        "reward_before": fmean(reply.reward or 0.0 for reply in before),
+        "reward_after": fmean(reply.reward or 0.0 for reply in after),
+        "reward_optimum": reviews.optimum_at_kl(rewards, max(kl, 0.0)).reward,
+        "grammatical_before": fmean(reviews.is_grammatical(reply.text) for reply in before),
+        "grammatical_after": fmean(reviews.is_grammatical(reply.text) for reply in after),
     }
 
 
-# Which replies are shown: fixed beforehand, so broken ones are shown as they come.
-_SHOWN = (0, 37)
+# Prompts whose replies are printed. They are fixed beforehand, so broken replies are shown too.
+_PRINTED = (0, 37)
 
 
-def _as_text(figures: dict[str, float], samples: Samples, config: Config, run_folder: Path) -> str:
+def _as_text(figures: dict[str, float], generations: Sequence[Generation], config: Config, run_folder: Path) -> str:
     f = figures
     lines = [
         "",
-        "What DPO did, on prompts it never trained on                 before     after    possible",
+        "What DPO did, on held-out prompts                            before     after    possible",
         f"  accuracy on the judge's noisy labels                       {0.5:6.3f}    {f['accuracy']:6.3f}"
         f"      {f['accuracy_ceiling']:6.3f}",
         f"  agreement with the true ranking                            {0.5:6.3f}    {f['true_ranking']:6.3f}"
@@ -308,13 +230,13 @@ def _as_text(figures: dict[str, float], samples: Samples, config: Config, run_fo
         f"    {f['reward_after']:6.2f}      {f['reward_optimum']:6.2f}  at this KL",
         f"  grammatical reviews                                        {f['grammatical_before']:6.1%}"
         f"    {f['grammatical_after']:6.1%}",
-        f"  KL from the reference, nats a review                       {0.0:6.2f}    {f['kl']:6.2f}",
+        f"  KL from the reference, nats per review                     {0.0:6.2f}    {f['kl']:6.2f}",
         "",
     ]
-    for i in _SHOWN:
-        lines.append(samples.before[i].prompt)
-        for label, reply in (("before", samples.before[i]), ("after ", samples.after[i])):
-            lines.append(f"  {label} ({reply.reward:+d}) {' '.join(reply.text.split())}")
+    for i in _PRINTED:
+        lines.append(generations[i].prompt.removeprefix("<s>"))
+        for label, reply in (("before", generations[i].reference), ("after ", generations[i].policy)):
+            lines.append(f"  {label} ({reply.reward:+.0f}) {' '.join(reply.text.split())}")
     lines += [
         "",
         f"Shards     {config.precompute.output}    refshard inspect {config.precompute.output}",
@@ -330,27 +252,14 @@ def _as_text(figures: dict[str, float], samples: Samples, config: Config, run_fo
 
 def _digest(settings: Settings) -> str:
     """Hash the settings and the code that turns them into files, so that an edit of either is noticed."""
-    sources = [Path(__file__), Path(reviews.__file__)]
+    sources = [Path(__file__), Path(reviews.__file__), Path(sampling.__file__)]
     parts = [json.dumps(asdict(settings), sort_keys=True), *(path.read_text() for path in sources)]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _is_prepared(folder: Path, digest: str) -> bool:
-    needed = [
-        "model/model.safetensors",
-        "model/tokenizer.json",
-        "train.jsonl",
-        "heldout.jsonl",
-        "prepared.json",
-    ]
-    if not all((folder / name).exists() for name in needed):
-        return False
-    return bool(json.loads((folder / "prepared.json").read_text())["digest"] == digest)
-
-
 @contextmanager
 def _two_threads() -> Iterator[None]:
-    """Compute on two threads at most: matrices this small get slower on more, and their rounding would differ."""
+    """Compute on two threads at most: the matrices are small, so more threads are slower and round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, 2))
     try:
@@ -360,12 +269,12 @@ def _two_threads() -> Iterator[None]:
 
 
 def _train_tokenizer(corpus: Sequence[reviews.Review]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which every word of the grammar ends up as one token."""
+    """Train a byte-level BPE in which every word of the grammar is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,  # never reached: merging ends when every word is one token, at about 760
+        vocab_size=4096,  # merging ends before, at about 760, when every word is one token
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -389,8 +298,8 @@ def _train_reference(
     settings: Settings,
     rng: random.Random,
 ) -> Any:
-    """Train the reference on the replies of the corpus, one pass, in float32; prompts carry no loss."""
-    with torch.random.fork_rng(devices=[]):  # the initial weights come from torch's global generator
+    """Train the reference on the replies of the corpus: one pass, float32, no loss on prompts."""
+    with torch.random.fork_rng(devices=[]):  # initial weights come from torch's global generator
         torch.manual_seed(settings.seed)
         model: Any = LlamaForCausalLM(
             LlamaConfig(
@@ -434,7 +343,7 @@ def _train_reference(
 
 def _reply_loss(model: Any, rows: Sequence[list[int]], prompt_lengths: Sequence[int]) -> Tensor:
     """Average the negative log-likelihood over the reply tokens of a batch."""
-    # Rows are padded on the right: under causal attention no real token sees the padding, so no mask is needed.
+    # Under causal attention no real token attends to padding on its right, so no mask is needed.
     width = max(map(len, rows))
     ids = torch.tensor([row + [model.config.pad_token_id] * (width - len(row)) for row in rows])
     places = torch.arange(width)
@@ -455,20 +364,15 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _draw_pairs(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    num_pairs: int,
-    settings: Settings,
-    rng: random.Random,
+    model: Any, tokenizer: Any, prompts: Sequence[str], num_pairs: int, rng: random.Random
 ) -> tuple[list[dict[str, str | int]], list[int]]:
-    """Draw pairs, prompt by prompt and from the first again where they run out.
+    """Draw pairs, prompt by prompt, and again from the first prompt when they run out.
 
-    Two replies with equal rewards are no pair. Of two others the judge chooses by Bradley-Terry, so the worse one is
-    chosen now and then: more often, the closer they are.
+    Two replies with equal rewards make no pair. Of two others the judge chooses by Bradley-Terry: sometimes the worse
+    one, more often if they are close.
 
     Returns:
-        The pairs, and the true rewards of all replies drawn, equal ones included.
+        The pairs, and the true rewards of all replies, ties included.
     """
     pairs: list[dict[str, str | int]] = []
     rewards: list[int] = []
@@ -476,84 +380,33 @@ def _draw_pairs(
     while len(pairs) < num_pairs:
         # About one in six is a tie.
         asked = list(islice(prompts_left, min(400, math.ceil(1.25 * (num_pairs - len(pairs))))))
-        replies = draw_replies(model, tokenizer, asked * 2, seed=rng.getrandbits(32), max_tokens=settings.max_tokens)
-        rewards += [reply.reward for reply in replies]
-        for one, other in zip(replies[: len(asked)], replies[len(asked) :], strict=True):
-            if one.reward == other.reward:
+        texts = _draw_texts(model, tokenizer, asked * 2, seed=rng.getrandbits(32))
+        scored = [(reviews.true_reward(text), text) for text in texts]
+        rewards += [reward for reward, _ in scored]
+        for prompt, one, other in zip(asked, scored[: len(asked)], scored[len(asked) :], strict=True):
+            if one[0] == other[0]:
                 continue
-            prefers_one = rng.random() < reviews.preference_probability(one.reward, other.reward)
+            prefers_one = rng.random() < reviews.preference_probability(one[0], other[0])
             chosen, rejected = (one, other) if prefers_one else (other, one)
             pairs.append(
                 {
-                    "prompt": one.prompt,
-                    "chosen": chosen.text,
-                    "rejected": rejected.text,
-                    "chosen_reward": chosen.reward,
-                    "rejected_reward": rejected.reward,
+                    "prompt": prompt,
+                    "chosen": chosen[1],
+                    "rejected": rejected[1],
+                    "chosen_reward": chosen[0],
+                    "rejected_reward": rejected[0],
                 }
             )
     return pairs[:num_pairs], rewards
 
 
-@torch.inference_mode()
-def draw_replies(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    max_tokens: int,
-    batch_replies: int = 400,
-) -> list[Reply]:
-    """Draw one reply to each prompt at temperature 1, in the prompts' order.
-
-    Two models that are asked the same prompts with the same seed meet the same random numbers at every token, so
-    that a difference between their replies is a difference between the models.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)  # prompts of one length need no padding
-    prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    for place, ids in enumerate(prompt_ids):
-        by_length[len(ids)].append(place)
-    replies: dict[int, Reply] = {}
-    for places in by_length.values():
-        for start in range(0, len(places), batch_replies):
-            batch = places[start : start + batch_replies]
-            # A generator per batch: one for all would drift apart between two models as soon as their batches
-            # take a different number of steps.
-            noise = torch.Generator().manual_seed(seed + batch[0])
-            drawn = _draw_batch(model, [prompt_ids[place] for place in batch], noise, max_tokens)
-            for place, (ids, logps) in zip(batch, drawn, strict=True):
-                replies[place] = Reply(
-                    prompt=prompts[place],
-                    text=tokenizer.decode(ids, skip_special_tokens=True),
-                    prompt_ids=prompt_ids[place],
-                    ids=ids,
-                    logps=logps,
-                )
-    return [replies[place] for place in range(len(prompts))]
-
-
-def _draw_batch(
-    model: Any, prompt_ids: list[list[int]], noise: torch.Generator, max_tokens: int
-) -> list[tuple[list[int], float]]:
-    """Draw a reply to each of B prompts of one length; give its ids and the sum of their log-probabilities."""
-    eos_id = model.config.eos_token_id
-    fed = torch.tensor(prompt_ids)  # (B, prompt length), then (B, 1)
-    cache: Any = None
-    drawn: list[Tensor] = []
-    token_logps: list[Tensor] = []
-    ended = torch.zeros(len(prompt_ids), dtype=torch.bool)
-    while len(drawn) < max_tokens and not ended.all():
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        logps = output.logits[:, -1].float().log_softmax(-1)  # (B, vocabulary)
-        fed = torch.multinomial(logps.exp(), 1, generator=noise)
-        drawn.append(fed)
-        token_logps.append(logps.gather(1, fed).double().masked_fill(ended[:, None], 0.0))
-        ended |= fed[:, 0] == eos_id
-    sums = torch.cat(token_logps, 1).sum(1).tolist()
-    replies = []
-    for ids, logps_sum in zip(torch.cat(drawn, 1).tolist(), sums, strict=True):
-        length = ids.index(eos_id) + 1 if eos_id in ids else len(ids)
-        replies.append((ids[:length], logps_sum))
-    return replies
+def _draw_texts(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int) -> list[str]:
+    replies = draw_replies(
+        model,
+        tokenizer(list(prompts))["input_ids"],
+        _sampling(seed),
+        stops=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id,
+        flag=StopFlag(),
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]

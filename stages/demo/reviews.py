@@ -1,15 +1,14 @@
 """Write short reviews from a small grammar, and score them exactly.
 
-The embedded default trains on these: a prompt asks for a review of a film, a book, a play or an album, and the
-reply is an opener, two to four judgements and a closer. Since the grammar is known, so is the *true reward* of any
-reply, including the broken ones that a model writes. That makes three things computable which on human preferences
-are not: the accuracy that no model can exceed (the labels are noisy on purpose), whether a policy ranks as the truth
-does rather than as the noise, and how much reward the best policy has at a given KL from the reference.
+The embedded default trains on these reviews. A prompt asks for a review of a film, a book, a play or an album; the
+reply is an opener, two to four judgements and a closer. The grammar gives any reply a true reward, also a broken one
+from a model. Three figures are then computable that human preferences don't give: the highest possible accuracy (the
+labels are noisy on purpose), the agreement with the true ranking, and the best reward at a given KL.
 
-The true reward counts broken sentences as bad ones. Without that a policy may collect praising words without
-grammar and score above every real review, while its preference accuracy still looks fine.
+A broken sentence counts as a bad one. Otherwise a policy could score above every real review with praising words
+without grammar, and its preference accuracy would not show it.
 
-Pure standard library: nothing here knows of models or tokens.
+This module uses the standard library alone: it has no models and no tokens.
 """
 
 import math
@@ -20,16 +19,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
-    "FrontierPoint",
     "Kind",
+    "Optimum",
     "Review",
     "Sentence",
     "accuracy_ceiling",
     "all_prompts",
-    "all_titles",
     "is_grammatical",
-    "optimal_at_kl",
-    "optimal_frontier",
+    "optimum",
+    "optimum_at_kl",
     "parse",
     "preference_probability",
     "prompt_for",
@@ -37,10 +35,7 @@ __all__ = [
     "true_reward",
 ]
 
-MIN_JUDGEMENTS = 2
-
-
-MAX_JUDGEMENTS = 4
+MIN_JUDGEMENTS, MAX_JUDGEMENTS = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +44,7 @@ class Kind:
 
     name: str
     openers: tuple[str, ...]
-    """Sentences with named gaps, each to be filled from `GAPS`."""
+    """Sentences with named gaps, which `GAPS` fills"""
     aspects: tuple[str, ...]
 
 
@@ -76,34 +71,23 @@ KINDS = (
     ),
 )
 
-
 GAPS = {
     "day": ("on Monday", "on Friday", "in March", "last week"),
     "size": ("small", "old", "crowded"),
     "count": ("two", "three", "four"),
 }
 
-
 TITLE_ADJECTIVES = (
     "Silent", "Paper", "Distant", "Golden", "Hidden", "Broken", "Winter", "Empty", "Crooked", "Patient",
     "Borrowed", "Northern", "Scarlet", "Restless", "Hollow", "Gentle", "Painted", "Second", "Wooden", "Last",
 )  # fmt: skip
-
 
 TITLE_NOUNS = (
     "River", "Harbour", "Bridge", "Garden", "Letter", "Mountain", "Window", "Station", "Orchard", "Lantern",
     "Island", "Mirror", "Summer", "Castle", "Road", "Clock", "Forest", "Neighbour", "Journey", "Stranger",
 )  # fmt: skip
 
-
-ARTICLES = ("The", "Its")
-
-
-VERBS = ("was", "felt", "seemed")
-
-
-INTENSIFIERS = ("quite", "truly")
-
+ARTICLES, VERBS, INTENSIFIERS = ("The", "Its"), ("was", "felt", "seemed"), ("quite", "truly")
 
 ADJECTIVES = {
     1: ("superb", "brilliant", "delightful", "charming"),
@@ -111,28 +95,21 @@ ADJECTIVES = {
     -1: ("boring", "dreadful", "clumsy", "tedious"),
 }
 
-
 CLOSERS = {
     1: ("I would happily recommend it.", "I am so glad I tried it.", "I loved every minute."),
     0: ("Make of that what you will.", "That is all I can say.", "Others may see it differently."),
     -1: ("I hated every minute.", "I would not do it again.", "I want my money back."),
 }
 
-
-# How the grammar draws: praise and blame equally often, so that a reference trained on it has a mean reward near 0
-# and room on both sides.
+# Praise and blame are drawn equally often, so a reference trained on the reviews has a mean reward near 0.
 SCORE_WEIGHTS = {1: 0.45, 0: 0.1, -1: 0.45}
 
-
-NEGATED_SHARE = 0.1
-
-
-INTENSIFIED_SHARE = 0.4
+NEGATED_SHARE, INTENSIFIED_SHARE = 0.1, 0.4
 
 
 @dataclass(frozen=True)
 class Review:
-    """A prompt and the reply that the grammar gave it; neither starts or ends with white space."""
+    """A prompt and the grammar's reply to it; neither starts or ends with white space."""
 
     prompt: str
     reply: str
@@ -145,8 +122,8 @@ Part = Literal["opener", "judgement", "closer", "broken"]
 class Sentence:
     """One sentence of a reply, as the grammar reads it.
 
-    `broken` means that the grammar has no such sentence in that place: unknown words, a missing full stop, a second
-    opener, a fifth judgement, an end without a closer.
+    A `broken` sentence is not one of the grammar in that place: it has unknown words or no full stop, or it is a second
+    opener, a fifth judgement, or an end that is not a closer.
     """
 
     text: str
@@ -158,13 +135,10 @@ def prompt_for(kind: Kind, title: str) -> str:
     return f"Review the {kind.name} called {title}."
 
 
-def all_titles() -> list[str]:
-    return [f"The {adjective} {noun}" for adjective in TITLE_ADJECTIVES for noun in TITLE_NOUNS]
-
-
 def all_prompts() -> list[str]:
-    """List every prompt that the grammar can ask, kind by kind: 4 kinds of 400 titles."""
-    return [prompt_for(kind, title) for kind in KINDS for title in all_titles()]
+    """List every prompt of the grammar, kind by kind: 4 kinds of 400 titles."""
+    titles = [f"The {adjective} {noun}" for adjective in TITLE_ADJECTIVES for noun in TITLE_NOUNS]
+    return [prompt_for(kind, title) for kind in KINDS for title in titles]
 
 
 def sample_review(rng: random.Random) -> Review:
@@ -211,9 +185,7 @@ def _opener_pattern(opener: str) -> str:
 
 _SENTENCE = re.compile(r"[^.]*\.|[^.]+$")
 
-
 _OPENER = re.compile("|".join(_opener_pattern(opener) for kind in KINDS for opener in kind.openers))
-
 
 _JUDGEMENT = re.compile(
     f"{_one_of(ARTICLES)} {_one_of(aspect for kind in KINDS for aspect in kind.aspects)} {_one_of(VERBS)} "
@@ -221,9 +193,7 @@ _JUDGEMENT = re.compile(
     f"(?P<adjective>{_one_of(word for words in ADJECTIVES.values() for word in words)})\\."
 )
 
-
 _ADJECTIVE_SCORES = {word: score for score, words in ADJECTIVES.items() for word in words}
-
 
 _CLOSER_SCORES = {text: score for score, texts in CLOSERS.items() for text in texts}
 
@@ -231,9 +201,9 @@ _CLOSER_SCORES = {text: score for score, texts in CLOSERS.items() for text in te
 def parse(reply: str) -> list[Sentence]:
     """Read a reply sentence by sentence, in order.
 
-    A sentence runs to its full stop. The first must be an opener, the last a closer, those between (four at most)
-    judgements; whatever else stands in a place is `broken` and scores -1. White space around sentences is free, and
-    the aspects of any kind may stand in any review: the reply is judged without its prompt.
+    A sentence ends with its full stop. The first must be an opener, the last a closer, and those between (four at most)
+    judgements; any other sentence is `broken` and scores -1. White space around sentences is ignored. A reply is read
+    without its prompt, so aspects of any kind are valid.
     """
     texts = [text.strip() for text in _SENTENCE.findall(reply) if text.strip()]
     return [_read_sentence(text, place, len(texts) - 1) for place, text in enumerate(texts)]
@@ -253,12 +223,12 @@ def _read_sentence(text: str, place: int, last: int) -> Sentence:
 
 
 def true_reward(reply: str) -> int:
-    """Sum the scores of a reply's sentences; at most 5 (four judgements and a closer), and 0 for an empty reply."""
+    """Sum the scores of a reply's sentences: at most 5 (four judgements and a closer), 0 for an empty reply."""
     return sum(sentence.score for sentence in parse(reply))
 
 
 def is_grammatical(reply: str) -> bool:
-    """Say whether the reply is an opener, two to four judgements and a closer, with nothing broken."""
+    """Return True if the reply is an opener, two to four judgements and a closer."""
     parts = [sentence.part for sentence in parse(reply)]
     num_judgements = len(parts) - 2
     return MIN_JUDGEMENTS <= num_judgements <= MAX_JUDGEMENTS and parts == [
@@ -269,7 +239,7 @@ def is_grammatical(reply: str) -> bool:
 
 
 def preference_probability(reward: float, other_reward: float) -> float:
-    """Give the chance that a labeller prefers the first of two replies: sigma(reward - other_reward).
+    """Give the probability that a labeller prefers the first of two replies: sigma(reward - other_reward).
 
     The Bradley-Terry model (Biometrika 39, 1952), which DPO assumes of its labels (arXiv 2305.18290, eq. 1).
     """
@@ -277,10 +247,10 @@ def preference_probability(reward: float, other_reward: float) -> float:
 
 
 def accuracy_ceiling(pairs: Iterable[tuple[float, float]]) -> float:
-    """Give the accuracy that a ranker by true reward has on noisily labelled pairs.
+    """Give the accuracy of ranking by true reward on noisily labelled pairs.
 
     Args:
-        pairs: True rewards of (chosen, rejected). On a tie nothing beats a coin, so it counts half.
+        pairs: True rewards of (chosen, rejected). A tie counts half.
 
     Raises:
         ValueError: There are no pairs.
@@ -292,67 +262,58 @@ def accuracy_ceiling(pairs: Iterable[tuple[float, float]]) -> float:
 
 
 @dataclass(frozen=True)
-class FrontierPoint:
-    """The best policy at one beta, as estimated from reference replies."""
+class Optimum:
+    """The best policy at one beta, as estimated from replies of the reference."""
 
-    beta: float
     kl: float
-    """KL(policy || reference), nats per reply."""
+    """KL(policy || reference), nats per reply"""
     reward: float
-    """Expected true reward of the policy's replies."""
-    effective_replies: float
-    """How many equally weighted replies the estimate is worth: 1 / sum of squared weights. Trust none below 50."""
+    """Expected true reward of the policy's replies"""
 
 
-def optimal_frontier(rewards: Sequence[float], betas: Iterable[float]) -> list[FrontierPoint]:
-    """Estimate what the best policy has, per beta, in KL and reward, from replies of the reference alone.
+def optimum(rewards: Sequence[float], beta: float) -> Optimum:
+    """Estimate KL and reward of the best policy at a beta, from replies of the reference alone.
 
-    The maximum of E[reward] - beta * KL is the policy reference * exp(reward / beta) / Z (arXiv 2305.18290, eq. 4),
-    so its expectations are those of the reference's replies under self-normalized weights. Rewards of several prompts
-    may be pooled where their distributions are alike, as they are in this grammar. No policy lies above the curve,
-    up to the error of the estimate, which grows as `effective_replies` falls.
+    The maximum of E[reward] - beta * KL is the policy reference * exp(reward / beta) / Z (arXiv 2305.18290, eq. 4). Its
+    expectations are those of the reference's replies under self-normalized weights. Rewards of several prompts may be
+    pooled if their distributions are alike, as in this grammar. Up to the error of the estimate, no policy has more
+    reward at the same KL.
 
     Args:
         rewards: True rewards of replies drawn from the reference at temperature 1.
-        betas: Positive, in reward per nat.
+        beta: Positive, in reward per nat.
 
     Raises:
-        ValueError: There are no rewards, or a beta is not positive.
+        ValueError: There are no rewards, or beta is not positive.
     """
-    return [_tilted(rewards, beta) for beta in betas]
-
-
-def _tilted(rewards: Sequence[float], beta: float) -> FrontierPoint:
     if not rewards or not beta > 0:
-        raise ValueError(f"the frontier needs rewards and a positive beta, got {len(rewards)} rewards, beta {beta}")
+        raise ValueError(f"an optimum needs rewards and a positive beta, got {len(rewards)} rewards, beta {beta}")
     best = max(rewards)
-    # Relative to the best reward no exponent is positive, so a small beta cannot overflow.
+    # Relative to the best reward no exponent is positive, so a small beta can't overflow.
     unnormalized = [math.exp((reward - best) / beta) for reward in rewards]
     total = math.fsum(unnormalized)
-    weights = [weight / total for weight in unnormalized]
-    reward = math.fsum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
+    reward = math.fsum(weight * reward for weight, reward in zip(unnormalized, rewards, strict=True)) / total
     # The KL of weights w to the uniform 1/n is the sum of w * log(n * w), with log w taken before rounding.
     kl = (reward - best) / beta + math.log(len(rewards) / total)
-    effective = 1.0 / math.fsum(weight * weight for weight in weights)
-    return FrontierPoint(beta=beta, kl=max(kl, 0.0), reward=reward, effective_replies=effective)
+    return Optimum(kl=max(kl, 0.0), reward=reward)
 
 
-def optimal_at_kl(rewards: Sequence[float], kl: float) -> FrontierPoint:
-    """Find the frontier's point at a given KL, in nats per reply.
+def optimum_at_kl(rewards: Sequence[float], kl: float) -> Optimum:
+    """Find the optimum at a given KL, nats per reply, by bisection on log beta: the KL falls as beta grows.
 
-    KL falls as beta grows, so the point is found by bisection on log beta. A KL that the given rewards cannot reach
-    (more than log(n / times the best occurs)) gives the end of the curve, where every weight is on the best reward.
+    A KL above log(n / count of the best reward) is out of reach. It gives the end of the curve, with all weight on the
+    best reward.
 
     Raises:
         ValueError: There are no rewards, or the KL is negative.
     """
     if kl < 0:
-        raise ValueError(f"a KL cannot be negative, got {kl}")
-    low, high = -10.0, 10.0  # log beta: from all weight on the best reward to none moved
+        raise ValueError(f"a KL can't be negative, got {kl}")
+    low, high = -10.0, 10.0  # log beta: from all weight on the best reward to equal weights
     for _ in range(60):
         middle = (low + high) / 2
-        if _tilted(rewards, math.exp(middle)).kl > kl:
+        if optimum(rewards, math.exp(middle)).kl > kl:
             low = middle
         else:
             high = middle
-    return _tilted(rewards, math.exp(high))
+    return optimum(rewards, math.exp(high))

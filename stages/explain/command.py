@@ -32,11 +32,10 @@ from pipeline.models.files import (
 from pipeline.models.identity import identity_of_run
 from pipeline.report import pages
 from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
-from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring.agreement import Agreement, NoiseFloor, allowed_gap
 from stages.explain.row import (
     Completion,
     Explanation,
-    Gap,
     StoredPair,
     Token,
     compare,
@@ -63,7 +62,7 @@ class _Findings:
     beta: float
     stored: StoredPair | None = None
     policy: Path | None = None
-    gap: Gap | None = None
+    gap: Agreement | None = None
     remarks: tuple[str, ...] = ()
     """Of the store and the models"""
 
@@ -162,11 +161,9 @@ def _scored(config: Config, found: _Findings, tokenizer: Any, recompute: bool, t
 
 
 def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
-    from pipeline.scoring.agreement import allowed_gap
-
     quantization = reference_quantization(config)
     in_8_bits = quantization is not None and quantization.bits == 8
-    return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
+    return allowed_gap(noise, reference_dtype(config), in_8_bits=in_8_bits)
 
 
 def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[Any]:
@@ -216,13 +213,9 @@ def _counts(completion: Completion, max_length: int | None) -> str:
 def _verdict(found: _Findings) -> str:
     gap = found.gap
     assert gap is not None
-    said = (
-        f"token logps {gap.mean:.2g} nats apart on average, {gap.largest:.2g} at most "
-        f"(allowed {gap.allowed[0]:.2g} and {gap.allowed[1]:.2g})"
-    )
     if gap.agrees:
-        return f"stored and recomputed agree: {said}"
-    return f"stored and recomputed DISAGREE: {said}. What is stored is not what this reference gives for this pair"
+        return f"stored and recomputed agree: {gap}"
+    return f"stored and recomputed DISAGREE: {gap}. What is stored is not what this reference gives for this pair"
 
 
 _SUMS: dict[str, Callable[[Completion], float | None]] = {

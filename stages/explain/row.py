@@ -8,14 +8,13 @@ The row goes through the code that both stages take their pairs from; here is on
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError
+from pipeline.base.errors import ConfigError, RefshardError
 from pipeline.base.folders import Folder
 from pipeline.config.schema import DataConfig
 from pipeline.data.intake import KeptPair, Outcome, outcome_of
@@ -23,9 +22,10 @@ from pipeline.data.rows import Row, Source
 from pipeline.data.sources import describe, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.identity import differences
-from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import check_part, pair_keys, part_name
-from pipeline.store.store import Store, open_store, parts_there, read_content, read_manifest, read_part
+from pipeline.scoring import agreement
+from pipeline.scoring.agreement import Agreement, NoiseFloor
+from pipeline.store.format import pair_keys, part_name
+from pipeline.store.store import Store, load_store, read_checked_part, read_part
 from stages.explain.pieces import shown, token_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "Explanation",
-    "Gap",
     "StoredPair",
     "Token",
     "compare",
@@ -286,16 +285,13 @@ def find_stored(
     """
     remarks = []
     try:
-        manifest = read_manifest(folder)
-        store = None
-        try:
-            store = open_store(folder)
-        except UnfinishedError as error:
-            remarks.append(str(error))
-        found = differences(manifest["identity"], identity, joining=True)
+        store = load_store(folder)
+        if store.unfinished is not None:
+            remarks.append(str(store.unfinished))
+        found = differences(store.manifest["identity"], identity, joining=True)
         if found:
             remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
-        stored = _search(folder, manifest, store, bytes.fromhex(key), row)
+        stored = _search(store, bytes.fromhex(key), row)
     except RefshardError as error:
         return None, (*remarks, str(error))
     if stored is None:
@@ -305,29 +301,20 @@ def find_stored(
     return stored, tuple(remarks)
 
 
-def _search(
-    folder: Folder, manifest: Mapping[str, Any], store: Store | None, key: bytes, row: int
-) -> StoredPair | None:
-    for unit in _likely_first(sorted(parts_there(folder)), manifest["plan"], row):
-        name = part_name(unit)
-        if store is None:
-            part = check_part(folder, unit, read_content(folder, name, "Run refshard precompute again"), manifest)
-            table, noise = part.table, part.noise
-        elif unit < len(store.parts):
-            # Of parts that do not have the pair no token logps are read, which are most of what there is.
-            table, noise = read_part(store, unit, ["pair_key"]), store.noise
-        else:
-            continue
+def _search(store: Store, key: bytes, row: int) -> StoredPair | None:
+    for unit in _likely_first(store.units, store.manifest["plan"], row):
+        # Token logps are most of a part, and are not read where the key is not there.
+        keys = pair_keys(read_part(store, unit, ["pair_key"]))
         # numpy's strings of bytes drop trailing zeros.
-        hits = (pair_keys(table) == key.rstrip(b"\0")).nonzero()[0]
+        hits = (keys == key.rstrip(b"\0")).nonzero()[0]
         if not len(hits):
             continue
-        if store is not None:
-            table = read_part(store, unit)
+        part = read_checked_part(store, unit)
+        table, noise = part.table, store.noise if store.index else part.noise
         found = table.slice(int(hits[0]), 1).to_pylist()[0]
         token_logps = {side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found}
         return StoredPair(
-            place=folder.place(part_name(unit)),
+            place=store.folder.place(part_name(unit)),
             row=found["row"],
             sums={side: found[f"ref_{side}_logps"] for side in SIDES},
             lengths={side: found[f"{side}_tokens"] for side in SIDES},
@@ -379,22 +366,7 @@ def _with_values(completion: Completion, kind: Kind, values: Sequence[float]) ->
     return dataclasses.replace(completion, tokens=tuple(tokens))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """How far the recomputed log-probs are from the stored ones, nats a token."""
-
-    mean: float
-    largest: float
-    allowed: tuple[float, float]
-    """Mean and largest difference that rounding explains"""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether both are within what is allowed; NaN is not."""
-        return self.mean <= self.allowed[0] and self.largest <= self.allowed[1]
-
-
-def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
+def compare(pair: Explanation, allowed: tuple[float, float]) -> Agreement | None:
     """Compare recomputed with stored, token by token, or, where sums alone are stored, by the sums over their tokens.
 
     Returns:
@@ -405,15 +377,10 @@ def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
         by_token = [token.gap for token in completion.scored if token.gap is not None]
         of_sums = completion.sum("gap")
         if by_token:
-            gaps += by_token
+            gaps.append(np.array(by_token))
         elif of_sums is not None:
-            gaps.append(of_sums / len(completion.scored))
-    if not gaps:
-        return None
-    sizes = [abs(gap) for gap in gaps]
-    # NaN, which max() may pass over, is a disagreement.
-    largest = max(sizes) if all(map(math.isfinite, sizes)) else math.inf
-    return Gap(mean=sum(sizes) / len(sizes), largest=largest, allowed=allowed)
+            gaps.append(np.array([of_sums / len(completion.scored)]))
+    return agreement.compare(gaps, allowed) if gaps else None
 
 
 def minus(a: float | None, b: float | None) -> float | None:

@@ -1,18 +1,20 @@
-"""What the job files of every scheduler share: the settings as they are now, a name, templates, whole files.
+"""Job files of every scheduler: a copy of the settings, the jobs' name, templates, writing and submitting.
 
-A job starts hours after it was submitted, so it reads a copy of the settings that nobody edits: its name holds its
-digest, and it is never written over.
+A job starts hours after it was submitted, so it reads a copy of the settings that nobody edits. The copy's name holds
+its digest, and it is never overwritten.
 """
 
 import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 
 from pipeline.base.errors import ConfigError, StorageError
@@ -22,14 +24,18 @@ from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
 
 __all__ = [
+    "SUBMIT",
     "check_text",
     "job_folder",
     "name_of_run",
     "output_of",
     "render",
+    "run_script",
     "settings_file",
-    "write_job_files",
+    "write_and_submit",
 ]
+
+SUBMIT = "submit.sh"
 
 
 def output_of(config: Config) -> str:
@@ -44,25 +50,25 @@ def output_of(config: Config) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse what breaks a line of a job file in two, or can't be shown.
+    """Refuse text that breaks a line of a job file, or can't be shown.
 
     Raises:
         ConfigError: The text has such characters.
     """
     if not text.isprintable():
-        raise ConfigError(f"{where}: {text!r} holds characters that do not print, which no job file may")
+        raise ConfigError(f"{where}: must hold printable characters only, got {text!r}")
 
 
 def job_folder(config: Config, into: Path | None) -> Path:
-    """Give the folder that the job files go to, from the root: the one that is named, or `jobs` beside the policy."""
+    """Give the absolute folder of the job files: the named one, or `jobs` in the run's folder."""
     return (into or Path(output_of(config)) / "jobs").absolute()
 
 
 def name_of_run(config: Config) -> str:
     """Give the name of the run's jobs: the last two folders of its output, as a DNS label of at most 40 characters.
 
-    Of what is longer, a digest is the end: runs that are tried side by side may differ at their ends alone, and two
-    Jobs of Kubernetes can't have one name.
+    A longer name ends in a digest, since runs side by side may differ only at their ends, and Kubernetes refuses two
+    Jobs of one name.
     """
     folders = [part for part in Path(output_of(config)).parts if part not in ("/", "..", ".")]
     name = re.sub(r"[^a-z0-9]+", "-", "-".join(folders[-2:]).lower()).strip("-")
@@ -72,8 +78,8 @@ def name_of_run(config: Config) -> str:
 
 
 def settings_file(config: Config) -> tuple[str, str]:
-    """Give the name and the text of the copy of the settings that the jobs read."""
-    # What the jobs ask of the cluster is in the job files themselves.
+    """Give name and text of the jobs' copy of the settings."""
+    # The job files hold what the jobs ask of the cluster.
     text = settings_text(dataclasses.replace(config, cluster=ClusterConfig()))
     return f"settings-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
 
@@ -81,20 +87,24 @@ def settings_file(config: Config) -> tuple[str, str]:
 def render(name: str, /, **values: Any) -> str:
     """Fill in a template of `stages/submit/templates`.
 
-    In templates `quote` makes one word of a shell of a value, and `words` a command; `tojson`, which is YAML too,
-    makes a value of a manifest.
+    Filters: `quote` makes one word of a shell, `words` a command, and `tojson`, which is YAML too, a manifest's value.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["quote"] = shlex.quote
-    environment.filters["words"] = shlex.join
+    environment.filters |= {"quote": shlex.quote, "words": shlex.join}
     template = (resources.files("stages.submit.templates") / name).read_text()
     return environment.from_string(template).render(values)
 
 
-def write_job_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write the files, each whole or not at all.
+def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: Callable[[Path], None] | None) -> None:
+    """Write the files, each whole or not at all; then submit them, or print how to.
+
+    Args:
+        kind: Name of the files in the output.
+        folder: Their folder.
+        files: Text of each file by its name; `submit.sh` submits them.
+        submit: Runs that script; None: not now.
 
     Raises:
         StorageError: The folder can't be written.
@@ -105,5 +115,26 @@ def write_job_files(folder: Path, files: Mapping[str, str]) -> None:
             replace_file(folder / name, text.encode())
     except OSError as error:
         raise StorageError(
-            f"{folder}: the job files can't be written there ({error.strerror}); name another folder with --into"
+            f"{folder}: the job files can't be written there ({error.strerror}). Name another folder with --into"
         ) from error
+    click.echo(f"{kind}: {folder}")
+    if submit is None:
+        click.echo(f"Submit them with: sh {shlex.quote(str(folder / SUBMIT))}")
+    else:
+        submit(folder / SUBMIT)
+
+
+def run_script(script: Path, tool: str, *, stdout: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the script that submits; its stderr is captured.
+
+    Raises:
+        ConfigError: The scheduler's command is not on this machine.
+        StorageError: There is no shell.
+    """
+    try:
+        done = subprocess.run(["sh", str(script)], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise StorageError(f"sh can't be started ({error.strerror})") from error
+    if done.returncode == 127:
+        raise ConfigError(f"{tool}: not a command here. Submit on a machine that has it, from the folder above")
+    return done

@@ -1,15 +1,14 @@
-"""Several policies trained on one set of shards, one after the other, and all of them on one page.
+"""Train several policies on one set of shards, one after the other, and compare them on one page.
 
     stage one, once -> train each -> replies of each -> one page, one table
 
-Every command runs in a process of its own, so that no two models are ever in memory. What is done already is not done
-again: run the same command after a kill, or with more values.
+Every command runs in a process of its own, so one model at a time is in memory. The same command, after a kill or with
+more values, does only what is missing.
 """
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from pipeline.base.errors import ConfigError, StorageError, UnfinishedError
 from pipeline.base.files import read_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import emit
-from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
@@ -30,96 +28,90 @@ from pipeline.report.pages import check_charts, write_page
 from pipeline.report.run_page import report_page
 from pipeline.run.reading import RECORD, Run, read_run
 from pipeline.store.store import is_finished
-from stages.subprocesses import run_command
+from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
 
-__all__ = [
-    "Replies",
-    "run",
-]
+__all__ = ["Replies", "Sweep", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replies:
-    """What `refshard generate` is asked for of each run."""
+    """Options of `refshard generate` for each run."""
 
     num_prompts: int
-    """0: nothing"""
+    """0: none"""
     max_tokens: int
     reward_model: str | None
 
 
-def run(
-    config_file: Path,
-    overrides: Sequence[str],
-    over: Sequence[str],
-    *,
-    replies: Replies,
-    processes: int = 1,
-    into: Path | None = None,
-    debug: bool = False,
-    stop_at: float | None = None,
-) -> None:
-    """Train every combination of the values, and compare what has come of them.
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep as the command line asks for it."""
 
-    A run that fails is reported, and the others go on, unless what it failed of (a wrong setting, a full disk) would
-    befall them too.
+    config_file: Path
+    """Settings that all runs share"""
+    overrides: Sequence[str]
+    """`key=value` on top of them"""
+    over: Sequence[str]
+    """`key=value,value,...`: the differences between the runs"""
+    replies: Replies
+    processes: int = 1
+    """Number of processes of each stage"""
+    into: Path | None = None
+    """Folder of the runs' folders; `train.output_dir` if left out"""
 
-    Args:
-        config_file: The settings that all runs share.
-        overrides: `key=value` on top of them.
-        over: `key=value,value,...`: what the runs differ in.
-        replies: What is generated at the end.
-        processes: As which each stage runs.
-        into: Folder of the runs' folders; `train.output_dir` if left out.
-        debug: Have the commands show tracebacks.
-        stop_at: When to stop, on `time.monotonic`'s clock.
+    def words(self, overrides: Sequence[str]) -> list[str]:
+        """Give the options of a stage's command."""
+        several = ["--processes", str(self.processes)] if self.processes > 1 else []
+        options = [word for override in overrides for word in ("-o", override)]
+        return ["--config", str(self.config_file), *options, *several]
+
+
+def run(sweep: Sweep, commands: Commands) -> None:
+    """Train every combination of the values, and compare the policies.
+
+    A run that fails is reported and the others go on, unless its cause (a wrong setting, a full disk) would fail them
+    too.
 
     Raises:
-        ConfigError: A setting is wrong, or a combination can't be served by the shards of the others.
-        UnfinishedError: Asked to stop; all that was done is saved.
-        click.exceptions.Exit: A run failed, which has said why; with the exit status of the first that did.
+        ConfigError: A setting is wrong, or a combination can't use the shards of the others.
+        UnfinishedError: Stopped as asked; all that was done is saved.
+        click.exceptions.Exit: A run failed and has said why; with the exit status of the first that failed.
     """
-    flag = watch_signals(stop_at)
-    base = load_config(config_file, overrides)
-    parent = into or base.train.folder
-    runs = [_one_run(config_file, overrides, member, parent) for member in make_grid(over)]
-    _check_served(base, runs, processes)
+    base = load_config(sweep.config_file, sweep.overrides)
+    parent = sweep.into or base.train.folder
+    runs = [_one_run(sweep, member, parent) for member in make_grid(sweep.over)]
+    _check_served(base, runs, sweep.processes)
     drawn = _can_draw()
-    for needed in ("stages.precompute", "stages.train"):
-        importlib.import_module(needed)
-    entry = importlib.import_module("stages.cli").run
-    start = ["--debug"] if debug else []
-    several = ["--processes", str(processes)] if processes > 1 else []
-
-    def command(name: str, *words: str) -> int:
-        return run_command(entry, [*start, name, *words], flag)
-
-    if any(not one.moves for one in runs) and base.reference.declared is None and not _is_scored(base):
-        words = ["--config", str(config_file), *_options(overrides)]
-        if status := command("precompute", *words, *several):
-            raise click.exceptions.Exit(status)
+    import_libraries()
+    needs_shards = any(not one.moves for one in runs) and base.reference.declared is None
+    if needs_shards and not _is_scored(base) and (status := commands.run("precompute", *sweep.words(sweep.overrides))):
+        raise click.exceptions.Exit(status)
     trained: list[_OneRun] = []
     failures: dict[str, int] = {}
     for number, one in enumerate(runs, start=1):
         click.echo(f"\nRun {number} of {len(runs)}: {', '.join(one.member.overrides)}, in {one.folder}")
-        status = command("train", "--config", str(config_file), *_options(one.overrides), *several)
+        status = commands.run("train", *sweep.words(one.overrides))
         if status == 0:
             trained.append(one)
-            # A reference that is known by name alone writes nothing.
-            if replies.num_prompts and one.config.reference.declared is None:
-                status = _generate(one, replies, command)
+            # A reference that is known by name alone can't generate.
+            if sweep.replies.num_prompts and one.config.reference.declared is None:
+                status = _generate(one, sweep.replies, commands)
+        if status in _ENDS_ALL or (status and commands.flag):
+            click.echo(f"The sweep ends with {one.member.name}; the same command resumes with it", err=True)
+            raise click.exceptions.Exit(status)
         if status:
-            _note_failure(one, status, flag, failures)
+            click.echo(f"{one.member.name} failed with exit status {status}; the next run follows", err=True)
+            failures[one.member.name] = status
     _compare([read_run(one.folder) for one in trained], parent, drawn=drawn)
     if failures:
-        click.echo(
-            f"{len(failures)} of {len(runs)} failed: "
-            + ", ".join(f"{name} (exit status {status})" for name, status in failures.items())
-            + ". The same command tries them again",
-            err=True,
-        )
+        names = ", ".join(f"{name} (exit status {status})" for name, status in failures.items())
+        click.echo(f"{len(failures)} of {len(runs)} failed: {names}. Run the same command to try them again", err=True)
         raise click.exceptions.Exit(next(iter(failures.values())))
+
+
+# A wrong setting, no space left, a request to stop, Ctrl-C: the next run would end in the same way.
+_ENDS_ALL = (ConfigError.exit_status, StorageError.exit_status, UnfinishedError.exit_status, 130)
 
 
 @dataclass(frozen=True)
@@ -129,31 +121,28 @@ class _OneRun:
     member: Member
     config: Config
     overrides: tuple[str, ...]
-    """All that is put on top of the file"""
+    """All overrides of the file"""
     folder: Path
 
     @property
     def moves(self) -> bool:
-        """Whether its reference moves, so that stage one runs between its windows."""
+        """True if its reference moves, so that stage one runs between its windows."""
         return self.config.reference.sync is not None
 
 
-def _one_run(config_file: Path, overrides: Sequence[str], member: Member, parent: Path) -> _OneRun:
-    named = [text.partition("=")[0] for text in member.overrides]
-    for key in named:
+def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
+    for key in (text.partition("=")[0] for text in member.overrides):
         if key == "train.output_dir":
-            raise ConfigError("--over train.output_dir: a sweep names its runs' folders itself; --into says where")
+            raise ConfigError("--over train.output_dir: a sweep names its runs' folders. Set their place by --into")
         if key.partition(".")[0] in ("precompute", "cluster"):
-            raise ConfigError(
-                f"--over {key}: the runs share one stage one and one machine; set it in the file or by -o"
-            )
+            raise ConfigError(f"--over {key}: the runs share stage one and the machine. Set it in the file or by -o")
     folder = parent / member.name
-    together = (*overrides, *member.overrides, f"train.output_dir={json.dumps(str(folder))}")
-    config = load_config(config_file, together)
+    together = (*sweep.overrides, *member.overrides, f"train.output_dir={json.dumps(str(folder))}")
+    config = load_config(sweep.config_file, together)
     if config.reference.sync is not None:
         # The shards of the first window have the pairs of this run's first steps alone.
         together = (*together, f"precompute.output={json.dumps(str(folder / 'shards'))}")
-        config = load_config(config_file, together)
+        config = load_config(sweep.config_file, together)
     _ = config.train.options  # refuses a wrong field before anything runs
     return _OneRun(member, config, together, folder)
 
@@ -162,7 +151,7 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
     """Make sure that one set of shards serves all runs.
 
     Raises:
-        ConfigError: Of a run another reference or tokenization would have to be scored.
+        ConfigError: A run needs another reference or tokenization.
     """
     shared = identity_of_run(base, load_tokenizer(base))
     for one in runs:
@@ -172,12 +161,12 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
         found = differences(shared, identity_of_run(one.config, load_tokenizer(one.config)), joining=True)
         if found:
             raise ConfigError(
-                f"{what}: this run would need shards of its own, and a sweep has one set of them, scored with the "
-                f"settings without --over. They would differ in {'; '.join(found)}"
+                f"{what}: must need the shards of the settings without --over, which all runs share. They differ in "
+                f"{'; '.join(found)}"
             )
         if unscored := one.config.data.eval.keys() - base.data.eval.keys():
             raise ConfigError(
-                f"{what}: the held-out set {min(unscored)} is not among those that are scored for all runs"
+                f"{what}: the held-out set {min(unscored)} is not scored for all runs. Name it in the file"
             )
     for i, one in enumerate(runs):
         twin = next((other for other in runs[:i] if _same_settings(one.config, other.config)), None)
@@ -195,7 +184,7 @@ def _same_settings(one: Config, other: Config) -> bool:
 
 
 def _can_draw() -> bool:
-    """Whether there will be a page; if not, it is said now and not after days."""
+    """Return True if a page can be drawn; warn at once if not, instead of after days."""
     try:
         check_charts()
     except ConfigError as error:
@@ -206,15 +195,11 @@ def _can_draw() -> bool:
 
 def _is_scored(config: Config) -> bool:
     output = open_folder(config.precompute.output)
-    return all(is_finished(output.child(name)) for name in ("train", *config.data.eval))
+    return all(is_finished(output.child(name)) for name in config.data.sets)
 
 
-def _options(overrides: Sequence[str]) -> list[str]:
-    return [word for override in overrides for word in ("-o", override)]
-
-
-def _generate(one: _OneRun, replies: Replies, command: Callable[..., int]) -> int:
-    """Have a finished run's replies generated, unless they are there."""
+def _generate(one: _OneRun, replies: Replies, commands: Commands) -> int:
+    """Generate a finished run's replies, unless they are there. Returns an exit status."""
     set_name = next(iter(one.config.data.eval), "train")
     if _has_replies(read_run(one.folder), replies, set_name, read_json(one.folder / RECORD)["step"]):
         return 0
@@ -222,32 +207,20 @@ def _generate(one: _OneRun, replies: Replies, command: Callable[..., int]) -> in
     words += ["--temperature", str(_TEMPERATURE), "--seed", str(_SEED)]
     if replies.reward_model is not None:
         words += ["--reward-model", replies.reward_model]
-    return command("generate", str(one.folder), *words)
+    return commands.run("generate", str(one.folder), *words)
 
 
 _TEMPERATURE, _SEED = 1.0, 0
-"""Of all runs' replies: at 1 they estimate the KL without bias, and a shared seed makes them comparable"""
+"""Temperature 1 estimates the KL without bias; a shared seed makes the runs' replies comparable"""
 
 
 def _has_replies(run: Run, replies: Replies, set_name: str, step: int) -> bool:
-    """Whether a run's replies are those that are asked for, not ones of another policy, set or way of drawing."""
+    """Return True if a run's replies are of the asked policy, set and sampling."""
     asked = (step, set_name, replies.num_prompts, replies.max_tokens, _TEMPERATURE, _SEED, replies.reward_model)
     there = {
         (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by) for g in run.generations
     }
     return there == {asked}
-
-
-# A wrong setting, no space left, a request to stop, Ctrl-C: the next run would end alike.
-_ENDS_ALL = (ConfigError.exit_status, StorageError.exit_status, UnfinishedError.exit_status, 130)
-
-
-def _note_failure(one: _OneRun, status: int, flag: StopFlag, failures: dict[str, int]) -> None:
-    if status in _ENDS_ALL or flag:
-        click.echo(f"The sweep ends with {one.member.name}; the same command goes on with it", err=True)
-        raise click.exceptions.Exit(status)
-    click.echo(f"{one.member.name} failed with exit status {status}; the sweep goes on with the next run", err=True)
-    failures[one.member.name] = status
 
 
 def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
@@ -256,7 +229,7 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
         return
     rows = [_row(shown.name, shown.run) for shown in show_runs(runs)]
     emit("sweep", {"runs": rows})
-    # What no run has is left out.
+    # Columns that no run fills are left out.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in header}
     click.echo()
@@ -271,7 +244,7 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
 
 
 def _row(name: str, run: Run) -> dict[str, str]:
-    """What a run has come to, on its first held-out set; on the last pairs of training where it has none."""
+    """Give a run's last figures on its first held-out set, or on its last training pairs if it has none."""
     pairs, prefix = next(iter(run.held_out().items()), ("train", ""))
 
     def last(metric: str) -> str:

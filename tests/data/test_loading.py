@@ -27,7 +27,8 @@ from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.loading import Unit, UnitQueue, count_loaders, load_pairs
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import open_source, read_rows
-from stages import precompute
+from stages.precompute import command as precompute
+from stages.precompute import worker
 from support.models import make_tokenizer
 from support.processes import ROOT
 from support.runs import simple_rows, write_jsonl
@@ -376,10 +377,10 @@ def test_a_process_that_ends_with_a_queue_still_open_ends_at_once(source: Source
 def _start(config: Path) -> subprocess.Popen[str]:
     # Slow enough to be caught in the middle.
     code = (
-        "import sys, time, stages.precompute as s; from stages.cli import run; f = s._Reference.score_unit\n"
+        "import sys, time, stages.precompute.worker as s; from stages.cli import run; f = s.Reference.score_unit\n"
         "s.count_loaders = lambda *a, **k: 3\n"
         "def slow(*a): time.sleep(0.3); return f(*a)\n"
-        f"s._Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
+        f"s.Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -439,7 +440,7 @@ def test_a_signal_ends_stage_one_and_its_loaders_with_75(make_run: MakeRun, tmp_
 
 
 def _precompute(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> dict[str, bytes]:
-    monkeypatch.setattr(precompute, "count_loaders", lambda *_, **__: num_loaders)
+    monkeypatch.setattr(worker, "count_loaders", lambda *_, **__: num_loaders)
     monkeypatch.setattr(module, "count_loaders", lambda *_, **__: num_loaders)
     precompute.run(load_config(config, [f"precompute.output={output}"]))
     return bytes_of_stores(output)
@@ -484,8 +485,8 @@ def test_a_disk_that_fails_stops_the_run_with_the_disk_s_own_error(
             raise StorageError("the disk is full")
         return write(folder, unit, *arguments, **settings)
 
-    write = precompute.write_part
-    monkeypatch.setattr(precompute, "write_part", full)
+    write = worker.write_part
+    monkeypatch.setattr(worker, "write_part", full)
     config = make_run(rows=simple_rows(80))
     with pytest.raises(StorageError, match="the disk is full"):
         _precompute(config, monkeypatch, tmp_path / "shards", 1)
@@ -501,7 +502,7 @@ def test_a_last_part_that_can_not_be_written_is_not_forgotten(
         time.sleep(0.2)
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(precompute, "write_part", full)
+    monkeypatch.setattr(worker, "write_part", full)
     with pytest.raises(StorageError, match="the disk is full"):
         _precompute(make_run(rows=simple_rows(4)), monkeypatch, tmp_path / "shards", 0)
 
@@ -510,7 +511,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag = StopFlag()
-    score, write = precompute._Reference.score_unit, precompute.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
     scored: list[int] = []
 
     def stopping(*arguments: Any) -> Any:
@@ -525,8 +526,8 @@ def test_what_is_scored_when_a_signal_comes_is_written(
         return write(*arguments, **settings)
 
     monkeypatch.setattr(precompute, "watch_signals", lambda stop_at: flag)
-    monkeypatch.setattr(precompute._Reference, "score_unit", stopping)
-    monkeypatch.setattr(precompute, "write_part", slow)
+    monkeypatch.setattr(worker.Reference, "score_unit", stopping)
+    monkeypatch.setattr(worker, "write_part", slow)
     with pytest.raises(UnfinishedError):
         _precompute(make_run(rows=simple_rows(80)), monkeypatch, tmp_path / "shards", 1)
     assert len(list((tmp_path / "shards").rglob("*.parquet"))) == 3
@@ -537,7 +538,7 @@ def test_what_is_scored_when_a_signal_comes_is_written(
 
 def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit: float = 0, a_part: float = 0) -> None:
     """Have reading, scoring and writing take so many seconds more, each asleep, so that CPUs don't matter."""
-    score, write = precompute._Reference.score_unit, precompute.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
 
     def slow_score(*arguments: Any) -> Any:
         time.sleep(a_unit)
@@ -548,8 +549,8 @@ def _slow_stage_one(monkeypatch: pytest.MonkeyPatch, *, a_row: float = 0, a_unit
         return write(*arguments, **settings)
 
     monkeypatch.setattr(module, "read_rows", slow_rows(a_row))
-    monkeypatch.setattr(precompute._Reference, "score_unit", slow_score)
-    monkeypatch.setattr(precompute, "write_part", slow_write)
+    monkeypatch.setattr(worker.Reference, "score_unit", slow_score)
+    monkeypatch.setattr(worker, "write_part", slow_write)
 
 
 def _seconds(config: Path, monkeypatch: pytest.MonkeyPatch, output: Path, num_loaders: int) -> float:
@@ -602,7 +603,7 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
 ) -> None:
     most = 0
     scored, written = [], []
-    score, write = precompute._Reference.score_unit, precompute.write_part
+    score, write = worker.Reference.score_unit, worker.write_part
 
     def counting(*arguments: Any) -> Any:
         nonlocal most
@@ -616,8 +617,8 @@ def test_a_writer_that_is_stuck_stops_the_scorer_after_a_few_parts(
         written.append(0)
         return done
 
-    monkeypatch.setattr(precompute._Reference, "score_unit", counting)
-    monkeypatch.setattr(precompute, "write_part", slow)
+    monkeypatch.setattr(worker.Reference, "score_unit", counting)
+    monkeypatch.setattr(worker, "write_part", slow)
     _precompute(make_run(rows=simple_rows(96)), monkeypatch, tmp_path / "shards", 1)
     # Two pending, one being scored; one more is scored and waits to be taken.
     assert 2 <= most <= 4

@@ -266,7 +266,7 @@ def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
         assert zombie.finish() == 79, zombie.err
     finally:
         zombie.signal(signal.SIGKILL)
-    assert "attempt 2) has taken over from this one (attempt 1)" in zombie.err
+    assert "attempt 2 of this run has taken over from this one (attempt 1)" in zombie.err
     assert len(zombie.err.strip().splitlines()[-1]) < 400
     assert digest(output) == scenario.weights
     assert whole(output)
@@ -336,7 +336,7 @@ def _resume_damaged(scenario: Scenario, stopped: Path, output: Path, kind: str) 
     shutil.copytree(stopped, output)
     DAMAGES[kind](output / "checkpoint-6")
     done = refshard(*words(scenario, output))
-    assert "Going on from" in done.stdout
+    assert "Resuming" in done.stdout
     assert "checkpoint-4" in done.stdout
     name = MARKER if kind == "empty" else next(name for name in FILES if name in kind)
     gone = kind in ("empty", f"no {MARKER}")

@@ -305,7 +305,7 @@ def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
     # As it was saved, it is gone on from: the random numbers' files load without a pickle's help.
     shutil.rmtree(run / "checkpoint-2")
     shutil.copytree(saved, run / "checkpoint-2")
-    assert "Going on from" in command("train", *words)
+    assert "Resuming" in command("train", *words)
 
 
 @pytest.mark.parametrize("url", ["https://me:secret@host/x", "s3://key:secret@bucket/x", "hf://secret@datasets/x"])

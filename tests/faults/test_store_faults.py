@@ -25,6 +25,7 @@ from pipeline.base.folders import LocalFolder, ObjectFolder
 from pipeline.data.intake import Ledger
 from pipeline.store.format import ScoredPair, check_part, part_name
 from pipeline.store.store import (
+    PartHeader,
     create_store,
     finish_store,
     open_store,
@@ -80,7 +81,7 @@ def test_a_read_only_disk_is_a_storage_error_and_stays_as_it_is(tmp_path: Path) 
         remount(disk, "ro")
         before = contents(disk / "train")
         with pytest.raises(StorageError, match="Read-only file system"):
-            write_part(disk / "train", 0, [], fingerprint=fingerprint, token_logps=True, ledger=Ledger(), provenance={})
+            write_part(disk / "train", 0, [], Ledger(), header=PartHeader(fingerprint=fingerprint, token_logps=True))
         with pytest.raises(StorageError, match="Read-only file system"):
             create_store(disk / "other", IDENTITY, PLAN, {})
         assert contents(disk / "train") == before
@@ -127,7 +128,11 @@ def _large_part(folder: Path) -> bytes:
         for row in range(500)
     ]
     write_part(
-        folder, 0, pairs, fingerprint=fingerprint, token_logps=True, ledger=Ledger(500, 500), provenance={"a": 1}
+        folder,
+        0,
+        pairs,
+        Ledger(500, 500),
+        header=PartHeader(fingerprint=fingerprint, token_logps=True, provenance={"a": 1}),
     )
     assert finish_store(folder, 1) == []
     return (folder / part_name(0)).read_bytes()
@@ -205,7 +210,7 @@ def _of_another_run(store: Path, unit: int) -> None:
     other = store.parent / "other"
     identity = {**IDENTITY, "reference": {"weights": "b" * 64, "dtype": "float32", "adapter": None}}
     fingerprint = create_store(other, identity, PLAN, {})
-    write_part(other, unit, [], fingerprint=fingerprint, token_logps=True, ledger=Ledger(), provenance={})
+    write_part(other, unit, [], Ledger(), header=PartHeader(fingerprint=fingerprint, token_logps=True))
     shutil.copy(other / part_name(unit), store / part_name(unit))
 
 
@@ -341,7 +346,11 @@ def _write_noisy(folder: Path, noise: float, barrier: Any) -> None:
             for row in (2 * unit, 2 * unit + 1)
         ]
         write_part(
-            folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=Ledger(2, 2), provenance={"w": noise}
+            folder,
+            unit,
+            pairs,
+            Ledger(2, 2),
+            header=PartHeader(fingerprint=fingerprint, token_logps=True, provenance={"w": noise}),
         )
     assert finish_store(folder, 20) == []
 
@@ -465,9 +474,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes]
                 chosen_token_logps=np.array([-1 - noise], np.float32),
                 rejected_token_logps=np.array([-2 - noise], np.float32),
             )
-            write_part(
-                folder, unit, [pair], fingerprint=fingerprint, token_logps=True, ledger=Ledger(1, 1), provenance={}
-            )
+            write_part(folder, unit, [pair], Ledger(1, 1), header=PartHeader(fingerprint=fingerprint, token_logps=True))
     return contents(ours), contents(theirs)
 
 

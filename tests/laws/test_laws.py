@@ -327,7 +327,7 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
     assert "loss.beta: saved" in refused.stderr
     assert (tmp_path / "policy" / "refshard.yaml").read_bytes() == settings
     done = refshard("train", "--config", config)
-    assert "Going on from" in done.stdout
+    assert "Resuming" in done.stdout
 
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "policy" / weights).read_bytes() == (tmp_path / "undisturbed" / weights).read_bytes()

@@ -21,7 +21,9 @@ from pipeline.base.errors import RefshardError
 from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.models.files import load_tokenizer
-from stages import precompute, train
+from pipeline.training.joining import join_sets, open_joined
+from stages import train
+from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
 from support.tally import tally
@@ -55,9 +57,8 @@ class Scored:
         tokenizer = load_tokenizer(config)
         stores = train._open_stores(config, ["train"], tokenizer)
         joined = self.folder / "policy" / "joined"
-        train._join_all(config, stores, tokenizer, joined, "stop", None, StopFlag())
-        with pa.ipc.open_stream(str(train._joined_file(joined, "train"))) as reader:
-            return reader.read_all()
+        join_sets(config, stores, tokenizer, joined, StopFlag())
+        return open_joined(joined, "train").data.table
 
     def _here(self, overrides: tuple[str, ...]) -> list[str]:
         places = {"data.path": self.data, "policy.model": self.model, "precompute.output": self.folder / "shards"}
@@ -198,7 +199,7 @@ def test_pairs_that_were_not_scored_are_counted_and_the_first_is_named(scored: S
     assert count in str(caught.value)
     assert place in str(caught.value)
     assert "have no reference logps" in str(caught.value)
-    with pytest.raises(RefshardError, match=r"differs in (columns|dataset): ") as caught:
+    with pytest.raises(RefshardError, match=r"differs in (columns|dataset)\b") as caught:
         scored.stage_one(*overrides)
     assert caught.value.exit_status == 78
     tally("data changed between the stages", 1, outcome="65, the pairs counted, the first named; 78 in stage one")

@@ -325,16 +325,16 @@ def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path
     config = write_run(folder, tmp_path, {"steps": EVERY})
     model = ["-o", f"policy.model={tied}", "-o", "policy.lora.target_modules=[q_proj]"]
     refused = refshard("train", "--config", config, *model, "-o", "policy.lora.modules_to_save=[embed_tokens]", check=2)
-    assert "shares with its head" in refused.stderr
+    assert "tied to the head" in refused.stderr
     refshard("precompute", "--config", config, *model)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.num_train_epochs=0", "no steps to train"),
-        ("train.dataloader_drop_last=true", "no step can be made of 38 pairs"),
-        ("train.train_sampling_strategy=group_by_length", "not supported"),
+        ("train.num_train_epochs=0", "num_train_epochs: must be above 0"),
+        ("train.dataloader_drop_last=true", "dataloader_drop_last: must be false for 38 pairs"),
+        ("train.train_sampling_strategy=group_by_length", "got group_by_length"),
         ("train.save_strategy=best", "metric_for_best_model"),
         ("train.save_total_limit=1", "at least 2"),
         ("train.include_num_input_tokens_seen=all", "can't be set"),

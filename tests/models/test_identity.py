@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
-from pipeline.models.identity import Kinship, differences, fingerprint_of, identity_of_run, kinship
+from pipeline.models.identity import (
+    PolicyReferenceRelation,
+    differences,
+    fingerprint_of,
+    identity_of_run,
+    policy_reference_relation,
+)
 from support.models import make_model, make_tokenizer
 
 
@@ -150,27 +156,27 @@ def adapter_folder(model_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_kinship_tells_where_policy_and_reference_must_agree(
+def test_the_relation_tells_where_policy_and_reference_must_agree(
     config_file: Path, model_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    def told(*overrides: str) -> Kinship:
-        return kinship(load_config(config_file, overrides))
+    def told(*overrides: str) -> PolicyReferenceRelation:
+        return policy_reference_relation(load_config(config_file, overrides))
 
     other = make_model(tmp_path / "other", make_tokenizer(bos=True), seed=1)
     copy = tmp_path / "copy"
     shutil.copytree(model_folder, copy)
     continued = f"policy.adapter={adapter_folder}"
-    assert told() == told(f"reference.model={copy}") == Kinship(True, False, None)
-    assert told("reference.dtype=bfloat16") == Kinship(True, False, None)
-    assert told("policy.lora={}") == Kinship(True, True, None)
-    assert told(continued) == Kinship(True, False, adapter_folder)
-    assert told(continued, "reference.disable_adapters=on") == Kinship(False, True, None)
-    assert told(continued, f"reference.model={copy}") == Kinship(False, True, None)
-    assert told(f"reference.adapter={adapter_folder}") == Kinship(False, False, None)
-    assert told(f"reference.model={other}", "policy.lora={}") == Kinship(False, False, None)
-    assert told("reference.quantization.bits=8", "policy.lora={}") == Kinship(False, False, None)
-    assert told("policy.quantization.bits=8", "policy.lora={}") == Kinship(True, True, None)
-    assert told("reference.declared=somebody's model", "policy.lora={}") == Kinship(False, False, None)
+    assert told() == told(f"reference.model={copy}") == PolicyReferenceRelation(True, False, None)
+    assert told("reference.dtype=bfloat16") == PolicyReferenceRelation(True, False, None)
+    assert told("policy.lora={}") == PolicyReferenceRelation(True, True, None)
+    assert told(continued) == PolicyReferenceRelation(True, False, adapter_folder)
+    assert told(continued, "reference.disable_adapters=on") == PolicyReferenceRelation(False, True, None)
+    assert told(continued, f"reference.model={copy}") == PolicyReferenceRelation(False, True, None)
+    assert told(f"reference.adapter={adapter_folder}") == PolicyReferenceRelation(False, False, None)
+    assert told(f"reference.model={other}", "policy.lora={}") == PolicyReferenceRelation(False, False, None)
+    assert told("reference.quantization.bits=8", "policy.lora={}") == PolicyReferenceRelation(False, False, None)
+    assert told("policy.quantization.bits=8", "policy.lora={}") == PolicyReferenceRelation(True, True, None)
+    assert told("reference.declared=somebody's model", "policy.lora={}") == PolicyReferenceRelation(False, False, None)
 
 
 def test_padding_or_truncating_with_the_tokenizer_does_not_change_it(config_file: Path) -> None:

@@ -164,7 +164,7 @@ def sweep(trained: Path, tmp_path: Path) -> list[Path]:
     return runs
 
 
-def test_runs_of_a_sweep_are_told_apart_by_what_differs(sweep: list[Path]) -> None:
+def test_runs_of_a_sweep_are_named_by_the_settings_that_differ(sweep: list[Path]) -> None:
     refshard("report", *sweep, sweep[0])
     page = (sweep[0].parent / "report.html").read_text()
     summary = [dict(zip(rows[0], row, strict=True)) for rows in [rows_of(page, "Summary")] for row in rows[1:]]
@@ -190,7 +190,7 @@ def test_runs_of_a_sweep_are_told_apart_by_what_differs(sweep: list[Path]) -> No
         assert [trace["name"] for trace in charts[title][0]] == ["beta=0.1", "beta=0.5"]
 
 
-def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) -> None:
+def test_a_resumed_run_that_still_trains_is_reported(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_settings(run, loss={"type": ["sigmoid"], "beta": 0.3}, reference={"sync": {"steps": 2}})
     lines: list[dict[str, Any] | str] = [
@@ -221,7 +221,7 @@ def test_a_run_that_still_goes_on_and_was_resumed_is_reported(tmp_path: Path) ->
     assert told["device"] == "cpu, cuda"
 
 
-def test_what_stage_one_took_is_the_sum_over_its_workers(tmp_path: Path) -> None:
+def test_the_cost_of_stage_one_is_the_sum_over_its_workers(tmp_path: Path) -> None:
     costs = [
         {"set": "train", "worker": "0/2", "seconds": 50.0, "pairs": 700, "tokens": 7000, "memory_bytes": 3 * 2**30},
         {"set": "train", "worker": "1/2", "seconds": 40.0, "pairs": 300, "tokens": 2900, "memory_bytes": 2**30},
@@ -319,7 +319,7 @@ def test_the_smoothed_curve_is_the_mean_of_neighbours_on_both_sides() -> None:
         assert means[i] == (None if i == 50 else pytest.approx(sum(near) / len(near)))
 
 
-def test_a_histogram_is_that_of_the_store_s_page_and_says_what_is_not_in_it() -> None:
+def test_a_histogram_has_round_bins_and_counts_the_values_outside() -> None:
     spread = np.concatenate([np.linspace(0, 1, 9_998), [1e9, np.nan]])
     columns = [("r", spread, "#4269d0", "solid"), ("s", np.full(10, 0.5), "#d97706", "solid")]
     drawn = str(histogram_chart("t", columns, x_title="x", of="pairs"))
@@ -332,7 +332,7 @@ def test_a_histogram_is_that_of_the_store_s_page_and_says_what_is_not_in_it() ->
     assert "1 of 10,009 values" in drawn and "1 of 10,010 are not finite" in drawn
 
 
-def test_margins_that_are_no_numbers_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_margins_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
     write_log(tmp_path / "run", [{"step": 3, "loss": 1.0}])
     rows = np.array([[1, 2, 3, 0, 0], [-1, 4, 5, 0, 0], [np.nan, np.inf, 1, 0, 0]], dtype=np.float32)
     write_margins(tmp_path / "run", "test", 3, rows)
@@ -383,7 +383,9 @@ def test_a_reference_that_moved_is_named_by_its_step_and_pairs_of_no_window_are_
     assert "<dt>fingerprint</dt>" in first
 
 
-def test_the_charts_library_is_spoken_of_only_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_chart_library_only_if_the_page_holds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_log(tmp_path, [{"kind": "start", "step": 0}])
     report.run([tmp_path])
     assert "(it opens without a network)" in capsys.readouterr().out
@@ -392,7 +394,7 @@ def test_the_charts_library_is_spoken_of_only_where_it_is(tmp_path: Path, capsys
     assert "MB, most of it the charts' library; it opens without a network)" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "log.jsonl" in refshard("report", tmp_path / "empty", check=2).stderr
     refshard("report", check=2)
@@ -429,7 +431,7 @@ def test_a_real_browser_draws_the_page_wide_and_narrow_light_and_dark(sweep: lis
         assert any("Content Security Policy" in text for text in browser.said)
 
 
-def test_runs_whose_settings_do_not_tell_them_apart_have_their_folders_names(tmp_path: Path) -> None:
+def test_runs_with_equal_settings_are_named_by_their_folders(tmp_path: Path) -> None:
     betas = {"a": 0.1, "b": 0.1, "c": 0.5}
     for (name, beta), rate in zip(betas.items(), ("3e-4", 0.0003, 3e-4), strict=True):
         write_settings(tmp_path / name, loss={"beta": beta}, train={"learning_rate": rate, "output_dir": name})

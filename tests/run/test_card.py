@@ -1,6 +1,7 @@
 """The model card: what the policy was trained on is in it, and no name can break out of its place."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,23 +9,37 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.run.card import model_card
+from pipeline.base.versions import library_versions
+from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.run.card import hub_names, model_card
+from pipeline.run.inputs import PolicyInputs, ReferenceInputs, RunInputs, SetInputs
 
 ARGUMENTS: dict[str, Any] = {
     "name": "policy",
     "base_model": "models/base",
     "reference": "models/reference",
-    "fingerprint": "f" * 64,
     "dataset": "data/pairs.jsonl",
     "pairs": 12345,
     "loss": {"type": "sigmoid", "beta": 0.1},
     "adapter": None,
     "training": {"learning_rate": 5e-7, "max_steps": 10},
-    "metrics": {"eval_loss": 0.65432},
-    "versions": {"torch": "2.11.0"},
-    "hub_model": None,
-    "hub_dataset": None,
+    "metrics": {"eval_loss": 0.65432, "eval_runtime": 3.0},
+    "hub": {},
 }
+
+
+def card_of(*, base_model: str, reference: str, dataset: str, adapter: str | None, **options: Any) -> str:
+    inputs = RunInputs(
+        reference=ReferenceInputs(name=reference, identity={}, fingerprint="f" * 64),
+        policy=PolicyInputs(model=base_model, adapter=adapter, dtype=None, parameters=2, trained_parameters=1),
+        sets={
+            "train": SetInputs(
+                dataset=dataset, ledger={}, matched=12345, missing=0, tokens={}, store="shards", noise=None
+            )
+        },
+        stage_one=[],
+    )
+    return model_card(inputs, **options)
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
@@ -46,7 +61,7 @@ def shape(card: str) -> list[Any]:
 
 
 def test_the_card_names_data_reference_fingerprint_and_beta() -> None:
-    _, text = split(model_card(**ARGUMENTS))
+    _, text = split(card_of(**ARGUMENTS))
     rows = {tuple(cell.strip() for cell in cells(line)) for line in text.splitlines() if line.startswith("|")}
     assert rows >= {
         ("data", "`data/pairs.jsonl`, 12,345 pairs"),
@@ -57,19 +72,20 @@ def test_the_card_names_data_reference_fingerprint_and_beta() -> None:
         ("trained weights", "all"),
         ("`eval_loss`", "0.6543"),
     }
-    assert "torch 2.11.0" in text
+    assert all(f"{library} {version}" in text for library, version in library_versions().items())
+    assert "runtime" not in text
     assert "# policy" in text.splitlines()
 
 
 def test_the_header_is_yaml_that_the_hub_knows() -> None:
-    header, _ = split(model_card(**ARGUMENTS))
+    header, _ = split(card_of(**ARGUMENTS))
     assert header == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "refshard", "preference-optimization"],
     }
-    names = {"adapter": "LoRA, rank 8", "hub_model": "org/base", "hub_dataset": "org/pairs"}
-    header, text = split(model_card(**{**ARGUMENTS, **names}))
+    names = {"adapter": "LoRA, rank 8", "hub": {"base_model": "org/base", "datasets": ["org/pairs"]}}
+    header, text = split(card_of(**{**ARGUMENTS, **names}))
     assert header["library_name"] == "peft"
     assert header["base_model"] == "org/base"
     assert header["datasets"] == ["org/pairs"]
@@ -77,7 +93,7 @@ def test_the_header_is_yaml_that_the_hub_knows() -> None:
 
 
 def test_a_card_without_evaluation_has_no_table_of_it() -> None:
-    assert "Held-out" not in model_card(**{**ARGUMENTS, "metrics": {}})
+    assert "Held-out" not in card_of(**{**ARGUMENTS, "metrics": {}})
 
 
 HOSTILE = [
@@ -107,14 +123,13 @@ def with_names(hostile: str) -> dict[str, Any]:
         **dict.fromkeys(NAMED, hostile),
         "training": {hostile: hostile},
         "metrics": {hostile: 0.5},
-        "versions": {"torch": hostile},
         "loss": {"type": hostile, "beta": 0.1},
     }
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_a_hostile_name_stays_in_its_cell_and_out_of_the_header(hostile: str) -> None:
-    card, plain = model_card(**with_names(hostile)), model_card(**with_names("plain"))
+    card, plain = card_of(**with_names(hostile)), card_of(**with_names("plain"))
     assert shape(card) == shape(plain)
     header, harmless = split(card)[0], split(plain)[0]
     # No adapter: other weights were trained, nothing else.
@@ -124,21 +139,37 @@ def test_a_hostile_name_stays_in_its_cell_and_out_of_the_header(hostile: str) ->
 @given(hostile=st.text(alphabet="a`|\\\n-#<>[]*_& ", max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_no_mix_of_markup_changes_the_cards_shape(hostile: str) -> None:
-    assert shape(model_card(**with_names(hostile))) == shape(model_card(**with_names("plain")))
+    assert shape(card_of(**with_names(hostile))) == shape(card_of(**with_names("plain")))
 
 
 @given(hostile=st.text(alphabet="a`|\\\n-#<>[]*_& ", max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_a_name_in_code_never_ends_its_code(hostile: str) -> None:
-    text = split(model_card(**{**ARGUMENTS, "reference": hostile}))[1]
+    text = split(card_of(**{**ARGUMENTS, "reference": hostile}))[1]
     line = next(line for line in text.splitlines() if line.startswith("| reference |"))
     assert line.count("`") == 2
-    assert "<script" not in split(model_card(**{**ARGUMENTS, "name": "<script>"}))[1].replace("\\<", "")
+    assert "<script" not in split(card_of(**{**ARGUMENTS, "name": "<script>"}))[1].replace("\\<", "")
 
 
 @pytest.mark.parametrize("hostile", [*HOSTILE[:-2], "", "tab\there", "émoji 🦊"])
 def test_hub_names_come_back_from_the_header_as_they_were(hostile: str) -> None:
-    header, _ = split(model_card(**{**ARGUMENTS, "hub_model": hostile, "hub_dataset": hostile}))
+    header, _ = split(card_of(**{**ARGUMENTS, "hub": {"base_model": hostile, "datasets": [hostile]}}))
     assert header["base_model"] == hostile
     assert header["datasets"] == [hostile]
     assert header.keys() == {"library_name", "pipeline_tag", "tags", "base_model", "datasets"}
+
+
+def test_the_hub_gets_names_and_no_paths(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("{}")
+
+    def names(data: DataConfig, model: str) -> dict[str, Any]:
+        return hub_names(
+            Config(data=data, policy=PolicyConfig(model=model), precompute=PrecomputeConfig(output="shards"))
+        )
+
+    assert names(DataConfig(path=str(pairs)), str(tmp_path)) == {}
+    assert names(DataConfig(path="org/pairs", format="hub"), "org/base") == {
+        "base_model": "org/base",
+        "datasets": ["org/pairs"],
+    }

@@ -1,4 +1,4 @@
-"""A run's folder is read as far as it can be: steps done twice count once, and what is amiss is said."""
+"""Reading a run's folder: steps done twice count once, and remarks name what is missing or damaged."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def losses(folder: Path) -> dict[int, float | None]:
     return dict(zip(curve.steps, curve.values, strict=True))
 
 
-def test_of_steps_that_were_done_again_the_later_start_counts(tmp_path: Path) -> None:
+def test_of_steps_that_were_done_twice_the_later_attempt_counts(tmp_path: Path) -> None:
     write_log(
         tmp_path,
         [
@@ -26,7 +26,7 @@ def test_of_steps_that_were_done_again_the_later_start_counts(tmp_path: Path) ->
             {"step": 25, "eval_loss": 2.5},
             {"step": 30, "loss": 3.0, "seconds": 7.0},
             {"kind": "start", "attempt": 2, "step": 20},
-            # A start that a scheduler lost sight of goes on writing.
+            # An attempt that its scheduler lost keeps writing.
             {"step": 40, "loss": 4.0},
             {"attempt": 2, "step": 30, "loss": -3.0, "seconds": 2.5},
             {"attempt": 2, "step": 50, "loss": -5.0, "seconds": 4.0},
@@ -36,7 +36,7 @@ def test_of_steps_that_were_done_again_the_later_start_counts(tmp_path: Path) ->
     )
     run = read_run(tmp_path)
     assert losses(tmp_path) == {10: 1.0, 20: 2.0, 30: -3.0, 50: 55.0}
-    # It was not made again by the start that counts for its step.
+    # The attempt that counts for its step did not repeat it.
     assert run.curve("eval_loss").steps == []
     assert [(attempt.step, attempt.last_step, attempt.seconds) for attempt in run.attempts] == [
         (0, 40, 7.0),
@@ -46,13 +46,13 @@ def test_of_steps_that_were_done_again_the_later_start_counts(tmp_path: Path) ->
     assert (run.step, run.max_steps, run.finished) == (50, 60, False)
 
 
-def test_an_evaluation_that_was_left_and_made_again_is_that_of_the_later_start(tmp_path: Path) -> None:
+def test_of_an_evaluation_that_was_done_twice_the_later_attempt_counts(tmp_path: Path) -> None:
     lines = [{"step": 10, "eval_loss": 1.0}, {"kind": "start", "attempt": 2, "step": 10}]
     write_log(tmp_path, [*lines, {"attempt": 2, "step": 10, "eval_loss": 2.0}])
     assert read_run(tmp_path).curve("eval_loss").values == [2.0]
 
 
-def test_a_start_whose_first_line_is_lost_goes_on_before_its_first_step(tmp_path: Path) -> None:
+def test_an_attempt_without_its_first_line_resumes_before_its_first_step(tmp_path: Path) -> None:
     write_log(
         tmp_path, [{"step": s, "loss": float(s)} for s in (1, 2, 3, 4)] + [{"attempt": 2, "step": 3, "loss": 0.5}]
     )
@@ -62,7 +62,7 @@ def test_a_start_whose_first_line_is_lost_goes_on_before_its_first_step(tmp_path
 @pytest.mark.parametrize(
     "cut", ['{"kind": "log", "step": 3, "lo', "null", "[1]", '{"step": -1}', '{"loss": 1}', "[" * 9000]
 )
-def test_a_line_that_is_no_record_is_left_out_and_said(tmp_path: Path, cut: str) -> None:
+def test_a_line_that_is_not_a_record_is_left_out_with_a_remark(tmp_path: Path, cut: str) -> None:
     write_log(tmp_path, [{"step": 1, "loss": 1.0}, cut, {"step": 2, "loss": 2.0}])
     assert losses(tmp_path) == {1: 1.0, 2: 2.0}
     assert any("log.jsonl: 1 of 3 lines can't be read" in remark for remark in read_run(tmp_path).remarks)
@@ -102,7 +102,7 @@ def test_held_out_sets_have_the_names_that_the_settings_give_them(tmp_path: Path
     assert read_run(tmp_path / "two").held_out() == {"in_domain": "eval_in_domain_", "far": "eval_far_"}
 
 
-def test_everything_may_be_missing_or_damaged_and_is_said(tmp_path: Path) -> None:
+def test_any_file_may_be_missing_or_damaged_and_gives_a_remark(tmp_path: Path) -> None:
     write_settings(tmp_path)
     run = read_run(tmp_path)
     assert run.settings["loss"]["beta"] == 0.1
@@ -127,7 +127,7 @@ def test_everything_may_be_missing_or_damaged_and_is_said(tmp_path: Path) -> Non
         assert any(part in remark for remark in run.remarks), part
 
 
-def test_a_folder_that_is_no_run_is_refused_and_the_runs_in_it_are_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_and_the_runs_in_it_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got no folder"):
         read_run(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"log\.jsonl.*train\.output_dir"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.scoring import attention
-from pipeline.scoring.packing import Layout
+from pipeline.scoring.packing import Kernel, Layout
 
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -104,7 +104,7 @@ def check(
     layout = Layout(groups)
     if flex:
         module = torch.nn.Identity().train(backward)
-        found = attention._flex(module, *tensors, layout, scaling, 0.0, window, softcap)
+        found = attention._flex(module, *tensors, layout, Kernel(scaling=scaling, window=window, softcap=softcap))
     else:
         found, weights = attention._packed(
             torch.nn.Identity(),
@@ -352,7 +352,7 @@ def test_layers_share_what_was_made_of_the_layout(eager_flex: None, monkeypatch:
     layout = Layout(((140, (130, 60)),))
     tensors = make_tensors(330, heads=(2, 2), sizes=(16, 16))
     for window in (None, 9, None, 9):
-        attention._flex(torch.nn.Identity(), *tensors, layout, None, 0.0, window, None)
+        attention._flex(torch.nn.Identity(), *tensors, layout, Kernel(window=window))
     assert [window for _, window, _ in made] == [None, 9]
 
 

@@ -17,7 +17,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring import attention
 from pipeline.scoring import forward as scoring_forward
-from pipeline.scoring.forward import Scores, prepare, score, sum_logps, weighted_sums
+from pipeline.scoring.forward import LOGPS, Scores, Want, prepare, score, sum_logps, weighted_sums
 from pipeline.scoring.packing import Batch, Layout, pack_pairs, pad_pairs
 from pipeline.scoring.selfcheck import check_scoring
 from support.models import GROUPED, SMALL, VOCABULARY
@@ -204,11 +204,11 @@ def test_a_long_sum_is_rounded_once() -> None:
 def test_squares_come_only_where_they_are_asked_for(llama: Any) -> None:
     batch = pad_pairs(_PAIRS, pad_id=0)
     with torch.no_grad():
-        plain, with_squares = score(llama, batch), score(llama, batch, squares=True)
+        plain, with_squares = score(llama, batch), score(llama, batch, Want(squares=True))
         logits = llama(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
     assert plain.tokens.log_sum_squares is None and plain.aux_loss is None and with_squares.aux_loss is None
     assert torch.equal(plain.tokens.logps, with_squares.tokens.logps)
-    probabilities = torch.softmax(logits, dim=-1).flatten(0, 1)[batch.predictors]
+    probabilities = torch.softmax(logits, dim=-1).flatten(0, 1)[batch.logit_positions]
     found = with_squares.tokens.log_sum_squares
     assert found is not None
     torch.testing.assert_close(found.double(), probabilities.square().sum(dim=-1).log(), rtol=0, atol=1e-4)
@@ -230,7 +230,7 @@ def test_the_balance_loss_is_the_models_own_forward_and_backward(family: str) ->
     expected = gradients(own)
     assert any("gate" in name and g.abs().max() > 1e-6 for name, g in expected.items())
     prepare(model)
-    scores = score(model, batch, aux_loss=True)
+    scores = score(model, batch, Want(aux_loss=True))
     assert scores.aux_loss is not None and scores.aux_loss.shape == ()
     torch.testing.assert_close(scores.aux_loss, own, rtol=0, atol=0)
     found = gradients(scores.aux_loss)
@@ -244,7 +244,7 @@ def test_asking_for_the_balance_loss_changes_no_log_prob_and_no_gradient(family:
     model = make_model(family)
     prepare(model)
     batch = pad_pairs(random_pairs(5), pad_id=0)
-    without, with_balance = score(model, batch), score(model, batch, squares=True, aux_loss=True)
+    without, with_balance = score(model, batch), score(model, batch, Want(squares=True, aux_loss=True))
     assert without.aux_loss is None
     assert with_balance.tokens.log_sum_squares is not None
     torch.testing.assert_close(without.tokens.logps, with_balance.tokens.logps, rtol=0, atol=1e-5)
@@ -265,10 +265,10 @@ def test_padding_is_not_in_the_balance_loss(family: str) -> None:
     batch = pad_pairs([pair], pad_id=0)
     ids, mask = (torch.nn.functional.pad(t, (0, 20)) for t in (batch.input_ids, batch.attention_mask))
     # The second row begins 20 tokens later.
-    places = batch.predictors + torch.tensor([0, 0, 20])
-    wide = dataclasses.replace(batch, input_ids=ids, attention_mask=mask, predictors=places)
+    places = batch.logit_positions + torch.tensor([0, 0, 20])
+    wide = dataclasses.replace(batch, input_ids=ids, attention_mask=mask, logit_positions=places)
     with torch.no_grad():
-        one, other = (score(model, b, aux_loss=True).aux_loss for b in (batch, wide))
+        one, other = (score(model, b, Want(aux_loss=True)).aux_loss for b in (batch, wide))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -473,7 +473,7 @@ def test_a_packed_row_gives_the_families_own_log_probs(family: str) -> None:
         prepare(model)
         assert check_scoring(model, "policy.model") == (family not in READ_PADDED)
         batch = pad_pairs(_LONG, 0) if family in READ_PADDED else pack_pairs(_LONG)
-        found, lean = score(model, batch), score(model, batch, statistics=False)
+        found, lean = score(model, batch), score(model, batch, LOGPS)
         # What it does without a layout is what it did before.
         again = alone_token_logps(model, _LONG)
     torch.testing.assert_close(found.tokens.logps, plain, rtol=1e-5, atol=1e-4)
@@ -642,8 +642,7 @@ def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkey
     monkeypatch.setattr(scoring_forward, "token_logps", read)
     monkeypatch.setattr(scoring_forward, "token_statistics", read)
     for statistics in (False, True):
-        found = scoring_forward._read_off(
-            causal, torch.zeros(2, 8), torch.tensor([7, 8]), statistics=statistics, squares=False
-        )
-        assert found["logps"] is not None and found["logps"].device.type == "cpu"
+        want = Want(statistics=statistics)
+        found = scoring_forward._score_targets(causal, torch.zeros(2, 8), torch.tensor([7, 8]), want)
+        assert found.logps.device.type == "cpu"
     assert seen == [{"meta"}, {"meta"}]

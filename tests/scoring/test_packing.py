@@ -116,12 +116,12 @@ def test_rows_are_chosen_then_rejected_padded_on_the_right() -> None:
         [7, 10, 99, 99, 99],
     ]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch.predictors.tolist() == [1, 5, 6, 11, 12, 13, 15]
+    assert batch.logit_positions.tolist() == [1, 5, 6, 11, 12, 13, 15]
     assert batch.targets.tolist() == [3, 8, 9, 4, 5, 6, 10]
     assert batch.lengths.tolist() == [1, 2, 3, 1]
     assert batch.num_tokens.tolist() == [8, 5]
     assert batch.num_pairs == 2
-    assert batch.shared is None and batch.layout is None and batch.position_ids is None
+    assert batch.expand_index is None and batch.layout is None and batch.position_ids is None
 
 
 @given(pairs=_pairs, pad_id=st.integers(0, 99))
@@ -146,7 +146,7 @@ def test_a_packed_row_holds_each_prompt_once_and_no_last_token() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 7, 8, 10]]
     assert batch.position_ids is not None and batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 1]]
     assert batch.layout is not None and batch.layout.groups == ((2, (2, 0)), (1, (1, 1)))
-    assert batch.shared is None
+    assert batch.expand_index is None
     assert scored(batch) == [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
     assert batch.num_tokens.tolist() == [8, 6]
     assert batch.attention_mask is None
@@ -161,14 +161,14 @@ def test_pairs_that_share_a_prompt_are_one_group_and_shared_completions_are_ther
     batch = pack_pairs(pairs)
     assert batch.input_ids.tolist() == [[1, 2, 5, 6, 3, 8, 1, 3]]
     assert batch.layout is not None and batch.layout.groups == ((2, (2, 1, 1)), (1, (1,)))
-    assert batch.shared is not None
+    assert batch.expand_index is not None
     assert len(batch.targets) == 3 + 2 + 2 + 2
     assert scored(batch) == [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
 
 
 def scored(batch: Batch) -> list[list[int]]:
     """The completions, as the batch has its model score them."""
-    targets = batch.targets if batch.shared is None else batch.targets[batch.shared]
+    targets = batch.targets if batch.expand_index is None else batch.targets[batch.expand_index]
     return [part.tolist() for part in targets.split(batch.lengths.tolist())]
 
 
@@ -187,7 +187,7 @@ def texts_read(batch: Batch) -> list[list[int]]:
             at += length
     assert at == len(row)
     assert [len(text) - 1 for text in seen] == batch.position_ids[0].tolist()
-    return [seen[i] for i in batch.predictors.tolist()]
+    return [seen[i] for i in batch.logit_positions.tolist()]
 
 
 @given(pairs=_any_pairs)
@@ -195,7 +195,7 @@ def texts_read(batch: Batch) -> list[list[int]]:
 def test_every_scored_token_is_predicted_from_its_own_prompt_and_completion(pairs: list[TokenizedPair]) -> None:
     batch = pack_pairs(pairs)
     read = texts_read(batch)
-    places = range(len(batch.targets)) if batch.shared is None else batch.shared.tolist()
+    places = range(len(batch.targets)) if batch.expand_index is None else batch.expand_index.tolist()
     found = [(read[i], int(batch.targets[i])) for i in places]
     expected = [
         (p.prompt_ids + completion[:t], completion[t])

@@ -230,8 +230,8 @@ def _run_without_memory(config: Path, fault: str) -> tuple[list[int], list[str],
 def test_memory_that_ran_out_halves_the_batches_of_all(config: Path, fault: str) -> None:
     statuses, errors, folder = _run_without_memory(config, fault)
     assert statuses == [0, 0], errors
-    assert "Out of memory: going on with 256 tokens in a batch" in errors[0]
-    assert "Out of memory: going on with 128 tokens in a batch" in errors[0]
+    assert "Out of memory: resuming with 256 tokens in a batch" in errors[0]
+    assert "Out of memory: resuming with 128 tokens in a batch" in errors[0]
     gap = np.abs(_token_logps(_store(folder)) - _token_logps(_store(config.parent / "shards"))).max()
     assert gap < 1e-5
 
@@ -304,12 +304,12 @@ def test_a_reference_that_can_not_be_split_is_refused(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precompute.device_map=auto"], "precompute.tp_plan: set together with device_map"),
-        (["reference.model=m", "reference.quantization.bits=8"], "quantized weights can't be split"),
-        (["policy.quantization.bits=4", "policy.lora.r=4"], "quantized weights can't be split"),
-        (["policy.adapter=a"], "an adapter's weights are not split"),
-        (["reference.model=m", "reference.adapter=a"], "an adapter's weights are not split"),
-        (["reference.sync.steps=4"], "is scored by one process"),
+        (["precompute.device_map=auto"], "precompute.tp_plan: must be left out if device_map is set"),
+        (["reference.model=m", "reference.quantization.bits=8"], "quantized weights, which can't be split"),
+        (["policy.quantization.bits=4", "policy.lora.r=4"], "quantized weights, which can't be split"),
+        (["policy.adapter=a"], "an adapter, whose weights are not split"),
+        (["reference.model=m", "reference.adapter=a"], "an adapter, whose weights are not split"),
+        (["reference.sync.steps=4"], "must be left out if reference.sync is set"),
     ],
 )
 def test_what_does_not_go_with_a_split_reference_is_refused_before_anything_is_loaded(

@@ -119,14 +119,14 @@ def test_a_held_out_set_is_imported_by_its_name(scored: tuple[Path, list[dict[st
 @pytest.mark.parametrize(
     ("change", "arguments", "status", "words"),
     [
-        ({"ref_chosen_logps": None}, [], 65, ["scores.jsonl:3", "found nothing"]),
+        ({"ref_chosen_logps": None}, [], 65, ["scores.jsonl:3", "got nothing"]),
         ({"ref_chosen_logps": "-3"}, [], 65, ["scores.jsonl:3", "'-3'"]),
         ({"ref_rejected_logps": 1.5}, [], 65, ["scores.jsonl:3", "at most 0"]),
         ({"chosen_tokens_logps": [-1.0]}, TOKENS, 65, ["scores.jsonl:3", "has 1 log-probs", "chat template or EOS"]),
-        ({"chosen_tokens_logps": -1.0}, TOKENS, 65, ["scores.jsonl:3", "expected a list"]),
+        ({"chosen_tokens_logps": -1.0}, TOKENS, 65, ["scores.jsonl:3", "must be a list"]),
         ({"chosen": ""}, [], 65, ["scores.jsonl:3"]),
         ({"ref_chosen_logps": -1e300}, [], 65, ["scores.jsonl:3", "ref_chosen_logps"]),
-        (simple_rows(1)[0], [], 65, ["there before"]),
+        (simple_rows(1)[0], [], 65, ["appears twice"]),
         ({}, ["--chosen", "nowhere"], 65, ["scores.jsonl:1", "no column 'nowhere'", "'ref_chosen_logps'"]),
     ],
     ids=[
@@ -270,4 +270,4 @@ def test_export_refuses_what_was_not_scored_and_never_replaces(make_run: MakeRun
     assert not (tmp_path / "exported").exists() and not list(tmp_path.glob(".tmp-*"))
     refshard("export", tmp_path / "exported", "--config", config, "-o", "train.on_missing=drop")
     assert len(datasets.load_from_disk(str(tmp_path / "exported"))["train"]) == 24
-    assert "there already" in refshard("export", tmp_path / "exported", "--config", config, check=65).stderr
+    assert "must be a new folder" in refshard("export", tmp_path / "exported", "--config", config, check=65).stderr

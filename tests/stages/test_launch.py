@@ -36,13 +36,13 @@ def handlers() -> Iterator[None]:
 def _launched(behaviours: Sequence[Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> int:
     """Launch processes that behave so; gives the launch's exit status."""
 
-    def behave(words: list[str], environment: dict[str, str]) -> None:
+    def behave(entry: Callable[[], None], words: list[str], environment: dict[str, str]) -> None:
         behaviours[int(environment["RANK"])]()
 
     monkeypatch.setattr(launch, "_run_command", behave)
     monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)
     before = psutil.Process().children()
-    status = launch._Processes(len(behaviours), [], {}).wait()
+    status = launch._Processes(cli.run, len(behaviours), [], {}).wait()
     assert psutil.Process().children() == before
     return status
 
@@ -145,8 +145,8 @@ def test_processes_of_processes_and_of_a_moving_reference_are_refused(
     with pytest.raises(ConfigError, match="--processes 2: a run whose reference moves"):
         cli.main.main(words, standalone_mode=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--processes: this process is one of several already"):
-        launch.run(2, [])
+    with pytest.raises(ConfigError, match="--processes: must be 1 in one of several processes"):
+        launch.run(cli.run, 2, [])
 
 
 def _ranks(launcher: Watched) -> list[psutil.Process]:
@@ -178,7 +178,7 @@ def test_two_processes_write_what_one_writes_and_keep_its_exit_status(make_run: 
 _GPU_IN_USE = """
 import sys, torch
 torch.cuda.is_initialized = lambda: True
-from pipeline.signals import process_context
+from pipeline.base.signals import process_context
 from stages import cli
 assert process_context().get_start_method() == "spawn"
 sys.argv[0] = "refshard"

@@ -130,7 +130,7 @@ def test_the_ceiling_counts_a_tie_half_and_refuses_nothing() -> None:
 
 @given(st.integers(min_value=1, max_value=30), st.integers(min_value=1, max_value=30), st.floats(0.1, 20))
 def test_the_frontier_of_two_points_is_the_closed_form(num_low: int, num_high: int, beta: float) -> None:
-    (point,) = reviews.optimal_frontier([0] * num_low + [1] * num_high, [beta])
+    point = reviews.optimum([0] * num_low + [1] * num_high, beta)
     p = num_high / (num_low + num_high)
     q = p * math.exp(1 / beta) / (1 - p + p * math.exp(1 / beta))
     assert point.reward == pytest.approx(q, rel=1e-9)
@@ -141,19 +141,18 @@ def test_the_frontier_of_two_points_is_the_closed_form(num_low: int, num_high: i
 
 @given(reward_lists)
 def test_a_smaller_beta_buys_reward_with_kl(rewards: list[int]) -> None:
-    points = reviews.optimal_frontier(rewards, [100, 10, 1, 0.5, 0.1, 1e-6])
+    points = [reviews.optimum(rewards, beta) for beta in (100, 10, 1, 0.5, 0.1, 1e-6)]
     for gentle, eager in pairwise(points):
         assert eager.kl >= gentle.kl - 1e-9
         assert eager.reward >= gentle.reward - 1e-9
     assert points[-1].reward == pytest.approx(max(rewards))
     assert points[-1].kl == pytest.approx(math.log(len(rewards) / rewards.count(max(rewards))), abs=1e-9)
-    assert points[-1].effective_replies == pytest.approx(rewards.count(max(rewards)))
 
 
 @given(reward_lists, st.floats(0.3, 10))
 def test_the_optimum_at_a_points_kl_is_that_point(rewards: list[int], beta: float) -> None:
-    (point,) = reviews.optimal_frontier(rewards, [beta])
-    assert reviews.optimal_at_kl(rewards, point.kl).reward == pytest.approx(point.reward, abs=1e-3)
+    point = reviews.optimum(rewards, beta)
+    assert reviews.optimum_at_kl(rewards, point.kl).reward == pytest.approx(point.reward, abs=1e-3)
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
@@ -162,17 +161,17 @@ def test_no_other_weighting_of_the_replies_has_more_reward_at_its_kl(raw: list[f
     weights = [weight / sum(raw) for weight in raw]
     kl = sum(weight * math.log(3 * weight) for weight in weights)
     reward = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
-    assert reward <= reviews.optimal_at_kl(rewards, max(kl, 0)).reward + 1e-3
+    assert reward <= reviews.optimum_at_kl(rewards, max(kl, 0)).reward + 1e-3
 
 
 def test_a_kl_out_of_reach_gives_the_best_reward_and_none_gives_the_mean() -> None:
-    assert reviews.optimal_at_kl([0, 0, 3], 50).reward == pytest.approx(3)
-    assert reviews.optimal_at_kl([0, 0, 3], 0).reward == pytest.approx(1, abs=1e-3)
+    assert reviews.optimum_at_kl([0, 0, 3], 50).reward == pytest.approx(3)
+    assert reviews.optimum_at_kl([0, 0, 3], 0).reward == pytest.approx(1, abs=1e-3)
 
 
 def test_the_frontier_refuses_what_has_no_answer() -> None:
     for rewards, beta in (([], 1.0), ([1, 2], 0.0), ([1, 2], -1.0), ([1, 2], math.nan)):
         with pytest.raises(ValueError, match="positive beta"):
-            reviews.optimal_frontier(rewards, [beta])
+            reviews.optimum(rewards, beta)
     with pytest.raises(ValueError, match="negative"):
-        reviews.optimal_at_kl([1, 2], -0.1)
+        reviews.optimum_at_kl([1, 2], -0.1)

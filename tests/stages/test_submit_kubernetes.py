@@ -19,6 +19,7 @@ import yaml
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
+from pipeline.config.training import TrainSection
 from stages.submit import kubernetes as submit_kubernetes
 from stages.submit.files import name_of_run
 from support.job_controller import Cluster, RefusedError, jsonpath
@@ -184,7 +185,7 @@ def test_runs_whose_names_differ_at_their_ends_alone_have_jobs_of_their_own() ->
     names = []
     for end in ("5e-7", "1e-6"):
         config: Any = SimpleNamespace(
-            train={"output_dir": f"experiments/zephyr-7b-ultrafeedback-dpo-beta-0.1-lr-{end}"}
+            train=TrainSection(output_dir=f"experiments/zephyr-7b-ultrafeedback-dpo-beta-0.1-lr-{end}")
         )
         names.append(name_of_run(config))
     assert names[0] != names[1]
@@ -224,19 +225,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no image": ({"cluster": {"kubernetes": {"image": None}}}, "image: missing; name a container image"),
     "no tag": ({"cluster": {"kubernetes": {"image": "a.b:50/refshard"}}}, "may be another image tomorrow"),
     "latest": ({"cluster": {"kubernetes": {"image": "refshard:latest"}}}, "may be another image tomorrow"),
-    "no image's name": ({"cluster": {"kubernetes": {"image": "a:1 b"}}}, "characters that no image's name has"),
-    "two nodes": ({"cluster": {"train": {"nodes": 2}}}, "use refshard submit slurm"),
-    "no time": ({"cluster": {"train": {"time": "2"}}}, "cluster.train.time: 2 leaves no time"),
-    "policy lost": ({"train": {"output_dir": "/home/me/dpo"}}, "train.output_dir: /home/me/dpo is not on the volume"),
-    "policy beside": ({"train": {"output_dir": "../dpo"}}, "train.output_dir: ../dpo is not on the volume"),
-    "policy at home": ({"train": {"output_dir": "~/dpo"}}, "/dpo is not on the volume"),
-    "policy in a store": ({"train": {"output_dir": "s3://b/dpo"}}, "train.output_dir: s3://b/dpo is not on"),
-    "shards lost": ({"precompute": {"output": "/data2/s"}}, "precompute.output: /data2/s is not on the volume"),
-    "a line in a name": ({"train": {"output_dir": "a\nb"}}, "characters that do not print"),
-    "a line in the mount": ({"cluster": {"kubernetes": {"mount": "/a\nb"}}}, "characters that do not print"),
+    "no image's name": ({"cluster": {"kubernetes": {"image": "a:1 b"}}}, "image: must be an image's name, got 'a:1 b'"),
+    "two nodes": ({"cluster": {"train": {"nodes": 2}}}, "Use refshard submit slurm"),
+    "no time": ({"cluster": {"train": {"time": "2"}}}, "cluster.train.time: must be longer than"),
+    "policy lost": (
+        {"train": {"output_dir": "/home/me/dpo"}},
+        "train.output_dir: must be on the volume, got /home/me",
+    ),
+    "policy beside": (
+        {"train": {"output_dir": "../dpo"}},
+        "train.output_dir: must be on the volume, got ../dpo",
+    ),
+    "policy at home": ({"train": {"output_dir": "~/dpo"}}, "train.output_dir: must be on the volume"),
+    "policy in a store": ({"train": {"output_dir": "s3://b/dpo"}}, "output_dir: must be on the volume, got s3://b/dpo"),
+    "shards lost": (
+        {"precompute": {"output": "/data2/s"}},
+        "precompute.output: must be on the volume, got /data2/s",
+    ),
+    "a line in a name": ({"train": {"output_dir": "a\nb"}}, "must hold printable characters only"),
+    "a line in the mount": ({"cluster": {"kubernetes": {"mount": "/a\nb"}}}, "must hold printable characters only"),
     "a moving reference in two processes": (
         {"reference": {"sync": {"steps": 8}}, "cluster": {"train": {"processes": 2}}},
-        "is trained by one process",
+        "cluster.train.processes: must be 1 with reference.sync",
     ),
 }
 
@@ -561,7 +571,7 @@ def test_without_kubectl_the_command_says_so(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sh").symlink_to(shell)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(ConfigError, match="kubectl: no such command here"):
+    with pytest.raises(ConfigError, match="kubectl: not a command here"):
         submit_kubernetes.run(load_config(run), submit=True)
 
 

@@ -123,17 +123,17 @@ def test_jobs_read_a_copy_of_the_settings_that_is_never_written_over(make_run: C
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("cluster.partition=gpu; touch x", "cluster.partition: 'gpu; touch x' has characters that no such name has"),
-        ('cluster.options=["--qos=a\\ntouch x"]', "cluster.options[0]: expected an option of sbatch in one line"),
-        ("cluster.options=[touch x]", "cluster.options[0]: expected an option of sbatch in one line"),
-        ("cluster.train.time=tomorrow", "cluster.train.time: expected minutes"),
-        ("cluster.train.memory=lots", "cluster.train.memory: expected a size like 200G"),
-        ("cluster.train.nodes=0", "cluster.train.nodes: at least 1"),
-        ("cluster.precompute.nodes=2", "cluster.precompute.nodes: a worker of stage one has one machine"),
+        ("cluster.partition=gpu; touch x", "cluster.partition: must be a name of letters"),
+        ('cluster.options=["--qos=a\\ntouch x"]', "cluster.options[0]: must be an option of sbatch in one line"),
+        ("cluster.options=[touch x]", "cluster.options[0]: must be an option of sbatch in one line"),
+        ("cluster.train.time=tomorrow", "cluster.train.time: must be minutes"),
+        ("cluster.train.memory=lots", "cluster.train.memory: must be a size like 200G"),
+        ("cluster.train.nodes=0", "cluster.train.nodes: must be at least 1, got 0"),
+        ("cluster.precompute.nodes=2", "cluster.precompute.nodes: must be 1 for a worker"),
         ("cluster.worker=2", "cluster.worker: unknown key; did you mean workers?"),
-        ('train.output_dir="a\\nb"', "train.output_dir: 'a\\nb' holds characters that do not print"),
+        ('train.output_dir="a\\nb"', "train.output_dir: must hold printable characters only, got 'a\\nb'"),
         ("train.output_dir=", "train.output_dir: missing"),
-        ('train.output_dir="a\\\\b"', "Slurm reads a backslash in a log's name in its own way"),
+        ('train.output_dir="a\\\\b"', "--into: must not hold a backslash"),
     ],
 )
 def test_what_can_not_be_a_job_is_refused_by_its_key(
@@ -158,7 +158,7 @@ def test_without_sbatch_the_files_are_there_and_the_message_says_what_to_do(
         (bin_ / name).symlink_to(shutil.which(name) or "")
     monkeypatch.setenv("PATH", str(bin_))
     done = refshard("submit", "slurm", "--config", make_run(), "--submit", check=2)
-    assert "sbatch: no such command here" in done.stderr
+    assert "sbatch: not a command here" in done.stderr
     assert (tmp_path / "policy" / "jobs" / "submit.sh").exists()
 
 
@@ -398,7 +398,7 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     assert slurm.wait(train) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
     assert "stopped as asked after step" in log.read_text()
-    assert "Going on from" in log.read_text()
+    assert "Resuming" in log.read_text()
     assert weights(odd / "policy") == weights(tmp_path / "other")
     assert not list(tmp_path.rglob("x"))
     tally("a task of an array killed; Slurm's warning in the middle of training", 2, outcome=SAME)
@@ -526,7 +526,7 @@ def test_jobs_that_more_urgent_ones_push_out_come_back_and_finish(
     slurm.run(*urgent)
     assert slurm.wait(train, 240) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) == 1
-    assert "Going on from" in log.read_text()
+    assert "Resuming" in log.read_text()
     assert weights(tmp_path / "policy") == undisturbed[0]
     tally("array and trainer pushed out by more urgent jobs", 2, outcome=f"queued again by themselves; {SAME}")
 
@@ -545,7 +545,7 @@ def test_a_job_at_its_time_limit_goes_on_where_it_was(
     folder = tmp_path / "policy" / "jobs"
     assert slurm.wait(train, 400) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) >= 1
-    assert "Going on from" in log_of(train, folder).read_text()
+    assert "Resuming" in log_of(train, folder).read_text()
     tally("the time limit", slurm.restarts(train), outcome="queued again, went on from its checkpoint")
 
 

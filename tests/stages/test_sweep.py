@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.signals import StopFlag
+from stages import cli
+from stages.subprocesses import Commands
 from stages.sweep import command
 from support.processes import Command
 from support.runs import refshard, simple_rows, write_jsonl
@@ -53,7 +56,7 @@ def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_a
     costs = [json.loads(file.read_text()) for file in (tmp_path / "shards" / "costs").glob("*.json")]
     assert sorted((cost["set"], cost["pairs"]) for cost in costs) == [("test", 8), ("train", 24)]
     assert [(into / "beta-0.05" / name).stat().st_mtime_ns for name in ("run.json", "generations.jsonl")] == first
-    assert "Going on from" in done.stdout
+    assert "Resuming" in done.stdout
     refshard("train", "--config", config, "-o", "loss.beta=0.5", "-o", f"train.output_dir={tmp_path / 'alone'}")
     assert losses(into / "beta-0.5") == losses(tmp_path / "alone")
     ends = {beta: losses(into / f"beta-{beta}") for beta in ("0.05", "0.1", "0.5")}
@@ -87,7 +90,7 @@ def test_a_sweep_that_is_asked_to_stop_saves_says_75_and_goes_on(make_run: MakeR
     stopped.signal(signal.SIGTERM)
     assert stopped.wait() == 75
     out, err = stopped.said()
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert "Run 2 of 2" not in out
     assert list(runs[0].glob("checkpoint-*"))
     assert not runs[1].exists()
@@ -108,10 +111,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
     [
         ("data.max_length=64,256", "tokenization.max_length: shards 128, this run 256"),
         ("reference.dtype=float32,bfloat16", "reference.dtype: shards float32, this run bfloat16"),
-        ("precompute.token_logps=true,false", "precompute.token_logps: the runs share one stage one"),
-        ("train.output_dir=a,b", "--into says where"),
+        ("precompute.token_logps=true,false", "precompute.token_logps: the runs share stage one"),
+        ("train.output_dir=a,b", "by --into"),
         ("loss.beta=0.1,1e-1", "are the same settings"),
-        ("loss.beta=0.1,-1", "loss.beta: above 0"),
+        ("loss.beta=0.1,-1", "loss.beta: must be a positive finite number"),
         ("train.learning_rat=0.1,0.2", "did you mean learning_rate"),
     ],
 )
@@ -120,7 +123,10 @@ def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
 ) -> None:
     replies = command.Replies(num_prompts=0, max_tokens=1, reward_model=None)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        command.run(make_run(), [], [over], replies=replies)
+        command.run(
+            command.Sweep(config_file=make_run(), overrides=[], over=[over], replies=replies),
+            Commands(entry=cli.run, flag=StopFlag()),
+        )
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "policy").exists()
 

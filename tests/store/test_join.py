@@ -29,7 +29,7 @@ from pipeline.store.reference_table import (
     build_reference_table,
     load_reference_table,
 )
-from pipeline.store.store import Store, check_identity, create_store, finish_store, open_store, write_part
+from pipeline.store.store import PartHeader, Store, check_identity, create_store, finish_store, open_store, write_part
 from support.stores import IDENTITY, forge_part
 
 
@@ -62,10 +62,8 @@ def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapp
             folder,
             unit,
             pairs,
-            fingerprint=fingerprint,
-            token_logps=stored["tokenization"]["token_logps"],
-            ledger=Ledger(rows=len(pairs), kept=len(pairs)),
-            provenance={},
+            Ledger(rows=len(pairs), kept=len(pairs)),
+            header=PartHeader(fingerprint=fingerprint, token_logps=stored["tokenization"]["token_logps"]),
         )
     assert finish_store(folder, len(parts)) == []
     return open_store(folder)
@@ -225,11 +223,11 @@ def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path:
     nan = math.nan
     # Of the pair that was not scored nothing reads as a number.
     expected = np.array([-4, nan, nan, -1, -2, -5, -6, nan, -3], np.float32)
-    assert np.array_equal(batch["ref_token_logps"].numpy(), expected, equal_nan=True)
-    assert "ref_token_logps" not in make_collator(0, 64, packed=True)(rows)
+    assert np.array_equal(batch["joined"].ref_token_logps.numpy(), expected, equal_nan=True)
+    assert make_collator(0, 64, packed=True)(rows)["joined"].ref_token_logps is None
     for row in rows:
         del row["token_start"]
-    assert "ref_token_logps" not in make_collator(0, 64, reader, packed=True)(rows)
+    assert make_collator(0, 64, reader, packed=True)(rows)["joined"].ref_token_logps is None
 
 
 def test_token_logps_are_cut_as_the_sums_are(tmp_path: Path) -> None:
@@ -268,7 +266,7 @@ def test_an_index_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
 
 
 def test_the_index_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_table, "_SORTED_ROWS", 2)
+    monkeypatch.setattr(reference_table, "_ROWS_PER_WRITE", 2)
     store = make_store(tmp_path / "train", [[scored(key(n)) for n in range(9)]])
     table = load_reference_table([store], 64, folder=tmp_path / "index")
     assert list((tmp_path / "index").iterdir()) == []
@@ -542,14 +540,11 @@ def test_a_store_cut_later_joins_with_one_cut_at_this_runs_length(tmp_path: Path
 @given(
     pieces=st.lists(st.lists(_keys, max_size=12), max_size=8),
     asked_for=st.lists(_keys, max_size=12),
-    sorted_rows=st.sampled_from([1, 3, 2**18]),
+    rows_per_write=st.sampled_from([1, 3, 2**18]),
     block=st.sampled_from([1, 4, 128]),
-    declared=st.sampled_from([0, 1, 40, 300]),
 )
 @settings(max_examples=150, deadline=None)
-def test_an_index_of_any_number_of_buckets_is_a_dict(
-    pieces: list[list[bytes]], asked_for: list[bytes], sorted_rows: int, block: int, declared: int
-) -> None:
+def test_an_index_is_a_dict(pieces: list[list[bytes]], asked_for: list[bytes], rows_per_write: int, block: int) -> None:
     """The first of equal keys is what is kept, and an absent key gives nothing, below, between and above the others."""
     oracle: dict[bytes, int] = {}
     arrays = []
@@ -561,9 +556,9 @@ def test_an_index_of_any_number_of_buckets_is_a_dict(
             oracle.setdefault(k, start)
     wanted = [*asked_for, bytes(16), b"\xff" * 16, *oracle]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference_table, "_SORTED_ROWS", sorted_rows)
+        patch.setattr(reference_table, "_ROWS_PER_WRITE", rows_per_write)
         patch.setattr(reference_table, "_BLOCK", block)
-        table = build_reference_table(iter(arrays), declared)
+        table = build_reference_table(iter(arrays))
         at, found = table.look_up(wanted)
     assert [k.ljust(16, b"\0") for k in table.keys.tolist()] == sorted(oracle)
     assert table.rows["token_start"].tolist() == [oracle[k] for k in sorted(oracle)]
@@ -576,7 +571,7 @@ def test_an_index_of_any_number_of_buckets_is_a_dict(
             assert math.isnan(row["chosen_logps"]) and math.isnan(row["rejected_logps"])
 
 
-def test_stores_in_many_buckets_join_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_stores_of_several_parts_join_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [scored(key(n % 70), (-1.0 * (n % 70), -0.5), (-2.0 - n % 70,)) for n in range(100)]
     stores = [
         make_store(tmp_path / "a", [rows[:30], [], rows[30:60]]),
@@ -585,9 +580,9 @@ def test_stores_in_many_buckets_join_as_in_one(tmp_path: Path, monkeypatch: pyte
     ]
     pairs = [asked(key(n), row=n) for n in range(90)]
     found = []
-    for sorted_rows in (2**18, 7):
-        monkeypatch.setattr(reference_table, "_SORTED_ROWS", sorted_rows)
-        token_file = tmp_path / f"tokens-{sorted_rows}"
+    for rows_per_write in (2**18, 7):
+        monkeypatch.setattr(reference_table, "_ROWS_PER_WRITE", rows_per_write)
+        token_file = tmp_path / f"tokens-{rows_per_write}"
         table = load_reference_table(stores, 64, token_file=token_file)
         report, joined_rows = joined(pairs, table, tmp_path)
         assert report == JoinReport(matched=70, missing=20, first_missing="pairs.jsonl line 71", surplus=0)

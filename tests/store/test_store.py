@@ -25,6 +25,7 @@ from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import ScoredPair, SummedPair, part_name, schema, sealed
 from pipeline.store.store import (
+    PartHeader,
     Store,
     create_store,
     delete_store,
@@ -80,14 +81,17 @@ def summed(row: int, chosen: float = -1.75, rejected: float = -2.0, chosen_token
 
 
 def put_part(
-    folder: Path, unit: int, pairs: Sequence[ScoredPair] | Sequence[SummedPair], fingerprint: str, **changes: Any
+    folder: Path,
+    unit: int,
+    pairs: Sequence[ScoredPair] | Sequence[SummedPair],
+    fingerprint: str,
+    *,
+    token_logps: bool = True,
+    ledger: Ledger | None = None,
+    noise: NoiseFloor | None = None,
 ) -> bool:
-    options: dict[str, Any] = {
-        "token_logps": True,
-        "ledger": Ledger(rows=len(pairs), kept=len(pairs)),
-        "provenance": {"device": "cpu"},
-    }
-    return write_part(folder, unit, pairs, fingerprint=fingerprint, **{**options, **changes})
+    header = PartHeader(fingerprint=fingerprint, token_logps=token_logps, provenance={"device": "cpu"})
+    return write_part(folder, unit, pairs, ledger or Ledger(rows=len(pairs), kept=len(pairs)), noise, header=header)
 
 
 def make_store(

@@ -12,7 +12,7 @@ import pytest
 from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger
 from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.store import PartHeader, create_store, finish_store, write_part
 from pipeline.store.verify import verify_store
 from support.models import make_model
 from support.runs import refshard, simple_rows, write_jsonl
@@ -35,7 +35,7 @@ def store_of(folder: Path, units: list[list[Any]], plan: dict[str, Any] = PLAN) 
     fingerprint = create_store(folder, IDENTITY, plan, {})
     for unit, pairs in enumerate(units):
         ledger = Ledger(rows=len(pairs), kept=len(pairs))
-        write_part(folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+        write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     finish_store(folder, len(units))
     return LocalFolder(folder)
 
@@ -47,7 +47,7 @@ def problems_of(folder: LocalFolder) -> str:
 def test_a_whole_store_has_no_problems_and_is_counted(tmp_path: Path) -> None:
     found = verify_store(store_of(tmp_path, [[pair(0), pair(1)], [pair(2)]]))
     assert (found.parts, found.pairs, found.token_logps, found.problems) == (2, 3, 9, [])
-    assert (found.duplicates, found.leftovers, found.strangers) == (0, [], [])
+    assert (found.duplicates, found.leftovers, found.unknown_files) == (0, [], [])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_sums_alone_are_checked_too(tmp_path: Path) -> None:
     summed = SummedPair(
         key=bytes(16), row=0, prompt_tokens=2, chosen_tokens=2, rejected_tokens=1, chosen_logps=-1, rejected_logps=-2
     )
-    write_part(tmp_path, 0, [summed], fingerprint=fingerprint, token_logps=False, ledger=Ledger(1, 1), provenance={})
+    write_part(tmp_path, 0, [summed], Ledger(1, 1), header=PartHeader(fingerprint=fingerprint, token_logps=False))
     finish_store(tmp_path, 1)
     found = verify_store(LocalFolder(tmp_path))
     assert (found.pairs, found.token_logps, found.problems) == (1, 3, [])
@@ -192,5 +192,5 @@ def _forge(values: Path, identity: Path, target: Path) -> None:
             for row in part.to_pylist()
         ]
         ledger = Ledger(rows=len(pairs), kept=len(pairs))
-        write_part(target, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+        write_part(target, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     finish_store(target, len(source.parts))

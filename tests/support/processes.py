@@ -19,7 +19,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
-        *("stages.precompute", "stages.train", "stages.inspect", "stages.sweep.command", "stages.generate", "s3fs"),
+        *(
+            "stages.precompute.command",
+            "stages.train",
+            "stages.inspect",
+            "stages.sweep.command",
+            "stages.generate",
+            "s3fs",
+        ),
         "tests.support.warm",
     ]
 )

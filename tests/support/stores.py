@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import ScoredPair, content_digest
-from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.store import PartHeader, create_store, finish_store, write_part
 
 IDENTITY: dict[str, Any] = {
     "schema": 1,
@@ -46,7 +46,7 @@ def write_store(folder: Path) -> None:
             ledger.rows += 1
             ledger.drop("empty")
             ledger.skipped.append({"row": 9, "reason": "empty"})
-        write_part(folder, unit, pairs, fingerprint=fingerprint, token_logps=True, ledger=ledger, provenance={})
+        write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     assert finish_store(folder, UNITS) == []
 
 
@@ -109,11 +109,9 @@ def write_unit(folder: Path, unit: int, pairs: Sequence[ScoredPair], fingerprint
         folder,
         unit,
         pairs,
-        fingerprint=fingerprint,
-        token_logps=True,
-        ledger=Ledger(rows=len(pairs), kept=len(pairs)),
-        provenance={},
-        noise=NoiseFloor(tokens=100, mean=noise, largest=4 * noise),
+        Ledger(rows=len(pairs), kept=len(pairs)),
+        NoiseFloor(tokens=100, mean=noise, largest=4 * noise),
+        header=PartHeader(fingerprint=fingerprint, token_logps=True),
     )
 
 

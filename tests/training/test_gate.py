@@ -17,14 +17,15 @@ import transformers
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.models import loading
-from pipeline.models.identity import Kinship
+from pipeline.models.identity import PolicyReferenceRelation
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import score
 from pipeline.store.store import Store, open_store, read_parts
 from pipeline.training.gate import Gaps, Gate, choose_sample
-from stages import precompute, train
+from stages import train
+from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import forge_part
@@ -357,13 +358,13 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
 
 def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
     store = Store(folder=Path("shards"), manifest={}, index={"noise": vars(noise)})
-    nothing = Kinship(at_start=True, adapters_off=False, frozen_adapter=None)
+    nothing = PolicyReferenceRelation(at_start=True, adapters_off=False, frozen_adapter=None)
     return Gate(
         store=store,
         reference_dtype=dtype,
         policy_dtype=dtype,
         in_8_bits=False,
-        kinship=nothing,
+        relation=nothing,
         start=0,
         warn_only=False,
     )

@@ -484,8 +484,8 @@ def test_ratios_of_ten_thousand_give_no_nan_under_another_divergence(name: LossN
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["type=[]"], "loss.type: name at least one loss"),
-        (["type=[hinge, sft, hinge]"], "loss.type: a loss is there twice"),
+        (["type=[]"], "loss.type: must be at least one loss"),
+        (["type=[hinge, sft, hinge]"], "loss.type: must be different losses"),
         (["type=[hinge, sft]", "weights=[1]"], "loss.weights: 1 for 2 losses"),
         (["weights=[1, 2]"], "loss.weights: 2 for 1 losses"),
         (["weights=[nan]"], "loss.weights: finite"),

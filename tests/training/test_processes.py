@@ -253,7 +253,7 @@ def _change(runs: Callable[[str], Runs], kind: str, before: str, after: str) -> 
     name = f"{before} then {after}"
     group.stop(name, before)
     ranks = group.train(name, after)
-    assert f"Going on from {group.folder / name}" in ranks[0].out
+    assert f"Resuming {group.folder / name}" in ranks[0].out
     changed = WAYS[before][0] != WAYS[after][0]
     assert ("saved by" in ranks[0].out) == changed
     assert "dropout" not in ranks[0].out
@@ -366,12 +366,18 @@ def _arguments(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world_size": 1}, "train.fsdp: one process has nobody"),
-        ({"fsdp_config": {"version": 1}}, "FSDP2 alone"),
-        ({"fsdp_config": {"xla": True}}, "FSDP2 alone"),
-        ({"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}}, "state_dict_type: expected FULL_STATE_DICT or"),
-        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: can't be set"),
-        ({"fsdp_config": {"activation_checkpointing": "true"}}, "can't be set with an adapter"),
+        ({"world_size": 1}, "train.fsdp: must be off in one process"),
+        ({"fsdp_config": {"version": 1}}, "train.fsdp_config: must be FSDP2's, got version 1"),
+        ({"fsdp_config": {"xla": True}}, "xla True"),
+        (
+            {"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}},
+            "state_dict_type: must be FULL_STATE_DICT or SHARDED_STATE_DICT, got LOCAL",
+        ),
+        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: must be off"),
+        (
+            {"fsdp_config": {"activation_checkpointing": "true"}},
+            "activation_checkpointing: must be off with an adapter",
+        ),
     ],
 )
 def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -384,8 +390,8 @@ def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "train.fsdp: accelerate launch was told"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "train.deepspeed: accelerate launch was told"),
+        ("ACCELERATE_USE_FSDP", "true", "train.fsdp: must be set, as accelerate launch was told"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "train.deepspeed: must be set, as accelerate launch was told"),
         ("WORLD_SIZE", "2", "2 processes were started, but none sees a GPU"),
     ],
 )
@@ -415,7 +421,7 @@ def test_zero_3_that_would_save_no_policy_is_refused() -> None:
         if on:
             arguments._check_deepspeed(made)
         else:
-            with pytest.raises(ConfigError, match="stage3_gather_16bit_weights_on_model_save: true"):
+            with pytest.raises(ConfigError, match="stage3_gather_16bit_weights_on_model_save must be true"):
                 arguments._check_deepspeed(made)
 
 

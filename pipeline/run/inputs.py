@@ -1,0 +1,97 @@
+"""Inputs of an attempt: one record for `inputs.json` and for the model card."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import Config, PolicyConfig
+from pipeline.store.store import Store
+
+__all__ = ["PolicyInputs", "ReferenceInputs", "RunInputs", "SetInputs", "describe_adapter", "describe_reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceInputs:
+    """The reference whose log-probs are trained on."""
+
+    name: str
+    """Name for people"""
+    identity: Mapping[str, Any]
+    """The manifest's identity of the reference"""
+    fingerprint: str
+    """Fingerprint of the store"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyInputs:
+    """The policy before training."""
+
+    model: str
+    adapter: str | None
+    """The trained adapter, described for people; None if all weights are trained"""
+    dtype: str | None
+    parameters: int
+    """Number of parameters"""
+    trained_parameters: int
+    """Number of parameters that are trained"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetInputs:
+    """A set after the join to its store."""
+
+    dataset: str
+    """Source of the rows, described for people"""
+    ledger: Mapping[str, Any]
+    """Counts of rows read, kept, and dropped by reason"""
+    matched: int
+    """Number of pairs with reference log-probs"""
+    missing: int
+    """Number of pairs without"""
+    tokens: Mapping[str, int]
+    """Number of tokens of all joined prompts, chosen and rejected completions"""
+    store: str | None
+    """Folder of the store; None if no pair of the set is scored (a window that does not use it)"""
+    noise: Mapping[str, Any] | None
+    """The store's noise floor; None without a store"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """Inputs of an attempt."""
+
+    reference: ReferenceInputs
+    policy: PolicyInputs
+    sets: Mapping[str, SetInputs]
+    stage_one: list[dict[str, Any]]
+    """Costs of stage one, as its workers have recorded them"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the content of `inputs.json`."""
+        content = dataclasses.asdict(self)
+        for of_set in content["sets"].values():
+            for key in ("store", "noise"):
+                if of_set[key] is None:
+                    del of_set[key]
+        return content
+
+
+def describe_adapter(policy: PolicyConfig) -> str | None:
+    """Describe the adapter that is trained; None if all weights are."""
+    if policy.lora:
+        return f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
+    if policy.ia3:
+        return f"IA3, on {policy.ia3.target_modules or 'the layers usual for its architecture'}"
+    return f"adapter {policy.adapter}" if policy.adapter else None
+
+
+def describe_reference(config: Config, store: Store) -> ReferenceInputs:
+    """Name the reference that a store was scored with."""
+    name = config.reference.declared or config.reference.model or config.policy.model
+    if adapter := store.manifest["declared"].get("reference_adapter"):
+        name += f" with adapter {adapter}"
+    if sync := config.reference.sync:
+        # The last window's own reference is a folder that the run deletes.
+        name += f", moved toward the policy every {sync.steps} steps (alpha {sync.mixup_alpha:g})"
+    return ReferenceInputs(name=name, identity=store.manifest["identity"]["reference"], fingerprint=store.fingerprint)

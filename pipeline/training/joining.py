@@ -1,0 +1,136 @@
+"""Join the sets of a run to their stores: one Arrow file a set, which every process of the run then reads."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import datasets
+import pyarrow.compute as pc
+
+from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
+from pipeline.base.signals import StopFlag
+from pipeline.config.schema import Config
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.loading import load_pairs
+from pipeline.data.sources import describe, open_source
+from pipeline.models.files import policy_settings
+from pipeline.run.inputs import SetInputs
+from pipeline.store.join import JoinReport, join
+from pipeline.store.reference_table import TokenLogps, load_reference_table
+from pipeline.store.store import Store
+
+__all__ = ["count_pairs", "join_sets", "joined_token_logps", "open_joined"]
+
+
+def join_sets(
+    config: Config,
+    stores: Mapping[str, Store],
+    tokenizer: Any,
+    folder: Path,
+    flag: StopFlag,
+    *,
+    window: int | None = None,
+) -> dict[str, SetInputs]:
+    """Join every set to its store; give what became of its rows, by set.
+
+    Args:
+        config: The run's settings.
+        stores: Stores by set; within a window, sets that are not used have none.
+        tokenizer: The policy's.
+        folder: Folder for the joined files.
+        flag: The stop request.
+        window: Number of the window, whose own pairs alone have reference logps; the others are kept without.
+
+    Raises:
+        DataError: Pairs have no reference logps, and `train.on_missing` is stop.
+        ConfigError: The tokenizer gives an id that the policy does not have.
+        UnfinishedError: A signal or the time asked to stop.
+    """
+    joined = {}
+    for name in config.data.sets:
+        source, store, ledger = open_source(config.data, config.data.eval.get(name)), stores.get(name), Ledger()
+        pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
+        table = load_reference_table(
+            [] if store is None else [store],
+            config.data.max_length,
+            ld_alpha=config.loss.ld_alpha,
+            folder=folder,
+            token_file=_token_file(folder),
+        )
+        report = join(pairs, table, _joined_file(folder, name), keep_missing=window is not None)
+        if window is not None:
+            click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window}")
+        else:
+            assert store is not None
+            click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
+            _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
+        columns = open_joined(folder, name).data.table
+        joined[name] = SetInputs(
+            dataset=describe(source),
+            ledger=ledger.as_dict(),
+            matched=report.matched,
+            missing=report.missing,
+            tokens={
+                side: int(pc.sum(pc.list_value_length(columns[f"{side}_ids"])).as_py() or 0)
+                for side in ("prompt", "chosen", "rejected")
+            },
+            store=None if store is None else str(store.folder),
+            noise=None if store is None else dict(store.index["noise"]),
+        )
+    return joined
+
+
+def open_joined(folder: Path, name: str) -> datasets.Dataset:
+    """Open a joined set, memory-mapped."""
+    return datasets.Dataset.from_file(str(_joined_file(folder, name)))
+
+
+def joined_token_logps(folder: Path) -> TokenLogps:
+    """Give the reference token logps that the joined sets' `token_start` counts in."""
+    return TokenLogps(_token_file(folder))
+
+
+def count_pairs(config: Config, tokenizer: Any, flag: StopFlag) -> int:
+    """Count the pairs of the training set that are kept. Raises UnfinishedError if asked to stop."""
+    return sum(1 for _ in _until_stopped(load_pairs(open_source(config.data), tokenizer, config.data, Ledger()), flag))
+
+
+def _joined_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.arrow"
+
+
+def _token_file(folder: Path) -> Path:
+    return folder / "token-logps.f32"
+
+
+def _check_matched(report: JoinReport, kept: int, dataset: str, store: Store, on_missing: str) -> None:
+    if report.missing and on_missing == "stop":
+        raise DataError(
+            f"{report.missing:,} of {kept:,} pairs of {dataset} have no reference logps in {store.folder} (first: "
+            f"{report.first_missing}). If the dataset has changed since they were scored, run refshard precompute "
+            "into a new precompute.output. To train without these pairs, set train.on_missing: drop"
+        )
+    if report.matched == 0:
+        raise DataError(f"{dataset}: none of its {kept:,} pairs is in {store.folder}; nothing to train on")
+
+
+def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPair]:
+    for pair in pairs:
+        if flag:
+            raise stopped_as_asked("nothing was to be saved", "before training began")
+        yield pair
+
+
+def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
+    """Check each pair's ids: one past the embedding is a crash without a name on a GPU."""
+    size = getattr(policy_settings(config), "vocab_size", None)
+    for pair in pairs:
+        ids = pair.pair
+        top = max(max(ids.prompt_ids), max(ids.chosen_ids), max(ids.rejected_ids))
+        if size is not None and top >= size:
+            raise ConfigError(
+                f"policy.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; its weights "
+                "and its tokenizer do not belong together"
+            )
+        yield pair

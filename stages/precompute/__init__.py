@@ -1,0 +1,1 @@
+"""`refshard precompute`: stage one, which scores pairs with the frozen reference into shards."""

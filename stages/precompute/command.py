@@ -1,0 +1,227 @@
+"""Stage one: stream the pairs through the frozen reference, and write their log-probs to shards.
+
+Workers share nothing but the folder. Worker I of N takes the units whose number leaves I when divided by N, and skips
+those that are there. A worker that finds all of them there writes the index. So any number of workers can start a run,
+and any other number can finish it. Each of several processes of one launch is a worker, unless they hold one reference
+together (`precompute.tp_plan`): then the first process is the only worker.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from pipeline.base.digests import sha256_of_files
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.folders import open_folder
+from pipeline.base.signals import StopFlag, watch_signals
+from pipeline.base.versions import library_versions
+from pipeline.config.schema import Config
+from pipeline.data.intake import Ledger
+from pipeline.data.rows import Source
+from pipeline.data.sources import data_files, describe, open_source
+from pipeline.models.files import declared_reference, load_tokenizer, policy_settings
+from pipeline.models.identity import check_dtypes, identity_of_run
+from pipeline.models.loading import pick_device
+from pipeline.run.records import delete_costs
+from pipeline.scoring.memory import free_memory, is_out_of_memory
+from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
+from pipeline.store.reuse import Reusable, open_reusable
+from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
+from pipeline.training.losses import router_aux_weight
+from pipeline.training.windows import next_window
+from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer, stamps_of
+
+__all__ = ["run"]
+
+
+def run(
+    config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = False, stop_at: float | None = None
+) -> None:
+    """Score the training split and every held-out set; do only what is missing.
+
+    Args:
+        config: The run's settings.
+        worker: (I, N): this process is worker I, from 0, of N; where several were launched together, all of them are.
+        overwrite: Delete the stores that are there and score anew.
+        stop_at: Time to stop, on `time.monotonic`'s clock.
+
+    Raises:
+        UnfinishedError: A signal or the time asks to stop; the finished units are saved.
+        IdentityError: The output folder holds shards of another reference, tokenization or dataset.
+        DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
+        ConfigError: A setting is impossible here.
+    """
+    flag = watch_signals(stop_at)
+    if config.precompute.tp_plan is not None:
+        ensemble = Ensemble(flag)
+        if not ensemble.leads:
+            _follow(config, ensemble)
+            return
+        with ensemble.leading():
+            _run(config, worker, flag, ensemble, overwrite=overwrite)
+        return
+    if overwrite and processes_of_launch()[1] > 1:
+        raise ConfigError(
+            "--overwrite: each of several processes would delete what the others have begun. Delete "
+            f"{config.precompute.output} yourself, or start one process first"
+        )
+    _run(config, share_of_process(worker), flag, None, overwrite=overwrite)
+
+
+def _follow(config: Config, ensemble: Ensemble) -> None:
+    """Run the leader's forward passes on this process's part of the reference, until the leader says to leave."""
+    model: Any = None
+    while True:
+        order, content = ensemble.receive()
+        if order == "leave":
+            if content:
+                raise click.exceptions.Exit(content)
+            return
+        if order == "load":
+            model = load_reference_scorer(config, load_tokenizer(config, weights=False), ensemble).model
+            continue
+        try:
+            LeaderModel.follow(model, content, ensemble, pick_device())
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # The leader continues with smaller batches.
+        free_memory()
+
+
+def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensemble | None, *, overwrite: bool) -> None:
+    if config.reference.declared is not None:
+        raise ConfigError(
+            "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
+            "refshard import, or name a model in reference.model"
+        )
+    if not config.train.is_empty:
+        # Report a mistake in the other stage's section before an hour of scoring, not after it.
+        _ = config.train.options
+        check_dtypes(config)
+        router_aux_weight(policy_settings(config), config.loss)
+    sources = {"train": open_source(config.data)}
+    sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
+    tokenizer = load_tokenizer(config)
+    # The run's folder, not a window's, which is deleted when its reference has moved.
+    costs_in = open_folder(config.precompute.output)
+    rows = None
+    if config.reference.sync is not None:
+        window = next_window(config, sources, tokenizer)
+        if window is None:
+            return
+        config, sources, rows = window
+    identity = identity_of_run(config, tokenizer)
+    worker = Worker(
+        config=config,
+        share=share,
+        tokenizer=tokenizer,
+        reference=Reference(config, tokenizer, ensemble),
+        reusable=open_reusable(config.precompute.reuse, identity),
+        flag=flag,
+        costs_in=costs_in,
+    )
+    missing = 0
+    for name, source in sources.items():
+        if overwrite:
+            delete_store(open_folder(config.precompute.output).child(name))
+            delete_costs(costs_in, name)
+        job = _make_job(name, source, rows if name == "train" else None, worker, identity)
+        missing += worker.score(job)
+        if is_finished(job.folder):
+            _report_finished(job)
+    if missing:
+        click.echo(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
+
+
+def _make_job(
+    name: str, source: Source, rows: frozenset[int] | None, worker: Worker, identity: Mapping[str, Any]
+) -> ScoringJob:
+    """Create the store of a set, or check that the one that is there is this run's."""
+    config = worker.config
+    folder = open_folder(config.precompute.output).child(name)
+    # Before the plan takes the data's digest: a change in between must be noticed.
+    stamps = stamps_of(source)
+    plan = _plan(config, source, worker.reusable, rows)
+    header = PartHeader(
+        fingerprint=create_store(folder, identity, plan, _declared(config, source)),
+        token_logps=config.precompute.token_logps,
+        provenance=_provenance(config),
+    )
+    return ScoringJob(name=name, source=source, stamps=stamps, rows=rows, folder=folder, header=header)
+
+
+def _report_finished(job: ScoringJob) -> None:
+    store = open_store(job.folder)
+    totals = Ledger()
+    totals.add(dict(store.index["totals"]))
+    click.echo(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.parts)} parts)")
+    if totals.kept == 0:
+        raise DataError(f"{job.folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
+
+
+def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[int] | None) -> dict[str, Any]:
+    """Give what a part's content depends on besides the identity; a store is continued only if all of it is equal.
+
+    `data.on_bad_row` is left out: no part holds a bad row. So a run that stopped at one can resume with `skip`.
+    """
+    files = data_files(source)
+    local = bool(files)
+    of_window = {}
+    if rows is not None:
+        digest = hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
+        of_window = {"window": f"{len(rows)} pairs in the order of training ({digest[:12]})"}
+    return {
+        **of_window,
+        "rows_per_shard": config.precompute.rows_per_shard,
+        "on_identical": config.data.on_identical,
+        "columns": dict(source.columns),
+        "reuse": [store.digest for store in reusable.stores],
+        "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
+        # Local data is identified by content: a moved file is the same, an edited one is not.
+        "dataset": (
+            sha256_of_files(files) if local else {"path": source.path, "name": source.name, "revision": source.revision}
+        ),
+        "split": source.split,
+    }
+
+
+def _declared(config: Config, source: Source) -> dict[str, Any]:
+    return {
+        **declared_reference(config),
+        "dataset": describe(source),
+        "data": _data_of(source),
+        "tokens_per_batch": config.precompute.tokens_per_batch,
+    }
+
+
+def _data_of(source: Source) -> dict[str, Any]:
+    """Give the settings of `data` that read a set's rows again."""
+    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
+    return {
+        "path": source.path,
+        "name": source.name,
+        "revision": source.revision,
+        "split": source.split + range_of_rows,
+        "format": source.format,
+        "columns": dict(source.columns),
+        "streaming": source.streaming,
+    }
+
+
+def _provenance(config: Config) -> Mapping[str, Any]:
+    section = config.precompute
+    spread: dict[str, str] = {}
+    if section.device_map is not None:
+        spread["device_map"] = section.device_map
+    if section.tp_plan is not None:
+        spread["tp_plan"] = f"{section.tp_plan}, {processes_of_launch()[1]} processes"
+    return {
+        "tokens_per_batch": section.tokens_per_batch,
+        "device": pick_device().type,
+        **spread,
+        "versions": library_versions(),
+    }

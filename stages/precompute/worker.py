@@ -1,0 +1,378 @@
+"""One worker of stage one: score the missing units of a set with the reference, and write them as parts.
+
+rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> one Parquet part per unit
+'------------- loading processes ---------------'   '---- this process ---'   '----- a thread -----'
+"""
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, stopped_as_asked
+from pipeline.base.folders import Folder
+from pipeline.base.progress import Progress, emit
+from pipeline.base.signals import StopFlag
+from pipeline.config.schema import Config
+from pipeline.data.intake import KeptPair, Ledger
+from pipeline.data.loading import Unit, UnitQueue, count_loaders
+from pipeline.data.rows import Source
+from pipeline.data.sources import count_rows, data_files
+from pipeline.models.files import reference_sources
+from pipeline.models.loading import pick_device
+from pipeline.run.records import write_cost
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring.memory import name_of_device, peak_memory
+from pipeline.scoring.scorer import Scorer, load_scorer
+from pipeline.scoring.selfcheck import not_packed
+from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel
+from pipeline.store.format import ScoredPair
+from pipeline.store.reuse import Reusable, copy_scored
+from pipeline.store.store import PartHeader, finish_store, is_finished, part_exists, parts_there, write_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
+
+
+_MOST_LOADERS = 4
+"""Loading processes of one worker: the reference takes the time, and a few keep up with it"""
+_PAIRS_PER_SECOND_SCORING = 64
+"""Pairs of a unit for each one that is scored twice: 1.6% of the work"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringJob:
+    """One set to score: the same for all workers."""
+
+    name: str
+    source: Source
+    stamps: list[tuple[int, int]]
+    """Result of `stamps_of` when the data's digest was taken"""
+    rows: frozenset[int] | None
+    """Rows to score; None for all"""
+    folder: Folder
+    header: PartHeader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One process that scores."""
+
+    config: Config
+    share: tuple[int, int]
+    """(index, count): the worker takes every unit whose number leaves index when divided by count"""
+    tokenizer: "PreTrainedTokenizerBase"
+    reference: "Reference"
+    reusable: Reusable
+    """Stores to copy scored pairs from"""
+    flag: StopFlag
+    """Set when the process is asked to stop"""
+    costs_in: Folder
+    """Folder that the cost of the scoring is recorded in"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.share[0]}/{self.share[1]}"
+
+    def score(self, job: ScoringJob) -> int:
+        """Score this worker's missing units, and finish the store if no unit is missing.
+
+        While a unit is scored, the next ones are read and tokenized, and the last ones are written.
+
+        Returns:
+            Number of units that other workers still owe.
+        """
+        if is_finished(job.folder):
+            return 0
+        total = count_rows(job.source) if job.rows is None else len(job.rows)
+        to_do = self._rows_to_do(job, total)
+        size = self.config.precompute.rows_per_shard
+        queue = UnitQueue(
+            job.source,
+            self.tokenizer,
+            self.config.data,
+            rows_per_unit=size,
+            wanted=job.rows,
+            share=self.share,
+            is_done=functools.partial(part_exists, job.folder),
+            num_loaders=count_loaders(job.source, to_do, size, most=_MOST_LOADERS),
+        )
+        with (
+            queue as units,
+            _Account(self.costs_in, job.name, self.name, to_do) as account,
+            _Writer(job.folder, job.header) as writer,
+        ):
+            for unit in units:
+                if part_exists(job.folder, unit.number):
+                    # A copy of this worker wrote the part since the unit was read.
+                    continue
+                if self.flag:
+                    raise stopped_as_asked("finished units are saved")
+                scored, noise = self._score_unit(unit, account)
+                _check_unchanged(job)
+                writer.put(unit, scored, noise)
+        _check_unchanged(job)
+        return len(finish_store(job.folder, queue.num_units))
+
+    def _score_unit(self, unit: Unit, account: "_Account") -> tuple[list[ScoredPair], NoiseFloor]:
+        """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
+        copied = copy_scored(self.reusable, unit.pairs)
+        new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
+        fresh, noise = self.reference.score_unit(new, self.flag, account.add) if new else ([], NoiseFloor())
+        unread = iter(fresh)
+        scored = [copied[i] if i in copied else next(unread) for i in range(len(unit.pairs))]
+        scored = _finite(scored, unit.pairs, self.config.precompute.on_nonfinite, unit.ledger)
+        account.finish_unit(unit)
+        if copied:
+            unit.ledger.noted["copied from other shards"] += len(copied)
+        return scored, noise
+
+    def _rows_to_do(self, job: ScoringJob, total: int | None) -> int | None:
+        """Count the rows of this worker's missing units; None where the set's size is not known."""
+        if total is None:
+            return None
+        size = self.config.precompute.rows_per_shard
+        there = parts_there(job.folder)
+        mine = range(self.share[0], -(-total // size), self.share[1])
+        return sum(min(size, total - unit * size) for unit in mine if unit not in there)
+
+
+def stamps_of(source: Source) -> list[tuple[int, int]]:
+    """Give the size and the modification time of each file. Raises StorageError."""
+    try:
+        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in data_files(source)]
+    except OSError as error:
+        raise StorageError(f"{source.path}: can't be read ({error.strerror})") from error
+
+
+def _check_unchanged(job: ScoringJob) -> None:
+    """Refuse to commit rows that may differ from those whose digest is in the manifest."""
+    if stamps_of(job.source) != job.stamps:
+        raise IdentityError(
+            f"{job.source.path}: changed while it was scored. Parts written before are kept. Restore the file and run "
+            "the same command again, or score the new one into another precompute.output (precompute.reuse copies)"
+        )
+
+
+class _Account:
+    """Progress of a set, shown as it grows, and the cost of scoring it, written however the scoring ends."""
+
+    _SECONDS_BETWEEN_UPDATES = 0.5
+
+    def __init__(self, output: Folder, name: str, worker: str, to_do: int | None) -> None:
+        self._output, self._name, self._worker = output, name, worker
+        self._device = pick_device()
+        self._progress = Progress(name, to_do, "rows")
+        self._pairs = self._rows = self._tokens = 0
+        self._of_unit = 0
+        self._last_update = time.monotonic()
+
+    def __enter__(self) -> "_Account":
+        return self
+
+    def add(self, pair: KeptPair) -> None:
+        """Count a pair that was scored."""
+        self._of_unit += 1
+        self._rows += 1
+        self._pairs += 1
+        self._tokens += _num_tokens(pair)
+        if time.monotonic() - self._last_update > self._SECONDS_BETWEEN_UPDATES:
+            self._update()
+
+    def finish_unit(self, unit: Unit) -> None:
+        """Count the unit's dropped and copied rows too."""
+        self._rows += unit.ledger.rows - self._of_unit
+        self._of_unit = 0
+        self._update()
+
+    def _update(self) -> None:
+        self._last_update = time.monotonic()
+        self._progress.advance(self._rows, tokens=self._tokens, memory=peak_memory(self._device))
+        self._rows = self._tokens = 0
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+        if not self._pairs:
+            return
+        cost = {
+            "set": self._name,
+            "worker": self._worker,
+            "seconds": self._progress.seconds,
+            "pairs": self._pairs,
+            "tokens": self._progress.tokens,
+            "memory_bytes": peak_memory(self._device),
+            "device": name_of_device(self._device),
+        }
+        write_cost(self._output, cost)
+        emit("cost", cost)
+
+
+class Reference:
+    """The reference model. The first unit that needs it loads it, so a rerun with nothing to do loads nothing."""
+
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None = None) -> None:
+        self._config, self._tokenizer, self._ensemble = config, tokenizer, ensemble
+        self._scorer: Scorer | None = None
+
+    def score_unit(
+        self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None]
+    ) -> tuple[list[ScoredPair], NoiseFloor]:
+        """Score the pairs of one unit, and a few of them a second time in another batch.
+
+        Args:
+            pairs: Pairs of the unit.
+            flag: Set when the process is asked to stop.
+            count: Called for each scored pair.
+
+        Returns:
+            The scored pairs, in the order of `pairs`, and the differences of the second scoring from the first.
+
+        Raises:
+            UnfinishedError: The process is asked to stop; the whole unit is dropped.
+        """
+        if self._scorer is None:
+            self._scorer = self._load()
+        self._check_vocabulary(self._scorer, pairs)
+        scored = self._score(self._scorer, pairs, flag, count)
+        # A single pair has no other batch.
+        twice = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
+        again = [i * len(pairs) // twice for i in range(twice)]
+        second = self._score(self._scorer, [pairs[i] for i in again], flag, None)
+        return scored, _noise_floor([scored[i] for i in again], second)
+
+    def _score(
+        self, scorer: Scorer, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
+    ) -> list[ScoredPair]:
+        """Score pairs in batches of similar length; give them in the order of `pairs`."""
+        scored: dict[int, ScoredPair] = {}
+        for i, chosen, rejected in scorer.logps([p.pair for p in pairs]):
+            scored[i] = ScoredPair(
+                key=pairs[i].key,
+                row=pairs[i].row,
+                prompt_tokens=len(pairs[i].pair.prompt_ids),
+                chosen_token_logps=chosen,
+                rejected_token_logps=rejected,
+            )
+            if count is not None:
+                count(pairs[i])
+            if flag:
+                raise stopped_as_asked("finished units are saved")
+        return [scored[i] for i in range(len(pairs))]
+
+    def _load(self) -> Scorer:
+        where = str(pick_device())
+        if self._config.precompute.device_map is not None:
+            where = "all GPUs that this process sees" if pick_device().type == "cuda" else where
+        if self._ensemble is not None:
+            where = f"{self._ensemble.num_processes} processes"
+            self._ensemble.send(("load", None))
+        click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
+        scorer = load_reference_scorer(self._config, self._tokenizer, self._ensemble)
+        elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")
+        if elsewhere:
+            click.echo(
+                f"warning: {elsewhere:,} of the reference's weights do not fit the devices' memory and are fetched for "
+                "every batch, which is slow; use more GPUs or a narrower reference.dtype",
+                err=True,
+            )
+        if not scorer.packed:
+            click.echo(f"warning: {not_packed(scorer.model)}", err=True)
+        if self._ensemble is not None:
+            scorer.model = LeaderModel(scorer.model, self._ensemble)
+        return scorer
+
+    def _check_vocabulary(self, scorer: Scorer, pairs: list[KeptPair]) -> None:
+        # On a GPU, an id beyond the embedding crashes without a message.
+        size = scorer.model.get_input_embeddings().weight.shape[0]
+        for pair in pairs:
+            top = max(max(pair.pair.prompt_ids), max(pair.pair.chosen_ids), max(pair.pair.rejected_ids))
+            if top >= size:
+                raise ConfigError(
+                    f"reference.model: {pair.place} holds token id {top}, but the model's vocabulary has {size}; "
+                    "reference and policy must share one vocabulary"
+                )
+
+
+def load_reference_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None) -> Scorer:
+    """Load and check the reference, in all processes of an ensemble at once."""
+
+    def load() -> Scorer:
+        scorer = load_scorer(config, tokenizer, tokens_per_batch=config.precompute.tokens_per_batch)
+        scorer.fit()
+        return scorer
+
+    if ensemble is None:
+        return load()
+    scorer = ensemble.together(load)
+    scorer.tokens_per_batch = ensemble.smallest(scorer.fit())
+    return scorer
+
+
+def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
+    return NoiseFloor.of(
+        [
+            getattr(a, side).astype(np.float64) - getattr(b, side)
+            for a, b in zip(once, again, strict=True)
+            for side in ("chosen_token_logps", "rejected_token_logps")
+        ]
+    )
+
+
+class _Writer:
+    """Writes parts in a thread, in order, so that scoring does not wait for the disk.
+
+    A failed write raises its error at a later `put`, or at the end. The end, even by an error, writes all parts first.
+    """
+
+    # A full disk loses the pending parts, and scoring hardly ever waits for one.
+    _MOST_PENDING = 2
+
+    def __init__(self, folder: Folder, header: PartHeader) -> None:
+        self._write = functools.partial(write_part, folder, header=header)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: deque[Future[bool]] = deque()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def put(self, unit: Unit, scored: list[ScoredPair], noise: NoiseFloor) -> None:
+        """Write a part in the thread; wait while too many are pending."""
+        while self._pending and (len(self._pending) >= self._MOST_PENDING or self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, unit.number, scored, unit.ledger, noise))
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
+        # An error of an earlier unit replaces the one that ends the block.
+        while self._pending:
+            self._pending.popleft().result()
+
+
+def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, ledger: Ledger) -> list[ScoredPair]:
+    """Keep the pairs whose log-probs are all finite; others stop the run, or are dropped and counted."""
+    kept = []
+    for result, pair in zip(scored, pairs, strict=True):
+        if np.isfinite(result.chosen_token_logps).all() and np.isfinite(result.rejected_token_logps).all():
+            kept.append(result)
+            continue
+        if on_nonfinite == "stop":
+            raise DataError(
+                f"{pair.place}: the reference gives a log-prob that is not finite; its dtype may be too narrow "
+                "(reference.dtype: float32), or set precompute.on_nonfinite: drop"
+            )
+        ledger.kept -= 1
+        ledger.drop("nonfinite")
+    return kept
+
+
+def _num_tokens(pair: KeptPair) -> int:
+    """Tokens of a pair's two sequences, the prompt counted in each."""
+    return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)

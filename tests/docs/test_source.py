@@ -1,0 +1,72 @@
+"""What must hold for every module of the sources: its size, its functions' size, the first word of its docstrings."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.floors import ROOT
+
+SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
+TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES}
+
+MOST_LINES = 450
+MOST_LINES_OF_A_FUNCTION = 80
+MOST_PARAMETERS = 7
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield name, node
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_docstring_starts_with_a_word_that_hides_its_subject(name: str) -> None:
+    texts = [
+        (node.lineno, node.value.value.strip())
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    assert not [found for found in texts if re.match(r"(Of|What|Whose|That|Where|Whether)\b", found[1])]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_module_is_read_at_one_sitting(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_a_function_fits_on_a_screen_or_two() -> None:
+    long = [
+        (name, node.name) for name, node in functions() if node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION
+    ]  # type: ignore[operator]
+    assert not long
+
+
+def test_a_function_takes_at_most_seven_parameters_unless_click_calls_it() -> None:
+    many = []
+    for name, node in functions():
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([p for p in parameters if p.arg not in ("self", "cls")])
+        is_command = any("command" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if count > MOST_PARAMETERS and not is_command:
+            many.append((name, node.name, count))
+    assert not many
+
+
+def test_no_test_imports_another_or_the_conftest() -> None:
+    wrong = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            wrong += [(file.name, m) for m in modules if m == "conftest" or m.split(".")[-1].startswith("test_")]
+    assert not wrong
+
+
+def test_every_test_module_lies_in_a_folder() -> None:
+    assert sorted(path.name for path in (ROOT / "tests").glob("*.py")) == ["conftest.py"]
+    assert Path(ROOT / "tests" / "support" / "__init__.py").exists()

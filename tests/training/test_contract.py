@@ -1,0 +1,252 @@
+"""The private and undocumented things of other libraries that this package leans on, each by name.
+
+An upgrade that renames one of them may leave an override that is never called, with no other sign of it. Each test
+says which assumption died.
+"""
+
+import atexit
+import inspect
+import multiprocessing.util
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.data_loader import DataLoaderShard
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from peft.tuners import lora
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Trainer
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.integrations import deepspeed, integration_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer_pt_utils import find_batch_size
+
+from pipeline.data.tokens import TokenizedPair
+from pipeline.scoring.packing import pad_pairs
+from pipeline.training.batches import JoinedBatch
+from pipeline.training.trainer import PairTrainer
+
+OVERRIDDEN = {
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+}
+"""Private methods of the library's trainer in place of which ours are called"""
+
+PARAMETERS = {
+    # Overridden, private.
+    "_save_checkpoint": ["model", "trial"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    # Called, private.
+    "_evaluate": ["trial", "ignore_keys_for_eval"],
+    "_determine_best_metric": ["metrics", "trial"],
+    "_load_best_model": [],
+    # Overridden, public; the second parameter of save_model is not.
+    "create_accelerator_and_postprocess": [],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "floating_point_ops": ["inputs"],
+    "get_train_dataloader": [],
+    "get_eval_dataloader": ["eval_dataset"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "save_model": ["output_dir", "_internal_call"],
+    "log": ["logs", "start_time"],
+}
+
+CALLERS = {
+    "_save_checkpoint": "_maybe_log_save_evaluate",
+    "_save_optimizer_and_scheduler": "_save_checkpoint",
+    "_load_from_checkpoint": "train",
+    "_load_optimizer_and_scheduler": "_prepare_for_training",
+    "save_model": "_save_checkpoint",
+    "prediction_step": "evaluation_loop",
+    "get_train_dataloader": "_inner_training_loop",
+    "get_eval_dataloader": "evaluate",
+    "create_accelerator_and_postprocess": "__init__",
+    "floating_point_ops": "_run_epoch",
+    "is_in_train": "train",
+    "model_accepts_loss_kwargs": "training_step",
+}
+"""Where the library calls a method, or reads an attribute, that is ours"""
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_few_private_methods_of_the_librarys_trainer_are_overridden() -> None:
+    theirs = {name for name in vars(PairTrainer) if hasattr(Trainer, name)}
+    assert {name for name in theirs if _is_private(name)} == OVERRIDDEN
+    assert len(OVERRIDDEN) <= 4
+    public = {name for name in theirs if not name.startswith("_") and callable(getattr(Trainer, name))}
+    assert public | OVERRIDDEN == PARAMETERS.keys() - {"_evaluate", "_determine_best_metric", "_load_best_model"}
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_a_method_of_the_trainer_has_the_parameters_that_are_handed_to_it(method: str) -> None:
+    theirs = list(inspect.signature(getattr(Trainer, method)).parameters)[1:]
+    assert theirs[: len(PARAMETERS[method])] == PARAMETERS[method]
+    others = theirs[len(PARAMETERS[method]) :]
+    assert method == "_evaluate" or not others, f"the library may hand over {others}, too"
+
+
+@pytest.mark.parametrize("method", CALLERS)
+def test_the_trainer_calls_what_is_overridden(method: str) -> None:
+    assert f"self.{method}" in inspect.getsource(getattr(Trainer, CALLERS[method]))
+
+
+def test_the_control_that_is_saved_says_that_an_evaluation_is_due() -> None:
+    control = transformers.TrainerControl(should_evaluate=True)
+    assert type(control).__name__ == "TrainerControl"
+    assert control.state()["args"]["should_evaluate"] is True
+
+
+def test_batches_of_the_loop_go_to_their_device_by_themselves() -> None:
+    """The library rounds float tensors of a batch to the policy's dtype under DeepSpeed: reference logps, too."""
+    ids = [1, 2, 3]
+    column = torch.tensor([-350.25])
+    joined = JoinedBatch(
+        batch=pad_pairs([TokenizedPair(prompt_ids=ids, chosen_ids=ids, rejected_ids=ids)], 0),
+        ref_chosen_logps=column,
+        ref_rejected_logps=column,
+        truncated=torch.tensor([False]),
+        ref_token_logps=None,
+    )
+    inputs = {"rows": torch.tensor([7]), "joined": joined}
+    trainer = object.__new__(PairTrainer)
+    dtype = type("Config", (), {"dtype": lambda self: torch.bfloat16})()
+    state = type("State", (), {"deepspeed_plugin": type("Plugin", (), {"hf_ds_config": dtype})()})()
+    trainer.accelerator = type("Fake", (), {"state": state})()
+    trainer.args = type("Arguments", (), {"device": torch.device("cpu")})()  # type: ignore[assignment]
+    trainer.is_deepspeed_enabled = True
+    assert trainer._prepare_inputs({"logps": column})["logps"].dtype == torch.bfloat16
+    prepared: Any = trainer._prepare_inputs(inputs)
+    assert prepared["joined"].ref_chosen_logps.dtype == torch.float32
+    moved = send_to_device(inputs, torch.device("meta"))["joined"]
+    assert moved.ref_chosen_logps.device.type == moved.batch.input_ids.device.type == "meta"
+    assert moved.ref_token_logps is None
+    assert find_batch_size(inputs) == accelerate.utils.find_batch_size(inputs) == 1
+
+
+def test_the_loader_that_has_the_workers_is_inside_of_accelerates() -> None:
+    plain = torch.utils.data.DataLoader([1, 2], num_workers=0)  # type: ignore[arg-type]
+    prepared: Any = Accelerator(cpu=True).prepare(plain)
+    assert isinstance(prepared, DataLoaderShard)
+    assert isinstance(prepared.base_dataloader, torch.utils.data.DataLoader)
+    assert hasattr(prepared.base_dataloader, "worker_init_fn")
+    finalizer = multiprocessing.util.Finalize(None, print, args=(), exitpriority=0)
+    finalizer.cancel()
+
+
+def test_functions_that_wait_for_the_end_of_the_process_can_be_run_before_it() -> None:
+    assert callable(atexit._run_exitfuncs)
+
+
+def test_the_processes_state_is_shared_by_its_dict() -> None:
+    PartialState()
+    assert "distributed_type" in PartialState._shared_state
+    assert "fsdp_plugin" in inspect.getsource(AcceleratorState)
+
+
+def test_the_deepspeed_config_can_be_taken_from_the_loading_of_models() -> None:
+    assert callable(deepspeed.set_hf_deepspeed_config) and callable(deepspeed.unset_hf_deepspeed_config)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow", "azure_ml", "comet_ml"])
+def test_the_library_can_be_asked_for_a_tracker(tracker: str) -> None:
+    names = [f"is_{spelled}_available" for spelled in (tracker.replace("_", ""), tracker.replace("_ml", ""))]
+    assert any(hasattr(integration_utils, name) for name in names)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_a_models_attention_is_named_by_its_config_and_looked_up_by_that_name(model: Any) -> None:
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        assert table["sdpa"] is not None
+    assert {"module", "query", "key", "value"} <= inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters.keys()
+    flex = inspect.signature(ALL_ATTENTION_FUNCTIONS["flex_attention"]).parameters
+    assert {"scaling", "softcap"} <= flex.keys()
+    transformers.AttentionInterface.register("refshard_contract", lambda *args, **kwargs: None)
+    transformers.AttentionMaskInterface.register("refshard_contract", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("refshard_contract")
+    assert model.config.get_text_config()._attn_implementation == "refshard_contract"
+    model.set_attn_implementation("sdpa")
+
+
+def test_a_mixture_of_experts_names_its_routers_and_gives_their_logits(model: Any) -> None:
+    assert hasattr(model.config, "output_router_logits") and hasattr(model.config, "router_aux_loss_coef")
+    recorders = model.base_model._can_record_outputs["router_logits"]
+    kinds = [getattr(recorder, "target_class", recorder) for recorder in [recorders]]
+    assert any(isinstance(module, kind) for module in model.modules() for kind in kinds)
+    outputs = model(input_ids=torch.tensor([[1, 2, 3]]), output_router_logits=True, logits_to_keep=1)
+    assert outputs.aux_loss.ndim == 0 and outputs.logits.shape == (1, 1, 32)
+
+
+def test_a_block_mask_is_made_of_lists_of_blocks() -> None:
+    taken = inspect.signature(BlockMask.from_kv_blocks).parameters
+    assert list(taken)[:4] == ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]
+    assert {"BLOCK_SIZE", "mask_mod", "seq_lengths"} <= taken.keys()
+
+
+def test_a_module_that_is_kept_off_its_device_says_where_it_runs() -> None:
+    module = torch.nn.Linear(1, 1)
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True, weights_map={}))
+    hook: Any = module._hf_hook
+    assert str(hook.execution_device) == "cpu"
+
+
+def test_a_view_names_the_parameter_that_it_is_of() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    assert parameter.t()._base is parameter
+
+
+def test_adapters_are_named_switched_and_taken_off(model: Any) -> None:
+    config = peft.LoraConfig(r=1, target_modules=["q_proj"], lora_dropout=0.5)
+    wrapped: Any = peft.get_peft_model(model, config)
+    try:
+        assert wrapped.active_adapter == "default"
+        assert wrapped.peft_config["default"].bias == "none"
+        assert isinstance(wrapped.base_model, lora.LoraModel)
+        drops = [name for name, module in wrapped.named_modules() if isinstance(module, torch.nn.Dropout)]
+        assert any("lora_dropout" in name for name in drops)
+        for method in ("load_adapter", "set_adapter", "delete_adapter", "disable_adapter", "get_base_model"):
+            assert callable(getattr(wrapped, method))
+    finally:
+        wrapped.unload()
+
+
+LOADING: list[tuple[Callable[..., Any], set[str]]] = [
+    (DistributedConfig, {"tp_plan"}),
+    (transformers.PreTrainedModel.save_pretrained, {"state_dict", "max_shard_size"}),
+    (peft.PeftModel.load_adapter, {"is_trainable"}),
+    (accelerate.Accelerator.unwrap_model, {"keep_torch_compile"}),
+]
+
+
+@pytest.mark.parametrize(("taker", "options"), LOADING, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_options_without_documentation_are_taken(taker: Callable[..., Any], options: set[str]) -> None:
+    assert options <= inspect.signature(taker).parameters.keys()
