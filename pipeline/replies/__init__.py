@@ -1,1 +1,1 @@
-"""What models answer, and their means."""
+"""Replies of models to prompts, and their means."""
