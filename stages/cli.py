@@ -471,10 +471,7 @@ def explain(
         set_name=set_name,
         recompute=not no_model,
         policy=policy,
-        html=html,
-        as_json=as_json,
-        full=full,
-        colors=colors,
+        view=stage.View(html=html, as_json=as_json, full=full, colors=colors),
     )
 
 

@@ -142,7 +142,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
             order = order_of_run(arguments, count_pairs(config, tokenizer, flag))
             window = window_at(config, arguments, order, checkpoint)
             scored = window_config(config, window, output)
-            stores = _open_stores(scored, _sets_of(config, window), tokenizer)
+            stores = _open_stores(scored, filter(window.uses, ["train", *config.data.eval]), tokenizer)
         _train(
             TrainingRun(
                 config=config,
@@ -212,11 +212,6 @@ def _fingerprints(config: Config, stores: Mapping[str, Store], tokenizer: Any) -
         return {name: store.fingerprint for name, store in stores.items()}
     # The stores change with every window; the first reference does not.
     return {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
-
-
-def _sets_of(config: Config, window: Window) -> list[str]:
-    trains = ["train"] if window.last > window.first else []
-    return [*trains, *(config.data.eval if window.evaluations else [])]
 
 
 # Train.

@@ -46,7 +46,7 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
         # A process was killed while it moved the reference. No other one moves it now.
         shutil.rmtree(leftover, ignore_errors=True)
     if is_recorded(output):
-        # Says that the run is finished, or that the folder is another run's.
+        # Prints that the run is finished, or that the folder is another run's.
         _command(commands, ["train", *words, "--one-window"])
     while not is_recorded(output):
         _command(commands, ["precompute", *words])

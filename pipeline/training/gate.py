@@ -21,7 +21,7 @@ from pipeline.base.errors import ConfigError, DataError, IdentityError, Refshard
 from pipeline.config.schema import Config
 from pipeline.models.files import policy_dtype
 from pipeline.models.identity import PolicyReferenceRelation, policy_reference_relation, significand_bits
-from pipeline.scoring.agreement import ROUNDING, allowed_gap, compare, completion_gap
+from pipeline.scoring.agreement import ROUNDING, Agreement, allowed_gap, compare, completion_gap
 from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
@@ -46,18 +46,6 @@ class Gaps:
     parts: list[int]
     """Part of each completion"""
 
-    @property
-    def flat(self) -> npt.NDArray[np.float64]:
-        return np.concatenate(self.values)
-
-    @property
-    def mean(self) -> float:
-        return float(np.abs(self.flat).mean())
-
-    @property
-    def largest(self) -> float:
-        return float(np.abs(self.flat).max())
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -76,14 +64,14 @@ class Gate:
     warn_only: bool
     """Print a warning instead of stopping"""
 
-    @property
-    def allowed(self) -> tuple[float, float]:
-        """Mean and largest gap that pass, nats a token."""
-        return allowed_gap(self.store.noise, self.reference_dtype, in_8_bits=self.in_8_bits)
+    def judge(self, gaps: Gaps) -> Agreement:
+        """Compare the gaps with what the store's noise floor allows."""
+        allowed = allowed_gap(self.store.noise, self.reference_dtype, in_8_bits=self.in_8_bits)
+        return compare(gaps.values, allowed)
 
     def passes(self, gaps: Gaps) -> bool:
         """Return True if the gaps are allowed; NaN is not."""
-        return compare(gaps.values, self.allowed).agrees
+        return self.judge(gaps).agrees
 
 
 def make_gate(config: Config, scored: Config, store: Store, window: Window | None) -> Gate:
@@ -148,7 +136,7 @@ def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_aske
     if gate.passes(gaps):
         say(
             f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, "
-            f"{compare(gaps.values, gate.allowed)}"
+            f"{gate.judge(gaps)}"
         )
         return
     error = _explain(gate, gaps, which, measure, state, fresh)
@@ -264,10 +252,8 @@ def _explain(
     gate: Gate, gaps: Gaps, which: str, measure: _Measure, state: Mapping[str, Any], fresh: bool
 ) -> RefshardError:
     """Find the likely cause of gaps that do not pass."""
-    found = (
-        f"{which} is not the reference that {gate.store.folder} holds: token logps are {gaps.mean:.3g} nats apart on "
-        f"average, {gaps.largest:.3g} at most (allowed {gate.allowed[0]:.2g} and {gate.allowed[1]:.2g})"
-    )
+    judged = gate.judge(gaps)
+    found = f"{which} is not the reference that {gate.store.folder} holds: {judged}"
     bad = _bad_parts(gate, gaps)
     if bad and len(bad) < len(set(gaps.parts)):
         names = ", ".join(part_name(part) for part in bad)
@@ -285,7 +271,7 @@ def _explain(
             f"{found}. In evaluation mode it is, so dropout, or another noise of training, is on in the policy; the "
             "reference was scored without. Set the rates in its config.json to 0"
         )
-    flat = gaps.flat
+    flat = np.concatenate(gaps.values)
     shift, spread = float(flat.mean()), float(flat.std())
     if abs(shift) > 10 * spread:
         return DataError(
@@ -294,7 +280,7 @@ def _explain(
         )
     if (
         significand_bits(gate.policy_dtype) < significand_bits(gate.reference_dtype)
-        and gaps.mean <= ROUNDING[gate.policy_dtype][0]
+        and judged.mean <= ROUNDING[gate.policy_dtype][0]
     ):
         return IdentityError(
             f"{found}. The gap grows with length and is that of a dtype: the reference was scored in "

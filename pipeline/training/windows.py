@@ -64,6 +64,10 @@ class Window:
     """Steps at which held-out sets are evaluated on this window's reference, possibly with `first`"""
     is_last: bool
 
+    def uses(self, name: str) -> bool:
+        """Return True if pairs of the set are scored for this window."""
+        return self.last > self.first if name == "train" else bool(self.evaluations)
+
 
 def window_at(
     config: Config, arguments: transformers.TrainingArguments, order: Order, checkpoint: Path | None
@@ -210,7 +214,7 @@ def _delete_older(output: Path, size: int) -> None:
 def next_window(
     config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Config, dict[str, Source], frozenset[int]] | None:
-    """Find the window that a TR-DPO run comes to next, and make its reference.
+    """Find the next window of a TR-DPO run, and make its reference.
 
     Returns:
         The window's settings, the sets that it needs scored, and its training rows; None if the run is finished.
@@ -232,11 +236,7 @@ def next_window(
     rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
     steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
     click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
-    needed = {
-        name: source
-        for name, source in sources.items()
-        if (bool(rows) if name == "train" else bool(window.evaluations))
-    }
+    needed = {name: source for name, source in sources.items() if window.uses(name)}
     return window_config(config, window, output), needed, rows
 
 

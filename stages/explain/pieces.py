@@ -1,7 +1,7 @@
-"""Token ids -> the bytes that each stands for, and how to show them so that ends, blanks and halves are seen.
+"""Turn token ids into the bytes that each stands for, and show them so that line ends, blanks and halves are visible.
 
 A tokenizer spells bytes in letters of its own: byte-level ones as `Ġ` and `â`, SentencePiece's as `▁` and `<0xE2>`.
-Decoding ids one by one would turn half a character into U+FFFD, and take blanks away.
+Decoding ids one by one would turn half a character into U+FFFD, and drop blanks.
 """
 
 import json
@@ -14,14 +14,11 @@ from pipeline.base.errors import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "shown",
-    "token_bytes",
-]
+__all__ = ["shown", "token_bytes"]
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[bytes]:
-    """Give the bytes of each token, UTF-8 once they are strung together; an id that there is no token for has none."""
+    """Return the bytes of each token; concatenated they are UTF-8. An unknown id has no bytes."""
     added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
     spelled = tokenizer.convert_ids_to_tokens(list(ids))
     steps = _decoding_steps(tokenizer)
@@ -34,17 +31,17 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
 def shown(piece: bytes) -> str:
     r"""Write a token for people: a blank as ·, an end of line as ↵, a tab as ⇥, part of a character as \xe2.
 
-    There is nothing in it that a terminal obeys.
+    A terminal obeys nothing in it.
     """
     text = piece.decode("utf-8", errors="backslashreplace")
     return printable(text.translate({ord(" "): "·", ord("\n"): "↵", ord("\t"): "⇥"}))
 
 
 def _decoding_steps(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
-    """Name the steps by which the tokenizer's library makes text of tokens."""
+    """Return the types of the steps in which the tokenizer decodes tokens to text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        # SentencePiece's own library.
+        # The tokenizer uses SentencePiece's own library.
         return frozenset({"Metaspace", "ByteFallback"})
     decoder = json.loads(backend.to_str()).get("decoder") or {}
     return frozenset(str(step.get("type")) for step in decoder.get("decoders", [decoder]))
@@ -55,12 +52,12 @@ def _bytes_of(token: str, steps: frozenset[str]) -> bytes:
         return b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in token)
     if "ByteFallback" in steps and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
         return bytes.fromhex(byte[1])
-    # A replacement among the steps of a decoder is that of SentencePiece's blank.
+    # A decoder's Replace step replaces SentencePiece's blank.
     return (token.replace("▁", " ") if steps & {"Metaspace", "Replace"} else token).encode()
 
 
 def _letters_of_bytes() -> dict[str, int]:
-    """GPT-2's alphabet: a byte that prints in Latin-1 is its own letter, the others are those from U+0100 on."""
+    """Return GPT-2's alphabet: bytes that print in Latin-1 are letters, the others are letters from U+0100 on."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}

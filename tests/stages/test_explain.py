@@ -28,9 +28,11 @@ from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.store import finish_store, open_store, read_checked_part, read_manifest, read_parts
 from stages.explain import command
-from stages.explain import row as row_module
+from stages.explain import shown as views
+from stages.explain import stored as stored_module
 from stages.explain.pieces import shown, token_bytes
-from stages.explain.row import Explanation, StoredPair, compare, explain_row, find_stored, with_logps, with_stored
+from stages.explain.row import Explanation, explain_row, with_logps
+from stages.explain.stored import StoredPair, compare, find_stored, with_stored
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
 from support.stores import forge_part
@@ -135,8 +137,8 @@ def test_a_set_of_its_own_is_counted_by_its_source_and_read_from_its_own_store(s
 
 def explain_here(config: Any, **options: Any) -> None:
     """Run the stage in this process."""
-    given = {"row": 1, "set_name": "train", "recompute": True, "policy": None, "html": None, "as_json": True}
-    command.run(config, **{**given, "full": False, "colors": False, **options})
+    given = {"row": 1, "set_name": "train", "recompute": True, "policy": None}
+    command.run(config, **{**given, **options}, view=command.View(as_json=True))
 
 
 def test_a_policy_is_looked_for_before_a_model_is_loaded(
@@ -183,7 +185,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
         read.append((number, columns is None))
         return read_checked_part(store, number, columns)
 
-    monkeypatch.setattr(row_module, "read_checked_part", watched)
+    monkeypatch.setattr(stored_module, "read_checked_part", watched)
     stored, _ = find_stored(folder, key.hex(), 1, identity)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
@@ -197,7 +199,7 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
 
 def test_what_is_no_number_is_null_in_json() -> None:
     found = {"a": [{"stored": math.nan, "id": 1}], "b": {"largest": math.inf, "allowed": (0.5, 1.0)}}
-    assert command._finite(found) == {
+    assert views._finite(found) == {
         "a": [{"stored": None, "id": 1}],
         "b": {"largest": None, "allowed": [0.5, 1.0]},
     }

@@ -206,15 +206,15 @@ def test_dropout_left_on_is_caught(
 def test_an_adapter_with_a_change_declared_fresh_is_caught(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(policy={"lora": {"r": 4}})
     refshard("precompute", "--config", config)
-    fresh = loading._lora_config
+    fresh = loading._adapter_config
 
-    def not_zero(settings: Any) -> Any:
-        made = fresh(settings)
+    def not_zero(policy: Any) -> Any:
+        made = fresh(policy)
         made.init_lora_weights = False
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "_lora_config", not_zero)
+        patch.setattr(loading, "_adapter_config", not_zero)
         with pytest.raises(ConfigError, match="With the adapter switched off it is, so the adapter, declared fresh"):
             train.run(load_config(config))
     assert PASSED in refshard("train", "--config", config).stdout

@@ -1,0 +1,145 @@
+"""Look up a pair in a store, finished or not, and compare its log-probs with recomputed ones."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.base.errors import RefshardError
+from pipeline.base.folders import Folder
+from pipeline.models.identity import differences
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import pair_keys, part_name
+from pipeline.store.store import Store, load_store, read_checked_part
+from stages.explain.row import SIDES, Explanation, add, with_logps
+
+__all__ = ["Gap", "StoredPair", "compare", "find_stored", "with_stored"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPair:
+    """A pair as a store has it."""
+
+    place: str
+    """Part that holds it."""
+    row: int
+    """Row of the dataset that was scored."""
+    sums: Mapping[str, float]
+    """Log-prob of each completion as the store cut it, nats."""
+    lengths: Mapping[str, int]
+    """Number of tokens of each completion as the store cut it."""
+    token_logps: Mapping[str, Sequence[float]]
+    """Log-probs of each completion's tokens, nats; empty if the store has sums only."""
+    noise: NoiseFloor
+    """Noise floor of the store, or of the part while the store is unfinished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Difference of recomputed and stored log-probs, nats per token."""
+
+    mean: float
+    largest: float
+    allowed: tuple[float, float]
+    """Mean and largest difference that rounding explains."""
+
+    @property
+    def agrees(self) -> bool:
+        """True if both are within what is allowed. NaN is not."""
+        return self.mean <= self.allowed[0] and self.largest <= self.allowed[1]
+
+
+def find_stored(
+    folder: Folder, key: str, row: int, identity: Mapping[str, Any]
+) -> tuple[StoredPair | None, tuple[str, ...]]:
+    """Look up a pair by its key.
+
+    Args:
+        folder: The store.
+        key: Key of the pair, in hex.
+        row: Row of the pair, which tells where to look first.
+        identity: Identity of this run.
+
+    Returns:
+        The stored pair, and remarks: why there is none, or why it may not be this run's.
+    """
+    remarks = []
+    try:
+        store = load_store(folder)
+        if store.unfinished is not None:
+            remarks.append(str(store.unfinished))
+        found = differences(store.manifest["identity"], identity, joining=True)
+        if found:
+            remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
+        stored = _search(store, bytes.fromhex(key), row)
+    except RefshardError as error:
+        return None, (*remarks, str(error))
+    if stored is None:
+        remarks.append(f"{folder}: no pair in it has this key")
+    elif stored.row != row:
+        remarks.append(f"{stored.place}: stored as row {stored.row}, an equal pair")
+    return stored, tuple(remarks)
+
+
+def _search(store: Store, key: bytes, row: int) -> StoredPair | None:
+    plan = store.manifest["plan"]
+    # The part of the row, unless the data has changed since.
+    start = int(str(plan.get("rows", "0")).partition(":")[0] or 0)
+    likely = (row - start) // int(plan.get("rows_per_shard") or 1)
+    for unit in sorted(store.units, key=lambda unit: unit != likely):
+        # Token logps are most of a part, so they are read only from the part that has the key.
+        keys = pair_keys(read_checked_part(store, unit, ["pair_key"]).table)
+        # NumPy's byte strings drop trailing zeros.
+        hits = (keys == key.rstrip(b"\0")).nonzero()[0]
+        if not len(hits):
+            continue
+        part = read_checked_part(store, unit)
+        found = part.table.slice(int(hits[0]), 1).to_pylist()[0]
+        return StoredPair(
+            place=store.folder.place(part_name(unit)),
+            row=found["row"],
+            sums={side: found[f"ref_{side}_logps"] for side in SIDES},
+            lengths={side: found[f"{side}_tokens"] for side in SIDES},
+            token_logps={side: found[f"{side}_token_logps"] for side in SIDES if f"{side}_token_logps" in found},
+            noise=store.noise if store.index else part.noise,
+        )
+    return None
+
+
+def with_stored(pair: Explanation, stored: StoredPair) -> Explanation:
+    """Add stored log-probs to the tokens. If the store cut a completion later than this run, the rest is left out."""
+    counts = {side: len(completion.scored) for side, completion in pair.completions.items()}
+    logps = {side: list(stored.token_logps.get(side, ()))[: counts[side]] for side in SIDES}
+    completions = dict(with_logps(pair, "stored", logps["chosen"], logps["rejected"]).completions)
+    remarks = list(pair.remarks)
+    for side, count in counts.items():
+        total: float | None = stored.sums[side]
+        if stored.lengths[side] != count:
+            total = add(logps[side]) if len(logps[side]) == count else None
+            remarks.append(
+                f"{side}: the store has {stored.lengths[side]} tokens of it, this run scores {count}"
+                + ("" if total is not None else ", so the sums are of different texts")
+            )
+        completions[side] = dataclasses.replace(completions[side], stored_sum=total)
+    return dataclasses.replace(pair, completions=completions, remarks=tuple(remarks))
+
+
+def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
+    """Compare recomputed with stored log-probs by token, or by sums per token if only sums are stored.
+
+    Return None if there is nothing to compare.
+    """
+    sizes = []
+    for completion in pair.completions.values():
+        by_token = [abs(token.gap) for token in completion.scored if token.gap is not None]
+        of_sums = completion.sum("gap")
+        if by_token:
+            sizes += by_token
+        elif of_sums is not None:
+            sizes.append(abs(of_sums) / len(completion.scored))
+    if not sizes:
+        return None
+    # NaN is a disagreement, and max() may pass over it.
+    largest = max(sizes) if all(map(math.isfinite, sizes)) else math.inf
+    return Gap(mean=sum(sizes) / len(sizes), largest=largest, allowed=allowed)
