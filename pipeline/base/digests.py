@@ -8,11 +8,7 @@ from pathlib import Path
 
 from pipeline.base.errors import StorageError
 
-__all__ = [
-    "read_sha256",
-    "sha256_of_file",
-    "sha256_of_files",
-]
+__all__ = ["read_sha256", "sha256_of_file", "sha256_of_files"]
 
 
 def read_sha256(file: Path) -> str:

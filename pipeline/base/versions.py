@@ -3,9 +3,7 @@
 import platform
 from importlib import metadata
 
-__all__ = [
-    "library_versions",
-]
+__all__ = ["library_versions"]
 
 
 def library_versions() -> dict[str, str]:

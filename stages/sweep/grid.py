@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.base.errors import ConfigError
 
-__all__ = [
-    "Member",
-    "make_grid",
-    "split_values",
-]
+__all__ = ["Member", "make_grid", "split_values"]
 
 
 @dataclass(frozen=True)
