@@ -17,16 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import click
 from tqdm import tqdm
 
-__all__ = [
-    "JSON_LOGS",
-    "JsonLines",
-    "Progress",
-    "emit",
-    "say",
-    "start_json",
-    "without_nan",
-    "without_other_bars",
-]
+__all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "say", "start_json", "without_nan", "without_other_bars"]
 
 JSON_LOGS = "REFSHARD_JSON_LOGS"
 """Environment variable with the option's effect, also in the processes that a command starts"""

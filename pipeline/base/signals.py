@@ -9,14 +9,7 @@ from multiprocessing import connection, get_context, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = [
-    "STOP_SIGNALS",
-    "StopFlag",
-    "leave_with_parent",
-    "process_context",
-    "watch_signals",
-    "work_unsignalled",
-]
+__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "process_context", "watch_signals", "work_unsignalled"]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
