@@ -1,8 +1,8 @@
 """Each damage of the table is refused by place and reason or read whole, by the functions that the commands use.
 
-One damage of each kind goes through the real commands too: the exit status says the kind, one line says what, where
-and what to do. What the functions let through as anything but a `RefshardError` would be "this is a bug" to the user,
-so it fails the test; so does an input that takes long.
+One damage of each kind goes through the real commands too: the exit status says the kind; one line says what, where,
+and what to do. An exception other than `RefshardError` would be "this is a bug" to the user, so it fails the test; so
+does an input that takes long.
 """
 
 import gzip
@@ -74,7 +74,7 @@ TOKENIZER = make_tokenizer(bos=True, template=TEMPLATE)
 
 
 def refusal(act: Callable[[], object], case: Damage, place: str) -> RefshardError | None:
-    """Act and compare the outcome with the table's; gives the error, None if the input was accepted."""
+    """Act, and compare the outcome with the table; give the error, None if the input was accepted."""
     start = time.process_time()
     try:
         act()
@@ -348,7 +348,7 @@ PROGRESS = re.compile(
 
 
 def complaint(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line that the command failed with; anything else on stderr must be a progress bar or a warning."""
+    """Give the one line that the command failed with; all else on stderr must be progress or warnings."""
     lines = result.stderr.splitlines()
     found = [line for line in lines if line.startswith("refshard:")]
     assert len(found) == 1, result.stderr

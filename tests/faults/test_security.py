@@ -1,4 +1,4 @@
-"""Nothing that a template, a dataset or a checkpoint brings is run: each has a payload that would leave a file.
+"""No code in a template, a dataset or a checkpoint is run: each has a payload that would leave a file.
 
 Models and adapters with payloads are in the table of damage (`support/damage.py`).
 """

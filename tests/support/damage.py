@@ -32,9 +32,10 @@ Change = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Damage:
-    """One input: a file's bytes, or what makes it, or what changes a whole folder; and what it must end in."""
+    """One input, and the exit status and the words that it must end in."""
 
     content: bytes | Change
+    """Bytes of a file, a function that makes the file, or one that changes a folder"""
     file: str
     """Name of the file to make; empty if `content` changes a folder"""
     status: int | tuple[int, ...]
@@ -51,7 +52,7 @@ class Damage:
         return (self.status,) if isinstance(self.status, int) else self.status
 
     def make(self, folder: Path) -> Path:
-        """Make the file in the folder, or change the folder; gives the path that was made or changed."""
+        """Make the file in the folder, or change the folder; give the path that was made or changed."""
         path = folder / self.file
         if isinstance(self.content, bytes):
             path.write_bytes(self.content)
@@ -80,12 +81,12 @@ def lines(*rows: Any) -> bytes:
 
 
 def around(row: Any) -> bytes:
-    """The row between two good ones."""
+    """Put the row between two good ones."""
     return lines(GOOD, row if not isinstance(row, bytes) else row + b"\n", GOOD)
 
 
 def row_cases() -> Iterator[tuple[str, Any, str]]:
-    """Name, one bad row, the reason under which it is counted."""
+    """Yield a name, one bad row, and the reason under which it is counted."""
     for at in range(1, len(LINE) - 1, 5):
         yield f"cut at {at}", LINE[:at], "not_json"
     for name, row in {
@@ -433,7 +434,7 @@ def _groups_without_rows(file: Path) -> None:
 
 
 class _Keys(pe.KmsClient):
-    """Keeps no key secret: they are only to be missing when the file is read."""
+    """A key service without secrets; the reader of the file is not given its keys."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -617,7 +618,7 @@ def both(*changes: Change) -> Change:
 
 WEIGHTS = "model.safetensors"
 BAD_BYTES = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000)
-"""Contents of a JSON file that is none, or not an object"""
+"""Contents that are not JSON, or not an object"""
 
 
 def _change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
@@ -630,7 +631,7 @@ def _change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
 
 
 def _index(name: Any) -> Change:
-    """Name another file as that of all weights, in an index of weights."""
+    """Write an index that says that another file holds all weights."""
 
     def damage(folder: Path) -> None:
         weights = load_file(folder / WEIGHTS)
@@ -658,7 +659,7 @@ MODEL_CONFIG: dict[str, list[Any]] = {
     "architectures": [["Nope"], 5],
 }
 LIBRARYS = (0, 2, 65, 74)
-"""Loaded or refused, as the version of a library has it; never a bug, and the folder is named"""
+"""Statuses of values that some versions of a library accept and others refuse"""
 
 
 def model_cases() -> Iterator[tuple[str, Damage]]:
@@ -808,7 +809,7 @@ WRONG_VALUES: tuple[Any, ...] = (
 
 
 def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all values in a tree; of a list, those of its first item."""
+    """Yield the paths of all values in a tree; of a list, those of its first item."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
@@ -817,7 +818,7 @@ def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 
 
 def signed(content: bytes) -> bytes:
-    """Make the digest and the fingerprint right, as one would who knows the format; gives back what is not JSON.
+    """Correct the digest and the fingerprint, as an attacker would; content that is not JSON stays as it is.
 
     Otherwise the digest alone would refuse everything, and no check behind it would be tried.
     """

@@ -1,4 +1,4 @@
-"""Fuzzing of what reads files: inputs are changed at random, and those that reach new lines are changed further.
+"""Fuzz the readers of files: change inputs at random, and change those further that reach new lines.
 
 Whatever is raised but a `RefshardError` is a failure, and so is an input that takes longer than a second of the
 processor. The report holds one input for each kind of failure, for `targets(folder)[name].run(content)`.
@@ -31,28 +31,28 @@ from support.damage import DATA, SETTINGS, WRONG_VALUES, Damage, signed
 PACKAGE = Path(pipeline.__file__).parent
 
 Pair = tuple[CodeType, int, int]
-"""Two lines of a function that ran one after the other"""
+"""Code of a function, and two of its lines that ran in succession"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is fuzzed."""
+    """A function to fuzz, and the inputs to begin with."""
 
     run: Callable[[bytes], object]
     seeds: Sequence[bytes]
     words: Sequence[bytes] = ()
-    """What the format is made of; put in here and there"""
+    """Tokens of the format, to insert into inputs"""
     traced: Collection[str] = tuple(map(str, PACKAGE.rglob("*.py")))
     """Files whose lines count"""
 
 
 @dataclass
 class Report:
-    """What came of it."""
+    """Outcome of a fuzzing."""
 
     executions: int = 0
     corpus: list[bytes] = field(default_factory=list)
-    """Seeds, and what reached a new pair of lines"""
+    """Seeds, and inputs that reached a new pair of lines"""
     pairs: set[Pair] = field(default_factory=set)
     failures: dict[str, bytes] = field(default_factory=dict)
     """One input for each kind of failure: what was raised, and where"""
@@ -69,7 +69,7 @@ class Report:
 
 
 class _TooSlow(BaseException):
-    """Not an Exception, so that nothing in between takes it for an error of its own."""
+    """Derives from BaseException, so that no handler of the fuzzed code catches it."""
 
 
 _SECONDS = 1.0
@@ -102,7 +102,7 @@ def fuzz(
 
 
 def _execute(target: Target, content: bytes, report: Report) -> bool:
-    """Run once, note a failure; tell whether a new pair of lines was reached."""
+    """Run once and note a failure; give True if a new pair of lines was reached."""
     report.executions += 1
     start = time.process_time()
     before = signal.signal(signal.SIGALRM, _stop)
@@ -135,7 +135,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _traced(target: Target, content: bytes) -> set[Pair] | Exception:
-    """The pairs of lines that a run reaches, or what it raises that it must not."""
+    """Give the pairs of lines that a run reaches, or the exception that it must not raise."""
     found: set[Pair] = set()
     last: dict[FrameType, int] = {}
     files = frozenset(target.traced)
@@ -208,7 +208,7 @@ def _splice(content: bytes, corpus: Sequence[bytes], words: Any, chance: random.
 
 
 def _change_value(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    """Put another value for one of a JSON document's, or of one of its lines."""
+    """Replace or delete one value of a JSON document, or of one of its lines."""
     lines = content.split(b"\n") if content.count(b"\n}") == 0 else [content]
     at = chance.randrange(len(lines))
     try:
@@ -240,7 +240,7 @@ _CHANGES = (_set_byte, _set_byte, _flip_bit, _cut_out, _repeat, _insert, _insert
 
 
 def targets(folder: Path) -> dict[str, Target]:
-    """The readers: of JSON Lines, of settings, of a store's two JSON files. They work in `folder`."""
+    """Give the readers of JSON Lines, of settings, and of a store's two JSON files; they work in `folder`."""
     store = _make_store(folder / "store")
     # What is imported when it is first needed takes seconds.
     importlib.import_module("transformers.training_args")
@@ -284,7 +284,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
 
 def _seeds(cases: dict[str, Damage], file: str) -> list[bytes]:
-    """The table's short inputs of which something is accepted: what is refused at once leads nowhere."""
+    """Give the short inputs of which a part is accepted; one that is refused at once reaches no further line."""
     found = [case.content for case in cases.values() if case.file == file and (case.status == 0 or case.in_row)]
     return [content for content in found if isinstance(content, bytes) and len(content) < 500]
 
@@ -314,7 +314,7 @@ def _make_store(folder: Path) -> Path:
 
 
 def _more_seeds(name: str, store: Path) -> list[bytes]:
-    """An index of a part that is not there: all of its entry is checked before."""
+    """Add an index with a part that does not exist: its entry is checked before the part is read."""
     if name == "manifest":
         return []
     index = json.loads((store / "index.json").read_text())
