@@ -1,13 +1,16 @@
-"""The `refshard` command: thin, and a stage is imported only when it is called, so that help needs no torch."""
+"""The `refshard` command. Each stage is imported when it is called, so that help does not load torch."""
 
 import atexit
+import functools
 import io
 import os
 import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,6 +43,27 @@ _OVERRIDES = click.option(
 )
 
 
+_SET = click.option(
+    "--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names."
+)
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def _with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options for its settings, and the settings that they name as `config`."""
+
+    @_CONFIG
+    @_OVERRIDES
+    @functools.wraps(command)
+    def load_and_run(config_file: Path, overrides: tuple[str, ...], workers: int | None = None, **options: Any) -> None:
+        own = () if workers is None else (f"cluster.workers={workers}",)
+        command(config=load_config(config_file, (*overrides, *own)), **options)
+
+    return load_and_run
+
+
 _PROCESSES = click.option(
     "--processes",
     default=1,
@@ -58,7 +82,7 @@ def _parse_worker(context: click.Context, parameter: click.Parameter, value: str
 
 
 def _parse_stop_after(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Give the time to stop at, on `time.monotonic`'s clock, counted from now, before the libraries are imported."""
+    """Return the time to stop on `time.monotonic`'s clock; the libraries' import counts too."""
     if value is None:
         return None
     parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
@@ -107,7 +131,7 @@ def main(debug: bool) -> None:
     refshard verify runs/shards               whether they are whole
     refshard sweep --over loss.beta=0.1,0.5   several policies on the same shards
     refshard generate runs/policy             replies of policy and reference, and the KL between them
-    refshard report runs/policy               one page with all that a run has come to; several runs: side by side
+    refshard report runs/policy               one page of a run's results; several runs: side by side
     refshard explain --config run.yaml --row 7   one pair: its tokens, what is scored, each log-prob
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
@@ -115,13 +139,12 @@ def main(debug: bool) -> None:
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
     75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
-    79 another start of this run has taken over; 1 a bug.
+    79 another attempt of this run has taken over; 1 a bug.
     """
 
 
 @main.command()
-@_CONFIG
-@_OVERRIDES
+@_with_config
 @click.option(
     "--worker",
     callback=_parse_worker,
@@ -134,20 +157,12 @@ def main(debug: bool) -> None:
 @_STOP_AFTER
 @_JSON_LOGS
 @click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
-def precompute(
-    config_file: Path,
-    overrides: tuple[str, ...],
-    worker: tuple[int, int],
-    processes: int,
-    stop_at: float | None,
-    overwrite: bool,
-) -> None:
+def precompute(config: Config, worker: tuple[int, int], processes: int, stop_at: float | None, overwrite: bool) -> None:
     """Stage one: write the reference's log-probs to shards.
 
     Does only what is missing: run it again after a kill, with any number of workers. Each of several processes is a
     worker of its own, or, with precompute.tp_plan, all of them hold one reference together.
     """
-    config = load_config(config_file, overrides)
     if processes > 1:
         _launch(config, processes)
         return
@@ -174,7 +189,7 @@ def train(
 ) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
-    Goes on from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
+    Resumes from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
     stage one, each in its own process, until the run is finished.
     """
     config = load_config(config_file, overrides)
@@ -202,8 +217,7 @@ def _parse_memory(context: click.Context, parameter: click.Parameter, value: str
 
 
 @main.command(short_help="What a run will take, before a GPU is booked.")
-@_CONFIG
-@_OVERRIDES
+@_with_config
 @click.option(
     "--hardware",
     default="here",
@@ -221,10 +235,9 @@ def _parse_memory(context: click.Context, parameter: click.Parameter, value: str
 )
 @click.option("--max-memory", callback=_parse_memory, metavar="SIZE", help="Fail if a stage needs more of a GPU: 24GB.")
 @click.option("--max-hours", type=click.FloatRange(min=0), metavar="H", help="Fail if both stages take longer.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_JSON
 def check(
-    config_file: Path,
-    overrides: tuple[str, ...],
+    config: Config,
     hardware: str,
     rows: int | None,
     max_dropped: float | None,
@@ -233,14 +246,13 @@ def check(
     max_hours: float | None,
     as_json: bool,
 ) -> None:
-    """Say what becomes of the rows, what both stages will take, and what stage one has done already.
+    """Report kept and dropped rows, the time and memory of both stages, and the units that stage one has done.
 
     Needs no GPU and loads no weights. Once there are shards, the weights' digests are taken to compare them, which
     reads the files, the first time; where they are large, it takes a while. Times of named GPUs are assumed from data
     sheets. Exit status: 0; 65 rows are bad, or more are dropped or cut than allowed; 2 the
     settings are impossible, or take more than allowed; 78 the shards that are there are of another reference.
     """
-    config = load_config(config_file, overrides)
     from stages.check import command as stage
 
     limits = stage.Limits(max_dropped=max_dropped, max_cut=max_cut, max_memory=max_memory, max_hours=max_hours)
@@ -349,7 +361,7 @@ def generate(
     """Have the policy of RUN, a train.output_dir, and its reference reply to prompts of the run's own data.
 
     Writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
-    --reward-model, their rewards; `refshard report` shows them. Of a run that goes on, the policy is its newest whole
+    --reward-model, their rewards; `refshard report` shows them. An unfinished run's policy is its newest whole
     checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
     folder says.
     """
@@ -386,7 +398,7 @@ def verify(shards: str, model: str | None, sample: int, clean: bool) -> None:
 
 @main.command(short_help="Show what shards hold.")
 @click.argument("shards")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_JSON
 @click.option(
     "--html",
     "page",
@@ -398,7 +410,7 @@ def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     """Show what SHARDS, a store or a folder of stores (also s3://...), holds.
 
     Who the reference is, counts, lengths, how the reference itself ranks the pairs, and the pairs to look at: likely
-    mislabelled, there twice, likely swapped. Exit status: 75 where shards are unfinished; what is there is shown.
+    mislabelled, duplicated, likely swapped. Exit status: 75 if shards are unfinished; their units are shown.
     """
     from stages import inspect as stage
 
@@ -414,11 +426,10 @@ def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
 )
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
-    """Make a page of RUN, the folder of a run (train.output_dir), finished or still going on.
+    """Make a page of RUN, the folder of a run (train.output_dir), finished or unfinished.
 
-    Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; of several runs one above the
-    other, told apart by the settings that differ. One file of some 5 MB, most of it the charts' library: it needs no
-    network and fetches nothing.
+    Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; several runs are
+    shown together, labelled by the settings that differ. One file of some 5 MB, which needs no network.
     """
     from stages import report as stage
 
@@ -426,12 +437,11 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @main.command(short_help="Show one pair as the models see it.")
-@_CONFIG
-@_OVERRIDES
+@_with_config
 @click.option(
     "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as messages and shards say."
 )
-@click.option("--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names.")
+@_SET
 @click.option("--no-model", is_flag=True, help="Show what is stored, and do not load the reference to score again.")
 @click.option(
     "--policy",
@@ -440,14 +450,13 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     help="Also score with a trained policy: a run's folder, or a checkpoint.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write a page.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_JSON
 @click.option("--full", is_flag=True, help="Print a long prompt whole.")
 @click.option(
     "--color/--no-color", "colors", default=None, help="Paint tokens, or print tables; by default as the output is."
 )
 def explain(
-    config_file: Path,
-    overrides: tuple[str, ...],
+    config: Config,
     row: int,
     set_name: str,
     no_model: bool,
@@ -462,7 +471,6 @@ def explain(
     Each scored token has its log-prob, as the shards have it and as the reference gives it now; in a terminal, and on
     a page, it is its colour. With --policy also how far the policy has moved each token from the reference.
     """
-    config = load_config(config_file, overrides)
     from stages.explain import command as stage
 
     stage.run(
@@ -477,16 +485,14 @@ def explain(
 
 @main.command("import", short_help="Bring reference log-probs from a file.")
 @click.argument("scores", type=click.Path(path_type=Path))
-@_CONFIG
-@_OVERRIDES
-@click.option("--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names.")
+@_with_config
+@_SET
 @click.option("--chosen", default="ref_chosen_logps", show_default=True, help="Column of the chosen's log-probs.")
 @click.option("--rejected", default="ref_rejected_logps", show_default=True, help="Column of the rejected's.")
-@click.option("--overwrite", is_flag=True, help="Delete the store that is there and start over.")
+@click.option("--overwrite", is_flag=True, help="Delete the existing store and start over.")
 def import_(
     scores: Path,
-    config_file: Path,
-    overrides: tuple[str, ...],
+    config: Config,
     set_name: str,
     chosen: str,
     rejected: str,
@@ -495,10 +501,9 @@ def import_(
     """Write the log-probs in SCORES, a Parquet or JSON Lines file, as shards.
 
     SCORES has the pairs' own columns, as `data` describes them, and two more: a number for each completion (the sum
-    over its tokens) or a list (one for each token). Whose log-probs they are, `reference` says: a model, or a name
-    of your own in reference.declared.
+    over its tokens) or a list (one for each token). The settings' `reference` names their
+    model, or reference.declared gives it a name.
     """
-    config = load_config(config_file, overrides)
     from stages import import_scores as stage
 
     stage.run(config, scores, set_name=set_name, chosen=chosen, rejected=rejected, overwrite=overwrite)
@@ -506,11 +511,9 @@ def import_(
 
 @main.command(short_help="Write the data with reference log-probs as columns.")
 @click.argument("output", type=click.Path(path_type=Path))
-@_CONFIG
-@_OVERRIDES
-def export(output: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
+@_with_config
+def export(output: Path, config: Config) -> None:
     """Write the data to OUTPUT, a datasets folder, with ref_chosen_logps and ref_rejected_logps, for other trainers."""
-    config = load_config(config_file, overrides)
     from stages import export as stage
 
     stage.run(config, output)
@@ -527,45 +530,33 @@ _INTO = click.option(
 )
 
 
-def _with_workers(overrides: tuple[str, ...], workers: int | None) -> tuple[str, ...]:
-    return overrides if workers is None else (*overrides, f"cluster.workers={workers}")
-
-
 @main.group(short_help="Make job files for a scheduler.")
 def submit() -> None:
     """Make the job files of both stages for a scheduler, and submit them with --submit.
 
-    What they ask for is in the settings' section `cluster`; -o cluster.partition=gpu sets one thing.
+    The section `cluster` holds the jobs' resources; -o cluster.partition=gpu sets one.
     """
 
 
 @submit.command("slurm", short_help="Job files for Slurm.")
-@_CONFIG
-@_OVERRIDES
 @_WORKERS
+@_with_config
 @_INTO
-@click.option("--submit", "submit_now", is_flag=True, help="Hand them to Slurm.")
-def submit_slurm(
-    config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
-) -> None:
+@click.option("--submit", "submit_now", is_flag=True, help="Submit them to Slurm.")
+def submit_slurm(config: Config, into: Path | None, submit_now: bool) -> None:
     """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
-    config = load_config(config_file, _with_workers(overrides, workers))
     from stages.submit import slurm as stage
 
     stage.run(config, into=into, submit=submit_now)
 
 
 @submit.command("k8s", short_help="Manifests for Kubernetes.")
-@_CONFIG
-@_OVERRIDES
 @_WORKERS
+@_with_config
 @_INTO
-@click.option("--submit", "submit_now", is_flag=True, help="Hand them to Kubernetes (kubectl).")
-def submit_kubernetes(
-    config_file: Path, overrides: tuple[str, ...], workers: int | None, into: Path | None, submit_now: bool
-) -> None:
+@click.option("--submit", "submit_now", is_flag=True, help="Submit them to Kubernetes (kubectl).")
+def submit_kubernetes(config: Config, into: Path | None, submit_now: bool) -> None:
     """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
-    config = load_config(config_file, _with_workers(overrides, workers))
     from stages.submit import kubernetes as stage
 
     stage.run(config, into=into, submit=submit_now)
@@ -588,18 +579,16 @@ def demo_prepare(folder: Path, seed: int) -> None:
 
 @demo.command("summary")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_CONFIG
-@_OVERRIDES
-def demo_summary(folder: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
+@_with_config
+def demo_summary(folder: Path, config: Config) -> None:
     """Compare the trained policy with the model and the true reward in FOLDER."""
-    config = load_config(config_file, overrides)
     from stages.demo import command as stage
 
     stage.summary(folder, config)
 
 
 def _launch(config: Config, processes: int) -> None:
-    """Have this very command, without `--processes`, run by several processes."""
+    """Run this command, without `--processes`, in several processes."""
     if config.reference.sync is not None:
         raise ConfigError(f"--processes {processes}: a run whose reference moves (reference.sync) is one process")
     from stages import launch
@@ -618,17 +607,16 @@ def _commands(stop_at: float | None) -> Commands:
 
 
 def run() -> None:
-    """Run the command; end with DESIGN's exit statuses and one line per error."""
+    """Run the command; end with its exit status, and one line for an error."""
     debug = "--debug" in sys.argv[1:]
-    # Whether there are GPUs is asked at many an import. Asked in torch's usual way, it would leave the forks of this
-    # process without any (torch.cuda.is_available's own documentation).
+    # Imports ask for GPUs. torch's usual way of asking initializes CUDA, and forks of this process could not use them
+    # (see torch.cuda.is_available).
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not sys.stderr.isatty():
-        # The libraries' bars are made of carriage returns, which a log keeps, all of them in one line.
+        # The libraries' bars are carriage returns, which a log keeps in one line.
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    # A path on Linux need not be text; one that is not must not end the run that shows it. And a job's log is read
-    # while the job runs.
+    # A Linux path may not be text, and showing it must not end the run. A job's log is read while the job runs.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -651,7 +639,7 @@ def run() -> None:
 
 
 def _complain(text: str, status: int, *, debug: bool) -> int:
-    """Say what went wrong, for people and for machines."""
+    """Print an error for people and machines. Returns its exit status."""
     if debug:
         traceback.print_exc()
     click.echo(f"refshard: {text}", err=True)
@@ -660,10 +648,9 @@ def _complain(text: str, status: int, *, debug: bool) -> int:
 
 
 def _leave(status: int) -> None:
-    """End the process; one of several without its C++ destructors.
+    """End the process; one of several ends without its C++ destructors.
 
-    Threads of torch's process groups are still there when those run, and abort a finished rank now and then, which
-    its launcher takes for a failure of all.
+    Threads of torch's process groups outlive them and sometimes abort a finished rank, which ends the launch as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""SHA-256 of files; cached where it is asked for, so that a relaunch does not read gigabytes of weights again."""
+"""SHA-256 of files, cached on request so that a relaunch does not read gigabytes of weights again."""
 
 import hashlib
 import json
@@ -8,15 +8,11 @@ from pathlib import Path
 
 from pipeline.base.errors import StorageError
 
-__all__ = [
-    "read_sha256",
-    "sha256_of_file",
-    "sha256_of_files",
-]
+__all__ = ["read_sha256", "sha256_of_file", "sha256_of_files"]
 
 
 def read_sha256(file: Path) -> str:
-    """SHA-256, in hex, of what is on the disk now. Raises StorageError if it can't be read."""
+    """Read a file and return its SHA-256 in hex. Raises StorageError."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -25,7 +21,7 @@ def read_sha256(file: Path) -> str:
 
 
 def sha256_of_file(file: Path) -> str:
-    """SHA-256 of a file in hex, cached by path, size and time of change: a relaunch reads no weights twice."""
+    """Return a file's SHA-256 in hex, cached by path, size, time of change and inode. Raises StorageError."""
     cache_file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / "digests.json"
     try:
         status = file.stat()
@@ -41,7 +37,7 @@ def sha256_of_file(file: Path) -> str:
 
 
 def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each of some files of different names, by name; cached as `sha256_of_file` is."""
+    """Return the cached SHA-256 of each file by its name; the names must differ. Raises StorageError."""
     return {file.name: sha256_of_file(file) for file in files}
 
 

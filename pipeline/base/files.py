@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written under a name of their own, synced, then put under their final name.
+"""Write files that are whole or absent: under a temporary name, synced, then put under their final name.
 
-`put_if_absent` is the only way into a store. Its first writer wins, so a second copy of a worker, or a late one
-that a scheduler lost sight of, can never replace what readers may have seen already.
+Every file of a store is written by `put_if_absent`. Its first writer wins, so a second copy of a worker, or a late one,
+never replaces a file that readers may have seen.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _TRIES = 10
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those that it lies in, durably, unless they are there. Raises OSError."""
+    """Make a folder and its missing parents, durably. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -39,7 +39,7 @@ def make_folder(folder: Path) -> None:
 
 
 def put_if_absent(file: Path, content: bytes) -> bool:
-    """Write a new file, durably and as a whole. False if the name is already there, which is left as it is.
+    """Write a new file, durably and whole. Returns False, and changes nothing, if the name is taken.
 
     Raises:
         StorageError: The disk is full or failing, or its file system can't put if absent. Nothing is left behind.
@@ -52,10 +52,10 @@ def put_if_absent(file: Path, content: bytes) -> bool:
                 committed = _commit(temporary, file)
             finally:
                 temporary.unlink(missing_ok=True)
-            # Also where another was first: what is there counts as done from here on.
+            # Also if another was first: from here on its file counts as done.
             _sync(file.parent)
         except FileNotFoundError as error:
-            # Who cleans up may take a running writer's file for a dead one's; then it is written again.
+            # A cleanup may have deleted the temporary file as a dead writer's. Write it again.
             if not (tries_left and file.parent.exists()):
                 raise storage_error(file, error) from error
         except OSError as error:
@@ -68,7 +68,7 @@ def put_if_absent(file: Path, content: bytes) -> bool:
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file that may be there already, so that readers see the old or the new one, never a part."""
+    """Write a file that may exist; readers see the old or the new one, never a part. Raises StorageError."""
     temporary = file.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         _write_durably(temporary, content)
@@ -81,12 +81,12 @@ def replace_file(file: Path, content: bytes) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that readers see whole or not at all."""
+    """Write a JSON file that readers see whole or not at all. Raises StorageError."""
     replace_file(file, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder on the disk: the files and folders in it, itself, and its name in the folder above.
+    """Sync a folder: everything in it, itself, and its name in its parent.
 
     Raises:
         StorageError: The disk is full or failing.
@@ -99,7 +99,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises DataError where it is damaged, StorageError where it can't be read."""
+    """Read a JSON object. Raises DataError if it is damaged, StorageError if it can't be read."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -108,7 +108,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(place: str, content: bytes) -> dict[str, Any]:
-    """Read a JSON object from what stood in a place, which the DataError names that is raised where it is none."""
+    """Parse a JSON object. Raises DataError, which names the place, if it is not one."""
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -119,9 +119,9 @@ def parse_json(place: str, content: bytes) -> dict[str, Any]:
 
 
 def storage_error(file: Path, error: OSError) -> StorageError:
-    """Say what an error of the system means for a file."""
+    """Make the StorageError of a system's error with a file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{file}: the disk is full; free some space and run the same command again")
+        return StorageError(f"{file}: the disk is full. Free some space and run the same command again")
     return StorageError(f"{file}: can't be written or read ({error.strerror or error})")
 
 
@@ -137,16 +137,16 @@ def _write_durably(file: Path, content: bytes) -> None:
 
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""What Linux answers where a file system knows no hard links; EPERM also for a folder that may not be changed"""
+"""Linux's errors of a file system without hard links; EPERM also means a folder that may not be changed"""
 
 
 def _commit(temporary: Path, file: Path) -> bool:
-    """Give a written file its name. False if the name is taken."""
+    """Give a written file its name. Returns False if the name is taken."""
     try:
-        # A link appears at once and as a whole, and fails if the name is taken; a plain rename would replace.
+        # A link appears at once and fails if the name is taken; a plain rename would replace.
         os.link(temporary, file)
     except FileExistsError:
-        # A file server that repeats a request whose answer was lost reports our own link as taken.
+        # After a lost answer, a file server repeats the request and reports our own link as taken.
         return _same_file(temporary, file)
     except OSError as error:
         if error.errno not in _NO_LINKS:
@@ -156,7 +156,7 @@ def _commit(temporary: Path, file: Path) -> bool:
 
 
 def _rename_if_absent(temporary: Path, file: Path, no_link: OSError) -> bool:
-    """As `_commit`, where there are no hard links: Linux can rename without replacing."""
+    """Give a written file its name by Linux's rename that replaces nothing. Returns False if the name is taken."""
     here, replace_nothing = -100, 1  # AT_FDCWD and RENAME_NOREPLACE, of renameat2(2)
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
@@ -166,7 +166,7 @@ def _rename_if_absent(temporary: Path, file: Path, no_link: OSError) -> bool:
             return False
     raise StorageError(
         f"{file}: can't be put under its name ({no_link.strerror}); this file system has neither hard links nor "
-        "renames that replace nothing: choose a folder on another one"
+        "renames that replace nothing. Choose a folder on another one"
     )
 
 
@@ -178,7 +178,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Have a folder's names, or a file's content, on the disk."""
+    """Sync a folder's names, or a file's content, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

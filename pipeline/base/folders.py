@@ -1,8 +1,8 @@
-"""A folder of small whole files, here or in an object store (`s3://`, `gs://`, ...): put if absent, read, list.
+"""A folder of small whole files, local or in an object store (`s3://`, `gs://`, ...): put if absent, read, list.
 
-Both kinds promise the same: who reads a name sees a whole file or none, the first writer of a name wins, and a file
-never changes under its name. Here a hard link commits (`storage`); in an object store one conditional PUT of the
-finished bytes does, without a temporary name and without a rename.
+Both kinds promise the same: a reader sees a whole file or none, the first writer of a name wins, and a file never
+changes under its name. A local file is committed by a hard link (`files`), an object by one conditional PUT of the
+finished bytes.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pipeline.base.errors import ConfigError, StorageError, first_line
 __all__ = ["LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_folder"]
 
 LEFTOVERS = (".tmp-", ".probe-")
-"""How the names begin that a killed process may leave behind; nobody reads them"""
+"""Prefixes of the names that a killed process may leave behind; nobody reads them"""
 
 
 _AN_ERROR = object()
@@ -26,7 +26,7 @@ _AN_ERROR = object()
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder on this machine, or one that is mounted here."""
+    """A folder on a local or mounted file system."""
 
     path: Path
 
@@ -37,18 +37,18 @@ class LocalFolder:
         return LocalFolder(self.path / name)
 
     def place(self, name: str) -> str:
-        """Name one of its files for people."""
+        """Name one of its files in messages."""
         return str(self.path / name)
 
     def make(self) -> None:
-        """Make the folder, unless it is there. Raises StorageError."""
+        """Make the folder if it is missing. Raises StorageError."""
         try:
             files.make_folder(self.path)
         except OSError as error:
-            raise StorageError(f"{self}: can't be made ({error.strerror}); choose another folder") from error
+            raise StorageError(f"{self}: can't be made ({error.strerror}). Choose another folder") from error
 
     def names(self) -> list[str]:
-        """Files and folders in it, sorted; none where there is no such folder. Raises StorageError."""
+        """Return the names in it, sorted; none if the folder is missing. Raises StorageError."""
         try:
             return sorted(entry.name for entry in self.path.iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -57,7 +57,7 @@ class LocalFolder:
             raise files.storage_error(self.path, error) from error
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none. Raises StorageError."""
+        """Return a file's size in bytes, None if it is missing. Raises StorageError."""
         try:
             return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
@@ -66,14 +66,14 @@ class LocalFolder:
             raise files.storage_error(self.path / name, error) from error
 
     def modified(self, name: str) -> float | None:
-        """When a file was written, in seconds of the file server's clock; None where there is none."""
+        """Return a file's time of writing, in seconds of the file server's clock; None if it is missing."""
         try:
             return (self.path / name).stat().st_mtime
         except OSError:
             return None
 
     def read(self, name: str) -> bytes:
-        """The whole of a file. Raises FileNotFoundError where there is none, StorageError where it can't be read."""
+        """Read a whole file. Raises FileNotFoundError if it is missing, StorageError if it can't be read."""
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
@@ -82,15 +82,15 @@ class LocalFolder:
             raise files.storage_error(self.path / name, error) from error
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a new file, durably and as a whole. False if the name is taken. Raises StorageError."""
+        """Write a new file, durably and whole. Returns False if the name is taken. Raises StorageError."""
         return files.put_if_absent(self.path / name, content)
 
     def replace(self, name: str, content: bytes) -> None:
-        """Write a file whose name may be taken. Raises StorageError."""
+        """Write a file that may exist. Raises StorageError."""
         files.replace_file(self.path / name, content)
 
     def delete(self, name: str) -> None:
-        """Delete a file, unless it is gone already. Raises StorageError."""
+        """Delete a file, which may be gone already. Raises StorageError."""
         try:
             (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -99,10 +99,10 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class ObjectFolder:
-    """A prefix of names in an object store. It holds no connection, so that it pickles and survives a fork."""
+    """A prefix of names in an object store. It holds no connection, so it can be pickled and forked."""
 
     url: str
-    """Like s3://bucket/runs/shards, without a slash at its end"""
+    """Address without a slash at its end, like s3://bucket/runs/shards"""
 
     def __str__(self) -> str:
         return self.url
@@ -114,20 +114,20 @@ class ObjectFolder:
         return f"{self.url}/{name}"
 
     def make(self) -> None:
-        """Object stores have no folders to make; but this one must know how to put if absent.
+        """Check that the store can put if absent; it has no folders to make.
 
         Raises:
-            StorageError: It does not, or it can't be reached or written.
+            StorageError: It can't, or it can't be reached or written.
         """
         if not _puts_if_absent(self.url):
             raise StorageError(
                 f"{self}: this object store ignores the condition of a put (If-None-Match), so two workers could "
-                "replace each other's shards; use a store that knows conditional writes, or a folder on a disk"
+                "replace each other's shards. Use a store with conditional writes, or a folder on a disk"
             )
 
     def names(self) -> list[str]:
         found = self._ask("", _list, missing=[])
-        # Consoles put an empty object for the folder itself, which is no file of it.
+        # Consoles put an empty object for the folder itself.
         return sorted(name for name in found if name)
 
     def size(self, name: str) -> int | None:
@@ -145,13 +145,13 @@ class ObjectFolder:
         return bytes(content)
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Put the finished bytes in one request that fails if the name is taken. False if it is, with other bytes.
+        """Put the finished bytes in one request. Returns False if the name is taken by other bytes.
 
-        A request whose answer was lost may have been carried out, and is repeated by the client's own retries. So
-        what is there now decides: our own bytes are ours, whichever of the requests brought them.
+        A request whose answer was lost may have succeeded, and the client repeats it. So the bytes that are there
+        decide: if they are ours, one of our requests put them.
 
         Raises:
-            StorageError: The store failed, and nothing is there. Nothing is ever deleted on a guess.
+            StorageError: The store failed, and the object is missing. Nothing is ever deleted on a guess.
         """
         self.make()
         try:
@@ -167,7 +167,7 @@ class ObjectFolder:
                 raise
             return found == content
         if self.size(name) != len(content):
-            raise StorageError(f"{self.place(name)}: put, but not there in its size; run the same command again")
+            raise StorageError(f"{self.place(name)}: put, but missing or of another size. Run the same command again")
         return True
 
     def replace(self, name: str, content: bytes) -> None:
@@ -177,7 +177,7 @@ class ObjectFolder:
         self._ask(name, lambda fs, path: fs.rm_file(path), missing=None)
 
     def _ask(self, name: str, request: Callable[[Any, str], Any], *, missing: Any = _AN_ERROR) -> Any:
-        """Send a request. A name that is not there gives `missing`."""
+        """Send a request. Returns `missing` if the name is missing. Raises StorageError."""
         fs, path = _connect(self.url)
         try:
             return request(fs, f"{path}/{name}" if name else path)
@@ -187,10 +187,10 @@ class ObjectFolder:
             if missing is not _AN_ERROR:
                 return missing
             raise StorageError(f"{self.place(name)}: no such bucket or folder ({first_line(error)})") from error
-        # The clients have errors of their own, which are no OSErrors.
+        # The clients' own errors are not OSErrors.
         except Exception as error:
             raise StorageError(
-                f"{self.place(name)}: the object store failed ({type(error).__name__}: {first_line(error)}); check "
+                f"{self.place(name)}: the object store failed ({type(error).__name__}: {first_line(error)}). Check "
                 "address and credentials, then run the same command again"
             ) from error
 
@@ -199,14 +199,14 @@ Folder = LocalFolder | ObjectFolder
 
 
 Where = str | Path | LocalFolder | ObjectFolder
-"""How a folder may be named"""
+"""Forms of a folder's name"""
 
 
 def open_folder(where: Where) -> Folder:
-    """Give the folder of a path or URL; neither looks for it nor makes it.
+    """Return the folder of a path or URL, without looking for it.
 
     Raises:
-        ConfigError: A URL of a kind that no installed package serves.
+        ConfigError: No installed package serves the URL's kind.
     """
     if isinstance(where, LocalFolder | ObjectFolder):
         return where
@@ -220,11 +220,11 @@ def open_folder(where: Where) -> Folder:
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    """Give the file system of a URL and the path in it. Connections are kept by the library, for each process."""
+    """Return the file system of a URL, and the path in it. The library keeps a connection for each process."""
     import fsspec
 
     try:
-        # What was listed a moment ago may have changed since.
+        # Cached listings may be out of date.
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         kind = url.partition("://")[0]
@@ -234,7 +234,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _put(fs: Any, path: str, content: bytes, mode: str) -> None:
-    # Past a chunk's size s3fs uploads in pieces; one request is one commit.
+    # s3fs uploads more than a chunk in pieces, but only one request is one commit.
     whole = {"chunksize": len(content) + 1} if "s3" in fs.protocol else {}
     fs.pipe_file(path, content, mode=mode, **whole)
 
@@ -245,7 +245,7 @@ def _list(fs: Any, path: str) -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def _puts_if_absent(url: str) -> bool:
-    """Try it: of two conditional puts of one name the second must fail."""
+    """Return True if the second of two conditional puts of one name fails."""
     folder = ObjectFolder(url)
     for _ in range(3):
         name = f"{LEFTOVERS[1]}{uuid.uuid4().hex}"
@@ -256,5 +256,5 @@ def _puts_if_absent(url: str) -> bool:
             return True
         finally:
             folder.delete(name)
-        # Or somebody who cleans up has deleted it in between; not three times.
+        # A cleanup may have deleted the object in between, but not three times.
     return False

@@ -1,7 +1,7 @@
-"""One line per stage: how far, how fast, how long still, how it goes. For people, for logs, or as JSON for machines.
+"""Progress of a stage in one line (count, rate, time left, values), for people, logs, or machines as JSON.
 
-On a terminal the line is rewritten in place. Elsewhere it is written anew every half a minute, without carriage
-returns. With `--json-logs` all that a command says on stdout is one JSON object a line, each with its `kind`.
+A terminal's line is rewritten in place. Elsewhere a new line is written every half a minute, without carriage returns.
+With `--json-logs` a command prints only JSON objects on stdout, one a line, each with its `kind`.
 """
 
 import contextlib
@@ -17,26 +17,17 @@ from typing import Any, NamedTuple, TextIO
 import click
 from tqdm import tqdm
 
-__all__ = [
-    "JSON_LOGS",
-    "JsonLines",
-    "Progress",
-    "emit",
-    "say",
-    "start_json",
-    "without_nan",
-    "without_other_bars",
-]
+__all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "say", "start_json", "without_nan", "without_other_bars"]
 
 JSON_LOGS = "REFSHARD_JSON_LOGS"
-"""Environment variable that does what the option does, also in the processes that a command starts"""
+"""Environment variable with the option's effect, also in the processes that a command starts"""
 
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 class JsonLines(io.TextIOBase):
-    """Stands for stdout: every line of text that is printed becomes a JSON object of kind `message`."""
+    """A replacement of stdout that makes a JSON object of kind `message` of every printed line."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -56,13 +47,13 @@ class JsonLines(io.TextIOBase):
         self._out.flush()
 
     def put(self, record: Mapping[str, Any]) -> None:
-        """Print one object, whole and at once."""
+        """Print one object at once."""
         self._out.write(json.dumps(without_nan(record)) + "\n")
         self._out.flush()
 
 
 def start_json() -> None:
-    """Have stdout, and that of processes to be started, say JSON from here on."""
+    """Make stdout print JSON from here on, also in processes that are started later."""
     os.environ[JSON_LOGS] = "1"
     if not _says_json():
         sys.stdout = JsonLines(sys.stdout)
@@ -73,13 +64,13 @@ def _says_json() -> bool:
 
 
 def emit(kind: str, record: Mapping[str, Any]) -> None:
-    """Print a record where stdout says JSON; nothing elsewhere."""
+    """Print a record if stdout prints JSON, else nothing."""
     if isinstance(sys.stdout, JsonLines):
         sys.stdout.put({"kind": kind, "time": time.time(), **record})
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line for people, beside the progress line where there is one."""
+    """Print a line for people, above the progress line if there is one."""
     file = sys.stderr if err else sys.stdout
     tqdm.write(text, file=file)
     file.flush()
@@ -87,7 +78,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 @contextlib.contextmanager
 def without_other_bars() -> Iterator[None]:
-    """Have transformers draw no bars (of weights that it loads or saves) through the progress line."""
+    """Keep transformers from drawing bars of its own through the progress line."""
     import transformers.utils.logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -100,14 +91,14 @@ def without_other_bars() -> Iterator[None]:
 
 
 def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite, which JSON does not have, by null."""
+    """Replace numbers that are not finite, which JSON lacks, by null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 
 class _Point(NamedTuple):
-    """What was done when."""
+    """Amount done at a time."""
 
     time: float
     done: int
@@ -115,22 +106,22 @@ class _Point(NamedTuple):
 
 
 class Progress:
-    """How far one stage is.
+    """Progress of one stage.
 
     Args:
-        name: Of the stage, or of the set that it works on.
-        total: How many there are to be done, where that is known.
-        unit: What is counted: pairs, steps.
-        done: How many are done already, by an earlier start.
+        name: Name of the stage, or of its set.
+        total: Number of units to do, None if unknown.
+        unit: Name of the unit: pairs, steps.
+        done: Number of units done by earlier attempts.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._name, self._total, self._unit = name, total, unit
         self._start = self._latest = _Point(time.monotonic(), done, 0)
-        # Rates are counted from the end of the first piece, which also pays for threads, kernels and caches.
+        # Rates count from the end of the first piece, which also pays for threads, kernels and caches.
         self._first: _Point | None = None
         self._values: dict[str, float] = {}
-        # The first line comes soon, so that one sees whether it works; the others seldom.
+        # The first line is written at once, the others seldom.
         self._last_line = -math.inf
         self._last_said: int | None = None
         self._rewrites = sys.stderr.isatty() and not _says_json() and total != done
@@ -140,21 +131,21 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self._start.time
 
     @property
     def tokens(self) -> int:
-        """Of what was done since it began."""
+        """Number of tokens done since the start."""
         return self._latest.tokens
 
     def advance(self, count: int, *, tokens: int, memory: int) -> None:
-        """Count what was done, and say it if it is time to.
+        """Count units that are done, and write a line if one is due.
 
         Args:
-            count: How many more are done.
-            tokens: How many tokens these had.
-            memory: The process's peak so far, bytes.
+            count: Number of further units that are done.
+            tokens: Number of their tokens.
+            memory: The process's peak memory so far, bytes.
         """
         self._latest = _Point(time.monotonic(), self._latest.done + count, self._latest.tokens + tokens)
         self._first = self._first or self._latest
@@ -162,13 +153,13 @@ class Progress:
         self.show({"tokens/s": self._rates()[1], "memory": memory})
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Have the line show these from now on: `loss`, `margin`, ..."""
+        """Show these values in the line from now on: `loss`, `margin`, ..."""
         self._values |= values
         self._bar.set_postfix_str(", ".join(_shown(self._values)), refresh=False)
         self.pulse()
 
     def pulse(self, doing: str = "") -> None:
-        """Show that something goes on, though nothing more is done yet."""
+        """Show activity, though nothing more is done yet."""
         if self._rewrites:
             self._bar.set_description_str(f"{self._name} ({doing})" if doing else self._name)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -181,7 +172,7 @@ class Progress:
             self._write_line("")
 
     def _rates(self) -> tuple[float, float]:
-        """Done and tokens, each per second."""
+        """Return units and tokens per second."""
         first, latest = self._first, self._latest
         since = first if first is not None and latest.done > first.done else self._start
         seconds = max(latest.time - since.time, 1e-9)
@@ -190,7 +181,7 @@ class Progress:
     def _write_line(self, doing: str) -> None:
         done, rate = self._latest.done, self._rates()[0]
         self._last_line, self._last_said = time.monotonic(), done
-        # The first piece pays for the start, and would promise hours.
+        # The first piece pays for the start, so its rate would promise hours.
         is_steady = self._first is not None and done > self._first.done
         left = (self._total - done) / rate if self._total is not None and is_steady else None
         if _says_json():

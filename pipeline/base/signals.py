@@ -1,6 +1,4 @@
-"""A request to stop, as a flag: a signal or a time sets it and does nothing else; the program leaves at its next safe
-point.
-"""
+"""A request to stop, as a flag that a signal or a time sets. The program leaves at its next safe point."""
 
 import os
 import signal
@@ -11,24 +9,17 @@ from multiprocessing import connection, get_context, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = [
-    "STOP_SIGNALS",
-    "StopFlag",
-    "leave_with_parent",
-    "process_context",
-    "watch_signals",
-    "work_unsignalled",
-]
+__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "process_context", "watch_signals", "work_unsignalled"]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class StopFlag:
-    """Set by a signal, or by the time; read between batches and steps.
+    """A flag that is set by a signal or at a time, and read between batches and steps.
 
     Args:
-        stop_at: When to stop without a signal, on `time.monotonic`'s clock.
+        stop_at: Time to stop without a signal, on `time.monotonic`'s clock.
     """
 
     def __init__(self, stop_at: float | None = None) -> None:
@@ -47,7 +38,7 @@ class StopFlag:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether SIGTERM came twice: there may be no time left for another save."""
+        """True if SIGTERM came twice, so that another save may take too long."""
         return self._terminations > 1
 
 
@@ -55,7 +46,7 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
     """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual.
 
     Args:
-        stop_at: When to stop without a signal, on `time.monotonic`'s clock.
+        stop_at: Time to stop without a signal, on `time.monotonic`'s clock.
     """
     flag = StopFlag(stop_at)
 
@@ -64,7 +55,7 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         flag.request(terminate=number == signal.SIGTERM)
 
-    # Handlers can be set in the main thread only; elsewhere (tests, notebooks) the flag just stays unset.
+    # Only the main thread can set handlers; elsewhere (tests, notebooks) the flag stays unset.
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, handle)
@@ -72,13 +63,13 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
 
 
 def work_unsignalled(closing: Any) -> None:
-    """Have a worker process live as long as its parent needs it, whoever is signalled.
+    """Keep a worker process alive through signals as long as its parent needs it.
 
-    A scheduler signals every process of a job. If the workers left, the parent could not save what it has.
+    A scheduler signals every process of a job. Without its workers the parent could not save.
 
     Args:
-        closing: A shared value that is not 0 once the parent has no more use for workers; only then SIGTERM, which
-            is how libraries have a worker leave, ends this one.
+        closing: A shared value, not 0 after the parent has finished with its workers. Only then SIGTERM, by which
+            libraries stop a worker, ends this one.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -88,16 +79,16 @@ def work_unsignalled(closing: Any) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave_if_meant)
-    # Libraries look after the parent between two items only, and wait for their queue to be read before they leave:
-    # without a reader, forever, once an item is larger than the pipe.
+    # Libraries check for the parent only between two items, and wait until their queue is read. Without a reader, an
+    # item larger than the pipe would keep them forever.
     leave_with_parent(1)
 
 
 def process_context() -> Any:
-    """Say how to start processes that run a stage, once the libraries are imported.
+    """Return the context for processes that run a stage, after the libraries are imported.
 
-    A fork starts at once, with the libraries imported; the process that forks does nothing else with them. But the
-    import of bitsandbytes, which peft's brings along, begins to use the GPUs, and a fork of that can't use them.
+    A fork has the libraries at once. But peft imports bitsandbytes, which may initialize CUDA at its import, and a fork
+    of an initialized process can't use the GPUs.
     """
     import torch
 
@@ -106,7 +97,7 @@ def process_context() -> Any:
 
 
 def leave_with_parent(status: int) -> None:
-    """Have this process end, with that exit status, as soon as the one that started it is gone, however it went."""
+    """End this process with an exit status as soon as its parent is gone."""
     parent = parent_process()
     if parent is None:
         return

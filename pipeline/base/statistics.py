@@ -6,15 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Grid",
-    "Histogram",
-    "correlation",
-    "grid",
-    "histogram",
-    "percentiles",
-    "share_positive",
-]
+__all__ = ["Grid", "Histogram", "correlation", "grid", "histogram", "percentiles", "share_positive"]
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep: every combination of the values that settings are to take, each with a name for its folder."""
+"""The runs of a sweep: every combination of the settings' values, each with a folder's name."""
 
 import itertools
 import re
@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.base.errors import ConfigError
 
-__all__ = [
-    "Member",
-    "make_grid",
-    "split_values",
-]
+__all__ = ["Member", "make_grid", "split_values"]
 
 
 @dataclass(frozen=True)
@@ -19,33 +15,33 @@ class Member:
     """One run of a sweep."""
 
     name: str
-    """Of its folder: `beta-0.1_type-ipo`"""
+    """Name of its folder: `beta-0.1_type-ipo`"""
     overrides: tuple[str, ...]
     """`key=value`, as `-o` takes them"""
 
 
 def make_grid(over: Sequence[str]) -> list[Member]:
-    """Combine the values of all settings, the last setting's changing first.
+    """Combine the values of all settings; the last setting's change first.
 
     Args:
         over: `key=value,value,...` each.
 
     Raises:
-        ConfigError: One has another form, a key is there twice, or a value is.
+        ConfigError: A text has another form, or a key or value is repeated.
     """
     values: dict[str, list[str]] = {}
     for text in over:
         key, equals, listed = text.partition("=")
         if not key or not equals:
-            raise ConfigError(f"--over {text}: expected a key and its values, like loss.beta=0.05,0.1,0.5")
+            raise ConfigError(f"--over {text}: must be a key and its values, like loss.beta=0.05,0.1,0.5")
         if key in values:
-            raise ConfigError(f"--over {text}: {key} is there twice; name all its values at once")
+            raise ConfigError(f"--over {text}: {key} is repeated. Name all its values at once")
         values[key] = split_values(listed)
         for value in values[key]:
             if not value:
-                raise ConfigError(f"--over {text}: a value is empty; write null for a setting that is to be left out")
+                raise ConfigError(f"--over {text}: a value is empty. Write null to leave a setting out")
             if values[key].count(value) > 1:
-                raise ConfigError(f"--over {text}: {value} is there twice")
+                raise ConfigError(f"--over {text}: {value} is repeated. Name it once")
     labels = _labels(list(values))
     members: list[Member] = []
     for combination in itertools.product(*values.values()):
@@ -58,7 +54,7 @@ def make_grid(over: Sequence[str]) -> list[Member]:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at commas, but not within brackets, braces or quotes: `sigmoid,[sigmoid, sft]` are two values."""
+    """Split at commas outside of brackets, braces and quotes: `sigmoid,[sigmoid, sft]` are two values."""
     values, depth, quote, start = [], 0, "", 0
     for i, character in enumerate(text):
         if quote:
@@ -77,7 +73,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Name each key by its last part, or by all of them where that would name two."""
+    """Name each key by its last part, or in full if two keys share it."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)}
 

@@ -191,7 +191,7 @@ def test_a_file_system_that_cannot_put_if_absent_is_named_as_such(
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **settings: NoRename())
     _fail(monkeypatch, "link", errno.EPERM)
-    with pytest.raises(StorageError, match="neither hard links nor renames that replace nothing: choose a folder on"):
+    with pytest.raises(StorageError, match=r"neither hard links nor renames that replace nothing\. Choose a folder on"):
         put_if_absent(tmp_path / "part", b"content")
     assert _names(tmp_path) == []
 
@@ -234,7 +234,7 @@ def test_replacing_gives_the_new_content(tmp_path: Path) -> None:
 def test_a_failed_replacement_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     replace_file(tmp_path / "run.json", b"old")
     _fail(monkeypatch, call, errno.ENOSPC)
-    with pytest.raises(StorageError, match="the disk is full; free some space and run the same command again"):
+    with pytest.raises(StorageError, match=r"the disk is full\. Free some space and run the same command again"):
         replace_file(tmp_path / "run.json", b"new")
     monkeypatch.undo()
     assert (tmp_path / "run.json").read_bytes() == b"old"

@@ -245,7 +245,7 @@ MUTATIONS = [
     Mutation(
         "training's random numbers kept from evaluations",
         "pipeline/training/trainer.py",
-        "        with torch.random.fork_rng(devices=devices):\n            metrics = super().evaluate(",
+        "        with torch.random.fork_rng(devices=gpus_of(self)):\n            metrics = super().evaluate(",
         "        with nullcontext():\n            metrics = super().evaluate(",
         "tests/faults/test_preemption.py -k evaluations",
     ),
@@ -273,7 +273,7 @@ MUTATIONS = [
     Mutation(
         "one task of an array queued again, not all of it",
         "stages/submit/slurm.py",
-        'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"',
+        'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"',
         'job="$SLURM_JOB_ID"',
         "tests/stages/test_submit_slurm.py",
     ),

@@ -33,6 +33,7 @@ from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_source, read_rows
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import MARKER, commit_checkpoint
+from pipeline.run.inputs import PolicyInputs, ReferenceInputs, RunInputs, SetInputs
 from support.damage import CHAT, EVIL, MARK, Payload
 from support.models import make_tokenizer
 from support.processes import ROOT
@@ -241,17 +242,21 @@ def test_what_a_dataset_holds_never_reaches_the_terminal_raw(make_run: MakeRun, 
 
 def test_the_card_holds_no_escapes_and_no_header_of_a_stranger() -> None:
     hostile = f"{ESCAPES}\n---\nlicense: evil\n---\n<img src=x onerror=alert(1)> | `code` [a](javascript:b)"
-    arguments = dict.fromkeys(("name", "base_model", "reference", "dataset", "adapter"), hostile)
+    train = SetInputs(dataset=hostile, ledger={}, matched=1, missing=0, tokens={}, store=hostile, noise=None)
+    inputs = RunInputs(
+        reference=ReferenceInputs(name=hostile, identity={}, fingerprint="f" * 64),
+        policy=PolicyInputs(model=hostile, adapter=hostile, dtype=None, parameters=2, trained_parameters=1),
+        sets={"train": train},
+        stage_one=[],
+    )
     card = model_card(
-        **arguments,
-        fingerprint="f" * 64,
+        inputs,
+        name=hostile,
         pairs=1,
         loss={"type": "sigmoid", "beta": 0.1},
+        hub={"base_model": hostile, "datasets": [hostile]},
         training={hostile: hostile},
         metrics={hostile: 1.0},
-        versions={hostile: hostile},
-        hub_model=hostile,
-        hub_dataset=hostile,
     )
     assert all(line.isprintable() for line in card.split("\n"))
     assert card.count("\n---\n") == 1

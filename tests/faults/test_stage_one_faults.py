@@ -114,7 +114,7 @@ def test_a_full_disk_ends_the_run_with_74_and_it_goes_on_once_there_is_room(make
     with tmpfs(tmp_path / "disk", "64k") as disk:
         words = ["--config", config, "-o", f"precompute.output={disk}"]
         said = refshard("precompute", *words, check=74).stderr
-        assert "the disk is full; free some space and run the same command again" in said
+        assert "the disk is full. Free some space and run the same command again" in said
         assert said.count("\n") == 1 or "Traceback" not in said
         found = contents(disk / "train")
         assert 1 < len(found) < len(expected)

@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_at_any_point_keeps_whole_parts_and_no_rests_and_the
             try:
                 write_store(disk / "train")
             except StorageError as error:
-                assert "the disk is full; free some space and run the same command again" in str(error)
+                assert "the disk is full. Free some space and run the same command again" in str(error)
                 full += 1
             else:
                 break

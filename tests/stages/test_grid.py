@@ -45,8 +45,8 @@ def test_names_are_plain_and_never_shared() -> None:
         (["=1,2"], "like loss.beta="),
         (["loss.beta=1,,2"], "empty"),
         (["loss.beta="], "empty"),
-        (["loss.beta=1,2,1"], "1 is there twice"),
-        (["loss.beta=1", "loss.beta=2"], "loss.beta is there twice"),
+        (["loss.beta=1,2,1"], "1 is repeated"),
+        (["loss.beta=1", "loss.beta=2"], "loss.beta is repeated"),
     ],
 )
 def test_what_is_no_list_of_different_values_is_refused(over: list[str], said: str) -> None:

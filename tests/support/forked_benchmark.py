@@ -33,6 +33,8 @@ def _drive(words: Sequence[str], folder: str, environment: Mapping[str, str]) ->
     import rounds
     import theirs  # noqa: F401
 
+    import support.warm  # noqa: F401
+
     rounds.subprocess = _Forks
     # At toy size nothing is made of the machine's own speed, which takes a second to measure.
     model.matrix_rate = functools.partial(model.matrix_rate, seconds=0.05)

@@ -17,9 +17,8 @@ ROOT = Path(__file__).parents[2]
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["stages.precompute.command", "stages.train", "stages.inspect", "stages.sweep.command", "stages.generate", "s3fs"]
-)
+_STAGES = ("precompute.command", "train", "inspect", "sweep.command", "generate")
+_FORKS.set_forkserver_preload([*(f"stages.{name}" for name in _STAGES), "s3fs", "tests.support.warm"])
 
 
 class Command:
