@@ -142,7 +142,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
             order = order_of_run(arguments, count_pairs(config, tokenizer, flag))
             window = window_at(config, arguments, order, checkpoint)
             scored = window_config(config, window, output)
-            stores = _open_stores(scored, filter(window.uses, ["train", *config.data.eval]), tokenizer)
+            stores = _open_stores(scored, filter(window.uses, config.data.sets), tokenizer)
         _train(
             TrainingRun(
                 config=config,

@@ -171,7 +171,7 @@ def test_two_processes_write_what_one_writes_and_keep_its_exit_status(make_run: 
     assert "holds the shards of another run. It differs in reference.dtype" in other.err
     overwrite = Watched("precompute", "--config", config, "--processes", 2, "--overwrite")
     assert overwrite.finish() == 2
-    assert "--overwrite: of several processes each would delete what the others have begun" in overwrite.err
+    assert "--overwrite: each of several processes would delete" in overwrite.err
 
 
 # As if the import of a library had begun to use a GPU. The last words are the command's.
