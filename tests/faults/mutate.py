@@ -41,7 +41,6 @@ MUTATIONS = [
     Mutation(
         "sync of a folder after a new name",
         "pipeline/base/files.py",
-        "            # Also where another was first: what is there counts as done from here on.\n"
         "            _sync(file.parent)\n",
         "",
         "tests/faults/test_crashes.py tests/base/test_files.py",
