@@ -161,7 +161,7 @@ def test_a_dataset_that_changed_between_two_starts_is_another_run(make_run: Make
     rows[9]["rejected"] = " Changed."
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     said = refshard("precompute", "--config", config, check=78).stderr
-    assert "dataset: shards" in said
+    assert "dataset.pairs.jsonl: shards" in said
     tally("the dataset changed between two starts", 1, outcome="78")
 
 
