@@ -239,11 +239,11 @@ def _gpu_section(results: dict[str, Any] | None) -> list[str]:
 
 
 JOIN = """\
-Stage two joins the tokenized pairs to the shards by key. The keys and sums of the stores (44 bytes a pair) are sorted in
-memory and written to an index, which is then memory-mapped. Token logps go to one flat file, which is read batch by batch.
-The benchmark simulates stores of random keys with four token logps a pair, in one process for each size. Memory is the
-peak above what the imports hold. Above four million pairs, a random sample of four million is looked up and the time is
-scaled to all.
+Stage two joins the tokenized pairs to the shards by key. The keys and sums of the stores (44 bytes a pair) are sorted
+in memory and written to an index, which is then memory-mapped. Token logps go to one flat file, which is read batch
+by batch. The benchmark simulates stores of random keys with four token logps a pair, in one process for each size.
+Memory is the peak above what the imports hold. Above four million pairs, a random sample of four million is looked up
+and the time is scaled to all.
 """
 
 
