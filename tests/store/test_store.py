@@ -438,8 +438,8 @@ def test_the_same_run_goes_on_with_its_store(folder: Path) -> None:
             "tokenization.max_length: shards 64, this run 32",
         ),
         (IDENTITY, {**PLAN, "rows_per_shard": 4}, "rows_per_shard: shards 3, this run 4"),
-        (IDENTITY, {**PLAN, "columns": {"prompt": "q"}}, "columns: shards {}, this run {'prompt': 'q'}"),
-        (IDENTITY, {**PLAN, "new": 1}, "new: shards None, this run 1"),
+        (IDENTITY, {**PLAN, "columns": {"prompt": "q"}}, "columns.prompt: shards none, this run q"),
+        (IDENTITY, {**PLAN, "new": 1}, "new: shards none, this run 1"),
     ],
     ids=["weights", "adapter", "max_length", "rows_per_shard", "columns", "new field"],
 )
