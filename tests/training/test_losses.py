@@ -505,7 +505,10 @@ def test_ratios_of_ten_thousand_give_no_nan_under_another_divergence(name: LossN
         (["type=exo_pair"], "loss.label_smoothing: must be above 0 for exo_pair, got 0.0"),
         (["type=[sigmoid, exo_pair]"], "loss.label_smoothing: must be above 0 for exo_pair, got 0.0"),
         *(
-            ([f"type={name}", "f_divergence_type=forward_kl"], f"loss.f_divergence_type: must be reverse_kl for {name}, got 'forward_kl'")
+            (
+                [f"type={name}", "f_divergence_type=forward_kl"],
+                f"loss.f_divergence_type: must be reverse_kl for {name}, got 'forward_kl'",
+            )
             for name in LOSSES
             if name not in WITH_DIVERGENCE
         ),
