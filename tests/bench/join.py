@@ -181,7 +181,7 @@ def _measure_batches(file: Path, token_logps: TokenLogps) -> dict[int, dict[str,
     whole = datasets.Dataset.from_file(str(file))
     references = [name for name in whole.column_names if name.startswith("ref_") or name == "token_start"]
     without = whole.remove_columns(references)
-    collate, collate_sums = make_collator(0, None, token_logps), make_collator(0, None)
+    collate, collate_sums = (make_collator(0, None, logps, packed=True) for logps in (token_logps, None))
     results = {}
     for size in (4, 8, 16):
         random = np.random.default_rng(3)
