@@ -28,29 +28,29 @@ mean. No tokenizer and no text is involved.
 
 - **Rounds.** refshard, TRL, refshard, TRL, ...; a ratio is taken within each round, and the tables give the median with
   the smallest and the largest. Every measurement is a process of its own and warms up before its clock starts. The
-  processor times are of another set of measurements, on one thread.
-- **Stage one** of TRL is `DPOTrainer(precompute_ref_log_probs=True)` with its own loader, collator and passes,
-  {batch} pairs a batch (its default; a smaller one pads less: `--only curve-batch` measures it), timed from its
-  first batch to its last; the writing of its cache is left out, as is that of our shards. Ours scores under its
-  default budget of {tokens:,} tokens. Neither checkpoints gradients nor casts automatically: bfloat16 means weights in
-  it.
+  processor times come from a separate set of measurements, on one thread.
+- **Stage one** of TRL is `DPOTrainer(precompute_ref_log_probs=True)` with its own loader, collator and passes, {batch}
+  pairs a batch (its default; a smaller one pads less: `--only curve-batch` measures it), timed from its first batch to
+  its last. Writing TRL's cache and refshard's shards is not timed. refshard scores with its default of {tokens:,}
+  tokens a batch. Neither checkpoints gradients nor casts automatically: bfloat16 means weights in it.
 - **Stage two** is whole optimizer steps of SGD with reference log-probs in the data, from the end of one step to the
-  end of the next, so collating and logging are in; the first step warms up. bfloat16 is autocast over float32 weights,
-  the default of both. SGD, because what AdamW keeps and does is the same on either side and only blurs the ratios. No
-  gradient checkpointing. The reference log-probs are made up, the same for both: a policy equal to its reference has a
-  loss of log 2 whatever is computed.
+  end of the next, so collating and logging are included; the first step warms up. bfloat16 is autocast over float32
+  weights, the default of both. The optimizer is SGD, because the memory and time of AdamW are the same on both sides
+  and would only hide the difference. No gradient checkpointing. The reference log-probs are made up, the same for both.
+  With a real reference equal to the policy, the first loss would be log 2 even if the log-probs were wrong.
 - **Memory** is resident memory: the kernel's high-water mark, reset when the model is loaded and before the warm-up,
   less what was held then. The allocator is the system's, with no settings.
-- **Share of the limit** is the useful operations, `2 N (P + C + R) + 2 V H (C + R)` and the attention's, over the time
-  and over the rate of a matrix product of the model's own shape, measured in the same process right after. N are the
+- **Share of the limit** is the useful operations, `2 N (P + C + R) + 2 V H (C + R)` and the attention's, divided by the
+  time and by the rate of a matrix product of the model's own shape, measured in the same process right after. N are the
   parameters outside embedding and head, V x H the head, P, C and R the tokens of prompt and completions: each prompt
   counts once, and the head on completions alone. A training step counts three times that.
-- **The draw.** A few pairs of random order pad more or less in TRL's batches than many do. The table gives the padded
-  tokens a pair of what was measured, over those of {long_run} pairs: a ratio divided by it is what a long run would
-  give.
+- **The draw.** In TRL's batches, a few pairs in random order may need more or less padding than many pairs do. The last
+  column before the command is TRL's padded tokens a pair in the measurement, divided by those of {long_run} pairs. A
+  speed ratio divided by this number is the ratio of a long run.
 - **Agreement** is the largest difference of a completion's summed log-probs over all pairs and rounds, or the
-  difference of the first step's losses. In bfloat16 both sides round, differently with every shape of a batch; there is
-  no bar.
+  difference of the first step's losses. In bfloat16 both sides round, differently with every shape of a batch, so no
+  bar is set.
+- **A bar** is a target that was set for a result; the table says whether it is met.
 """
 
 
@@ -271,7 +271,7 @@ def _join_section(results: dict[str, Any] | None, docs: Path) -> list[str]:
     hours = (files["parquet_us_per_pair"] + files["join_us_per_pair"]) * 1e8 / 3.6e9
     made += [
         "",
-        f"So the index of {largest:,} pairs was built and asked on one node. What the simulation leaves out, at two "
+        f"So the index of {largest:,} pairs was built and queried on one node. What the simulation leaves out, at two "
         f"texts of 256 tokens a pair: reading the Parquet parts, {files['parquet_us_per_pair']:.0f} us a pair, and "
         f"writing the joined set, {files['join_us_per_pair']:.0f} us; extrapolated, {hours:.1f} hours for 100 million, "
         f"with {files['token_logp_bytes_per_pair'] / 10:,.0f} GB of token logps and "

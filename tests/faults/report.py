@@ -86,15 +86,15 @@ def page(results: dict[str, Any]) -> str:
     fuzzed = sum(entry["tried"] for entry in tallies if "test_fuzz" in entry["test"])
     total = {number: sum(entry[number] for entry in tallies) for number in ("tried", "lost", "wrong")}
     lines = [
-        "# Reliability, tried out",
+        "# Reliability: injected faults",
         "",
         f"{total['tried'] - fuzzed:,} faults, injected for real, and {fuzzed:,} fuzzed inputs: rows lost "
-        f"{total['lost']}, wrong values read {total['wrong']}. Every fault ended in an error of one line with its exit "
-        "status, or in nothing at all, and the same command then finished the run as if nothing had happened. Each "
-        "test asserts its outcome; a line stands here only where it passed.",
+        f"{total['lost']}, wrong values read {total['wrong']}. Every fault either gave a one-line error with its "
+        "exit status, or had no effect. The same command then finished the run as if nothing had happened. Each test "
+        "asserts its outcome; the tables list only tests that passed.",
         "",
-        f"`python tests/faults/report.py` ran them and wrote this page ({results['machine']}). Each line can be had by "
-        'itself: the command is `pytest -m "" TEST`. What `make test` runs of it is shorter, not different.',
+        f"`python tests/faults/report.py` ran them and wrote this page ({results['machine']}). To run one line, "
+        'use `pytest -m "" TEST`. `make test` runs shorter versions of the same tests.',
         "",
     ]
     for section, names in FILES.items():
@@ -104,7 +104,7 @@ def page(results: dict[str, Any]) -> str:
         lines += [
             f"## {section}",
             "",
-            "| fault | tried | survived | rows lost | wrong values | what came of it | test |",
+            "| fault | tried | survived | rows lost | wrong values | outcome | test |",
             "|---|---|---|---|---|---|---|",
         ]
         lines += [
@@ -116,17 +116,17 @@ def page(results: dict[str, Any]) -> str:
     lines += [
         "## The tests themselves",
         "",
-        "A test that can't fail holds nothing. `python tests/faults/mutate.py` takes each of these safeguards away, in "
-        f"a copy of the sources, and runs the tests that should notice: {sum(noticed.values())} of {len(noticed)} do.",
+        "A test that can't fail proves nothing. `python tests/faults/mutate.py` removes each of these safeguards in a "
+        f"copy of the sources, and runs the tests that should notice: {sum(noticed.values())} of {len(noticed)} do.",
         "",
-        "| taken away | noticed |",
+        "| safeguard removed | noticed |",
         "|---|---|",
         *(f"| {name} | {'yes' if seen else '**no**'} |" for name, seen in noticed.items()),
         "",
         "## Not tried",
         "",
-        "A real power cut (only every disk that one could leave, as above), network file systems, S3 other than moto's "
-        "server, a cluster of Kubernetes, machines other than this one, GPUs.",
+        "A real power cut (only simulated: every disk that one could leave), network file systems, S3 other than "
+        "moto's server, a Kubernetes cluster, machines other than this one, GPUs.",
         "",
     ]
     return "\n".join(lines)

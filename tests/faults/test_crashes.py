@@ -89,7 +89,7 @@ def test_a_writer_that_dies_at_any_call_leaves_whole_parts_and_the_next_one_fini
         shutil.rmtree(folder.parent, ignore_errors=True)
     # The manifest, three parts, what was skipped, and the index, of about nine calls each.
     assert step > 40
-    tally(f"the writer dies {'after' if after else 'before'} each of its calls of the system", step, outcome=FINISHED)
+    tally(f"the writer dies {'after' if after else 'before'} each of its system calls", step, outcome=FINISHED)
 
 
 def _check_state(folder: Path, expected: dict[str, bytes]) -> None:

@@ -274,7 +274,7 @@ def test_a_process_that_comes_back_leaves_with_79_and_changes_nothing(
     # What it was writing when it was stopped is out of the way by then, and its own.
     assert all("broken-checkpoint" in str(file) for file in changed)
     assert {json.loads(marker.read_text())["attempt"] for marker in output.glob(f"checkpoint-*/{MARKER}")} == {2}
-    tally("a stopped trainer that comes back after another start", 1, outcome="79, nothing changed")
+    tally("a stopped trainer that comes back after another attempt", 1, outcome="79, nothing changed")
 
 
 def test_a_process_that_comes_back_while_the_other_trains_makes_no_mixed_checkpoint(

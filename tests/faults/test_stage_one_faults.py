@@ -162,7 +162,7 @@ def test_a_dataset_that_changed_between_two_starts_is_another_run(make_run: Make
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     said = refshard("precompute", "--config", config, check=78).stderr
     assert "dataset.pairs.jsonl: shards" in said
-    tally("the dataset changed between two starts", 1, outcome="78")
+    tally("the dataset changed between two launches", 1, outcome="78")
 
 
 def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeRun, tmp_path: Path) -> None:

@@ -546,7 +546,7 @@ def test_a_job_at_its_time_limit_goes_on_where_it_was(
     assert slurm.wait(train, 400) == "COMPLETED", logs(folder)
     assert slurm.restarts(train) >= 1
     assert "Resuming" in log_of(train, folder).read_text()
-    tally("the time limit", slurm.restarts(train), outcome="queued again, went on from its checkpoint")
+    tally("the time limit", slurm.restarts(train), outcome="queued again, resumed from its checkpoint")
 
 
 @pytest.mark.nightly
