@@ -1,1 +1,1 @@
-"""Replies of models to prompts, and their means."""
+"""Replies of models, and their means."""
