@@ -18,8 +18,9 @@ from pipeline.base.errors import printable
 from pipeline.base.progress import without_nan
 from pipeline.report import pages
 from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
+from pipeline.scoring.agreement import Agreement
 from stages.explain.row import SIDES, Completion, Explanation, Number, Token, minus
-from stages.explain.stored import Gap, StoredPair
+from stages.explain.stored import StoredPair
 
 __all__ = ["Findings", "as_json", "as_page", "as_text"]
 
@@ -49,7 +50,7 @@ class Findings:
     beta: float
     stored: StoredPair | None = None
     policy: Path | None = None
-    gap: Gap | None = None
+    gap: Agreement | None = None
     remarks: tuple[str, ...] = ()
     """Sentences about the store and the models."""
 
@@ -150,14 +151,10 @@ def _counts(completion: Completion, max_length: int | None) -> str:
     return f"{scored:,} tokens scored{cut}; {completion.ending}"
 
 
-def _verdict(gap: Gap) -> str:
-    measured = (
-        f"token logps {gap.mean:.2g} nats apart on average, {gap.largest:.2g} at most "
-        f"(allowed {gap.allowed[0]:.2g} and {gap.allowed[1]:.2g})"
-    )
+def _verdict(gap: Agreement) -> str:
     if gap.agrees:
-        return f"stored and recomputed agree: {measured}"
-    return f"stored and recomputed DISAGREE: {measured}. This reference does not give the stored log-probs of this pair"
+        return f"stored and recomputed agree: {gap}"
+    return f"stored and recomputed DISAGREE: {gap}. This reference does not give the stored log-probs of this pair"
 
 
 def _sums(found: Findings) -> tuple[list[str], list[list[str]]]:

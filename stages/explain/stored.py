@@ -1,20 +1,22 @@
 """Look up a pair in a store, finished or not, and compare its log-probs with recomputed ones."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipeline.base.errors import RefshardError
 from pipeline.base.folders import Folder
 from pipeline.models.identity import differences
-from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring import agreement
+from pipeline.scoring.agreement import Agreement, NoiseFloor
 from pipeline.store.format import pair_keys, part_name
 from pipeline.store.store import Store, load_store, read_checked_part
 from stages.explain.row import SIDES, Explanation, add, with_logps
 
-__all__ = ["Gap", "StoredPair", "compare", "find_stored", "with_stored"]
+__all__ = ["StoredPair", "compare", "find_stored", "with_stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +35,6 @@ class StoredPair:
     """Log-probs of each completion's tokens, nats; empty if the store has sums only."""
     noise: NoiseFloor
     """Noise floor of the store, or of the part while the store is unfinished."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """Difference of recomputed and stored log-probs, nats per token."""
-
-    mean: float
-    largest: float
-    allowed: tuple[float, float]
-    """Mean and largest difference that rounding explains."""
-
-    @property
-    def agrees(self) -> bool:
-        """True if both are within what is allowed. NaN is not."""
-        return self.mean <= self.allowed[0] and self.largest <= self.allowed[1]
 
 
 def find_stored(
@@ -125,21 +112,17 @@ def with_stored(pair: Explanation, stored: StoredPair) -> Explanation:
     return dataclasses.replace(pair, completions=completions, remarks=tuple(remarks))
 
 
-def compare(pair: Explanation, allowed: tuple[float, float]) -> Gap | None:
+def compare(pair: Explanation, allowed: tuple[float, float]) -> Agreement | None:
     """Compare recomputed with stored log-probs by token, or by sums per token if only sums are stored.
 
     Return None if there is nothing to compare.
     """
-    sizes = []
+    gaps = []
     for completion in pair.completions.values():
-        by_token = [abs(token.gap) for token in completion.scored if token.gap is not None]
+        by_token = [token.gap for token in completion.scored if token.gap is not None]
         of_sums = completion.sum("gap")
         if by_token:
-            sizes += by_token
+            gaps.append(np.array(by_token))
         elif of_sums is not None:
-            sizes.append(abs(of_sums) / len(completion.scored))
-    if not sizes:
-        return None
-    # NaN is a disagreement, and max() may pass over it.
-    largest = max(sizes) if all(map(math.isfinite, sizes)) else math.inf
-    return Gap(mean=sum(sizes) / len(sizes), largest=largest, allowed=allowed)
+            gaps.append(np.array([of_sums / len(completion.scored)]))
+    return agreement.compare(gaps, allowed) if gaps else None
