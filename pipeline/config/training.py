@@ -16,9 +16,9 @@ __all__ = ["FIXED_TRAIN_FIELDS", "TrainSection"]
 FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",
     "label_names": "can't be set: preference pairs have no labels",
-    "resume_from_checkpoint": "can't be set: a rerun goes on from the last whole checkpoint by itself",
-    "save_only_model": "can't be set: a run that goes on from a checkpoint without its optimizer is another run",
-    "ignore_data_skip": "can't be set: a run that goes on must go on with the pairs that it has not seen",
+    "resume_from_checkpoint": "can't be set: the same command resumes from the newest complete checkpoint",
+    "save_only_model": "can't be set: a run that resumes without its optimizer is another run",
+    "ignore_data_skip": "can't be set: a resumed run must continue with the pairs that it has not seen",
     "enable_jit_checkpoint": "can't be set: signals are handled by refshard, which saves and exits with 75",
     "do_train": "can't be set: `refshard train` trains",
     "do_predict": "can't be set: there is nothing to predict",

@@ -216,7 +216,7 @@ def _time_to_work(limit: str, grace: int, where: str) -> str:
 
 
 def _submit(script: Path) -> None:
-    click.echo("Waiting for stage one, to start stage two then. Interrupted, the same command goes on.")
+    click.echo("Waiting for stage one; stage two starts after it. If this is interrupted, run the same command again.")
     done = run_script(script, "kubectl")
     if done.returncode:
         raise ConfigError(f"Kubernetes, {script.parent}: {done.stderr.strip()}. See kubectl logs; then run this again")

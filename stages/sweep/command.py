@@ -70,8 +70,8 @@ class Sweep:
 def run(sweep: Sweep, commands: Commands) -> None:
     """Train every combination of the values, and compare the policies.
 
-    A run that fails is reported and the others go on, unless its cause (a wrong setting, a full disk) would fail them
-    too.
+    A run that fails is reported, and the others continue. If its cause (a wrong setting, a full disk) would fail them
+    too, the sweep ends.
 
     Raises:
         ConfigError: A setting is wrong, or a combination can't use the shards of the others.
