@@ -7,7 +7,6 @@ The colors of a page are transparent, so the text is readable on a light and on 
 
 import bisect
 import math
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,9 @@ from itertools import pairwise
 import click
 from markupsafe import Markup
 
-__all__ = ["Cell", "Scale", "legend", "of_differences", "of_logps", "on_page", "on_terminal", "width_of"]
+from pipeline.base.tables import width_of
+
+__all__ = ["Cell", "Scale", "legend", "of_differences", "of_logps", "on_page", "on_terminal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +118,6 @@ def on_page(cells: Sequence[Cell], scale: Scale) -> Markup:
         # The browser must, or may, break the line here.
         spans.append(span + Markup("<br>" if cell.ends_line else "<wbr>"))
     return Markup('<div class="tokens">{}</div>').format(Markup("").join(spans))
-
-
-def width_of(text: str) -> int:
-    """Give the number of terminal columns that text takes."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
 def _painted(text: str, cell: Cell, scale: Scale) -> str:

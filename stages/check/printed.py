@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.base.tables import aligned
 from pipeline.data.sources import describe
 from pipeline.data.survey import PERCENTILES, REASONS, percentiles
 from stages.check.estimate import MEMORY_BAND, UTILISATION, StageEstimate
@@ -96,10 +97,10 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
             yield from (f"    {example.place}: {example.text}" for example in survey.examples.get(reason, ()))
     if survey.lengths:
         yield ""
-        yield f"  {'tokens':22}" + "".join(f"{f'{p}%' if p < 100 else 'max':>8}" for p in PERCENTILES)
+        rows = [["tokens", *(f"{p}%" if p < 100 else "max" for p in PERCENTILES)]]
         for label in ("prompt", "chosen", "rejected", "total"):
-            values = percentiles(survey.lengths[label]).values()
-            yield f"  {label:22}" + "".join(f"{value:>8,}" for value in values)
+            rows.append([label, *(f"{length:,}" for length in percentiles(survey.lengths[label]).values())])
+        yield from (f"  {line}" for line in aligned(rows))
         yield f"  before truncation at max_length {max_length}; total: prompt and longer completion"
     if ledger.kept:
         shared, unshared, padded = survey.shared_tokens, _unshared_tokens(pairs), survey.padded_tokens

@@ -1,7 +1,6 @@
 """Explain one pair: its tokens, which of them are scored, and log-probs stored and recomputed, token by token."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from pipeline.models.files import (
 from pipeline.models.identity import identity_of_run
 from pipeline.report import pages
 from pipeline.run.checkpoints import trained_weights
-from pipeline.scoring.agreement import NoiseFloor, allowed_gap
+from pipeline.scoring.agreement import allowed_gap
 from stages.explain.row import Explanation, explain_row, find_row, with_logps
 from stages.explain.shown import Findings, as_json, as_page, as_text
 from stages.explain.stored import compare, find_stored, with_stored
@@ -82,7 +81,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
     if view.html is not None:
         pages.write_page(view.html, as_page(found))
     if view.as_json:
-        click.echo(json.dumps(as_json(found), indent=1))
+        click.echo(as_json(found))
         return
     colors = _is_colorful() if view.colors is None else view.colors
     click.echo("\n".join(as_text(found, full=view.full, colors=colors)), color=True)
@@ -96,7 +95,6 @@ def _is_colorful() -> bool:
 
 
 def _with_stored(config: Config, found: Findings, tokenizer: Any) -> Findings:
-    """Add the log-probs of the store."""
     pair = found.pair
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
@@ -116,7 +114,9 @@ def _with_scores(config: Config, found: Findings, tokenizer: Any, recompute: boo
         key = reference_sources(config)[0].key
         pair = with_logps(pair, "recomputed", *_score(pair, tokenizer, found.reference, in_one_process(config), key))
         if found.stored is not None:
-            gap = compare(pair, _allowed(config, found.stored.noise))
+            quantization = reference_quantization(config)
+            in_8_bits = quantization is not None and quantization.bits == 8
+            gap = compare(pair, allowed_gap(found.stored.noise, reference_dtype(config), in_8_bits=in_8_bits))
     if trained is not None:
         pair = with_logps(pair, "policy", *_score(pair, tokenizer, str(found.policy), trained, "--policy"))
     remarks = (*found.remarks, *_remarks(config, recompute, trained is not None))
@@ -130,12 +130,6 @@ def _remarks(config: Config, recompute: bool, has_policy: bool) -> Iterator[str]
         yield "reference.declared: a reference known by name alone can't be scored with again"
     if has_policy and config.loss.ld_alpha is not None:
         yield "loss.ld_alpha: sums and rewards here count every token in full"
-
-
-def _allowed(config: Config, noise: NoiseFloor) -> tuple[float, float]:
-    quantization = reference_quantization(config)
-    in_8_bits = quantization is not None and quantization.bits == 8
-    return allowed_gap(noise, "int8" if in_8_bits else reference_dtype(config))
 
 
 def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[list[float]]:

@@ -1,10 +1,4 @@
-"""Explain one row of the data: its tokens, which of them are scored, and log-probs for each, side by side.
-
-    row -> reason of a drop
-        -> prompt, chosen, rejected, token by token -> log-probs: stored | recomputed | of a trained policy
-
-The outcome of the row is that of both stages; this module only describes it.
-"""
+"""Describe the outcome of one row: its tokens, which of them are scored, and the log-probs of each."""
 
 import dataclasses
 import json
@@ -25,20 +19,40 @@ from stages.explain.pieces import shown, token_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SIDES", "Completion", "Explanation", "Token", "add", "explain_row", "find_row", "minus", "with_logps"]
-
-Kind = Literal["stored", "recomputed", "policy"]
-"""Source of a log-prob: the reference's in the store, the reference's as scored just now, or a trained policy's."""
-
-Number = Literal["stored", "recomputed", "reference", "gap", "policy", "shift"]
-"""A log-prob of a token, or a difference of two."""
+__all__ = ["SIDES", "Completion", "Explanation", "Logps", "Token", "explain_row", "find_row", "minus", "with_logps"]
 
 SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Token:
-    """One token of a pair. Log-probs are in nats; None if unknown or not scored."""
+class Logps:
+    """Log-probs of a token, or of a completion's scored tokens together, nats; None if unknown or not scored."""
+
+    stored: float | None = None
+    """Reference's, in the store"""
+    recomputed: float | None = None
+    """Reference's, as scored just now"""
+    policy: float | None = None
+    """Trained policy's"""
+
+    @property
+    def reference(self) -> float | None:
+        return self.stored if self.recomputed is None else self.recomputed
+
+    @property
+    def gap(self) -> float | None:
+        """Recomputed minus stored."""
+        return minus(self.recomputed, self.stored)
+
+    @property
+    def shift(self) -> float | None:
+        """Policy minus reference: the share of the reward, without beta."""
+        return minus(self.policy, self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token(Logps):
+    """One token of a pair."""
 
     id: int
     text: str
@@ -49,24 +63,6 @@ class Token:
     """True if its log-prob counts."""
     cut: bool = False
     """True if it is past max_length, so the model never sees it."""
-    stored: float | None = None
-    recomputed: float | None = None
-    policy: float | None = None
-
-    @property
-    def reference(self) -> float | None:
-        """Log-prob of the reference: recomputed, or else stored."""
-        return self.stored if self.recomputed is None else self.recomputed
-
-    @property
-    def gap(self) -> float | None:
-        """Recomputed minus stored."""
-        return minus(self.recomputed, self.stored)
-
-    @property
-    def shift(self) -> float | None:
-        """Policy minus reference: the token's share of the reward, without beta."""
-        return minus(self.policy, self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +72,11 @@ class Completion:
     tokens: tuple[Token, ...]
     ending: str
     """Sentence about its EOS: where it comes from, and if it is cut off."""
-    stored_sum: float | None = None
-    """Stored log-prob of the scored tokens, nats."""
+    sums: Logps = Logps()
 
     @property
     def scored(self) -> list[Token]:
         return [token for token in self.tokens if token.scored]
-
-    def sum(self, number: Number) -> float | None:
-        """Return a sum over the scored tokens, nats; None if one is unknown or none is scored."""
-        if number == "stored" or (number == "reference" and self.tokens[0].recomputed is None):
-            return self.stored_sum
-        if number == "gap":
-            return minus(self.sum("recomputed"), self.stored_sum)
-        if number == "shift":
-            return minus(self.sum("policy"), self.sum("reference"))
-        values = [getattr(token, number) for token in self.scored]
-        return None if not values or None in values else add(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +85,7 @@ class Explanation:
 
     set_name: str
     row: int
-    """Position in the source, from 0."""
     place: str
-    """File and line, or dataset and row."""
     max_length: int | None
     dropped: str | None = None
     """Reason of the drop; None if the pair is kept."""
@@ -118,7 +100,6 @@ class Explanation:
     completions: Mapping[str, Completion] = field(default_factory=dict)
     """`chosen` and `rejected`; empty if the row could not be tokenized."""
     remarks: tuple[str, ...] = ()
-    """Sentences about the pair."""
 
     @property
     def scored_ids(self) -> TokenizedPair:
@@ -169,8 +150,8 @@ def explain_row(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
 def _why_dropped(outcome: Outcome, data: DataConfig) -> str:
     if outcome.error is not None:
         stops = data.on_bad_row == "stop"
-        return f"{outcome.error}. " + (
-            "Both stages stop at it, since data.on_bad_row is stop" if stops else "It is skipped"
+        return (
+            f"{outcome.error}. {'Both stages stop at it, since data.on_bad_row is stop' if stops else 'It is skipped'}"
         )
     if outcome.dropped == "prompt_too_long" and outcome.whole is not None:
         return (
@@ -224,15 +205,22 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Iterato
         yield Token(id=id, text=shown(piece) or f"<{id}>", special=id in special)
 
 
-def with_logps(pair: Explanation, kind: Kind, chosen: Sequence[float], rejected: Sequence[float]) -> Explanation:
-    """Add log-probs of the first scored tokens, nats, to the tokens of both completions."""
+def with_logps(
+    pair: Explanation,
+    kind: Literal["stored", "recomputed", "policy"],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+) -> Explanation:
+    """Add log-probs of the first scored tokens, nats, and their sums to both completions."""
     completions = {}
-    for side, values in zip(SIDES, (chosen, rejected), strict=True):
+    for side, logps in zip(SIDES, (chosen, rejected), strict=True):
         completion = pair.completions[side]
-        known: list[dict[str, Any]] = [{kind: float(value)} for value in values]
+        known: list[dict[str, Any]] = [{kind: float(logp)} for logp in logps]
         known += [{}] * (len(completion.tokens) - len(known))
         tokens = [dataclasses.replace(token, **logp) for token, logp in zip(completion.tokens, known, strict=True)]
-        completions[side] = dataclasses.replace(completion, tokens=tuple(tokens))
+        total: dict[str, Any] = {kind: add(logps)}
+        sums = dataclasses.replace(completion.sums, **total)
+        completions[side] = dataclasses.replace(completion, tokens=tuple(tokens), sums=sums)
     return dataclasses.replace(pair, completions=completions)
 
 

@@ -3,23 +3,23 @@
 In a terminal and on a page tokens are colored by their log-prob; other text output has tables.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import click
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
-from pipeline.base.progress import without_nan
+from pipeline.base.tables import aligned
 from pipeline.report import pages
-from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal, width_of
+from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal
 from pipeline.scoring.agreement import Agreement
-from stages.explain.row import SIDES, Completion, Explanation, Number, Token, minus
+from stages.explain.row import SIDES, Completion, Explanation, Logps, Token, minus
 from stages.explain.stored import StoredPair
 
 __all__ = ["Findings", "as_json", "as_page", "as_text"]
@@ -29,16 +29,21 @@ _HEAD, _TAIL = 24, 48
 
 _SIGNS = r"· is a blank, ↵ an end of line, \xe2 part of a character; what max_length cuts is crossed out."
 
-_NUMBERS: dict[str, Number] = {
-    "stored": "stored",
-    "recomputed": "recomputed",
-    "difference": "gap",
-    "policy": "policy",
-    "policy - reference": "shift",
-}
-"""Numbers that are shown of a token and of a completion, by their titles."""
+_PLAIN = "tokens"
+"""Title of the map in which no token has a color."""
 
 _Values = Callable[[Token], float | None]
+
+
+def _numbers(logps: Logps) -> dict[str, float | None]:
+    """Return what is shown of a token or of a completion, by title."""
+    return {
+        "stored": logps.stored,
+        "recomputed": logps.recomputed,
+        "difference": logps.gap,
+        "policy": logps.policy,
+        "policy - reference": logps.shift,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +64,9 @@ def as_text(found: Findings, *, full: bool, colors: bool) -> Iterator[str]:
     """Yield lines for a terminal, without anything in them that a terminal obeys but colors."""
     pair = found.pair
     facts = {**_facts(found), **{f"  {name}": _cut(value, full) for name, value in pair.columns.items()}}
-    widest = max(map(width_of, map(printable, facts)))
-    for name, value in facts.items():
-        name = "remark" if name.startswith("remark ") else printable(name)
-        yield f"{name}{' ' * (widest - width_of(name))}  {printable(value)}"
-    header, rows = _sums(found)
-    if rows:
-        yield from ("", *_table(header, rows))
+    yield from aligned([[printable(name), printable(value)] for name, value in facts.items()], left=(0, 1))
+    if sums := _sums(found):
+        yield from ("", *_table(sums))
     if pair.prompt:
         yield from _heat_maps(pair, full) if colors else _token_tables(pair, full)
 
@@ -76,9 +77,8 @@ def as_page(found: Findings) -> str:
     sections = [pages.Section(title="The pair", body=pages.facts(_facts(found)))]
     if pair.columns:
         sections.append(pages.Section(title="What the row says", body=pages.facts(pair.columns)))
-    header, rows = _sums(found)
-    if rows:
-        sections.append(pages.Section(title="Log-probs of the completions", body=_page_table(header, rows)))
+    if sums := _sums(found):
+        sections.append(pages.Section(title="Log-probs of the completions", body=_page_table(sums)))
     if pair.prompt:
         prompt = on_page([_cell(token, None) for token in pair.prompt], of_logps())
         sections.append(pages.Section(title="Prompt", body=prompt, note="Not scored. " + _SIGNS))
@@ -86,37 +86,30 @@ def as_page(found: Findings) -> str:
     return pages.page(f"Row {pair.row} of {pair.set_name}", sections, subtitle=f"{pair.place}, as refshard scores it")
 
 
-def as_json(found: Findings) -> dict[str, Any]:
-    """Return a JSON object, with null for numbers that JSON does not have."""
+def as_json(found: Findings) -> str:
+    """Return JSON, with null for numbers that JSON does not have."""
     pair = found.pair
-    described: dict[str, Any] = _finite(
-        {
-            **{name: getattr(pair, name) for name in ("set_name", "row", "place", "key", "max_length")},
-            "dropped": None if pair.dropped is None else {"reason": pair.dropped, "why": pair.why},
-            "columns": dict(pair.columns),
-            "reference": found.reference,
-            "store": None if found.stored is None else {"place": found.stored.place, "row": found.stored.row},
-            "policy": None if found.policy is None else str(found.policy),
-            "compared": None if found.gap is None else {**vars(found.gap), "agrees": found.gap.agrees},
-            "remarks": [*pair.remarks, *found.remarks],
-            "prompt": [vars(token) for token in pair.prompt],
-            "completions": {
-                side: {
-                    "ending": completion.ending,
-                    "sums": {title: completion.sum(number) for title, number in _NUMBERS.items()},
-                    "tokens": [vars(token) for token in completion.tokens],
-                }
-                for side, completion in pair.completions.items()
-            },
-        }
-    )
-    return described
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in without_nan(value).items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    described = {
+        **{name: getattr(pair, name) for name in ("set_name", "row", "place", "key", "max_length")},
+        "dropped": None if pair.dropped is None else {"reason": pair.dropped, "why": pair.why},
+        "columns": dict(pair.columns),
+        "reference": found.reference,
+        "store": None if found.stored is None else {"place": found.stored.place, "row": found.stored.row},
+        "policy": None if found.policy is None else str(found.policy),
+        "compared": None if found.gap is None else {**vars(found.gap), "agrees": found.gap.agrees},
+        "remarks": [*pair.remarks, *found.remarks],
+        "prompt": [vars(token) for token in pair.prompt],
+        "completions": {
+            side: {
+                "ending": completion.ending,
+                "sums": _numbers(completion.sums),
+                "tokens": [vars(token) for token in completion.tokens],
+            }
+            for side, completion in pair.completions.items()
+        },
+    }
+    finite = json.loads(json.dumps(described), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1)
 
 
 def _facts(found: Findings) -> dict[str, str]:
@@ -138,7 +131,12 @@ def _facts(found: Findings) -> dict[str, str]:
         if found.policy is not None:
             facts["policy"] = str(found.policy)
         if found.gap is not None:
-            facts["compared"] = _verdict(found.gap)
+            facts["compared"] = f"stored and recomputed agree: {found.gap}"
+            if not found.gap.agrees:
+                facts["compared"] = (
+                    f"stored and recomputed DISAGREE: {found.gap}. This reference does not give the stored log-probs "
+                    "of this pair"
+                )
     remarks = [*pair.remarks, *found.remarks]
     return facts | {"remark" if i == 0 else f"remark {i + 1}": remark for i, remark in enumerate(remarks)}
 
@@ -151,25 +149,21 @@ def _counts(completion: Completion, max_length: int | None) -> str:
     return f"{scored:,} tokens scored{cut}; {completion.ending}"
 
 
-def _verdict(gap: Agreement) -> str:
-    if gap.agrees:
-        return f"stored and recomputed agree: {gap}"
-    return f"stored and recomputed DISAGREE: {gap}. This reference does not give the stored log-probs of this pair"
-
-
-def _sums(found: Findings) -> tuple[list[str], list[list[str]]]:
+def _sums(found: Findings) -> list[list[str]]:
     """Return the table of sums, nats: chosen, rejected, their difference. Unknown columns are left out."""
-    completions = [found.pair.completions[side] for side in SIDES] if found.pair.completions else []
-    columns: dict[str, list[float | None]] = {}
-    for title, number in _NUMBERS.items():
-        values = [completion.sum(number) for completion in completions]
-        if any(value is not None for value in values):
-            columns[title] = [*values, minus(*values)]
+    chosen, rejected = (_numbers(c.sums if (c := found.pair.completions.get(side)) else Logps()) for side in SIDES)
+    columns = {
+        title: [chosen[title], rejected[title], minus(chosen[title], rejected[title])]
+        for title in chosen
+        if chosen[title] is not None or rejected[title] is not None
+    }
     if shifts := columns.get("policy - reference"):
         columns[f"reward, beta {found.beta:g}"] = [None if v is None else found.beta * v for v in shifts]
-    names = ("chosen", "rejected", "chosen - rejected")
-    rows = [[name, *(_number(values[i]) for values in columns.values())] for i, name in enumerate(names)]
-    return ["nats", *columns], rows if columns else []
+    rows = [
+        [name, *(_number(values[i]) for values in columns.values())]
+        for i, name in enumerate(("chosen", "rejected", "chosen - rejected"))
+    ]
+    return [["nats", *columns], *rows] if columns else []
 
 
 def _number(value: float | None) -> str:
@@ -200,7 +194,7 @@ def _heat_maps(pair: Explanation, full: bool) -> Iterator[str]:
         for side, completion in pair.completions.items():
             yield from ("", click.style(f"{side}, {title}", bold=True))
             yield from on_terminal([_cell(t, values(t)) for t in completion.tokens], scale, width)
-        if _is_painted(pair, values):
+        if title != _PLAIN:
             yield from ("", *on_terminal(legend(scale), scale, width))
     yield "· blank  ↵ end of line  \\xe2 part of a character; dim: not scored; crossed out: cut by max_length"
 
@@ -209,10 +203,10 @@ def _map_sections(pair: Explanation) -> Iterator[pages.Section]:
     for number, (title, scale, values) in enumerate(_maps(pair)):
         for side, completion in pair.completions.items():
             body = on_page([_cell(token, values(token)) for token in completion.tokens], scale)
-            if _is_painted(pair, values):
+            if title != _PLAIN:
                 body = on_page(legend(scale), scale) + body
             if number == 0:
-                table = _page_table(*_token_table(completion.tokens))
+                table = _page_table(_token_table(completion.tokens))
                 body += Markup("<details><summary>As a table</summary>{}</details>").format(table)
             yield pages.Section(title=f"{side.capitalize()}: {title}", body=body)
 
@@ -221,7 +215,7 @@ def _maps(pair: Explanation) -> Iterator[tuple[str, Scale, _Values]]:
     """Yield the maps of the completions: title, scale, and the number of a token that colors it."""
     tokens = [token for completion in pair.completions.values() for token in completion.scored]
     if all(t.reference is None for t in tokens):
-        yield "tokens", of_logps(), lambda token: None
+        yield _PLAIN, of_logps(), lambda token: None
     else:
         source = "recomputed" if any(t.recomputed is not None for t in tokens) else "stored"
         yield f"reference log-probs, {source}", of_logps(), lambda token: token.reference
@@ -232,18 +226,10 @@ def _maps(pair: Explanation) -> Iterator[tuple[str, Scale, _Values]]:
         yield "policy log-probs", of_logps(), lambda token: token.policy
 
 
-def _is_painted(pair: Explanation, values: _Values) -> bool:
-    return any(values(token) is not None for c in pair.completions.values() for token in c.scored)
-
-
 def _cell(token: Token, value: float | None) -> Cell:
     numbers = [f"{title} {_number(number)}" for title, number in _numbers(token).items() if number is not None]
     hint = ", ".join([f"id {token.id}", _role(token), *numbers])
     return Cell(text=token.text, value=value, struck=token.cut, ends_line=token.text.endswith("↵"), hint=hint)
-
-
-def _numbers(token: Token) -> dict[str, float | None]:
-    return {title: getattr(token, number) for title, number in _NUMBERS.items()}
 
 
 def _role(token: Token) -> str:
@@ -253,42 +239,36 @@ def _role(token: Token) -> str:
 
 def _token_tables(pair: Explanation, full: bool) -> Iterator[str]:
     head, left_out, tail = _shortened(pair.prompt, full)
-    yield from ("", "prompt", *_table(*_token_table(head)))
+    yield from ("", "prompt", *_table(_token_table(head)))
     if left_out:
         yield f"... {left_out:,} tokens, shown with --full ..."
-        yield from _table(*_token_table(tail))[1:]
+        yield from _table(_token_table(tail))[1:]
     for side, completion in pair.completions.items():
-        yield from ("", side, *_table(*_token_table(completion.tokens)))
+        yield from ("", side, *_table(_token_table(completion.tokens)))
 
 
-def _token_table(tokens: Sequence[Token]) -> tuple[list[str], list[list[str]]]:
+def _token_table(tokens: Sequence[Token]) -> list[list[str]]:
     numbers = [_numbers(token) for token in tokens]
-    known = [title for title in _NUMBERS if any(values[title] is not None for values in numbers)]
+    known = [title for title in _numbers(Logps()) if any(values[title] is not None for values in numbers)]
     rows = [
         [token.text, str(token.id), _role(token), *(_number(values[title]) for title in known)]
         for token, values in zip(tokens, numbers, strict=True)
     ]
-    return ["token", "id", "", *(title if title == "difference" else f"{title} logp" for title in known)], rows
+    return [["token", "id", "", *(title if title == "difference" else f"{title} logp" for title in known)], *rows]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table. The first column, and one without a title, are aligned left, the others right."""
-    widths = [max(map(width_of, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for cells in (header, *rows):
-        blanks = [" " * (width - width_of(cell)) for cell, width in zip(cells, widths, strict=True)]
-        padded = [
-            cell + blank if i == 0 or not header[i] else blank + cell
-            for i, (cell, blank) in enumerate(zip(cells, blanks, strict=True))
-        ]
-        lines.append(f"  {'  '.join(padded)}".rstrip())
-    return lines
+def _left(header: Sequence[str]) -> list[int]:
+    """Return the columns of words: the first one, and one without a title. The others have numbers."""
+    return [i for i, title in enumerate(header) if i == 0 or not title]
 
 
-def _page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """Return a page's table. Columns that a terminal aligns right are numbers with just these digits."""
-    cells = [
-        [cell if i == 0 or not header[i] else Decimal(cell) if cell else None for i, cell in enumerate(row)]
-        for row in rows
-    ]
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"  {line}" for line in aligned(rows, _left(rows[0]))]
+
+
+def _page_table(rows: Sequence[Sequence[str]]) -> Markup:
+    """Return a page's table, its numbers with the digits of the terminal's."""
+    header, *body = rows
+    left = _left(header)
+    cells = [[cell if i in left else Decimal(cell) if cell else None for i, cell in enumerate(row)] for row in body]
     return pages.table(header, cells)

@@ -14,23 +14,22 @@ from pipeline.scoring import agreement
 from pipeline.scoring.agreement import Agreement, NoiseFloor
 from pipeline.store.format import pair_keys, part_name
 from pipeline.store.store import Store, load_store, read_checked_part
-from stages.explain.row import SIDES, Explanation, add, with_logps
+from stages.explain.row import SIDES, Explanation, with_logps
 
 __all__ = ["StoredPair", "compare", "find_stored", "with_stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPair:
-    """A pair as a store has it."""
+    """A pair as a store has it, and as the store cut it."""
 
     place: str
     """Part that holds it."""
     row: int
     """Row of the dataset that was scored."""
     sums: Mapping[str, float]
-    """Log-prob of each completion as the store cut it, nats."""
+    """Log-prob of each completion, nats."""
     lengths: Mapping[str, int]
-    """Number of tokens of each completion as the store cut it."""
     token_logps: Mapping[str, Sequence[float]]
     """Log-probs of each completion's tokens, nats; empty if the store has sums only."""
     noise: NoiseFloor
@@ -40,16 +39,10 @@ class StoredPair:
 def find_stored(
     folder: Folder, key: str, row: int, identity: Mapping[str, Any]
 ) -> tuple[StoredPair | None, tuple[str, ...]]:
-    """Look up a pair by its key.
-
-    Args:
-        folder: The store.
-        key: Key of the pair, in hex.
-        row: Row of the pair, which tells where to look first.
-        identity: Identity of this run.
+    """Look up a pair by its key, in hex; its row tells where to look first.
 
     Returns:
-        The stored pair, and remarks: why there is none, or why it may not be this run's.
+        The stored pair, and remarks: why there is none, or why it may not be of this run, which `identity` describes.
     """
     remarks = []
     try:
@@ -98,31 +91,27 @@ def with_stored(pair: Explanation, stored: StoredPair) -> Explanation:
     """Add stored log-probs to the tokens. If the store cut a completion later than this run, the rest is left out."""
     counts = {side: len(completion.scored) for side, completion in pair.completions.items()}
     logps = {side: list(stored.token_logps.get(side, ()))[: counts[side]] for side in SIDES}
-    completions = dict(with_logps(pair, "stored", logps["chosen"], logps["rejected"]).completions)
-    remarks = list(pair.remarks)
-    for side, count in counts.items():
+    pair = with_logps(pair, "stored", *logps.values())
+    remarks, completions = list(pair.remarks), {}
+    for side, completion in pair.completions.items():
         total: float | None = stored.sums[side]
-        if stored.lengths[side] != count:
-            total = add(logps[side]) if len(logps[side]) == count else None
+        if stored.lengths[side] != counts[side]:
+            total = completion.sums.stored if len(logps[side]) == counts[side] else None
             remarks.append(
-                f"{side}: the store has {stored.lengths[side]} tokens of it, this run scores {count}"
+                f"{side}: the store has {stored.lengths[side]} tokens of it, this run scores {counts[side]}"
                 + ("" if total is not None else ", so the sums are of different texts")
             )
-        completions[side] = dataclasses.replace(completions[side], stored_sum=total)
+        sums = dataclasses.replace(completion.sums, stored=total)
+        completions[side] = dataclasses.replace(completion, sums=sums)
     return dataclasses.replace(pair, completions=completions, remarks=tuple(remarks))
 
 
 def compare(pair: Explanation, allowed: tuple[float, float]) -> Agreement | None:
-    """Compare recomputed with stored log-probs by token, or by sums per token if only sums are stored.
-
-    Return None if there is nothing to compare.
-    """
+    """Compare recomputed with stored log-probs by token, or by sums per token if only sums are stored."""
     gaps = []
     for completion in pair.completions.values():
-        by_token = [token.gap for token in completion.scored if token.gap is not None]
-        of_sums = completion.sum("gap")
-        if by_token:
+        if by_token := [token.gap for token in completion.scored if token.gap is not None]:
             gaps.append(np.array(by_token))
-        elif of_sums is not None:
-            gaps.append(np.array([of_sums / len(completion.scored)]))
+        elif completion.sums.gap is not None:
+            gaps.append(np.array([completion.sums.gap / len(completion.scored)]))
     return agreement.compare(gaps, allowed) if gaps else None

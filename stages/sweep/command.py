@@ -18,6 +18,7 @@ from pipeline.base.errors import ConfigError, StorageError, UnfinishedError
 from pipeline.base.files import read_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import emit
+from pipeline.base.tables import aligned
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
@@ -231,12 +232,8 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
     emit("sweep", {"runs": rows})
     # Columns that no run fills are left out.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in header}
-    click.echo()
-    for row in ({name: name for name in header}, *rows):
-        first, *others = header
-        click.echo("  ".join([row[first].ljust(widths[first]), *(row[name].rjust(widths[name]) for name in others)]))
-    click.echo()
+    table = aligned([header, *([row[name] for name in header] for row in rows)])
+    click.echo("\n".join(["", *table, ""]))
     if drawn:
         page = parent / "sweep.html"
         write_page(page, report_page(runs))

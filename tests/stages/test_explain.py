@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.base.errors import ConfigError, DataError, RefshardError, UnfinishedError
 from pipeline.base.folders import open_folder
+from pipeline.base.tables import width_of
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.rows import Row
-from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal, width_of
+from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal
 from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
@@ -197,12 +198,11 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
     assert read == [(2, False), (0, False), (1, False)]
 
 
-def test_what_is_no_number_is_null_in_json() -> None:
-    found = {"a": [{"stored": math.nan, "id": 1}], "b": {"largest": math.inf, "allowed": (0.5, 1.0)}}
-    assert views._finite(found) == {
-        "a": [{"stored": None, "id": 1}],
-        "b": {"largest": None, "allowed": [0.5, 1.0]},
-    }
+def test_what_is_no_number_is_null_in_json(tokenizer: Any) -> None:
+    pair = with_logps(one_row({"prompt": "A", "chosen": " b", "rejected": " c"}, tokenizer), "stored", [math.nan], [-1])
+    described = json.loads(views.as_json(views.Findings(pair=pair, reference="m", beta=1)), parse_constant=pytest.fail)
+    assert [side["sums"]["stored"] for side in described["completions"].values()] == [None, -1]
+    assert described["completions"]["chosen"]["tokens"][0]["stored"] is None
 
 
 def test_what_max_length_cuts_is_told_from_what_is_scored(scored: Path) -> None:
@@ -447,7 +447,7 @@ def test_stored_sums_are_compared_where_nothing_else_is_and_longer_cuts_are_cut(
         noise=NoiseFloor(),
     )
     pair = with_stored(pair, longer)
-    assert [completion.stored_sum for completion in pair.completions.values()] == sums
+    assert [completion.sums.stored for completion in pair.completions.values()] == sums
     logps[0][-1] = math.nan
     gap = compare(with_logps(pair, "recomputed", *logps), (1e-3, 1e-2))
     assert gap is not None
