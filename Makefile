@@ -58,7 +58,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python tests/bench/page.py
 
 bench-gpu: $(VENV)/.installed-test
-	$(BIN)/python tests/bench/gpu.py --json tests/bench/results/gpu.json $(ARGS)
+	$(BIN)/python tests/bench/run.py --gpu --json tests/bench/results/gpu.json $(ARGS)
 	$(BIN)/python tests/bench/page.py
 
 lint: $(VENV)/.installed-test

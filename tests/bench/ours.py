@@ -1,9 +1,8 @@
-"""Our side: the two places where the benchmark calls refshard."""
+"""Our side, by what the stages themselves call."""
 
 import math
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import transformers
@@ -21,42 +20,27 @@ from pipeline.training.batches import make_collator
 from pipeline.training.trainer import PairTrainer
 
 
-def score_all(
-    model: Any, pairs: Sequence[TokenizedPair], tokens_per_batch: int, packed: bool
-) -> tuple[list[float], list[float]]:
-    """Score as stage one does; give the summed log-probs of chosen and of rejected, in the pairs' order."""
-    scorer = Scorer(model=model, packed=packed, pad_id=PAD_ID, key="model", tokens_per_batch=tokens_per_batch)
-    sums = {i: (math.fsum(a.tolist()), math.fsum(b.tolist())) for i, a, b in scorer.logps(pairs)}
-    return [sums[i][0] for i in range(len(pairs))], [sums[i][1] for i in range(len(pairs))]
-
-
-def make_trainer(
-    model: Any, rows: datasets.Dataset, arguments: transformers.TrainingArguments, max_length: int, callback: Any
-) -> transformers.Trainer:
-    """Build stage two's trainer on rows as the join gives them."""
-    prepare(model)
-    return PairTrainer(
-        loss=LossConfig(),
-        model=model,
-        args=arguments,
-        data_collator=make_collator(PAD_ID, max_length, packed=check_scoring(model, "policy.model")),
-        train_dataset=rows,
-        callbacks=[callback],
-    )
-
-
 def run_stage_one(workload: Workload, count: int) -> Outcome:
     pairs = [TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in make_pairs(workload, count)]
     model = build_model(workload).eval().requires_grad_(False)
     prepare(model)
     packed = check_scoring(model, "reference.model")
     gauge = Gauge(workload.device)
+
+    def score(some: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
+        """Score as stage one does."""
+        scorer = Scorer(
+            model=model, packed=packed, pad_id=PAD_ID, key="model", tokens_per_batch=workload.tokens_per_batch
+        )
+        sums = {i: (math.fsum(a.tolist()), math.fsum(b.tolist())) for i, a, b in scorer.logps(some)}
+        return [sums[i] for i in range(len(some))]
+
     gauge.watch()
-    score_all(model, pairs[:2], workload.tokens_per_batch, packed)
+    score(pairs[:2])
     gauge.start()
-    chosen, rejected = score_all(model, pairs, workload.tokens_per_batch, packed)
+    scored = score(pairs)
     gauge.stop()
-    return Outcome(gauge.read(), [*chosen, *rejected])
+    return Outcome(gauge.read(), [sums[side] for side in (0, 1) for sums in scored])
 
 
 def run_stage_two(workload: Workload, count: int) -> Outcome:
@@ -84,8 +68,15 @@ def run_stage_two(workload: Workload, count: int) -> Outcome:
         arguments = transformers.TrainingArguments(
             **step_arguments(workload, count, folder), remove_unused_columns=False, label_names=[]
         )
-        trainer = make_trainer(
-            model, datasets.Dataset.from_list(rows), arguments, workload.lengths.max_length, StepClock(gauge)
+        prepare(model)
+        packed = check_scoring(model, "policy.model")
+        trainer = PairTrainer(
+            loss=LossConfig(),
+            model=model,
+            args=arguments,
+            data_collator=make_collator(PAD_ID, workload.lengths.max_length, packed=packed),
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[StepClock(gauge)],
         )
         trainer.train()
     first = trainer.state.log_history[0]

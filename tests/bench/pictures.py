@@ -10,7 +10,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from report import MIB, compare, sides
 
-OURS, THEIRS, BAR = "#1b6ca8", "#c9803a", "#222222"
+OURS, THEIRS, HEIGHT = "#1b6ca8", "#c9803a", 0.36
 
 plt.rcParams.update(
     {
@@ -27,53 +27,46 @@ plt.rcParams.update(
 
 
 def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Bars of the ratios to TRL, wall clock and processor time, each with its bar as a black line."""
-    names = [result["workload"]["name"] for result in results]
-    figure, axes = plt.subplots(figsize=(8, 0.75 * len(names) + 1.4), layout="constrained")
-    height = 0.36
-    modes = ((-0.5, "wall", OURS, "white", "wall clock"), (0.5, "cpu", "#7fb2d6", BAR, "CPU time, one thread"))
-    for shift, mode, color, ink, label in modes:
+    """Bars of the ratios to TRL, wall clock and processor time, with a line from the smallest to the largest."""
+    figure, axes = _bars(results, "times TRL's speed, median of the rounds; thin lines from smallest to largest")
+    for shift, mode, color, ink, label in (
+        (-0.5, "wall", OURS, "white", "wall clock"),
+        (0.5, "cpu", "#7fb2d6", "#222222", "CPU time, one thread"),
+    ):
         for i, result in enumerate(results):
-            if mode not in result["measured"]:
-                continue
-            compared = compare(result, mode, "trl")
-            y = i + shift * height
-            label_once = label if i == 0 else None
-            axes.barh(y, compared.ratio, height, color=color, label=label_once)
-            axes.plot([min(compared.ratios), max(compared.ratios)], [y, y], color="#555555", linewidth=1)
-            # Inside the bar, at its foot, where no line of a bar to meet crosses it.
-            axes.text(0, y, f" {compared.ratio:.1f}x", va="center", fontsize=9, color=ink)
-            bar = result["workload"]["bars"][mode]
-            if bar:
-                label_once = "the bar" if i == 0 and mode == "wall" else None
-                axes.plot([bar, bar], [y - height / 2, y + height / 2], color=BAR, linewidth=2.5, label=label_once)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+            if mode in result["measured"]:
+                found, y = compare(result, mode, "trl").ratios, i + shift * HEIGHT
+                axes.barh(y, found.middle, HEIGHT, color=color, label=label if i == 0 else None)
+                axes.plot([found.least, found.most], [y, y], color="#555555", linewidth=1)
+                axes.text(0, y, f" {found.middle:.1f}x", va="center", fontsize=9, color=ink)
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
-    axes.margins(x=0.12)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("times TRL's speed, median of the rounds; thin lines from smallest to largest")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, file)
+    _finish(figure, axes, file)
 
 
 def draw_memory(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Bars of the memory above the loaded model."""
-    names = [result["workload"]["name"] for result in results]
-    figure, axes = plt.subplots(figsize=(8, 0.75 * len(names) + 1.4), layout="constrained")
-    height = 0.36
+    figure, axes = _bars(results, "peak memory above the loaded model, MiB")
     for shift, side, color, label in ((-0.5, "ours", OURS, "refshard"), (0.5, "trl", THEIRS, "TRL")):
         for i, result in enumerate(results):
-            extra = sides(result, "wall")[side].extra / MIB
-            y = i + shift * height
-            axes.barh(y, extra, height, color=color, label=label if i == 0 else None)
+            extra, y = sides(result, "wall")[side].extra / MIB, i + shift * HEIGHT
+            axes.barh(y, extra, HEIGHT, color=color, label=label if i == 0 else None)
             axes.text(extra, y, f"  {extra:,.0f}", va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), names)
+    _finish(figure, axes, file)
+
+
+def _bars(results: Sequence[dict[str, Any]], label: str) -> tuple[Any, Any]:
+    """Begin a picture of two bars a workload."""
+    figure, axes = plt.subplots(figsize=(8, 0.75 * len(results) + 1.4), layout="constrained")
+    axes.set_yticks(range(len(results)), [result["workload"]["name"] for result in results])
+    axes.set_xlabel(label)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, file: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
-    axes.set_xlabel("peak memory above the loaded model, MiB")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     _save(figure, file)
 
 
@@ -129,7 +122,6 @@ def draw_join(series: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     # Matplotlib ends lines of paths with blanks, which every diff would complain of.

@@ -1,13 +1,18 @@
-"""Measurements -> medians, ratios, gaps and shares, and the lines that print them."""
+"""Measurements -> medians, ratios, gaps and shares, and the tables in Markdown that show them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from workloads import Workload, from_json, make_pairs, useful_operations
+from workloads import Workload, from_json, make_pairs, padded_tokens, useful_operations
 
 MIB = 2**20
+RUN = "python tests/bench/run.py"
+LONG_RUN = 512
+"""Pairs of a run whose padding is that of many pairs"""
+
+_SIDES = {"ours": "refshard", "trl": "TRL", "trl-live": "TRL, live reference"}
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,17 @@ class Side:
 class Comparison:
     """Ours against one peer in one mode."""
 
-    ratios: list[float]
-    """The peer's time over ours, round by round: wall clock, or processor time in the mode of one thread"""
+    ratios: Spread
+    """The peer's time over ours, by round: wall clock, or processor time in the mode of one thread"""
     memory: float
     """The peer's extra memory over ours"""
     gap: float | None
     """Largest difference of the summed log-probs, in nats, or the first step's losses; None where the peer's
     reference is another one, its own policy"""
-    norm_gap: float | None = None
-    """Relative difference of the first step's gradient norms"""
 
     @property
     def ratio(self) -> float:
-        return median(self.ratios)
+        return self.ratios.middle
 
 
 def sides(result: dict[str, Any], mode: str) -> dict[str, Side]:
@@ -86,31 +89,20 @@ def _timed(workload: Workload, mode: str) -> tuple[Sequence[Any], int]:
 
 
 def compare(result: dict[str, Any], mode: str, peer: str) -> Comparison:
-    workload = from_json(result["workload"])
     ours, theirs = result["measured"][mode]["ours"], result["measured"][mode][peer]
-    clock = "cpu" if mode == "cpu" else "wall"
     measured = sides(result, mode)
-    values, norm_gap = [(a["values"], b["values"]) for a, b in zip(ours, theirs, strict=True)], None
-    if workload.stage == 2:
-        norm_gap = max(abs(a[1] - b[1]) / abs(b[1]) for a, b in values)
-        values = [(a[:1], b[:1]) for a, b in values]
-    gap = max(abs(x - y) for a, b in values for x, y in zip(a, b, strict=True))
-    is_same = peer != "trl-live"
+    # Stage two: the loss alone; the gradient's norm is the second value.
+    count = None if result["workload"]["stage"] == 1 else 1
+    values = [zip(a["values"][:count], b["values"][:count], strict=True) for a, b in zip(ours, theirs, strict=True)]
     return Comparison(
-        ratios=[b[clock] / a[clock] for a, b in zip(ours, theirs, strict=True)],
+        ratios=_spread([b[mode] / a[mode] for a, b in zip(ours, theirs, strict=True)]),
         memory=measured[peer].extra / max(measured["ours"].extra, 1),
-        gap=gap if is_same else None,
-        norm_gap=norm_gap if is_same else None,
+        gap=None if peer == "trl-live" else max(abs(x - y) for both in values for x, y in both),
     )
 
 
-def verdict(value: float, bar: float | None, *, at_most: bool = False) -> str:
-    """Say whether a bar is met; empty without one."""
-    if bar is None:
-        return ""
-    met = value <= bar if at_most else value >= bar
-    sign = "at most " if at_most else ""
-    return f"(bar {sign}{bar:g}: {'met' if met else 'NOT MET'})"
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median(values), min(values), max(values))
 
 
 def describe(machine: dict[str, Any]) -> str:
@@ -122,67 +114,105 @@ def describe(machine: dict[str, Any]) -> str:
     )
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """Everything about one workload, to print."""
-    workload = from_json(result["workload"])
-    unit = "pairs/s" if workload.stage == 1 else "s per step"
-    said = [
-        f"== {workload.name}: stage {'one' if workload.stage == 1 else 'two'}, {precision(workload)}"
-        f"{', LoRA' if workload.lora else ''}{', gradient checkpointing' if workload.checkpointing else ''}",
-        f"   {workload.shape.describe()}",
-        f"   {workload.lengths.describe()}",
-        f"   {describe(result['machine'])}",
-    ]
-    for mode, count in (("wall", workload.pairs), ("cpu", workload.cpu_pairs)):
-        if mode not in result["measured"]:
-            continue
-        cores = f"{result['machine']['threads']} threads" if mode == "wall" else "one thread"
-        said.append(f" - {cores}, {count} pairs, {len(result['measured'][mode]['ours'])} rounds")
-        for name, side in sides(result, mode).items():
-            said.append(
-                f"   {name:9} {side.rate.show(3)} {unit}; wall {side.wall.show()} s, CPU {side.cpu.show()} s; memory "
-                f"{side.peak / MIB:,.0f} MiB, above the model {side.extra / MIB:,.0f} MiB; "
-                f"{side.share:.0%} of the limit"
-            )
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (heads, *rows)]
+    return [lines[0], "|" + "---|" * len(heads), *lines[1:], ""]
+
+
+def tables(results: Sequence[dict[str, Any]]) -> list[str]:
+    """All that was measured of some workloads, but for their models and lengths."""
+    return [*_ratio_table(results), *_speed_table(results, 1), *_speed_table(results, 2)]
+
+
+def _ratio_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    heads = ["", "times TRL, wall clock", "times TRL, CPU time of one thread", "TRL's extra memory over ours"]
+    heads += ["largest difference", "share of the limit", "TRL's padded tokens, draw over long run: wall, CPU"]
+    rows = []
+    for result in results:
+        workload = from_json(result["workload"])
+        long_run = padded_tokens(workload, LONG_RUN)
+        draws = [padded_tokens(workload, count) / long_run for count in (workload.pairs, workload.cpu_pairs) if count]
         for peer in workload.peers:
-            said += _comparison_lines(result, workload, mode, peer)
-    return said
+            wall = compare(result, "wall", peer)
+            cells = [
+                f"`{workload.name}`{', live reference' if peer == 'trl-live' else ''}",
+                _times(wall),
+                _times(compare(result, "cpu", peer)) if "cpu" in result["measured"] else "",
+                f"{wall.memory:.1f}x",
+                "" if wall.gap is None else f"{wall.gap:.0e}",
+                f"{sides(result, 'wall')['ours'].share:.0%}",
+                ", ".join(f"{draw:.2f}" for draw in draws),
+                f"`{RUN} --only {workload.name}`",
+            ]
+            rows.append(cells)
+    return table([*heads, "command"], rows)
 
 
-def _comparison_lines(result: dict[str, Any], workload: Workload, mode: str, peer: str) -> list[str]:
-    compared = compare(result, mode, peer)
-    bars = workload.bars
-    each = ", ".join(f"{ratio:.2f}" for ratio in compared.ratios)
-    clock, bar = ("wall clock", bars.wall) if mode == "wall" else ("CPU time", bars.cpu)
-    said = [f"   {peer} over ours, {clock}: {compared.ratio:.2f}x [{each}] {verdict(compared.ratio, bar)}"]
-    if mode == "wall":
-        said.append(
-            f"   {peer} over ours, memory above the model: {compared.memory:.1f}x "
-            f"{verdict(compared.memory, bars.memory)}"
-        )
-        share = sides(result, mode)["ours"].share
-        said.append(f"   ours, share of the limit: {share:.0%} {verdict(share, bars.share)}")
-    if peer == "trl-live" and not workload.lora and mode == "wall":
-        measured = sides(result, mode)
-        less, reference = measured[peer].peak - measured["ours"].peak, reference_bytes(workload)
-        said.append(
-            f"   ours below {peer}: {less / MIB:,.0f} MiB; the reference has {reference / MIB:,.0f} MiB: "
-            f"{'met' if less >= reference else 'NOT MET'}"
-        )
-    if compared.gap is not None:
-        what = "summed log-probs differ by at most" if workload.stage == 1 else "first step's loss differs by"
-        norm = f", gradient norm by {compared.norm_gap:.1e} of it" if compared.norm_gap is not None else ""
-        said.append(f"   agreement: {what} {compared.gap:.1e}{norm} {verdict(compared.gap, bars.gap, at_most=True)}")
-    return [line.rstrip() for line in said]
+def _times(compared: Comparison) -> str:
+    return f"**{compared.ratio:.1f}x**, {compared.ratios.least:.1f} to {compared.ratios.most:.1f}"
 
 
-def precision(workload: Workload) -> str:
-    return f"{workload.dtype} autocast over float32 weights" if workload.is_autocast else workload.dtype
+def _speed_table(results: Sequence[dict[str, Any]], stage: int) -> list[str]:
+    heads = ["stage one" if stage == 1 else "stage two", "threads", "side", "pairs/s" if stage == 1 else "s per step"]
+    heads += ["wall, s", "CPU, s", "peak, MiB", "above the model, MiB", "share of the limit"]
+    rows = [
+        [
+            f"`{result['workload']['name']}`",
+            str(result["machine"]["threads"] if mode == "wall" else 1),
+            _SIDES[name],
+            side.rate.show(),
+            side.wall.show(1),
+            side.cpu.show(1),
+            f"{side.peak / MIB:,.0f}",
+            f"{side.extra / MIB:,.0f}",
+            f"{side.share:.0%}",
+        ]
+        for result in results
+        if result["workload"]["stage"] == stage
+        for mode in result["measured"]
+        for name, side in sides(result, mode).items()
+    ]
+    return table(heads, rows) if rows else []
 
 
-def reference_bytes(workload: Workload) -> int:
-    return workload.shape.parameters * (4 if workload.weight_dtype == "float32" else 2)
+def shape_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    rows = []
+    for result in results:
+        workload = from_json(result["workload"])
+        pairs = str(workload.pairs)
+        if "cpu" in result["measured"]:
+            pairs += f", on one thread {workload.cpu_pairs}"
+        if workload.stage == 2:
+            pairs += f"; {workload.batch} a step, the first step warms up"
+        kind = f"{workload.dtype} autocast over float32 weights" if workload.is_autocast else workload.dtype
+        kind += f"{', LoRA' if workload.lora else ''}{', gradient checkpointing' if workload.checkpointing else ''}"
+        rows.append([f"`{workload.name}`", workload.shape.describe(), workload.lengths.describe(), kind, pairs])
+    return table(["", "model", "lengths", "dtype", "pairs"], rows)
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(median(values), min(values), max(values))
+def join_tables(results: dict[str, Any]) -> list[str]:
+    """The join by number of pairs, and what it adds to a batch."""
+    heads = ["pairs", "index, s", "look-ups of all, s", "us a pair", "peak, MiB: index, look-ups", "index, MiB"]
+    rows = []
+    for row in results["series"]:
+        pairs, build, lookup = row["pairs"], row["build_us_per_pair"], row["lookup_us_per_pair"]
+        seconds = [f"{each * pairs / 1e6:,.1f}" for each in (build, lookup)]
+        peaks = f"{row['build_peak_bytes'] / MIB:.0f}, {row['lookup_peak_bytes'] / MIB:.0f}"
+        rows.append([f"{pairs:,}", *seconds, f"{build + lookup:.1f}", peaks, f"{row['index_bytes'] / MIB:,.0f}"])
+    said = "In a step, beside reading and collating the ids, which any trainer does:"
+    added = ["pairs of a micro-batch", "ids, us", "what the join adds: sums and token logps, us", "1% of a step of, ms"]
+    batches = [
+        [size, f"{costs['ids_us']:,.0f}", f"{costs['join_us']:.0f}", f"{costs['join_us'] / 10:.1f}"]
+        for size, costs in results["batches"].items()
+    ]
+    files = results["files"]
+    hours = (files["parquet_us_per_pair"] + files["join_us_per_pair"]) * 1e8 / 3.6e9
+    left_out = (
+        "What the simulation leaves out, at two texts of 256 tokens a pair: reading the Parquet parts, "
+        f"{files['parquet_us_per_pair']:.0f} us a pair, and writing the joined set, {files['join_us_per_pair']:.0f} "
+        f"us; extrapolated, {hours:.1f} hours for 100 million, with "
+        f"{files['token_logp_bytes_per_pair'] / 10:,.0f} GB of token logps and "
+        f"{files['arrow_bytes_per_pair'] / 10:,.0f} GB of joined set on the disk. Reading and tokenizing the source is "
+        "left out, too."
+    )
+    return [*table(heads, rows), left_out, "", said, "", *table(added, batches)]

@@ -19,7 +19,7 @@ Measured = dict[str, Any]
 
 
 def threads() -> int:
-    """The bars are for two; on a machine with one core there is one."""
+    """At most two, as the page has it; on a machine with one core there is one."""
     return min(2, len(os.sched_getaffinity(0)))
 
 
@@ -40,7 +40,7 @@ def run_workload(workload: Workload, rounds: int, *, say: Callable[[str], None])
                 done.append(measure(workload, side, count, cores))
                 say(f"{workload.name}, {mode}, round {i + 1}, {side}: {done[-1]['wall']:.2f} s")
         measured[mode] = sides
-    return {"workload": to_json(workload), "machine": machine(), "measured": measured}
+    return {"workload": to_json(workload), "measured": measured}
 
 
 def measure(workload: Workload, side: str, count: int, cores: int) -> Measured:
@@ -84,11 +84,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def merge(file: Path, results: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Put results into a file, in place of those of the same name; others stay."""
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"results": []}
-    by_name = {result["workload"]["name"]: result for result in [*known["results"], *results]}
-    merged = {**known, **more, "results": list(by_name.values())}
+def merge(file: Path, result: dict[str, Any]) -> None:
+    """Put a result into a file, in place of the one of the same name; others stay."""
+    known: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
+    by_name = {one["workload"]["name"]: one for one in [*known, result]}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    return merged
+    file.write_text(json.dumps({"results": list(by_name.values())}, indent=1) + "\n", encoding="utf-8")

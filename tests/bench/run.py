@@ -1,6 +1,7 @@
-"""Benchmark refshard against TRL on this machine's processor.
+"""Benchmark refshard against TRL.
 
-python tests/bench/run.py                       all workloads, three rounds
+python tests/bench/run.py                       all workloads of this machine's processor, three rounds
+python tests/bench/run.py --gpu                 on a CUDA GPU: stage one, a LoRA step, a full step of an 8B Llama
 python tests/bench/run.py --only score-32k      one of them; may be given again
 python tests/bench/run.py --list                their names
 python tests/bench/run.py --json FILE           also keep the results, for page.py
@@ -12,48 +13,55 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from report import describe, lines
+from report import describe, shape_table, tables
 from rounds import machine, merge, run_workload
-from workloads import TOY, WORKLOADS, batch_curve, count_curve, share_curve
-
-CURVES = {
-    "curve-pairs": count_curve(WORKLOADS[0]),
-    "curve-share": share_curve(WORKLOADS[0]),
-    "curve-batch": batch_curve(WORKLOADS[0]),
-}
+from workloads import CURVES, GPU, GPU_SHAPES, TOY, WORKLOADS
 
 
 def main() -> None:
-    known = {workload.name: [workload] for workload in WORKLOADS}
-    known |= CURVES
-    parser = argparse.ArgumentParser(description="Benchmark refshard against TRL on this machine's processor.")
-    parser.add_argument("--only", action="append", choices=[*known, *(w.name for w in TOY)], help="a workload's name")
+    known = {workload.name: [workload] for workload in (*WORKLOADS, *GPU, *TOY)} | CURVES
+    parser = argparse.ArgumentParser(description="Benchmark refshard against TRL.")
+    parser.add_argument("--only", action="append", choices=list(known), metavar="NAME", help="a workload's name")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
     parser.add_argument("--pairs", type=int, help="pairs of a measurement, in place of the workload's own")
     parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation")
     parser.add_argument("--json", type=Path, help="file to put the results into, beside those of other workloads")
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA GPU; the full step with the largest that fits")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     chosen = parser.parse_args()
     if chosen.list:
         print(*known, sep="\n")
         return
-    known |= {workload.name: [workload] for workload in TOY}
-    print(describe(machine()), flush=True)
-    for name in chosen.only or [name for name in known if not name.startswith("toy-")]:
+    here, names = machine(), [*(workload.name for workload in WORKLOADS), *CURVES]
+    if chosen.gpu:
+        memory = _add_gpu(here)
+        # Weights, gradients and a reference in bf16 leave a third of the memory free.
+        fitting = (size for size, shape in GPU_SHAPES.items() if 3 * 2 * shape.parameters < memory * 2 / 3)
+        names = ["gpu-score", "gpu-lora", f"gpu-full-{next(fitting, '1b')}"]
+    print(describe(here), flush=True)
+    for name in chosen.only or names:
         for workload in known[name]:
             if chosen.pairs:
-                workload = replace(workload, pairs=chosen.pairs, cpu_pairs=chosen.pairs)
+                workload = replace(workload, pairs=chosen.pairs, cpu_pairs=min(workload.cpu_pairs, 1) * chosen.pairs)
             if chosen.peer_batch:
                 workload = replace(workload, peer_batch=chosen.peer_batch)
-            # A curve has many points, of which each is the median's neighbour: fewer rounds, and wall clock alone.
-            rounds = 1 if name in CURVES else chosen.rounds
-            if name in CURVES:
-                workload = replace(workload, cpu_pairs=0)
-            result = run_workload(workload, rounds, say=_say)
-            print("\n".join(lines(result)), flush=True)
+            # A curve has many points, of which each is the median's neighbour: one round.
+            result = run_workload(workload, 1 if name in CURVES else chosen.rounds, say=_say) | {"machine": here}
+            print("\n".join([*tables([result]), *shape_table([result])]), flush=True)
             if chosen.json:
                 # At once: a run that is stopped keeps what it has.
-                merge(chosen.json, [result])
+                merge(chosen.json, result)
+
+
+def _add_gpu(here: dict[str, Any]) -> int:
+    """Name the GPU; give its memory in bytes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU is visible; --only toy-gpu-score runs the same code on the processor")
+    card = torch.cuda.get_device_properties(0)
+    here |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30)}
+    return int(card.total_memory)
 
 
 def _say(text: Any) -> None:

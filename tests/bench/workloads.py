@@ -1,4 +1,4 @@
-"""What is measured: model shapes, length distributions, pairs of token ids, the bars, and the useful work in each.
+"""What is measured: model shapes, length distributions, pairs of token ids, and the useful work in each.
 
 Nothing here imports torch: the driver reads it, and every measurement gets its workload as JSON.
 """
@@ -66,20 +66,6 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """What the project wants to reach, as ratios to TRL; None where nothing was set."""
-
-    wall: float | None = None
-    cpu: float | None = None
-    memory: float | None = None
-    """TRL's extra memory over ours"""
-    gap: float | None = None
-    """Largest difference of a pair's summed log-probs (stage one), of the first step's loss (stage two)"""
-    share: float | None = None
-    """Useful operations over what the matrix rate allows"""
-
-
-@dataclass(frozen=True)
 class Workload:
     """One row of the results."""
 
@@ -94,7 +80,6 @@ class Workload:
     """Scored in stage one; in stage two, of all steps together"""
     cpu_pairs: int
     """The same, in the measurement on one thread"""
-    bars: Bars
     batch: int = 4
     """Pairs of a step"""
     tokens_per_batch: int = 2048
@@ -106,11 +91,6 @@ class Workload:
     device: str = "cpu"
     peers: tuple[str, ...] = ("trl",)
     """Sides to compare with: trl, and in stage two trl-live, with its reference in memory"""
-
-    @property
-    def steps(self) -> int:
-        """Timed steps of stage two; one more comes before them, to warm up."""
-        return self.pairs // self.batch - 1
 
     @property
     def is_autocast(self) -> bool:
@@ -126,7 +106,7 @@ def to_json(workload: Workload) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Workload:
-    own = {"shape": Shape(**data["shape"]), "lengths": Lengths(**data["lengths"]), "bars": Bars(**data["bars"])}
+    own = {"shape": Shape(**data["shape"]), "lengths": Lengths(**data["lengths"])}
     return Workload(**{**data, **own, "peers": tuple(data["peers"])})
 
 
@@ -211,53 +191,61 @@ UF = Lengths("UltraFeedback-like", prompt=110, prompt_sigma=0.8, completion=215,
 # The spread is that of 1,496 pairs of HH-RLHF's harmless-base.
 HH = Lengths("HH-like", prompt=120, prompt_sigma=1.07, completion=60, completion_sigma=0.94)
 
-_SUMS = 2e-3
-_LOSS = 1e-4
-
 WORKLOADS = [
-    Workload("score-32k", 1, SMALL_32K, UF, "float32", 16, 8, Bars(wall=5, cpu=3.5, memory=8, gap=_SUMS, share=0.6)),
-    Workload("score-32k-bf16", 1, SMALL_32K, UF, "bfloat16", 16, 8, Bars(wall=7, cpu=5)),
-    Workload("score-128k", 1, SMALL_128K, UF, "float32", 8, 8, Bars(wall=6, cpu=4, memory=10, gap=_SUMS, share=0.6)),
-    Workload("score-hh", 1, SMALL_32K, HH, "float32", 32, 16, Bars(wall=10, cpu=6, gap=_SUMS, share=0.6)),
-    Workload("score-deep", 1, DEEP, UF, "float32", 16, 8, Bars(wall=3, cpu=2.5, gap=_SUMS, share=0.6)),
-    Workload("train-32k", 2, SMALL_32K, UF, "float32", 12, 8, Bars(wall=3, cpu=3, memory=4, gap=_LOSS)),
-    Workload("train-32k-bf16", 2, SMALL_32K, UF, "bfloat16", 12, 8, Bars(wall=5, cpu=5)),
-    Workload("train-hh", 2, SMALL_32K, HH, "float32", 16, 12, Bars(wall=4, cpu=4, gap=_LOSS)),
+    Workload("score-32k", 1, SMALL_32K, UF, "float32", 16, 8),
+    Workload("score-32k-bf16", 1, SMALL_32K, UF, "bfloat16", 16, 8),
+    Workload("score-128k", 1, SMALL_128K, UF, "float32", 8, 8),
+    Workload("score-hh", 1, SMALL_32K, HH, "float32", 32, 16),
+    Workload("score-deep", 1, DEEP, UF, "float32", 16, 8),
+    Workload("train-32k", 2, SMALL_32K, UF, "float32", 12, 8),
+    Workload("train-32k-bf16", 2, SMALL_32K, UF, "bfloat16", 12, 8),
+    Workload("train-hh", 2, SMALL_32K, HH, "float32", 16, 12),
 ]
 
-TOY_SHAPE = Shape(vocabulary=512, hidden=32, layers=2, intermediate=64, heads=4, kv_heads=2)
-TOY_LENGTHS = Lengths("short", prompt=12, prompt_sigma=0.5, completion=10, completion_sigma=0.5, max_length=64)
+GPU_SHAPES = {
+    "8b": Shape(128_256, 4096, 32, 14_336, 32, 8, tied=False),
+    "3b": Shape(128_256, 3072, 28, 8_192, 24, 8),
+    "1b": Shape(128_256, 2048, 16, 8_192, 32, 8),
+}
+_SCORE = Workload(
+    "gpu-score", 1, GPU_SHAPES["8b"], UF, "bfloat16", 256, 0, tokens_per_batch=32_768, peer_batch=8, device="cuda"
+)
+# Checkpointing: the library's default for TRL, and what a model of this size needs in either.
+_STEP = replace(_SCORE, stage=2, pairs=24, checkpointing=True, peers=("trl", "trl-live"))
+GPU = [
+    _SCORE,
+    replace(_STEP, name="gpu-lora", lora=True),
+    *(replace(_STEP, name=f"gpu-full-{size}", shape=shape) for size, shape in GPU_SHAPES.items()),
+]
+
+_TOY_SHAPE = Shape(vocabulary=512, hidden=32, layers=2, intermediate=64, heads=4, kv_heads=2)
+_TOY_LENGTHS = Lengths("short", prompt=12, prompt_sigma=0.5, completion=10, completion_sigma=0.5, max_length=64)
 TOY = [
-    Workload("toy-score", 1, TOY_SHAPE, TOY_LENGTHS, "float32", 12, 12, Bars(wall=1, gap=_SUMS)),
-    Workload("toy-train", 2, TOY_SHAPE, TOY_LENGTHS, "float32", 12, 0, Bars(wall=1, gap=_LOSS)),
+    Workload("toy-score", 1, _TOY_SHAPE, _TOY_LENGTHS, "float32", 12, 12),
+    Workload("toy-train", 2, _TOY_SHAPE, _TOY_LENGTHS, "float32", 12, 0),
+    *(
+        replace(w, name=f"toy-{w.name}", shape=_TOY_SHAPE, lengths=_TOY_LENGTHS, pairs=12, device="cpu")
+        for w in GPU[:3]
+    ),
 ]
-"""To test the benchmark itself"""
+"""To test the benchmark itself, on a processor"""
 
 
-def count_curve(small: Workload) -> list[Workload]:
-    """Stage one at growing numbers of pairs, on a smaller body, for the picture."""
-    shape = replace(small.shape, hidden=256, layers=4, intermediate=704, heads=4, kv_heads=4)
-    return [
-        replace(small, name=f"pairs-{count}", shape=shape, pairs=count, cpu_pairs=count, bars=Bars())
-        for count in (8, 16, 32)
-    ]
-
-
-def batch_curve(small: Workload) -> list[Workload]:
-    """Stage one against every batch size that TRL may be given: the smaller it is, the less it pads."""
-    return [replace(small, name=f"batch-{batch}", peer_batch=batch, bars=Bars()) for batch in (1, 4, 16)]
-
-
-def share_curve(small: Workload) -> list[Workload]:
-    """Stage one at equal length of prompt and completion together, with the prompt a growing share of it."""
-    total, made = 512, []
-    shape = replace(small.shape, hidden=256, layers=4, intermediate=704, heads=4, kv_heads=4)
+def _curves() -> dict[str, list[Workload]]:
+    """Stage one at growing numbers of pairs, at growing shares of the prompt in one length, at TRL's batch sizes."""
+    first = replace(WORKLOADS[0], cpu_pairs=0)
+    small = replace(first, shape=replace(first.shape, hidden=256, layers=4, intermediate=704, heads=4, kv_heads=4))
+    total, shares = 512, []
     for percent in (10, 30, 50, 70, 90):
         prompt = total * percent // 100
-        lengths = Lengths(f"prompt {percent}%", prompt, 0.0, total - prompt, 0.0)
         # The distributions' own cut at half of max_length must not touch the prompt.
-        lengths = replace(lengths, max_length=2 * total)
-        made.append(
-            replace(small, name=f"share-{percent}", shape=shape, lengths=lengths, pairs=8, cpu_pairs=8, bars=Bars())
-        )
-    return made
+        lengths = Lengths(f"prompt {percent}%", prompt, 0.0, total - prompt, 0.0, max_length=2 * total)
+        shares.append(replace(small, name=f"share-{percent}", lengths=lengths, pairs=8))
+    return {
+        "curve-pairs": [replace(small, name=f"pairs-{count}", pairs=count) for count in (8, 16, 32)],
+        "curve-share": shares,
+        "curve-batch": [replace(first, name=f"batch-{batch}", peer_batch=batch) for batch in (1, 4, 16)],
+    }
+
+
+CURVES = _curves()
