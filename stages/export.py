@@ -18,6 +18,7 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import describe, open_set, read_rows
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import identity_of_run
+from pipeline.run.outputs import guard_output
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import Store, check_identity, open_store
 
@@ -39,8 +40,7 @@ def run(config: Config, output: Path) -> None:
 
     if output.exists():
         raise DataError(f"{output}: must be a new folder, it exists already. Name another one")
-    if any((parent / "manifest.json").exists() for parent in output.absolute().parents):
-        raise DataError(f"{output}: must be outside of a store of shards. Name another folder")
+    guard_output("--output", output, config)
     tokenizer = load_tokenizer(config)
     names = config.data.sets
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}

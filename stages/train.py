@@ -40,6 +40,7 @@ from pipeline.run.checkpoints import (
 )
 from pipeline.run.identity import check_same_run, run_identity
 from pipeline.run.inputs import PolicyInputs, RunInputs, SetInputs, describe_adapter, describe_reference
+from pipeline.run.outputs import guard_run
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import RunLog, read_costs, write_inputs
 from pipeline.scoring.scorer import Scorer
@@ -122,6 +123,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     flag = watch_signals(stop_at)
     arguments = training_arguments(config)
     output = config.train.folder
+    guard_run(config)
     router_aux_weight(policy_settings(config), config.loss)
     if config.reference.sync:
         check_mixable(config)

@@ -170,7 +170,11 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
 
 def write_page(file: Path, text: str) -> None:
-    """Write a page, whole or not at all. Raises StorageError."""
+    """Write a page, whole or not at all. Raises StorageError; ConfigError if the file is there and is no page."""
+    if file.exists() and not (
+        file.is_file() and file.read_bytes()[:100].lower().lstrip().startswith(b"<!doctype html")
+    ):
+        raise ConfigError(f"{file}: must be a new file or an HTML page, it is neither. Name another file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.base.errors import UnfinishedError
+from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.files import read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import without_other_bars
@@ -84,8 +84,11 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
     """Make the reference model and the pairs in `folder`, unless they are there.
 
     Writes `model/` for `from_pretrained`, `train.jsonl`, `heldout.jsonl` and, last, `prepared.json`. A folder whose
-    `prepared.json` is missing, or was written by other settings or other code, is made again. On one machine the same
-    seed gives the same bytes.
+    `prepared.json` was written by other settings or other code, or before the end, is made again. On one machine the
+    same seed gives the same bytes.
+
+    Raises:
+        ConfigError: The folder holds files of these names that another program wrote.
     """
     settings = Settings(seed=seed)
     marker = folder / "prepared.json"
@@ -94,8 +97,12 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
     if all((folder / name).exists() for name in files) and read_json(marker)["digest"] == digest:
         click.echo(f"{folder} is prepared already.")
         return
+    if not marker.exists() and (
+        there := [folder / name for name in ("model", *files[2:4]) if (folder / name).exists()]
+    ):
+        raise ConfigError(f"FOLDER: must hold nothing of another program, got {there[0]}. Name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)
+    write_json(marker, {"digest": None})
     with _two_threads():
         rng = random.Random(seed)
         corpus = [reviews.sample_review(rng) for _ in range(settings.num_reviews)]

@@ -24,6 +24,7 @@ from pipeline.data.sources import data_files, describe, open_source
 from pipeline.models.files import declared_reference, load_tokenizer, policy_settings
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
+from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
 from pipeline.scoring.memory import free_memory, is_out_of_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
@@ -98,7 +99,9 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
             "refshard import, or name a model in reference.model"
         )
+    guard_shards(config, overwrite=overwrite)
     if not config.train.is_empty:
+        guard_run(config)
         # Report a mistake in the other stage's section before an hour of scoring, not after it.
         _ = config.train.options
         check_dtypes(config)

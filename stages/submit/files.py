@@ -107,8 +107,12 @@ def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: 
         submit: Runs that script; None: not now.
 
     Raises:
+        ConfigError: The folder holds files of another program under these names.
         StorageError: The folder can't be written.
     """
+    there = [folder / name for name in files if (folder / name).exists()]
+    if there and not _is_ours(folder / SUBMIT):
+        raise ConfigError(f"--into: must hold no files of another program, got {there[0]}. Name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -122,6 +126,14 @@ def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: 
         click.echo(f"Submit them with: sh {shlex.quote(str(folder / SUBMIT))}")
     else:
         submit(folder / SUBMIT)
+
+
+def _is_ours(script: Path) -> bool:
+    """Return True if a script is the one that this program writes, by the sentence at its start."""
+    return script.is_file() and any(words in script.read_bytes()[:1000] for words in _OPENINGS)
+
+
+_OPENINGS = (b"# Each job waits for the one before it", b"# Each Job begins when the one before it")
 
 
 def run_script(script: Path, tool: str, *, stdout: int | None = None) -> subprocess.CompletedProcess[str]:

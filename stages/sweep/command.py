@@ -27,6 +27,7 @@ from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.report.comparison import show_runs
 from pipeline.report.pages import check_charts, write_page
 from pipeline.report.run_page import report_page
+from pipeline.run.outputs import guard_run
 from pipeline.run.reading import RECORD, Run, read_run
 from pipeline.store.store import is_finished
 from stages.subprocesses import Commands, import_libraries
@@ -142,9 +143,11 @@ def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
     config = load_config(sweep.config_file, together)
     if config.reference.sync is not None:
         # The shards of the first window have the pairs of this run's first steps alone.
-        together = (*together, f"precompute.output={json.dumps(str(folder / 'shards'))}")
+        shards = parent / f"{member.name}-shards"
+        together = (*together, f"precompute.output={json.dumps(str(shards))}")
         config = load_config(sweep.config_file, together)
     _ = config.train.options  # refuses a wrong field before anything runs
+    guard_run(config)
     return _OneRun(member, config, together, folder)
 
 

@@ -1,0 +1,171 @@
+"""Guard the user's folders: refuse an output that is, holds or lies in a model, a dataset, a store or another run.
+
+The guard compares an output with the settings' own inputs, and looks at what the folders around it and in it hold.
+Links are followed. Only a run's folder or a store of this program is written into a second time.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.base.errors import ConfigError, DataError, StorageError
+from pipeline.base.files import read_json
+from pipeline.base.folders import LocalFolder, open_folder
+from pipeline.config.schema import Config
+from pipeline.models.files import ADAPTER_CONFIG
+from pipeline.run.checkpoints import checkpoint_folders
+from pipeline.run.reading import RECORD, SETTINGS
+from pipeline.run.records import INPUTS, LOG, MARGINS
+from pipeline.store.format import MANIFEST
+
+__all__ = ["guard_output", "guard_run", "guard_shards"]
+
+_ATTEMPTS = "attempts"
+_OF_A_RUN = (_ATTEMPTS, "joined", "references", MARGINS, LOG, INPUTS, RECORD, SETTINGS, "README.md")
+"""Names that a run writes, besides its checkpoints and its policy"""
+_MOST_FOLDERS = 1000
+"""Folders looked into below an output that is not ours yet"""
+
+
+def guard_shards(config: Config, *, overwrite: bool = False) -> None:
+    """Check `precompute.output` before anything is made.
+
+    Args:
+        config: The run's settings.
+        overwrite: The stores that are there will be deleted.
+
+    Raises:
+        ConfigError: A store would be, hold or lie in a folder of the user's; the message names both.
+    """
+    output = open_folder(config.precompute.output)
+    for name in config.data.sets if isinstance(output, LocalFolder) else ():
+        store = output.path / name
+        guard_output("precompute.output", store, config, ours="a store")
+        for reused in config.precompute.reuse if overwrite else ():
+            if _overlap(store, Path(reused)):
+                raise ConfigError(
+                    f"precompute.reuse: must not be what --overwrite deletes, got {reused}. Set precompute.output to a "
+                    "new folder"
+                )
+
+
+def guard_run(config: Config) -> None:
+    """Check `train.output_dir` before anything is made. Raises ConfigError as `guard_shards` does."""
+    folder = config.train.folder
+    shards = open_folder(config.precompute.output)
+    if isinstance(shards, LocalFolder):
+        for name in (*config.data.sets, "costs"):
+            _refuse_overlap("train.output_dir", folder, f"precompute.output/{name}", shards.path / name)
+    guard_output("train.output_dir", folder, config, ours="a run")
+    if not (folder / _ATTEMPTS).is_dir():
+        there = [name for name in _OF_A_RUN if (folder / name).exists()]
+        there += [path.name for path in checkpoint_folders(folder).values()]
+        if there:
+            raise ConfigError(
+                f"train.output_dir: must be a new folder or a run of refshard, got {folder}, which holds {there[0]} of "
+                "another program. Name a new folder"
+            )
+
+
+def guard_output(key: str, folder: Path, config: Config, *, ours: str | None = None) -> None:
+    """Refuse a folder that is, holds or lies in one of the user's.
+
+    Args:
+        key: Setting or option that names the folder, for messages.
+        folder: The output.
+        config: The run's settings, whose inputs must not be touched.
+        ours: Kind of folder that may be there already: `a run` or `a store`.
+    """
+    for setting, path in _inputs(config):
+        _refuse_overlap(key, folder, setting, path)
+    there = folder.expanduser().resolve()
+    for parent in there.parents:
+        if kind := _kind_of(parent):
+            raise ConfigError(f"{key}: must not lie in {kind}, got {folder}, which is in {parent}. Name another folder")
+    kind = _kind_of(there)
+    if kind not in (None, ours):
+        raise ConfigError(f"{key}: must be a new folder, got {folder}, which is {kind}. Name another folder")
+    if kind is None:
+        for inner in _folders_in(there):
+            if found := _kind_of(inner):
+                raise ConfigError(
+                    f"{key}: must not hold {found}, got {folder}, which holds {inner}. Name another folder"
+                )
+    else:
+        for entry in there.iterdir():
+            if entry.is_symlink():
+                raise ConfigError(
+                    f"{key}: must hold no links, got {entry}, through which files would be written. Remove it"
+                )
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, Path]]:
+    """Yield the settings that name an input on this machine, with its path."""
+    named = {
+        "policy.model": config.policy.model,
+        "policy.adapter": config.policy.adapter,
+        "reference.model": config.reference.model,
+        "reference.adapter": config.reference.adapter,
+        "data.path": config.data.path,
+        **{f"data.eval.{name}.path": eval_set.path for name, eval_set in config.data.eval.items()},
+    }
+    for key, name in named.items():
+        if name and _exists(Path(name)):
+            yield key, Path(name)
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError, RuntimeError):
+        return path.expanduser().exists()
+    return False
+
+
+def _refuse_overlap(key: str, folder: Path, other: str, path: Path) -> None:
+    if _overlap(folder, path):
+        raise ConfigError(
+            f"{key}: must not be, hold or lie in {other}, got {folder}, where {other} is {path}. Name another folder"
+        )
+
+
+def _overlap(a: Path, b: Path) -> bool:
+    one, other = a.expanduser().resolve(), b.expanduser().resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _kind_of(folder: Path) -> str | None:
+    """Name what a folder is; None if it is nothing that a user could lose."""
+    with contextlib.suppress(OSError):
+        if any((folder / _ATTEMPTS).glob("*.json")):
+            return "a run"
+        if (folder / MANIFEST).is_file() and _is_ours(folder / MANIFEST):
+            return "a store"
+        if (folder / ADAPTER_CONFIG).is_file():
+            return "an adapter"
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return "a model"
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            return "a dataset"
+    return None
+
+
+def _is_ours(manifest: Path) -> bool:
+    try:
+        return read_json(manifest).get("format") == "refshard"
+    except (DataError, StorageError):
+        return False
+
+
+def _folders_in(folder: Path) -> Iterator[Path]:
+    """Yield the folders below a folder, the nearest first, links and hidden folders left out."""
+    level, seen = [folder], 0
+    while level:
+        inner: list[Path] = []
+        for place in level:
+            with contextlib.suppress(OSError):
+                inner += [p for p in sorted(place.iterdir()) if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
+        for path in inner:
+            yield path
+            seen += 1
+            if seen >= _MOST_FOLDERS:
+                return
+        level = inner

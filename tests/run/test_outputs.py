@@ -1,0 +1,127 @@
+"""An output that is, holds or lies in a model, a dataset, a store or another run is refused; nothing is touched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+from pipeline.report.pages import write_page
+from pipeline.run.outputs import guard_output, guard_run, guard_shards
+from support.runs import refshard
+
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Give settings with all kinds of inputs in tmp_path, each of them there."""
+    for folder in ("model", "other", "adapter", "dataset", "old/train", "sft/checkpoint-2", "run/attempts"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("model", "other", "sft/checkpoint-2"):
+        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / "model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "dataset/dataset_dict.json").write_text("{}")
+    (tmp_path / "old/train/manifest.json").write_text(json.dumps({"format": "refshard"}))
+    (tmp_path / "run/attempts/0001.json").write_text("{}")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/train.jsonl").write_text("{}\n")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: {path: pairs/train.jsonl, eval: {test: {path: dataset}}}\npolicy: {model: model}\n"
+        "reference: {model: other, adapter: adapter}\nprecompute: {output: shards}\ntrain: {output_dir: policy}\n"
+    )
+
+    def load_with(*overrides: str) -> Config:
+        return load_config(file, overrides)
+
+    return load_with
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "model", "model/dpo", "model/a/b", "other", "other/x", "adapter", "adapter/x", "dataset", "dataset/x",
+        "pairs", ".", "old", "old/train", "old/train/x", "sft", "sft/checkpoint-2", "run/x", "shards", "shards/train",
+        "shards/train/policy", "shards/costs", "link", "link/x",
+    ],
+)  # fmt: skip
+def test_a_run_that_would_touch_another_folder_is_refused_and_makes_nothing(load: Load, folder: str) -> None:
+    Path("link").symlink_to("model", target_is_directory=True)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ConfigError, match=r"^train\.output_dir: must "):
+        guard_run(load(f"train.output_dir={folder}"))
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("folder", ["model", "model/shards", "dataset", "run", "run/shards", "pairs/train.jsonl"])
+def test_shards_that_would_touch_another_folder_are_refused(load: Load, folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"^precompute\.output: must "):
+        guard_shards(load(f"precompute.output={folder}"))
+
+
+@pytest.mark.parametrize("folder", ["policy", "shards/policy", "old/policy", "pairs/policy", "new/a/b", "run", "sft2"])
+def test_a_new_folder_beside_them_and_a_run_of_its_own_are_taken(load: Load, folder: str) -> None:
+    guard_run(load(f"train.output_dir={folder}"))
+
+
+@pytest.mark.parametrize("output", ["shards", "old", "s3://bucket/shards", "pairs"])
+def test_a_store_of_its_own_and_a_bucket_are_taken(load: Load, output: str) -> None:
+    guard_shards(load(f"precompute.output={output}"))
+
+
+@pytest.mark.parametrize("name", ["checkpoint-4", "references", "joined", "margins", "run.json", "README.md"])
+def test_a_folder_with_files_that_a_run_replaces_but_without_a_runs_mark_is_refused(load: Load, name: str) -> None:
+    (Path("policy") / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"^train\.output_dir: .* holds {name} of another program"):
+        guard_run(load())
+
+
+def test_a_link_in_a_runs_folder_is_not_written_through(load: Load) -> None:
+    Path("run/margins").symlink_to("../model", target_is_directory=True)
+    with pytest.raises(ConfigError, match="must hold no links"):
+        guard_run(load("train.output_dir=run"))
+
+
+def test_shards_to_reuse_are_not_deleted_by_overwrite(load: Load) -> None:
+    config = load("precompute.output=old", "precompute.reuse=[old]")
+    guard_shards(config)
+    with pytest.raises(ConfigError, match=r"^precompute\.reuse: must not be what --overwrite deletes, got old"):
+        guard_shards(config, overwrite=True)
+
+
+def test_an_export_does_not_lie_in_a_run(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"^--output: must not lie in a run"):
+        guard_output("--output", Path("run/sets"), load())
+
+
+def test_a_page_replaces_pages_only(tmp_path: Path) -> None:
+    page, other = tmp_path / "page.html", tmp_path / "model.safetensors"
+    write_page(page, "<!doctype html>one")
+    write_page(page, "<!doctype html>two")
+    other.write_bytes(b"weights")
+    with pytest.raises(ConfigError, match="must be a new file or an HTML page"):
+        write_page(other, "<!doctype html>")
+    assert (page.read_text(), other.read_bytes()) == ("<!doctype html>two", b"weights")
+
+
+def test_both_stages_refuse_with_2_before_anything_is_made(make_run: Any, model_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = make_run(policy={"model": str(model)}, train={"output_dir": str(model)})
+    before = {file: file.read_bytes() for file in model.iterdir()}
+    for command in ("precompute", "train"):
+        done = refshard(command, "--config", config, check=2)
+        assert "train.output_dir: must not be, hold or lie in policy.model" in done.stderr
+    assert {file: file.read_bytes() for file in model.iterdir()} == before
+    assert not (tmp_path / "shards").exists()
