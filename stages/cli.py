@@ -1,123 +1,29 @@
 """The `refshard` command. Each stage is imported when it is called, so that help does not load torch."""
 
 import atexit
-import functools
 import io
 import os
-import re
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.base.errors import ConfigError, RefshardError, one_line
-from pipeline.base.progress import JSON_LOGS, emit, start_json
+from pipeline.base.progress import emit
 from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
+from stages import options
 from stages.check.hardware import HARDWARE
+from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
 from stages.subprocesses import Commands
 
 __all__ = ["main", "run"]
 
-_CONFIG = click.option(
-    "--config",
-    "config_file",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="The run's YAML file; both stages read it.",
-)
 
-
-_OVERRIDES = click.option(
-    "-o",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set one key on top of the file, like -o loss.beta=0.2. Repeatable.",
-)
-
-
-_SET = click.option(
-    "--set", "set_name", default="train", show_default=True, help="train, or a set that data.eval names."
-)
-
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-
-
-def _with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options for its settings, and the settings that they name as `config`."""
-
-    @_CONFIG
-    @_OVERRIDES
-    @functools.wraps(command)
-    def load_and_run(config_file: Path, overrides: tuple[str, ...], workers: int | None = None, **options: Any) -> None:
-        own = () if workers is None else (f"cluster.workers={workers}",)
-        command(config=load_config(config_file, (*overrides, *own)), **options)
-
-    return load_and_run
-
-
-_PROCESSES = click.option(
-    "--processes",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Start N processes on this machine, one for each GPU.",
-)
-
-
-def _parse_worker(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
-    index, slash, count = value.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise click.BadParameter(f"{value!r}: expected I/N with I from 0 to N-1, like 0/8")
-    return int(index), int(count)
-
-
-def _parse_stop_after(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Return the time to stop on `time.monotonic`'s clock; the libraries' import counts too."""
-    if value is None:
-        return None
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
-    if not value or parts is None:
-        raise click.BadParameter(f"{value!r}: expected hours, minutes, seconds, like 3h50m or 90s")
-    hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return time.monotonic() + 3600 * hours + 60 * minutes + seconds
-
-
-_STOP_AFTER = click.option(
-    "--stop-after",
-    "stop_at",
-    callback=_parse_stop_after,
-    metavar="TIME",
-    help="Save and leave with 75 after this time, like 3h50m: for a time limit that is known.",
-)
-
-
-def _start_json(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        start_json()
-
-
-_JSON_LOGS = click.option(
-    "--json-logs",
-    is_flag=True,
-    envvar=JSON_LOGS,
-    is_eager=True,
-    expose_value=False,
-    callback=_start_json,
-    help=f"Print one JSON object a line on stdout, for machines. {JSON_LOGS}=1 does the same.",
-)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="refshard")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -144,20 +50,19 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@_with_config
+@options.with_config
 @click.option(
     "--worker",
-    callback=_parse_worker,
+    type=options.parse_worker,
     default="0/1",
-    show_default=True,
     metavar="I/N",
     help="Do the share of worker I of N, counted from 0. Workers share only the output folder.",
 )
-@_PROCESSES
-@_STOP_AFTER
-@_JSON_LOGS
+@options.PROCESSES
+@options.STOP_AFTER
+@options.JSON_LINES
 @click.option("--overwrite", is_flag=True, help="Delete the shards in the output folder and start over.")
-def precompute(config: Config, worker: tuple[int, int], processes: int, stop_at: float | None, overwrite: bool) -> None:
+def precompute(config: Config, processes: int, **given: Any) -> None:
     """Stage one: write the reference's log-probs to shards.
 
     Does only what is missing: run it again after a kill, with any number of workers. Each of several processes is a
@@ -168,25 +73,18 @@ def precompute(config: Config, worker: tuple[int, int], processes: int, stop_at:
         return
     from stages.precompute import command as stage
 
-    stage.run(config, worker=worker, overwrite=overwrite, stop_at=stop_at)
+    stage.run(config, **given)
 
 
 @main.command(short_help="Stage two: train the policy on the shards.")
-@_CONFIG
-@_OVERRIDES
-@_PROCESSES
-@_STOP_AFTER
-@_JSON_LOGS
+@options.CONFIG
+@options.OVERRIDES
+@options.PROCESSES
+@options.STOP_AFTER
+@options.JSON_LINES
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
 @click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
-def train(
-    config_file: Path,
-    overrides: tuple[str, ...],
-    processes: int,
-    stop_at: float | None,
-    overwrite: bool,
-    one_window: bool,
-) -> None:
+def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_window: bool, **given: Any) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
     Resumes from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
@@ -200,52 +98,34 @@ def train(
         from stages import trdpo
 
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
-        trdpo.run(config, _commands(stop_at), words, overwrite=overwrite)
+        trdpo.run(config, _commands(given["stop_at"]), words, overwrite=given["overwrite"])
         return
     from stages import train as stage
 
-    stage.run(config, overwrite=overwrite, stop_at=stop_at)
+    stage.run(config, **given)
 
 
-def _parse_memory(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|MB)", value.strip(), re.IGNORECASE)
-    if size is None:
-        raise click.BadParameter(f"{value!r}: expected a size like 24GB or 800MB")
-    return round(float(size[1]) * (10**9 if size[2].upper() == "GB" else 10**6))
+_SHARE = click.FloatRange(0, 1)
 
 
 @main.command(short_help="What a run will take, before a GPU is booked.")
-@_with_config
+@options.with_config
 @click.option(
     "--hardware",
     default="here",
-    show_default=True,
     metavar="NAME",
     help=f"What the run is planned for: {', '.join(HARDWARE)}, a memory (24GB), each with a number in front "
     "(8xh100-80gb), cpu, or here.",
 )
-@click.option("--rows", type=click.IntRange(min=1), metavar="N", help="Look at the first N rows of each set only.")
+@click.option("--rows", type=AT_LEAST_1, metavar="N", help="Look at the first N rows of each set only.")
+@click.option("--max-dropped", type=_SHARE, metavar="SHARE", help="Fail if more rows are dropped: 0.05.")
+@click.option("--max-cut", type=_SHARE, metavar="SHARE", help="Fail if more pairs are cut at max_length.")
 @click.option(
-    "--max-dropped", type=click.FloatRange(0, 1), metavar="SHARE", help="Fail if more rows are dropped: 0.05."
+    "--max-memory", type=options.parse_memory, metavar="SIZE", help="Fail if a stage needs more of a GPU: 24GB."
 )
-@click.option(
-    "--max-cut", type=click.FloatRange(0, 1), metavar="SHARE", help="Fail if more pairs are cut at max_length."
-)
-@click.option("--max-memory", callback=_parse_memory, metavar="SIZE", help="Fail if a stage needs more of a GPU: 24GB.")
 @click.option("--max-hours", type=click.FloatRange(min=0), metavar="H", help="Fail if both stages take longer.")
-@_JSON
-def check(
-    config: Config,
-    hardware: str,
-    rows: int | None,
-    max_dropped: float | None,
-    max_cut: float | None,
-    max_memory: int | None,
-    max_hours: float | None,
-    as_json: bool,
-) -> None:
+@options.JSON
+def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limits: Any) -> None:
     """Report kept and dropped rows, the time and memory of both stages, and the units that stage one has done.
 
     Needs no GPU and loads no weights. Once there are shards, the weights' digests are taken to compare them, which
@@ -255,29 +135,12 @@ def check(
     """
     from stages.check import command as stage
 
-    limits = stage.Limits(max_dropped=max_dropped, max_cut=max_cut, max_memory=max_memory, max_hours=max_hours)
-    stage.run(config, hardware=hardware, rows=rows, limits=limits, as_json=as_json)
-
-
-_RUN = click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
-
-
-_MAX_TOKENS = click.option(
-    "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest reply."
-)
-
-
-_HOW_MANY = "How many prompts. A few show what changed; a few hundred make a KL that can be compared."
-
-
-_REWARD_MODEL = click.option(
-    "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
-)
+    stage.run(config, hardware=hardware, rows=rows, limits=stage.Limits(**limits), as_json=as_json)
 
 
 @main.command(short_help="Train several policies on one set of shards.")
-@_CONFIG
-@_OVERRIDES
+@options.CONFIG
+@options.OVERRIDES
 @click.option(
     "--over",
     multiple=True,
@@ -285,35 +148,24 @@ _REWARD_MODEL = click.option(
     metavar="KEY=V1,V2,...",
     help="A setting, and the values that it takes, like loss.beta=0.05,0.1,0.5. Repeatable: every combination is run.",
 )
-@_PROCESSES
+@options.PROCESSES
 @click.option(
     "--into",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     metavar="DIR",
     help="Folder of the runs' folders and of sweep.html; train.output_dir if left out.",
 )
 @click.option(
     "--prompts",
     default=128,
-    show_default=True,
     type=click.IntRange(min=0),
     help="Prompts that each policy and the reference reply to at the end, for rewards and KL. 0: none.",
 )
-@_MAX_TOKENS
-@_REWARD_MODEL
-@_STOP_AFTER
-@_JSON_LOGS
-def sweep(
-    config_file: Path,
-    overrides: tuple[str, ...],
-    over: tuple[str, ...],
-    processes: int,
-    into: Path | None,
-    prompts: int,
-    max_tokens: int,
-    reward_model: str | None,
-    stop_at: float | None,
-) -> None:
+@options.MAX_TOKENS
+@options.REWARD_MODEL
+@options.STOP_AFTER
+@options.JSON_LINES
+def sweep(prompts: int, max_tokens: int, reward_model: str | None, stop_at: float | None, **given: Any) -> None:
     """Train a policy for every combination of values, all on the same shards, and compare them on one page.
 
     Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
@@ -321,43 +173,32 @@ def sweep(
     """
     from stages.sweep import command as stage
 
-    asked = stage.Sweep(
-        config_file=config_file,
-        overrides=overrides,
-        over=over,
-        replies=stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model),
-        processes=processes,
-        into=into,
-    )
-    stage.run(asked, _commands(stop_at))
+    replies = stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model)
+    stage.run(stage.Sweep(replies=replies, **given), _commands(stop_at))
 
 
 @main.command(short_help="Replies of a run's policy and reference.")
-@_RUN
-@click.option("--prompts", default=128, show_default=True, type=click.IntRange(min=1), help=_HOW_MANY)
+@click.argument("run_folder", metavar="RUN", type=EXISTING_FOLDER)
+@click.option(
+    "--prompts",
+    "num_prompts",
+    default=128,
+    type=AT_LEAST_1,
+    help="How many prompts. A few show what changed; a few hundred make a KL that can be compared.",
+)
 @click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
-@_MAX_TOKENS
+@options.MAX_TOKENS
 @click.option(
     "--temperature",
     default=1.0,
-    show_default=True,
     type=click.FloatRange(min=0),
     help="At 1 the replies estimate the KL from the reference; at any other it is biased. 0: likeliest tokens.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers, which both models share.")
-@_REWARD_MODEL
-@_STOP_AFTER
-@_JSON_LOGS
-def generate(
-    run_folder: Path,
-    prompts: int,
-    set_name: str | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    reward_model: str | None,
-    stop_at: float | None,
-) -> None:
+@click.option("--seed", default=0, help="Of the random numbers, which both models share.")
+@options.REWARD_MODEL
+@options.STOP_AFTER
+@options.JSON_LINES
+def generate(run_folder: Path, max_tokens: int, temperature: float, seed: int, **given: Any) -> None:
     """Have the policy of RUN, a train.output_dir, and its reference reply to prompts of the run's own data.
 
     Writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
@@ -369,42 +210,29 @@ def generate(
     from stages import generate as stage
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    stage.run(
-        run_folder,
-        set_name=set_name,
-        num_prompts=prompts,
-        sampling=sampling,
-        reward_model=reward_model,
-        stop_at=stop_at,
-    )
+    stage.run(run_folder, sampling=sampling, **given)
 
 
 @main.command(short_help="Check that shards are whole.")
 @click.argument("shards")
 @click.option("--model", help="Also score some pairs again with this model, which must be the reference.")
-@click.option(
-    "--sample", default=64, show_default=True, type=click.IntRange(min=1), help="How many pairs --model scores again."
-)
+@click.option("--sample", default=64, type=AT_LEAST_1, help="How many pairs --model scores again.")
 @click.option("--clean", is_flag=True, help="Delete temporary files, older than an hour, that killed writers left.")
-def verify(shards: str, model: str | None, sample: int, clean: bool) -> None:
+def verify(shards: str, **given: Any) -> None:
     """Check SHARDS, a store or a folder of stores (also s3://...): completeness, digests, fingerprint, rows, sums.
 
     Prints all that is wrong. Exit status: 0 whole; 75 whole so far, but unfinished; 65 damaged; 78 another run's.
     """
     from stages import verify as stage
 
-    stage.run(shards, model=model, sample=sample, clean=clean)
+    stage.run(shards, **given)
 
 
 @main.command(short_help="Show what shards hold.")
 @click.argument("shards")
-@_JSON
+@options.JSON
 @click.option(
-    "--html",
-    "page",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write a page with pictures, which opens from disk.",
+    "--html", "page", type=FILE, metavar="FILE", help="Also write a page with pictures, which opens from disk."
 )
 def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     """Show what SHARDS, a store or a folder of stores (also s3://...), holds.
@@ -418,10 +246,10 @@ def inspect(shards: str, as_json: bool, page: Path | None) -> None:
 
 
 @main.command(short_help="One page of one run, or of several side by side.")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
 )
@@ -437,35 +265,25 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @main.command(short_help="Show one pair as the models see it.")
-@_with_config
+@options.with_config
 @click.option(
     "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as messages and shards say."
 )
-@_SET
+@options.SET
 @click.option("--no-model", is_flag=True, help="Show what is stored, and do not load the reference to score again.")
 @click.option(
     "--policy",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     metavar="DIR",
     help="Also score with a trained policy: a run's folder, or a checkpoint.",
 )
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write a page.")
-@_JSON
+@click.option("--html", type=FILE, metavar="FILE", help="Also write a page.")
+@options.JSON
 @click.option("--full", is_flag=True, help="Print a long prompt whole.")
 @click.option(
     "--color/--no-color", "colors", default=None, help="Paint tokens, or print tables; by default as the output is."
 )
-def explain(
-    config: Config,
-    row: int,
-    set_name: str,
-    no_model: bool,
-    policy: Path | None,
-    html: Path | None,
-    as_json: bool,
-    full: bool,
-    colors: bool | None,
-) -> None:
+def explain(config: Config, row: int, set_name: str, no_model: bool, policy: Path | None, **view: Any) -> None:
     """Show one pair as the models see it: its tokens, which of them are scored, what is cut, why it is dropped.
 
     Each scored token has its log-prob, as the shards have it and as the reference gives it now; in a terminal, and on
@@ -473,31 +291,18 @@ def explain(
     """
     from stages.explain import command as stage
 
-    stage.run(
-        config,
-        row=row,
-        set_name=set_name,
-        recompute=not no_model,
-        policy=policy,
-        view=stage.View(html=html, as_json=as_json, full=full, colors=colors),
-    )
+    recompute, shown = not no_model, stage.View(**view)
+    stage.run(config, row=row, set_name=set_name, recompute=recompute, policy=policy, view=shown)
 
 
 @main.command("import", short_help="Bring reference log-probs from a file.")
-@click.argument("scores", type=click.Path(path_type=Path))
-@_with_config
-@_SET
-@click.option("--chosen", default="ref_chosen_logps", show_default=True, help="Column of the chosen's log-probs.")
-@click.option("--rejected", default="ref_rejected_logps", show_default=True, help="Column of the rejected's.")
+@click.argument("scores", type=PATH)
+@options.with_config
+@options.SET
+@click.option("--chosen", default="ref_chosen_logps", help="Column of the chosen's log-probs.")
+@click.option("--rejected", default="ref_rejected_logps", help="Column of the rejected's.")
 @click.option("--overwrite", is_flag=True, help="Delete the existing store and start over.")
-def import_(
-    scores: Path,
-    config: Config,
-    set_name: str,
-    chosen: str,
-    rejected: str,
-    overwrite: bool,
-) -> None:
+def import_(scores: Path, config: Config, **given: Any) -> None:
     """Write the log-probs in SCORES, a Parquet or JSON Lines file, as shards.
 
     SCORES has the pairs' own columns, as `data` describes them, and two more: a number for each completion (the sum
@@ -506,28 +311,17 @@ def import_(
     """
     from stages import import_scores as stage
 
-    stage.run(config, scores, set_name=set_name, chosen=chosen, rejected=rejected, overwrite=overwrite)
+    stage.run(config, scores, **given)
 
 
 @main.command(short_help="Write the data with reference log-probs as columns.")
-@click.argument("output", type=click.Path(path_type=Path))
-@_with_config
+@click.argument("output", type=PATH)
+@options.with_config
 def export(output: Path, config: Config) -> None:
     """Write the data to OUTPUT, a datasets folder, with ref_chosen_logps and ref_rejected_logps, for other trainers."""
     from stages import export as stage
 
     stage.run(config, output)
-
-
-_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Workers of stage one; or set cluster.workers.")
-
-
-_INTO = click.option(
-    "--into",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Folder of the job files; jobs in train.output_dir if left out.",
-)
 
 
 @main.group(short_help="Make job files for a scheduler.")
@@ -539,27 +333,27 @@ def submit() -> None:
 
 
 @submit.command("slurm", short_help="Job files for Slurm.")
-@_WORKERS
-@_with_config
-@_INTO
-@click.option("--submit", "submit_now", is_flag=True, help="Submit them to Slurm.")
-def submit_slurm(config: Config, into: Path | None, submit_now: bool) -> None:
+@options.WORKERS
+@options.with_config
+@options.INTO
+@click.option("--submit", is_flag=True, help="Submit them to Slurm.")
+def submit_slurm(config: Config, **given: Any) -> None:
     """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
     from stages.submit import slurm as stage
 
-    stage.run(config, into=into, submit=submit_now)
+    stage.run(config, **given)
 
 
 @submit.command("k8s", short_help="Manifests for Kubernetes.")
-@_WORKERS
-@_with_config
-@_INTO
-@click.option("--submit", "submit_now", is_flag=True, help="Submit them to Kubernetes (kubectl).")
-def submit_kubernetes(config: Config, into: Path | None, submit_now: bool) -> None:
+@options.WORKERS
+@options.with_config
+@options.INTO
+@click.option("--submit", is_flag=True, help="Submit them to Kubernetes (kubectl).")
+def submit_kubernetes(config: Config, **given: Any) -> None:
     """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
     from stages.submit import kubernetes as stage
 
-    stage.run(config, into=into, submit=submit_now)
+    stage.run(config, **given)
 
 
 @main.group(short_help="The embedded default: make it, sum it up.")
@@ -568,8 +362,8 @@ def demo() -> None:
 
 
 @demo.command("prepare")
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Another corpus, model and set of pairs.")
+@click.argument("folder", type=FOLDER)
+@click.option("--seed", default=0, help="Another corpus, model and set of pairs.")
 def demo_prepare(folder: Path, seed: int) -> None:
     """Make the tiny model and its preference pairs in FOLDER, if they are not there yet."""
     from stages.demo import command as stage
@@ -578,8 +372,8 @@ def demo_prepare(folder: Path, seed: int) -> None:
 
 
 @demo.command("summary")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_with_config
+@click.argument("folder", type=EXISTING_FOLDER)
+@options.with_config
 def demo_summary(folder: Path, config: Config) -> None:
     """Compare the trained policy with the model and the true reward in FOLDER."""
     from stages.demo import command as stage
@@ -588,17 +382,13 @@ def demo_summary(folder: Path, config: Config) -> None:
 
 
 def _launch(config: Config, processes: int) -> None:
-    """Run this command, without `--processes`, in several processes."""
+    """Run this command in several processes."""
     if config.reference.sync is not None:
         raise ConfigError(f"--processes {processes}: a run whose reference moves (reference.sync) is one process")
     from stages import launch
 
-    launch.run(run, processes, _without_processes(sys.argv[1:]))
-
-
-def _without_processes(words: list[str]) -> list[str]:
-    rest = iter(words)
-    return [word for word in rest if not word.startswith("--processes=") and not (word == "--processes" and next(rest))]
+    # Of an option that is given twice, the last value counts.
+    launch.run(run, processes, [*sys.argv[1:], "--processes=1"])
 
 
 def _commands(stop_at: float | None) -> Commands:
@@ -630,21 +420,17 @@ def run() -> None:
     except click.exceptions.Abort:
         click.echo("refshard: interrupted", err=True)
         status = 130
-    except RefshardError as error:
-        status = _complain(one_line(str(error)), error.exit_status, debug=debug)
     except Exception as error:
-        what = f"this is a bug: {type(error).__name__}: {one_line(str(error), most=500)}"
-        status = _complain(f"{what}. Run again with refshard --debug for the traceback", 1, debug=debug)
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, RefshardError):
+            status, text = error.exit_status, one_line(str(error))
+        else:
+            bug = f"{type(error).__name__}: {one_line(str(error), most=500)}"
+            status, text = 1, f"this is a bug: {bug}. Run again with refshard --debug for the traceback"
+        click.echo(f"refshard: {text}", err=True)
+        emit("error", {"text": text, "status": status})
     _leave(status if isinstance(status, int) else 0)
-
-
-def _complain(text: str, status: int, *, debug: bool) -> int:
-    """Print an error for people and machines. Returns its exit status."""
-    if debug:
-        traceback.print_exc()
-    click.echo(f"refshard: {text}", err=True)
-    emit("error", {"text": text, "status": status})
-    return status
 
 
 def _leave(status: int) -> None:

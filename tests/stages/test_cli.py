@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 
-import click
 import pytest
 
 from pipeline.base.signals import StopFlag
-from stages import cli
+from stages.options import parse_stop_after
 from support.processes import ROOT
 from support.runs import refshard
 
@@ -43,8 +42,7 @@ def test_one_of_several_processes_leaves_before_its_destructors(processes: str, 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("3h50m", 13800), ("2m5s", 125), ("1h", 3600), ("0s", 0)])
 def test_a_time_to_stop_after_is_counted_from_the_start(text: str, seconds: int) -> None:
-    stop_at = cli._parse_stop_after(click.Context(cli.main), click.Option(["--stop-after"]), text)
-    assert stop_at == pytest.approx(time.monotonic() + seconds, abs=5)
+    assert parse_stop_after(text) == pytest.approx(time.monotonic() + seconds, abs=5)
 
 
 @pytest.mark.parametrize("text", ["", "90", "1:30:00", "50m3h", "-5s", "1.5h", "soon"])

@@ -133,11 +133,6 @@ def test_a_signal_while_the_processes_start_reaches_all_of_them(
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_the_words_of_the_command_are_handed_on_without_the_number() -> None:
-    words = ["--debug", "train", "--config", "a b.yaml", "--processes", "2", "-o", "train.seed=1", "--processes=3"]
-    assert cli._without_processes(words) == ["--debug", "train", "--config", "a b.yaml", "-o", "train.seed=1"]
-
-
 def test_processes_of_processes_and_of_a_moving_reference_are_refused(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
