@@ -1,9 +1,9 @@
 """Stage one: stream the pairs through the frozen reference, and write their log-probs to shards.
 
-Workers share nothing but the folder. Worker I of N takes the units whose number leaves I when divided by N, and skips
-those that are there. A worker that finds all of them there writes the index. So any number of workers can start a run,
-and any other number can finish it. Each of several processes of one launch is a worker, unless they hold one reference
-together (`precompute.tp_plan`): then the first process is the only worker.
+Worker I of N takes the units whose number leaves I when divided by N, and skips those that are there. A worker that
+finds all of them there writes the index. So any number of workers can start a run, and any other number can finish it.
+Each process of one launch is a worker, unless they hold one reference together (`precompute.tp_plan`): then the first
+process is the only worker.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
-from pipeline.data.sources import data_files, describe, open_source
+from pipeline.data.sources import data_files, describe, open_set
 from pipeline.models.files import declared_reference, load_tokenizer, policy_settings
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
@@ -106,8 +106,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         _ = config.train.options
         check_dtypes(config)
         router_aux_weight(policy_settings(config), config.loss)
-    sources = {"train": open_source(config.data)}
-    sources |= {name: open_source(config.data, eval_set) for name, eval_set in config.data.eval.items()}
+    sources = {name: open_set(config.data, name) for name in config.data.sets}
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.
     costs_in = open_folder(config.precompute.output)
@@ -171,12 +170,12 @@ def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[in
 
     `data.on_bad_row` is left out: no part holds a bad row. So a run that stopped at one can resume with `skip`.
     """
-    files = data_files(source)
-    local = bool(files)
     of_window = {}
     if rows is not None:
         digest = hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
         of_window = {"window": f"{len(rows)} pairs in the order of training ({digest[:12]})"}
+    remote = {"path": source.path, "name": source.name, "revision": source.revision}
+    files = data_files(source)
     return {
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
@@ -185,41 +184,33 @@ def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[in
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
-        "dataset": (
-            sha256_of_files(files) if local else {"path": source.path, "name": source.name, "revision": source.revision}
-        ),
+        "dataset": sha256_of_files(files) if files else remote,
         "split": source.split,
     }
 
 
 def _declared(config: Config, source: Source) -> dict[str, Any]:
+    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
     return {
         **declared_reference(config),
         "dataset": describe(source),
-        "data": _data_of(source),
+        # The settings of `data` that read the set's rows again.
+        "data": {
+            "path": source.path,
+            "name": source.name,
+            "revision": source.revision,
+            "split": source.split + range_of_rows,
+            "format": source.format,
+            "columns": dict(source.columns),
+            "streaming": source.streaming,
+        },
         "tokens_per_batch": config.precompute.tokens_per_batch,
-    }
-
-
-def _data_of(source: Source) -> dict[str, Any]:
-    """Give the settings of `data` that read a set's rows again."""
-    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
-    return {
-        "path": source.path,
-        "name": source.name,
-        "revision": source.revision,
-        "split": source.split + range_of_rows,
-        "format": source.format,
-        "columns": dict(source.columns),
-        "streaming": source.streaming,
     }
 
 
 def _provenance(config: Config) -> Mapping[str, Any]:
     section = config.precompute
-    spread: dict[str, str] = {}
-    if section.device_map is not None:
-        spread["device_map"] = section.device_map
+    spread = {} if section.device_map is None else {"device_map": section.device_map}
     if section.tp_plan is not None:
         spread["tp_plan"] = f"{section.tp_plan}, {processes_of_launch()[1]} processes"
     return {

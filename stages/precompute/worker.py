@@ -92,8 +92,7 @@ class Worker:
         """
         if is_finished(job.folder):
             return 0
-        total = count_rows(job.source) if job.rows is None else len(job.rows)
-        to_do = self._rows_to_do(job, total)
+        to_do = self._rows_to_do(job)
         size = self.config.precompute.rows_per_shard
         queue = UnitQueue(
             job.source,
@@ -135,8 +134,9 @@ class Worker:
             unit.ledger.noted["copied from other shards"] += len(copied)
         return scored, noise
 
-    def _rows_to_do(self, job: ScoringJob, total: int | None) -> int | None:
+    def _rows_to_do(self, job: ScoringJob) -> int | None:
         """Count the rows of this worker's missing units; None where the set's size is not known."""
+        total = count_rows(job.source) if job.rows is None else len(job.rows)
         if total is None:
             return None
         size = self.config.precompute.rows_per_shard
@@ -171,8 +171,7 @@ class _Account:
         self._output, self._name, self._worker = output, name, worker
         self._device = pick_device()
         self._progress = Progress(name, to_do, "rows")
-        self._pairs = self._rows = self._tokens = 0
-        self._of_unit = 0
+        self._pairs = self._rows = self._tokens = self._of_unit = 0
         self._last_update = time.monotonic()
 
     def __enter__(self) -> "_Account":
@@ -183,7 +182,8 @@ class _Account:
         self._of_unit += 1
         self._rows += 1
         self._pairs += 1
-        self._tokens += _num_tokens(pair)
+        # The prompt stands in both sequences.
+        self._tokens += 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)
         if time.monotonic() - self._last_update > self._SECONDS_BETWEEN_UPDATES:
             self._update()
 
@@ -227,26 +227,26 @@ class Reference:
     ) -> tuple[list[ScoredPair], NoiseFloor]:
         """Score the pairs of one unit, and a few of them a second time in another batch.
 
-        Args:
-            pairs: Pairs of the unit.
-            flag: Set when the process is asked to stop.
-            count: Called for each scored pair.
-
         Returns:
-            The scored pairs, in the order of `pairs`, and the differences of the second scoring from the first.
+            The scored pairs, in the order of `pairs`, each counted once by `count`, and the differences of the second
+            scoring from the first.
 
         Raises:
             UnfinishedError: The process is asked to stop; the whole unit is dropped.
         """
-        if self._scorer is None:
-            self._scorer = self._load()
-        self._check_vocabulary(self._scorer, pairs)
-        scored = self._score(self._scorer, pairs, flag, count)
+        scorer = self._scorer = self._scorer or self._load()
+        self._check_vocabulary(scorer, pairs)
+        scored = self._score(scorer, pairs, flag, count)
         # A single pair has no other batch.
         twice = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
         again = [i * len(pairs) // twice for i in range(twice)]
-        second = self._score(self._scorer, [pairs[i] for i in again], flag, None)
-        return scored, _noise_floor([scored[i] for i in again], second)
+        second = self._score(scorer, [pairs[i] for i in again], flag, None)
+        gaps = [
+            getattr(scored[i], side).astype(np.float64) - getattr(other, side)
+            for i, other in zip(again, second, strict=True)
+            for side in ("chosen_token_logps", "rejected_token_logps")
+        ]
+        return scored, NoiseFloor.of(gaps)
 
     def _score(
         self, scorer: Scorer, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
@@ -316,16 +316,6 @@ def load_reference_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase", 
     return scorer
 
 
-def _noise_floor(once: list[ScoredPair], again: list[ScoredPair]) -> NoiseFloor:
-    return NoiseFloor.of(
-        [
-            getattr(a, side).astype(np.float64) - getattr(b, side)
-            for a, b in zip(once, again, strict=True)
-            for side in ("chosen_token_logps", "rejected_token_logps")
-        ]
-    )
-
-
 class _Writer:
     """Writes parts in a thread, in order, so that scoring does not wait for the disk.
 
@@ -371,8 +361,3 @@ def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, 
         ledger.kept -= 1
         ledger.drop("nonfinite")
     return kept
-
-
-def _num_tokens(pair: KeptPair) -> int:
-    """Tokens of a pair's two sequences, the prompt counted in each."""
-    return 2 * len(pair.pair.prompt_ids) + len(pair.pair.chosen_ids) + len(pair.pair.rejected_ids)

@@ -39,22 +39,14 @@ SUBMIT = "submit.sh"
 
 
 def output_of(config: Config) -> str:
-    """Give the folder of the trained policy.
-
-    Raises:
-        ConfigError: The settings name none.
-    """
+    """Give the folder of the trained policy. Raises ConfigError if the settings name none."""
     output = config.train.output_dir or str(config.train.folder)
     check_text(output, "train.output_dir")
     return output
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse text that breaks a line of a job file, or can't be shown.
-
-    Raises:
-        ConfigError: The text has such characters.
-    """
+    """Refuse text that breaks a line of a job file, or can't be shown. Raises ConfigError."""
     if not text.isprintable():
         raise ConfigError(f"{where}: must hold printable characters only, got {text!r}")
 
@@ -98,13 +90,7 @@ def render(name: str, /, **values: Any) -> str:
 
 
 def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: Callable[[Path], None] | None) -> None:
-    """Write the files, each whole or not at all; then submit them, or print how to.
-
-    Args:
-        kind: Name of the files in the output.
-        folder: Their folder.
-        files: Text of each file by its name; `submit.sh` submits them.
-        submit: Runs that script; None: not now.
+    """Write the files, each whole or not at all; then have `submit` run `submit.sh` among them, or print how to.
 
     Raises:
         ConfigError: The folder holds files of another program under these names.
@@ -137,12 +123,7 @@ _OPENINGS = (b"# Each job waits for the one before it", b"# Each Job begins when
 
 
 def run_script(script: Path, tool: str, *, stdout: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the script that submits; its stderr is captured.
-
-    Raises:
-        ConfigError: The scheduler's command is not on this machine.
-        StorageError: There is no shell.
-    """
+    """Run the script that submits; its stderr is captured. Raises ConfigError if this machine lacks the tool."""
     try:
         done = subprocess.run(["sh", str(script)], stdout=stdout, stderr=subprocess.PIPE, text=True)
     except OSError as error:

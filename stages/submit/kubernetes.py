@@ -18,17 +18,7 @@ import yaml
 from pipeline.base.errors import ConfigError
 from pipeline.config.cluster import JobConfig
 from pipeline.config.schema import Config
-from stages.submit.files import (
-    SUBMIT,
-    check_text,
-    job_folder,
-    name_of_run,
-    output_of,
-    render,
-    run_script,
-    settings_file,
-    write_and_submit,
-)
+from stages.submit import files
 
 __all__ = ["run"]
 
@@ -45,8 +35,8 @@ def run(config: Config, *, into: Path | None = None, submit: bool = False) -> No
         ConfigError: Kubernetes can't run these settings, kubectl refuses them, or stage one failed.
         StorageError: The files can't be written.
     """
-    folder = job_folder(config, into)
-    write_and_submit("Manifests", folder, _manifests(config), _submit if submit else None)
+    folder = files.job_folder(config, into)
+    files.write_and_submit("Manifests", folder, _manifests(config), _submit if submit else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +55,9 @@ class _Job:
 
 def _manifests(config: Config) -> dict[str, str]:
     """Give the text of each file by its name."""
-    kubernetes, run = config.cluster.kubernetes, name_of_run(config)
+    kubernetes, run = config.cluster.kubernetes, files.name_of_run(config)
     _check(config)
-    settings, text = settings_file(config)
+    settings, text = files.settings_file(config)
     # In ASCII, each line of the text is a line for every reader of YAML.
     text = yaml.safe_dump(yaml.safe_load(text), sort_keys=False).rstrip()
     # The workers share only the shards.
@@ -76,31 +66,23 @@ def _manifests(config: Config) -> dict[str, str]:
     # share shards and files from the hub.
     alone = in_object_store or moves
     claim = kubernetes.claim or (f"{run}-data" if alone else "refshard-data")
-    namespace = kubernetes.namespace
-    name_of_settings = f"{run}-{settings.removesuffix('.yaml')}"
-    map_of_settings = {"name": name_of_settings, "settings": text, "namespace": namespace}
-    files = {"settings.yaml": render("kubernetes-settings.yaml.jinja", **map_of_settings)}
+    name = f"{run}-{settings.removesuffix('.yaml')}"
+    objects = {
+        "settings.yaml": files.render("kubernetes-settings.yaml.jinja", name=name, settings=text, kubernetes=kubernetes)
+    }
     if kubernetes.claim is None:
-        files["volume.yaml"] = render(
-            "kubernetes-volume.yaml.jinja",
-            about="What the pods keep: checkpoints, the policy, files from the hub"
-            + (". The shards are in an object store." if in_object_store else ", and the shards."),
-            name=claim,
-            access="ReadWriteOnce" if alone else "ReadWriteMany",
-            storage_class=kubernetes.storage_class,
-            size=kubernetes.size,
-            namespace=namespace,
-        )
+        volume = {"claim": claim, "alone": alone, "in_object_store": in_object_store}
+        objects["volume.yaml"] = files.render("kubernetes-volume.yaml.jinja", kubernetes=kubernetes, **volume)
     # Without a claim, which may hold the data, the workers may be on any node with GPUs.
     mounted = None if in_object_store and kubernetes.claim is None else claim
     jobs = _jobs(config, mounted, claim)
-    submit = render(
+    submit = files.render(
         "kubernetes-submit.sh.jinja",
-        objects=[name.removesuffix(".yaml") for name in files],
+        objects=[file.removesuffix(".yaml") for file in objects],
         jobs=[job.name for job in jobs],
     )
-    manifests = {f"{job.name}.yaml": _manifest(config, job, name_of_settings) for job in jobs}
-    return {**files, **manifests, SUBMIT: submit}
+    manifests = {f"{job.name}.yaml": _manifest(config, job, name) for job in jobs}
+    return {**objects, **manifests, files.SUBMIT: submit}
 
 
 def _jobs(config: Config, claim_of_workers: str | None, claim: str) -> list[_Job]:
@@ -144,13 +126,13 @@ def _check(config: Config) -> None:
             f"cluster.kubernetes.image: must have a digest or a tag other than latest, got {image}, which may be "
             "another image tomorrow"
         )
-    check_text(kubernetes.mount, "cluster.kubernetes.mount")
+    files.check_text(kubernetes.mount, "cluster.kubernetes.mount")
     if cluster.train.nodes > 1:
         raise ConfigError(
             f"cluster.train.nodes: must be 1 for a Job of Kubernetes, got {cluster.train.nodes}. Use refshard submit "
             "slurm for more, or run train.yaml's command under JobSet or Kubeflow Trainer"
         )
-    kept = {"train.output_dir": output_of(config)}
+    kept = {"train.output_dir": files.output_of(config)}
     if "://" not in config.precompute.output:
         kept["precompute.output"] = config.precompute.output
     for where, path in kept.items():
@@ -172,26 +154,19 @@ def _manifest(config: Config, job: _Job, settings: str) -> str:
     if asked.time is not None:
         command += ["--stop-after", _time_to_work(asked.time, cluster.grace, f"cluster.{job.stage}.time")]
     memory = {} if asked.memory is None else {"memory": _quantity(asked.memory)}
-    return render(
+    return files.render(
         "kubernetes-job.yaml.jinja",
-        about=job.about,
-        name=f"{name_of_run(config)}-{job.name}",
-        namespace=kubernetes.namespace,
-        workers=job.workers,
-        restarts=cluster.restarts,
-        grace=cluster.grace,
-        node_selector=kubernetes.node_selector,
-        image=kubernetes.image,
+        job=job,
+        cluster=cluster,
+        kubernetes=kubernetes,
+        name=f"{files.name_of_run(config)}-{job.name}",
         command=command,
-        mount=kubernetes.mount,
         # $(NAME) in a variable's value stands for another variable.
         cache=posixpath.join(kubernetes.mount, ".cache").replace("$", "$$"),
-        secret=kubernetes.secret,
         # A limit on the cores would keep idle ones from use.
         requests=memory | ({} if asked.cpus is None else {"cpu": str(asked.cpus * asked.processes)}),
         limits=memory | ({"nvidia.com/gpu": str(asked.gpus_of_node)} if asked.gpus_of_node else {}),
         settings=settings,
-        claim=job.claim,
     )
 
 
@@ -217,6 +192,6 @@ def _time_to_work(limit: str, grace: int, where: str) -> str:
 
 def _submit(script: Path) -> None:
     click.echo("Waiting for stage one; stage two starts after it. If this is interrupted, run the same command again.")
-    done = run_script(script, "kubectl")
+    done = files.run_script(script, "kubectl")
     if done.returncode:
         raise ConfigError(f"Kubernetes, {script.parent}: {done.stderr.strip()}. See kubectl logs; then run this again")

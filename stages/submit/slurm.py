@@ -8,7 +8,7 @@ does what killed tasks left undone.
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.cluster import ClusterConfig, JobConfig
 from pipeline.config.schema import Config
 from pipeline.run.reading import RECORD
-from stages.submit.files import (
-    SUBMIT,
-    check_text,
-    job_folder,
-    name_of_run,
-    output_of,
-    render,
-    run_script,
-    settings_file,
-    write_and_submit,
-)
+from stages.submit import files
 
 __all__ = ["run"]
 
@@ -45,8 +35,8 @@ def run(config: Config, *, into: Path | None = None, submit: bool = False) -> No
         ConfigError: Slurm can't run these settings, or sbatch refuses a job.
         StorageError: The files can't be written.
     """
-    folder = job_folder(config, into)
-    write_and_submit("Job files", folder, _job_files(config, folder), _submit if submit else None)
+    folder = files.job_folder(config, into)
+    files.write_and_submit("Job files", folder, _job_files(config, folder), _submit if submit else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +51,30 @@ class _Job:
     """Value of `--worker`, in which the shell replaces variables"""
     array: str | None = None
     """Indexes of the array, like `0-7`"""
-    following: Mapping[str, str] | None = None
-    """Submission of the next jobs: `about`, the file `unless` which is there, `script`"""
+    repeats: bool = False
+    """True if the job submits all jobs again, until the run's record exists"""
 
 
 def _job_files(config: Config, folder: Path) -> dict[str, str]:
     """Give the text of each job file by its name."""
-    check_text(str(folder), "--into")
+    files.check_text(str(folder), "--into")
     if "\\" in str(folder):
         raise ConfigError(f"--into: must not hold a backslash, which Slurm reads in its own way, got {folder}")
-    check_text(str(Path.cwd()), "the working folder")
-    cluster = config.cluster
-    settings, text = settings_file(config)
-    jobs = _jobs(config, folder, str(folder / settings))
+    files.check_text(str(Path.cwd()), "the working folder")
+    settings, text = files.settings_file(config)
+    jobs = _jobs(config, str(folder / settings))
     # As in sbatch's --dependency; stage two alone waits for nothing.
     waits_for = {"precompute": "", "finish": "afterany:$precompute", "train": "afterok:$finish"}
-    submit = render(
+    submit = files.render(
         "slurm-submit.sh.jinja",
-        about="Each job waits for the one before it. Submitted again, the jobs do what is missing.",
         folder=str(folder),
         jobs={job.name: waits_for[job.name] if len(jobs) > 1 else "" for job in jobs},
     )
-    scripts = {f"{job.name}.sh": _script(cluster, folder, name_of_run(config), job) for job in jobs}
-    return {settings: text, **scripts, SUBMIT: submit}
+    scripts = {f"{job.name}.sh": _script(config, folder, job) for job in jobs}
+    return {settings: text, **scripts, files.SUBMIT: submit}
 
 
-def _jobs(config: Config, folder: Path, settings: str) -> list[_Job]:
+def _jobs(config: Config, settings: str) -> list[_Job]:
     """Plan the jobs, in their order."""
     cluster, moves = config.cluster, config.reference.sync is not None
     precompute, train = ([*_program(cluster), stage, "--config", settings] for stage in ("precompute", "train"))
@@ -94,15 +82,10 @@ def _jobs(config: Config, folder: Path, settings: str) -> list[_Job]:
         # One job alternates between the stages, and waits in the queue once.
         about = "Both stages in turn, while the reference moves."
         return [_Job(name="train", about=about, resources=cluster.train, program=train)]
-    about, following = "Stage two. It checks by itself that stage one is complete.", None
+    about = "Stage two. It checks by itself that stage one is complete."
     if moves:
         train.append("--one-window")
         about = "Stage two up to the step where the reference moves."
-        following = {
-            "about": "The next window, stage one first, unless that was the last one.",
-            "unless": str(Path(output_of(config)) / RECORD),
-            "script": str(folder / SUBMIT),
-        }
     return [
         _Job(
             name="precompute",
@@ -119,25 +102,15 @@ def _jobs(config: Config, folder: Path, settings: str) -> list[_Job]:
             resources=cluster.precompute,
             program=precompute,
         ),
-        _Job(name="train", about=about, resources=cluster.train, program=train, following=following),
+        _Job(name="train", about=about, resources=cluster.train, program=train, repeats=moves),
     ]
 
 
-def _script(cluster: ClusterConfig, folder: Path, run: str, job: _Job) -> str:
-    asked = job.resources
+def _script(config: Config, folder: Path, job: _Job) -> str:
+    cluster, asked = config.cluster, job.resources
     # Slurm replaces what follows a percent sign in a file's name.
     log = f"{str(folder).replace('%', '%%')}/{'%x-%A_%a.log' if job.array else '%x-%j.log'}"
-    options = [
-        f"--job-name={run}-{job.name}",
-        f"--output={_quoted(log)}",
-        "--open-mode=append",
-        "--requeue",
-        f"--signal=B:USR1@{cluster.grace}",
-        "--kill-on-invalid-dep=yes",
-        f"--nodes={asked.nodes}",
-        f"--ntasks-per-node={asked.processes}",
-    ]
-    values = {
+    options = {
         "array": job.array,
         "cpus-per-task": asked.cpus,
         "gpus-per-node": asked.gpus_of_node or None,
@@ -147,23 +120,18 @@ def _script(cluster: ClusterConfig, folder: Path, run: str, job: _Job) -> str:
         "partition": cluster.partition,
         "account": cluster.account,
     }
-    options += [f"--{option}={value}" for option, value in values.items() if value is not None]
-    return render(
+    return files.render(
         "slurm.sh.jinja",
-        options=[*options, *cluster.options],
-        about=job.about,
+        job=job,
+        cluster=cluster,
+        name=f"{files.name_of_run(config)}-{job.name}",
+        output=_quoted(log),
+        options=options,
         folder=str(Path.cwd()),
-        setup=(cluster.setup or "").strip(),
-        container=(cluster.container or "").strip(),
-        program=job.program,
-        ranks=asked.processes if asked.nodes * asked.processes > 1 else 0,
-        # Since 22.05 srun does not take it from sbatch, and would leave each rank one core.
-        cpus=asked.cpus,
-        share=job.share,
-        next=job.following,
-        restarts=cluster.restarts,
+        record=str(Path(files.output_of(config)) / RECORD),
+        submit=str(folder / files.SUBMIT),
         # In an array SLURM_JOB_ID may be the id of the whole array, which would be started again.
-        job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID",
+        id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID",
     )
 
 
@@ -179,7 +147,7 @@ def _quoted(text: str) -> str:
 
 
 def _submit(script: Path) -> None:
-    done = run_script(script, "sbatch", stdout=subprocess.PIPE)
+    done = files.run_script(script, "sbatch", stdout=subprocess.PIPE)
     submitted = ", ".join(done.stdout.split("\n")[:-1])
     if done.returncode:
         there = f". Cancel with scancel what was submitted before that: {submitted}" if submitted else ""

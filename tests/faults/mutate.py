@@ -265,15 +265,15 @@ MUTATIONS = [
     Mutation(
         "a job that asks to be queued again",
         "stages/submit/templates/slurm.sh.jinja",
-        'scontrol requeue "{{ job }}" && sleep 600',
+        'scontrol requeue "{{ id }}" && sleep 600',
         "true",
         "tests/stages/test_submit_slurm.py",
     ),
     Mutation(
         "one task of an array queued again, not all of it",
         "stages/submit/slurm.py",
-        'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"',
-        'job="$SLURM_JOB_ID"',
+        'id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"',
+        'id="$SLURM_JOB_ID"',
         "tests/stages/test_submit_slurm.py",
     ),
     Mutation(
