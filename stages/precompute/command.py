@@ -210,7 +210,7 @@ def _declared(config: Config, source: Source) -> dict[str, Any]:
 
 def _provenance(config: Config) -> Mapping[str, Any]:
     section = config.precompute
-    spread = {} if section.device_map is None else {"device_map": section.device_map}
+    spread: dict[str, str] = {} if section.device_map is None else {"device_map": section.device_map}
     if section.tp_plan is not None:
         spread["tp_plan"] = f"{section.tp_plan}, {processes_of_launch()[1]} processes"
     return {
