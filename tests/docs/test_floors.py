@@ -1,6 +1,6 @@
 """The picture of the floors is the one that the sources give."""
 
-from support.floors import FLOORS, PAGE, PICTURE, ROOT, page, picture
+from support.floors import PAGE, PICTURE, page, picture
 
 
 def test_the_picture_of_the_floors_is_made_from_todays_imports() -> None:
@@ -9,8 +9,3 @@ def test_the_picture_of_the_floors_is_made_from_todays_imports() -> None:
 
 def test_the_lists_of_modules_and_types_are_made_from_todays_sources() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/support/floors.py"
-
-
-def test_the_floors_are_all_the_packages_there_are() -> None:
-    packages = {folder.name for folder in (ROOT / "pipeline").iterdir() if (folder / "__init__.py").exists()}
-    assert packages | {"stages"} == {package for floor in FLOORS for package in floor}

@@ -1,27 +1,18 @@
 """Kill stage one at random instants until it has been killed often enough; what it leaves must be what it should be.
 
-    python tests/faults/kill_scoring.py --kills 50              a folder on this machine
-    python tests/faults/kill_scoring.py --kills 50 --s3         an S3 server on this machine (moto)
-
 Workers, one to three of them, are started on one output, as real processes; after a random time, or when one of them
 is in the middle of a write, some are killed with SIGKILL. The next ones are another number. When the output is
 finished, every file of it must equal, byte for byte, that of a run that nobody disturbed; then the next output is
 begun.
 """
 
-import argparse
 import contextlib
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.base.folders import LEFTOVERS, Folder, open_folder
 from pipeline.store.verify import verify_store
@@ -149,19 +140,3 @@ def place(s3: bool, work: Path) -> Iterator[str]:
         return
     with s3_server() as server, environment(AWS_ENDPOINT_URL=server, **CREDENTIALS):
         yield f"s3://{BUCKET}/outputs"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill stage one at random instants and look at what it leaves.")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--s3", action="store_true", help="on an S3 server instead of a folder")
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work, place(chosen.s3, Path(work)) as outputs:
-        summary = kill_until(chosen.kills, Path(work), outputs, chosen.seed)
-    print(summary)
-    sys.exit(1 if summary.wrong or summary.lost else 0)
-
-
-if __name__ == "__main__":
-    main()

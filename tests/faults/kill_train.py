@@ -1,27 +1,17 @@
 """End stage two at random instants, run it again until it is finished, compare it with a run that nobody disturbed.
 
-    python tests/faults/kill_train.py --kills 50 --seed 0            killed (SIGKILL)
-    python tests/faults/kill_train.py --kills 50 --seed 0 --sync     the same with a reference that moves (TR-DPO)
-    python tests/faults/kill_train.py --kills 30 --seed 0 --signals  asked to stop (SIGTERM, USR1, USR2)
-
 Half of the instants are anywhere in a run, half of them in the middle of saving a checkpoint. After each of them the
 same command goes on; a finished run is compared, and the next one begins in a new folder.
 """
 
-import argparse
 import hashlib
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
@@ -200,21 +190,3 @@ def _unmarked(output: Path) -> set[Path]:
         return {folder for folder in output.glob("checkpoint-*") if not (folder / MARKER).exists()}
     except OSError:
         return set()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sync", action="store_true", help="a reference that moves")
-    parser.add_argument("--signals", action="store_true", help="SIGTERM, USR1 and USR2 in place of SIGKILL")
-    words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        scenario = prepare(Path(folder), sync=words.sync)
-        start = time.monotonic()
-        summary = disturb(scenario, kills=words.kills, seed=words.seed, signals=words.signals)
-        print(f"{summary}; {time.monotonic() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-import trl
 
 from pipeline.config.reader import load_config
 from pipeline.models.loading import load_policy
@@ -23,6 +21,7 @@ from pipeline.training.steps import order_of_run
 from pipeline.training.windows import make_window
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows
+from support.trl_peer import CaptureWeights, load, trl_trainer
 from support.windows import (
     ALPHA,
     BETA,
@@ -69,14 +68,6 @@ class MoveReference(transformers.TrainerCallback):
                 p.data.mul_(1 - ALPHA).add_(weights[name], alpha=ALPHA)
 
 
-class CaptureWeights(transformers.TrainerCallback):
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-
-
 def train_trl(
     folder: Path,
     output: Path,
@@ -88,37 +79,24 @@ def train_trl(
     **train: Any,
 ) -> list[dict[str, float]]:
     """TRL with its reference in memory: moved by itself, or by `MoveReference` where it refuses or must be late."""
-
-    def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-
     by_hand = lora or behind is not None
     sync = {} if by_hand or every is None else {"ref_model_sync_steps": every, "ref_model_mixup_alpha": ALPHA}
-    reference = load()
+    reference = load(folder / "model")
     callbacks: list[Any] = [MoveReference(reference, behind=behind or 0)] if by_hand else []
-    callbacks += [capture] if capture else []
-    trainer = trl.DPOTrainer(
-        model=load(),
-        ref_model=reference,
-        args=trl.DPOConfig(
-            output_dir=str(output),
-            beta=BETA,
-            max_length=128,
-            bf16=False,
-            gradient_checkpointing=False,
-            sync_ref_model=bool(sync),
-            **sync,
-            **shared_arguments(**train),
-        ),
-        train_dataset=datasets.Dataset.from_list(simple_rows(38)),
-        eval_dataset=datasets.Dataset.from_list(simple_rows(6, start=100)),
-        processing_class=make_tokenizer(bos=True),
-        peft_config=peft.LoraConfig(
-            task_type="CAUSAL_LM", r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"]
-        )
-        if lora
-        else None,
-        callbacks=callbacks,
+    trainer = trl_trainer(
+        folder / "model",
+        simple_rows(38),
+        make_tokenizer(bos=True),
+        reference=reference,
+        lora=LORA if lora else None,
+        held_out=simple_rows(6, start=100),
+        callbacks=[*callbacks, capture] if capture else callbacks,
+        output_dir=str(output),
+        beta=BETA,
+        max_length=128,
+        sync_ref_model=bool(sync),
+        **sync,
+        **shared_arguments(**train),
     )
     trainer.train()
     entries: list[dict[str, float]] = trainer.state.log_history
@@ -207,7 +185,7 @@ def test_under_adamw_the_losses_on_captured_weights_are_trls(folder: Path, tmp_p
     rows = simple_rows(38)
     tokenizer = make_tokenizer(bos=True)
     previous = None
-    references = [transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)]
+    references = [load(folder / "model")]
     for step in range(EVERY, STEPS, EVERY):
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -215,7 +193,7 @@ def test_under_adamw_the_losses_on_captured_weights_are_trls(folder: Path, tmp_p
         model.save_pretrained(tmp_path / f"policy-{step}")
         target = tmp_path / f"reference-{step}"
         mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, made_from={})
-        references.append(transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+        references.append(load(target))
         previous = target
 
     def plain_margins(scored: Any, indices: Sequence[int]) -> list[float]:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import peft
 import pytest
 import torch
 import transformers
-import trl
 
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossConfig
@@ -25,11 +23,12 @@ from pipeline.scoring.forward import prepare
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.join import join
 from pipeline.store.reference_table import load_reference_table
-from pipeline.store.store import open_store, read_parts
+from pipeline.store.store import open_store
 from pipeline.training.batches import make_collator
 from pipeline.training.trainer import PairTrainer
 from support.models import make_model, make_tokenizer
 from support.runs import HH, refshard, write_config, write_jsonl
+from support.trl_peer import CaptureWeights, load, trl_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,39 +96,22 @@ def _train_ours(setting: dict[str, Any], output: Path, *, lora: bool, **train: A
     return [entry for entry in history if "loss" in entry]
 
 
-class _CaptureWeights(transformers.TrainerCallback):
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-
-
 def _train_trl(
     setting: dict[str, Any], output: Path, *, lora: bool, **train: Any
 ) -> tuple[list[dict[str, float]], list[dict[str, torch.Tensor]]]:
-    capture = _CaptureWeights()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    arguments = {**_shared_arguments(), **train}
-    arguments["learning_rate"] = float(arguments["learning_rate"])
-    lora_config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"]
-    )
-    trainer = trl.DPOTrainer(
-        model=load(setting["folder"] / "model", dtype=torch.float32),
-        ref_model=None if lora else load(setting["folder"] / "model", dtype=torch.float32),
-        args=trl.DPOConfig(
-            output_dir=str(output),
-            beta=BETA,
-            max_length=MAX_LENGTH,
-            bf16=False,
-            gradient_checkpointing=False,
-            **arguments,
-        ),
-        train_dataset=datasets.Dataset.from_list(setting["rows"]),
-        processing_class=setting["tokenizer"],
-        peft_config=lora_config if lora else None,
+    capture, model = CaptureWeights(), setting["folder"] / "model"
+    trainer = trl_trainer(
+        model,
+        setting["rows"],
+        setting["tokenizer"],
+        reference=None if lora else load(model),
+        lora=LORA if lora else None,
         callbacks=[capture],
+        output_dir=str(output),
+        beta=BETA,
+        max_length=MAX_LENGTH,
+        **_shared_arguments(),
+        **train,
     )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry], capture.weights
@@ -142,7 +124,7 @@ def _relative_gaps(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_sgd_trajectory_equals_trl_with_a_live_reference(setting: dict[str, Any], tmp_path: Path, lora: bool) -> None:
-    train = {"optim": "sgd", "learning_rate": "1e-1" if lora else "1e-2"}
+    train = {"optim": "sgd", "learning_rate": 1e-1 if lora else 1e-2}
     theirs, _ = _train_trl(setting, tmp_path / "trl", lora=lora, **train)
     ours = _train_ours(setting, tmp_path / "ours", lora=lora, **train)
 
@@ -163,7 +145,7 @@ def test_sgd_trajectory_equals_trl_with_a_live_reference(setting: dict[str, Any]
 def test_adamw_equals_trl_on_its_captured_weights_and_nearly_end_to_end(
     setting: dict[str, Any], tmp_path: Path, lora: bool
 ) -> None:
-    train = {"learning_rate": "5e-3" if lora else "5e-4"}
+    train = {"learning_rate": 5e-3 if lora else 5e-4}
     theirs, weights = _train_trl(setting, tmp_path / "trl", lora=lora, **train)
     ours = _train_ours(setting, tmp_path / "ours", lora=lora, **train)
 
@@ -207,34 +189,3 @@ def _losses_on_weights(
             micro = [trainer.compute_loss(policy, next(batches)).item() for _ in range(ACCUMULATION)]
         losses.append(sum(micro) / ACCUMULATION)
     return losses
-
-
-def test_stage_one_equals_a_float64_computation_from_plain_logits(setting: dict[str, Any]) -> None:
-    """Token logps of the shards against log-softmax over full logits of the same weights in float64."""
-    folder = setting["folder"]
-    config = load_config(folder / "run.yaml")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
-    stored = {}
-    for part in read_parts(open_store(folder / "shards" / "train")):
-        for row in part.to_pylist():
-            stored[row["row"]] = row
-    checked = 0
-    worst = 0.0
-    for kept in kept_pairs(read_rows(open_source(config.data)), setting["tokenizer"], config.data, Ledger()):
-        if kept.row % 10:
-            continue
-        row = stored[kept.row]
-        assert row["pair_key"] == kept.key
-        for side, completion in (("chosen", kept.pair.chosen_ids), ("rejected", kept.pair.rejected_ids)):
-            ids = torch.tensor([kept.pair.prompt_ids + completion])
-            with torch.no_grad():
-                logps = torch.log_softmax(model(ids).logits[0], dim=-1)
-            start = len(kept.pair.prompt_ids)
-            expected = logps[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]]
-            ours = torch.tensor(row[f"{side}_token_logps"], dtype=torch.float64)
-            assert len(ours) == len(completion) == row[f"{side}_tokens"]
-            worst = max(worst, (ours - expected).abs().max().item())
-            assert row[f"ref_{side}_logps"] == pytest.approx(expected.sum().item(), abs=1e-3)
-            checked += 1
-    assert checked >= 40
-    assert worst < 1e-4

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import datasets
-import peft
 import torch
 import transformers
 import trl
@@ -58,6 +57,7 @@ from pipeline.training.trainer import PairTrainer
 from support.models import CORPUS, make_model, make_tokenizer
 from support.processes import ROOT
 from support.runs import refshard, write_config, write_jsonl
+from support.trl_peer import load, trl_trainer
 
 PAGE = ROOT / "docs" / "losses.md"
 OPENING, CLOSING = "<!-- parity table -->", "<!-- end of parity table -->"
@@ -224,25 +224,17 @@ class Bench:
         if key in self._theirs:
             return self._theirs[key]
         renamed = {"type": "loss_type", "weights": "loss_weights"}
-        adapter = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"]
-        )
-        load = transformers.AutoModelForCausalLM.from_pretrained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            trainer = trl.DPOTrainer(
-                model=load(self.folder / case.model, dtype=torch.float32),
-                ref_model=load(self.folder / f"{case.model}-ref", dtype=torch.float32),
-                args=trl.DPOConfig(
-                    max_length=MAX_LENGTH,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    **{renamed.get(key, key): value for key, value in case.loss.items()},
-                    **self._arguments(optimizer),
-                ),
-                train_dataset=datasets.Dataset.from_list(self.rows),
-                processing_class=self.tokenizer,
-                peft_config=adapter if case.lora else None,
+            trainer = trl_trainer(
+                self.folder / case.model,
+                self.rows,
+                self.tokenizer,
+                reference=load(self.folder / f"{case.model}-ref"),
+                lora=LORA if case.lora else None,
+                max_length=MAX_LENGTH,
+                **{renamed.get(key, key): value for key, value in case.loss.items()},
+                **self._arguments(optimizer),
             )
             self._theirs[key] = _history(trainer)
         return self._theirs[key]
@@ -436,26 +428,19 @@ and TRL 0. `tests/support/parity_table.py` makes this table, and `tests/parity/t
 to {_short(LARGEST_BAR)}."""
 
 
-def names_in(text: str) -> list[str] | None:
-    """Names of the cases in the table of a page, in order; None where it has no markers."""
-    found = _BLOCK.search(text)
-    return found and [line.split(" | ")[0].removeprefix("| ") for line in found[2].splitlines() if line[:3] == "| `"]
-
-
-def put_into(text: str, made: str) -> str | None:
-    """Replace what stands between the markers; None where there are none."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{made}\n{found[3]}", text) if _BLOCK.search(text) else None
-
-
 _BLOCK = re.compile(f"({re.escape(OPENING)}\n)(.*?)({re.escape(CLOSING)})", re.DOTALL)
+
+
+def names_in(text: str) -> list[str]:
+    """Names of the cases in the table of the page, in order."""
+    [(_, found, _)] = _BLOCK.findall(text)
+    return [line.split(" | ")[0].removeprefix("| ") for line in found.splitlines() if line[:3] == "| `"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare refshard's training with TRL's, loss by loss.")
     parser.add_argument("--write", action="store_true", help="put the table into docs/losses.md, between its markers")
     write = parser.parse_args().write
-    if write and names_in(PAGE.read_text(encoding="utf-8")) is None:
-        sys.exit(f"{PAGE}: has no lines {OPENING} and {CLOSING} to write between")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     results: list[tuple[Case, Gaps | None, float]] = []
@@ -475,9 +460,9 @@ def main() -> None:
             )
     made = table(results)
     print(made)
-    new = put_into(PAGE.read_text(encoding="utf-8"), made)
-    if write and new is not None:
-        PAGE.write_text(new, encoding="utf-8")
+    if write:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(_BLOCK.sub(lambda found: f"{found[1]}{made}\n{found[3]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
