@@ -117,7 +117,7 @@ class Form:
 
     splits: tuple[str, ...]
     columns: dict[str, pa.DataType]
-    rows: tuple[dict[str, Any], dict[str, Any]]
+    rows: tuple[dict[str, Any], ...]
     pairs: tuple[Pair, Pair]
 
     def write(self, folder: Path) -> Path:
@@ -129,18 +129,19 @@ class Form:
         return folder
 
 
+def columns(text: str = "", conversations: str = "", numbers: str = "") -> dict[str, pa.DataType]:
+    kinds = ((TEXT, text), (CONVERSATION, conversations), (pa.float64(), numbers))
+    return {name: kind for kind, names in kinds for name in names.split()}
+
+
+PLAIN = {"chosen": "Four.", "rejected": "Five."}
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Again?\n\nAssistant:"
+ASKED = "\n\nHuman: Two plus two?\n\nAssistant:"
+
 FORMS = {
     "HuggingFaceH4/ultrafeedback_binarized": Form(
         ("train_prefs", "test_prefs", "train_sft"),
-        {
-            "prompt": TEXT,
-            "prompt_id": TEXT,
-            "chosen": CONVERSATION,
-            "rejected": CONVERSATION,
-            "messages": CONVERSATION,
-            "score_chosen": pa.float64(),
-            "score_rejected": pa.float64(),
-        },
+        columns("prompt prompt_id", "chosen rejected messages", "score_chosen score_rejected"),
         (
             {"prompt": "Two plus two?", "prompt_id": "f0", **WHOLE, "messages": WHOLE["chosen"], "score_chosen": 8.0},
             {"prompt": "Hi", "prompt_id": "f1", **LONGER, "messages": LONGER["chosen"], "score_rejected": 1.0},
@@ -149,51 +150,31 @@ FORMS = {
     ),
     "argilla/ultrafeedback-binarized-preferences-cleaned": Form(
         ("train",),
-        {
-            "source": TEXT,
-            "prompt": TEXT,
-            "chosen": CONVERSATION,
-            "chosen-rating": pa.float64(),
-            "chosen-model": TEXT,
-            "rejected": CONVERSATION,
-            "rejected-rating": pa.float64(),
-            "rejected-model": TEXT,
-        },
+        columns("source prompt chosen-model rejected-model", "chosen rejected", "chosen-rating rejected-rating"),
         ({"source": "sharegpt", "prompt": "Two plus two?", **WHOLE}, {"source": "flan", "prompt": "Hi", **LONGER}),
         (ONE_TURN, TWO_TURNS),
     ),
     "argilla/dpo-mix-7k": Form(
         ("train", "test"),
-        {
-            "dataset": TEXT,
-            "chosen": CONVERSATION,
-            "rejected": CONVERSATION,
-            "chosen_rating": pa.float64(),
-            "rejected_rating": pa.float64(),
-        },
+        columns("dataset", "chosen rejected", "chosen_rating rejected_rating"),
         ({"dataset": "a", **WHOLE, "chosen_rating": 5.0}, {"dataset": "argilla/distilabel-capybara", **LONGER}),
         (ONE_TURN, TWO_TURNS),
     ),
     "trl-lib/ultrafeedback_binarized": Form(
         ("train", "test"),
-        {
-            "chosen": CONVERSATION,
-            "rejected": CONVERSATION,
-            "score_chosen": pa.float64(),
-            "score_rejected": pa.float64(),
-        },
+        columns("", "chosen rejected", "score_chosen score_rejected"),
         ({**WHOLE, "score_chosen": 8.0, "score_rejected": 6.5}, LONGER),
         (ONE_TURN, TWO_TURNS),
     ),
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": Form(
         ("train",),
-        {"id": TEXT, "prompt": TEXT, "chosen": CONVERSATION, "rejected": CONVERSATION, "source": TEXT},
+        columns("id prompt source", "chosen rejected"),
         ({"id": "a", "prompt": "Two plus two?", **WHOLE, "source": "s"}, {"id": "b", "prompt": "Hi", **LONGER}),
         (ONE_TURN, TWO_TURNS),
     ),
     "mlabonne/orpo-dpo-mix-40k": Form(
         ("train",),
-        {"source": TEXT, "chosen": CONVERSATION, "rejected": CONVERSATION, "prompt": TEXT, "question": TEXT},
+        columns("source prompt question", "chosen rejected"),
         (
             {"source": "Airoboros", **WHOLE, "prompt": "Two plus two?", "question": "Two plus two?"},
             {"source": "Capybara", **LONGER, "prompt": "Hi"},
@@ -202,42 +183,26 @@ FORMS = {
     ),
     "Intel/orca_dpo_pairs": Form(
         ("train",),
-        {"system": TEXT, "question": TEXT, "chosen": TEXT, "rejected": TEXT},
-        (
-            {"system": "", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
-            {"system": "Be brief.", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
-        ),
+        columns("system question chosen rejected"),
+        tuple({"system": system, "question": "Two plus two?", **PLAIN} for system in ("", "Be brief.")),
         (ONE_TURN, WITH_SYSTEM),
     ),
     "jondurbin/truthy-dpo-v0.1": Form(
         ("train",),
-        {"id": TEXT, "source": TEXT, "system": TEXT, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
-        (
-            {"id": "a", "system": "", "prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
-            {"id": "b", "system": "Be brief.", "prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
-        ),
+        columns("id source system prompt chosen rejected"),
+        tuple({"id": "a", "system": system, "prompt": "Two plus two?", **PLAIN} for system in ("", "Be brief.")),
         (ONE_TURN, WITH_SYSTEM),
     ),
     "Anthropic/hh-rlhf": Form(
         ("train", "test"),
-        {"chosen": TEXT, "rejected": TEXT},
+        columns("chosen rejected"),
         (
-            {
-                "chosen": "\n\nHuman: Two plus two?\n\nAssistant: Four.",
-                "rejected": "\n\nHuman: Two plus two?\n\nAssistant: Five.",
-            },
-            {
-                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Again?\n\nAssistant: Hello, hello.",
-                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Again?\n\nAssistant: Hello no more.",
-            },
+            {"chosen": f"{ASKED} Four.", "rejected": f"{ASKED} Five."},
+            {"chosen": f"{TRANSCRIPT} Hello, hello.", "rejected": f"{TRANSCRIPT} Hello no more."},
         ),
         (
-            Pair(prompt="\n\nHuman: Two plus two?\n\nAssistant:", chosen=" Four.", rejected=" Five."),
-            Pair(
-                prompt="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Again?\n\nAssistant:",
-                chosen=" Hello, hello.",
-                rejected=" Hello no more.",
-            ),
+            Pair(prompt=ASKED, chosen=" Four.", rejected=" Five."),
+            Pair(prompt=TRANSCRIPT, chosen=" Hello, hello.", rejected=" Hello no more."),
         ),
     ),
 }

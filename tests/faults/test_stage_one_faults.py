@@ -26,6 +26,7 @@ from support.processes import ROOT, Command
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import contents
 from support.tally import tally
+from support.watched import Watched
 
 pytestmark = pytest.mark.slow
 
@@ -167,14 +168,12 @@ def test_a_dataset_that_changed_between_two_starts_is_another_run(make_run: Make
 
 def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(400), precompute={"rows_per_shard": 4})
-    command = Command("precompute", "--config", config)
-    store = tmp_path / "shards" / "train"
-    while command.status is None and not list(store.glob("part-*")):
-        time.sleep(0.002)
+    command, store = Watched("precompute", "--config", config), tmp_path / "shards" / "train"
+    command.wait_until(lambda: bool(list(store.glob("part-*"))))
     with (tmp_path / "pairs.jsonl").open("a") as file:
         file.write("\n")
-    assert command.wait() == 78, command.said()
-    assert "changed while it was scored" in command.said()[1]
+    assert command.finish() == 78, command.err
+    assert "changed while it was scored" in command.err
     assert not (store / "index.json").exists()
     tally("the dataset changed while it was scored", 1, outcome="78, no index")
 

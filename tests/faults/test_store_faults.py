@@ -3,7 +3,6 @@
 The kills and power cuts are in test_kills and test_crashes.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -22,10 +21,8 @@ import pytest
 from pipeline.base import folders
 from pipeline.base.errors import DataError, IdentityError, RefshardError, StorageError
 from pipeline.base.folders import LocalFolder, ObjectFolder
-from pipeline.data.intake import Ledger
-from pipeline.store.format import ScoredPair, check_part, part_name
+from pipeline.store.format import check_part, part_name
 from pipeline.store.store import (
-    PartHeader,
     create_store,
     finish_store,
     open_store,
@@ -33,11 +30,10 @@ from pipeline.store.store import (
     read_manifest,
     read_part,
     read_parts,
-    write_part,
 )
 from pipeline.store.verify import delete_leftovers, verify_store
 from support.disks import remount, tmpfs
-from support.stores import IDENTITY, PLAN, UNITS, contents, write_store
+from support.stores import IDENTITY, PLAN, UNITS, contents, pair_of, write_store, write_unit
 from support.tally import tally
 
 
@@ -81,7 +77,7 @@ def test_a_read_only_disk_is_a_storage_error_and_stays_as_it_is(tmp_path: Path) 
         remount(disk, "ro")
         before = contents(disk / "train")
         with pytest.raises(StorageError, match="Read-only file system"):
-            write_part(disk / "train", 0, [], Ledger(), header=PartHeader(fingerprint=fingerprint, token_logps=True))
+            write_unit(disk / "train", 0, [], fingerprint)
         with pytest.raises(StorageError, match="Read-only file system"):
             create_store(disk / "other", IDENTITY, PLAN, {})
         assert contents(disk / "train") == before
@@ -117,23 +113,8 @@ def _large_part(folder: Path) -> bytes:
     """A part of about a megabyte."""
     fingerprint = create_store(folder, IDENTITY, PLAN, {})
     values = np.random.default_rng(0).exponential(size=(500, 300)).astype(np.float32)
-    pairs = [
-        ScoredPair(
-            key=hashlib.blake2b(b"%d" % row, digest_size=16).digest(),
-            row=row,
-            prompt_tokens=3,
-            chosen_token_logps=-values[row],
-            rejected_token_logps=-values[row] - 1,
-        )
-        for row in range(500)
-    ]
-    write_part(
-        folder,
-        0,
-        pairs,
-        Ledger(500, 500),
-        header=PartHeader(fingerprint=fingerprint, token_logps=True, provenance={"a": 1}),
-    )
+    pairs = [pair_of(row, -values[row], -values[row] - 1) for row in range(500)]
+    write_unit(folder, 0, pairs, fingerprint, provenance={"a": 1})
     assert finish_store(folder, 1) == []
     return (folder / part_name(0)).read_bytes()
 
@@ -210,7 +191,7 @@ def _of_another_run(store: Path, unit: int) -> None:
     other = store.parent / "other"
     identity = {**IDENTITY, "reference": {"weights": "b" * 64, "dtype": "float32", "adapter": None}}
     fingerprint = create_store(other, identity, PLAN, {})
-    write_part(other, unit, [], Ledger(), header=PartHeader(fingerprint=fingerprint, token_logps=True))
+    write_unit(other, unit, [], fingerprint)
     shutil.copy(other / part_name(unit), store / part_name(unit))
 
 
@@ -335,23 +316,8 @@ def _write_noisy(folder: Path, noise: float, barrier: Any) -> None:
     fingerprint = create_store(folder, IDENTITY, PLAN, {})
     barrier.wait(60)
     for unit in range(20):
-        pairs = [
-            ScoredPair(
-                key=hashlib.blake2b(b"%d" % row, digest_size=16).digest(),
-                row=row,
-                prompt_tokens=1,
-                chosen_token_logps=np.full(3, -1 - noise, np.float32),
-                rejected_token_logps=np.full(3, -2 - noise, np.float32),
-            )
-            for row in (2 * unit, 2 * unit + 1)
-        ]
-        write_part(
-            folder,
-            unit,
-            pairs,
-            Ledger(2, 2),
-            header=PartHeader(fingerprint=fingerprint, token_logps=True, provenance={"w": noise}),
-        )
+        pairs = [pair_of(row, [-1 - noise] * 3, [-2 - noise] * 3) for row in (2 * unit, 2 * unit + 1)]
+        write_unit(folder, unit, pairs, fingerprint, provenance={"w": noise})
     assert finish_store(folder, 20) == []
 
 
@@ -467,14 +433,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes]
     for folder, noise in ((ours, 0.0), (theirs, 0.1)):
         fingerprint = create_store(folder, IDENTITY, PLAN, {})
         for unit in range(3):
-            pair = ScoredPair(
-                key=bytes(15) + bytes([unit]),
-                row=2 * unit,
-                prompt_tokens=1,
-                chosen_token_logps=np.array([-1 - noise], np.float32),
-                rejected_token_logps=np.array([-2 - noise], np.float32),
-            )
-            write_part(folder, unit, [pair], Ledger(1, 1), header=PartHeader(fingerprint=fingerprint, token_logps=True))
+            write_unit(folder, unit, [pair_of(2 * unit, [-1 - noise], [-2 - noise])], fingerprint)
     return contents(ours), contents(theirs)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import Command
 from support.runs import refshard
+from support.watched import Watched
 from support.windows import ALPHA, EVERY, STEPS, history, losses, write_inputs, write_run
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
     chance = random.Random(int(lora))
     kills = 0
     for _ in range(40):
-        process = Command("train", "--config", config)
+        process = Watched("train", "--config", config)
         # From before the first scoring to the middle of a window further on.
         process.wait(chance.uniform(0.05, 0.5) * duration)
         if process.status is None:
@@ -59,14 +59,11 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
 def test_a_signal_ends_a_run_between_steps_with_75_and_it_goes_on(folder: Path, tmp_path: Path) -> None:
     sync = {"steps": EVERY, "mixup_alpha": ALPHA}
     config = write_run(folder, tmp_path, sync)
-    process = Command("train", "--config", config)
-    while process.status is None and not (tmp_path / "policy" / "checkpoint-4").exists():
-        time.sleep(0.01)
+    process = Watched("train", "--config", config)
+    process.wait_until((tmp_path / "policy" / "checkpoint-4").exists)
     process.signal(signal.SIGTERM)
-    process.wait()
-    _, errors = process.said()
-    assert process.status == 75, errors
-    assert "Run the same command again" in errors
+    assert process.finish() == 75, process.err
+    assert "Run the same command again" in process.err
     refshard("train", "--config", config)
     assert len(losses(history(tmp_path))) == STEPS
     assert "finished already" in refshard("train", "--config", config).stdout
@@ -75,8 +72,7 @@ def test_a_signal_ends_a_run_between_steps_with_75_and_it_goes_on(folder: Path, 
 def test_a_reference_made_from_another_training_is_made_again(folder: Path, tmp_path: Path) -> None:
     """A checkpoint that differs from what the reference was mixed from: the reference follows it."""
     config = write_run(folder, tmp_path, {"steps": 2, "mixup_alpha": ALPHA}, eval_strategy="no")
-    refshard("precompute", "--config", config)
-    refshard("train", "--config", config, "--one-window")
+    two_halves(config)
     refshard("precompute", "--config", config)
     marker = tmp_path / "policy" / "references" / "step-00000002" / "refshard-reference.json"
     stale = json.loads(marker.read_text())
@@ -146,11 +142,8 @@ def test_a_signal_in_the_middle_of_an_epoch_evaluates_nothing(folder: Path, tmp_
     config = write_run(
         folder, tmp_path, {"steps": 30}, eval_strategy="epoch", max_steps=120, gradient_accumulation_steps=2
     )
-    process = Command("train", "--config", config)
-    while process.status is None and not list((tmp_path / "policy").glob("joined/*/test.arrow")):
-        time.sleep(0.01)
+    process = Watched("train", "--config", config)
+    process.wait_until(lambda: bool(list((tmp_path / "policy").glob("joined/*/test.arrow"))))
     time.sleep(0.5)
     process.signal(signal.SIGTERM)
-    process.wait()
-    _, errors = process.said()
-    assert process.status in (0, 75), errors
+    assert process.finish() in (0, 75), process.err

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pad_pairs
 from pipeline.store.store import open_store, read_parts
 from support.models import make_model
-from support.processes import ROOT, Command
+from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import digests
+from support.watched import Watched
 
 pytestmark = pytest.mark.slow
 
@@ -109,9 +109,8 @@ def test_any_number_of_workers_killed_or_not_gives_the_same_parts(make_run: Make
 
 def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
     before = set((output / "train").glob("part-*"))
-    process = Command("precompute", "--config", config, "-o", f"precompute.output={output}", "--worker", worker)
-    while process.status is None and set((output / "train").glob("part-*")) == before:
-        time.sleep(0.001)
+    process = Watched("precompute", "--config", config, "-o", f"precompute.output={output}", "--worker", worker)
+    process.wait_until(lambda: set((output / "train").glob("part-*")) != before)
     process.kill()
     process.wait()
 
@@ -119,14 +118,11 @@ def _kill_stage_one(config: Path, output: Path, worker: str) -> None:
 def test_stage_one_leaves_with_75_on_a_signal_and_goes_on_from_there(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(400), precompute={"rows_per_shard": 8})
     refshard("precompute", "--config", config, "-o", f"precompute.output={tmp_path / 'undisturbed'}")
-    process = Command("precompute", "--config", config)
-    while process.status is None and not list((tmp_path / "shards" / "train").glob("part-*")):
-        time.sleep(0.001)
+    process = Watched("precompute", "--config", config)
+    process.wait_until(lambda: bool(list((tmp_path / "shards" / "train").glob("part-*"))))
     process.signal(signal.SIGTERM)
-    process.wait()
-    _, errors = process.said()
-    assert process.status == 75, errors
-    assert "Run the same command again" in errors
+    assert process.finish() == 75, process.err
+    assert "Run the same command again" in process.err
     assert not list((tmp_path / "shards" / "train").glob(".tmp-*"))
     refshard("precompute", "--config", config)
     assert digests(tmp_path / "shards") == digests(tmp_path / "undisturbed")
@@ -290,14 +286,10 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
     refshard("precompute", "--config", config)
     refshard("train", "--config", config, "-o", f"train.output_dir={tmp_path / 'undisturbed'}")
 
-    process = Command("train", "--config", config)
-    marker = tmp_path / "policy" / "checkpoint-5" / "refshard-commit.json"
-    while process.status is None and not marker.exists():
-        time.sleep(0.001)
+    process = Watched("train", "--config", config)
+    process.wait_until((tmp_path / "policy" / "checkpoint-5" / "refshard-commit.json").exists)
     process.signal(how)
-    process.wait()
-    _, errors = process.said()
-    assert process.status == (75 if how == signal.SIGTERM else -how), errors
+    assert process.finish() == (75 if how == signal.SIGTERM else -how), process.err
     settings = (tmp_path / "policy" / "refshard.yaml").read_bytes()
     refused = refshard("train", "--config", config, "-o", "loss.beta=0.5", check=78)
     assert "loss.beta: saved" in refused.stderr

@@ -27,20 +27,22 @@ PLAN = {"rows_per_shard": 2, "rows": "0:"}
 UNITS = 3
 
 
+def pair_of(row: int, chosen: Sequence[float], rejected: Sequence[float]) -> ScoredPair:
+    """A pair of these token logps, with a key of its row's own."""
+    return ScoredPair(
+        key=hashlib.blake2b(b"%d" % row, digest_size=16).digest(),
+        row=row,
+        prompt_tokens=3,
+        chosen_token_logps=np.asarray(chosen, np.float32),
+        rejected_token_logps=np.asarray(rejected, np.float32),
+    )
+
+
 def write_store(folder: Path) -> None:
     """What a worker does: the manifest, the units that are missing, the index."""
     fingerprint = create_store(folder, IDENTITY, PLAN, {})
     for unit in range(UNITS):
-        pairs = [
-            ScoredPair(
-                key=hashlib.blake2b(b"%d" % row, digest_size=16).digest(),
-                row=row,
-                prompt_tokens=3,
-                chosen_token_logps=np.array([-1.0 - row, -0.5], np.float32),
-                rejected_token_logps=np.array([-2.0 - row], np.float32),
-            )
-            for row in (2 * unit, 2 * unit + 1)
-        ]
+        pairs = [pair_of(row, [-1.0 - row, -0.5], [-2.0 - row]) for row in (2 * unit, 2 * unit + 1)]
         ledger = Ledger(rows=2, kept=2)
         if unit == 1:
             ledger.rows += 1
@@ -104,14 +106,16 @@ def start_store(folder: Path, rows_per_shard: int = 1024) -> str:
     return create_store(folder, IDENTITY, plan, DECLARED)
 
 
-def write_unit(folder: Path, unit: int, pairs: Sequence[ScoredPair], fingerprint: str, noise: float = 0.0) -> None:
+def write_unit(
+    folder: Path, unit: int, pairs: Sequence[ScoredPair], fingerprint: str, noise: float = 0.0, **header: Any
+) -> None:
     write_part(
         folder,
         unit,
         pairs,
         Ledger(rows=len(pairs), kept=len(pairs)),
         NoiseFloor(tokens=100, mean=noise, largest=4 * noise),
-        header=PartHeader(fingerprint=fingerprint, token_logps=True),
+        header=PartHeader(fingerprint=fingerprint, token_logps=True, **header),
     )
 
 
