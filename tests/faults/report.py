@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults.mutate import MUTATIONS, copy_sources, notices
+from faults.mutate import take_away
 from support.processes import ROOT
 from support.tally import VARIABLE
 
@@ -50,17 +50,6 @@ def run_tests(names: Iterable[str]) -> list[dict[str, Any]]:
             check=True,
         )
         return add_up(tally.read_text(encoding="utf-8").splitlines())
-
-
-def run_mutations() -> dict[str, bool]:
-    """Whether each safeguard is missed by a test when it is taken away."""
-    noticed = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_sources(Path(folder))
-        for mutation in MUTATIONS:
-            noticed[mutation.name] = notices(mutation, tree)
-            print(f"{'noticed' if noticed[mutation.name] else 'SURVIVED':9} {mutation.name}", flush=True)
-    return noticed
 
 
 def add_up(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -144,14 +133,14 @@ def main() -> None:
         results["tallies"] = sorted([*others, *run_tests([chosen.only])], key=lambda entry: entry["test"])
         _keep(results)
     elif chosen.mutations:
-        _keep({**json.loads(RESULTS.read_text(encoding="utf-8")), "mutations": run_mutations()})
+        _keep({**json.loads(RESULTS.read_text(encoding="utf-8")), "mutations": take_away()})
     elif not chosen.page:
         tallies = run_tests(name for names in FILES.values() for name in names)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pyarrow", "s3fs", "moto"))
         machine = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}, {versions}"
         results = {"machine": machine, "tallies": tallies, "mutations": {}}
         _keep(results)
-        _keep({**results, "mutations": run_mutations()})
+        _keep({**results, "mutations": take_away()})
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -20,8 +20,7 @@ import pytest
 from pipeline.base import files
 from pipeline.base.errors import DataError, RefshardError, UnfinishedError
 from pipeline.store.format import part_name
-from pipeline.store.store import open_store, read_parts
-from support.stores import UNITS, contents, write_store
+from support.stores import UNITS, contents, stored_rows, write_store
 from support.tally import tally
 
 
@@ -97,7 +96,7 @@ def _check_state(folder: Path, expected: dict[str, bytes]) -> None:
     for name in part_names(folder):
         assert (folder / name).read_bytes() == expected[name], name
     try:
-        rows = [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
+        rows = stored_rows(folder)
     except (UnfinishedError, DataError) as error:
         # A damaged file under a final name is seen; but it should not be there at all.
         assert "damaged" not in str(error), error

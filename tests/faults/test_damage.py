@@ -37,7 +37,6 @@ from pipeline.data.sources import count_rows, open_source, read_rows
 from pipeline.models.files import load_tokenizer, policy_settings
 from pipeline.models.identity import identity_of_run
 from pipeline.models.loading import load_policy, load_reference
-from pipeline.store.store import open_store, read_parts
 from pipeline.store.verify import verify_store
 from stages import cli, inspect
 from support.damage import (
@@ -63,6 +62,7 @@ from support.damage import (
 from support.models import make_model, make_tokenizer
 from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_config, write_jsonl
+from support.stores import stored_rows
 from support.tally import tally
 
 MakeRun = Callable[..., Path]
@@ -288,16 +288,12 @@ def scored(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path
     return folder / "shards"
 
 
-def read_store(folder: Path) -> list[Any]:
-    return [part.to_pylist() for part in read_parts(open_store(folder))]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STORES.values(), ids=STORES)
 def test_a_damaged_store_is_refused_by_name(case: Damage, scored: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(scored / "train", tmp_path / "train")
     case.make(folder)
-    assert case.names in str(refusal(lambda: read_store(folder), case, str(folder)))
+    assert case.names in str(refusal(lambda: stored_rows(folder), case, str(folder)))
     tally("a store damaged in one of many ways", 1, outcome="refused by name")
 
 
@@ -312,7 +308,7 @@ def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
     scored: Path, tmp_path: Path, file: str, sign: Callable[[bytes], bytes], values: tuple[Any, ...]
 ) -> None:
     folder = shutil.copytree(scored / "train", tmp_path / "train")
-    expected, content = read_store(folder), (folder / file).read_text()
+    expected, content = stored_rows(folder), (folder / file).read_text()
     tried = refusals = 0
     for path in json_paths(json.loads(content)):
         for value in (*values, ...):
@@ -326,7 +322,7 @@ def test_any_wrong_value_in_a_store_s_json_is_refused_or_changes_no_row(
             (folder / file).write_bytes(sign(json.dumps(tree).encode()))
             tried += 1
             try:
-                found = read_store(folder)
+                found = stored_rows(folder)
                 assert verify_store(LocalFolder(folder)).parts
                 inspect.run(str(folder), as_json=False)
             except RefshardError as error:

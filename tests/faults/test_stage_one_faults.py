@@ -20,11 +20,10 @@ import torch
 
 from faults.kill_scoring import place
 from pipeline.base.folders import open_folder
-from pipeline.store.store import open_store, read_parts
 from support.disks import remount, tmpfs
 from support.processes import ROOT, Command
 from support.runs import refshard, simple_rows, write_jsonl
-from support.stores import contents
+from support.stores import contents, stored_rows
 from support.tally import tally
 from support.watched import Watched
 
@@ -103,8 +102,8 @@ def test_a_model_that_yields_nan_stops_at_the_pair_or_drops_it_and_writes_no_nan
     assert [file.name for file in (tmp_path / "shards" / "train").glob("part-*")] == ["part-00000.parquet"]
     said = refshard("precompute", "--config", config, "-o", "precompute.on_nonfinite=drop").stdout
     assert "24 rows, 23 pairs kept; 1 dropped: nonfinite" in said
-    stored = [row["row"] for part in read_parts(open_store(tmp_path / "shards" / "train")) for row in part.to_pylist()]
-    assert stored == [row for row in range(24) if row != 13]
+    stored = stored_rows(tmp_path / "shards" / "train")
+    assert [row["row"] for row in stored] == [row for row in range(24) if row != 13]
     tally("a model that yields NaN", 2, outcome="65, the row named; or the pair dropped and counted")
 
 

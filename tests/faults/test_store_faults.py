@@ -33,7 +33,7 @@ from pipeline.store.store import (
 )
 from pipeline.store.verify import delete_leftovers, verify_store
 from support.disks import remount, tmpfs
-from support.stores import IDENTITY, PLAN, UNITS, contents, pair_of, write_store, write_unit
+from support.stores import IDENTITY, PLAN, UNITS, contents, pair_of, stored_rows, write_store, write_unit
 from support.tally import tally
 
 
@@ -279,7 +279,7 @@ def test_damage_before_there_is_an_index_never_gets_one_unless_all_is_read_as_it
     store: Path, name: str
 ) -> None:
     damage, named = CORRUPTIONS[name]
-    meant = [part.to_pylist() for part in read_parts(open_store(store))]
+    meant = stored_rows(store)
     (store / INDEX).unlink()
     damage(store)
     try:
@@ -292,7 +292,7 @@ def test_damage_before_there_is_an_index_never_gets_one_unless_all_is_read_as_it
             assert [part_name(unit) for unit in missing] == [named]
         else:
             assert name in ("a part twice over", "the magic changed")
-            assert [part.to_pylist() for part in read_parts(open_store(store))] == meant
+            assert stored_rows(store) == meant
 
 
 def test_there_are_thirty_kinds_of_damage() -> None:

@@ -13,31 +13,18 @@ import pytest
 import torch
 
 from pipeline.config.reader import load_config
-from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.sources import open_source, read_rows
-from pipeline.models.files import load_tokenizer
 from pipeline.models.loading import load_policy
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pad_pairs
-from pipeline.store.store import open_store, read_parts
 from support.models import make_model
 from support.processes import ROOT
-from support.runs import refshard, simple_rows, write_jsonl
-from support.stores import digests
+from support.runs import kept, logged_steps, refshard, simple_rows, write_jsonl
+from support.stores import digests, stored_rows
 from support.watched import Watched
 
 pytestmark = pytest.mark.slow
 
 MakeRun = Callable[..., Path]
-
-
-def history(output: Path) -> list[dict[str, float]]:
-    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in entries if "loss" in entry]
-
-
-def stored_rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
@@ -50,7 +37,7 @@ def test_training_starts_at_ln_2_and_leaves_it_while_the_shards_stay(
     before = digests(tmp_path / "shards")
     refshard("train", "--config", config)
 
-    steps = history(tmp_path / "policy")
+    steps = logged_steps(tmp_path / "policy")
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert steps[0][name] == pytest.approx(0, abs=1e-4)
@@ -69,7 +56,7 @@ def test_adapters_switched_off_give_the_reference_log_prob_for_log_prob(make_run
     config = load_config(config_file, ["policy.lora=null", f"policy.adapter={tmp_path / 'policy'}"])
     policy = load_policy(config).eval()
     prepare(policy)
-    pairs = list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
+    pairs = kept(config)
     batch = pad_pairs([p.pair for p in pairs], pad_id=0)
     expected = np.array(
         [stored[p.key][f"ref_{side}_logps"] for side in ("chosen", "rejected") for p in pairs], dtype=np.float32
@@ -153,7 +140,7 @@ def test_shuffled_filtered_and_mixed_data_need_no_new_shards(make_run: MakeRun, 
     other = write_jsonl(tmp_path / "subset.jsonl", subset)
     done = refshard("train", "--config", config, "-o", f"data.path={other}", "-o", "loss.beta=0.7")
     assert "16 matched, 0 missing, 8 surplus" in done.stdout
-    assert history(tmp_path / "policy")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert logged_steps(tmp_path / "policy")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert digests(tmp_path / "shards") == before
 
 
@@ -219,7 +206,7 @@ def test_a_smaller_max_length_is_served_from_the_same_shards(make_run: MakeRun, 
     refshard("precompute", "--config", config, *overrides)
     assert any(row["chosen_tokens"] < 20 for row in stored_rows(fresh / "train"))
     refshard("train", "--config", config, *overrides, "-o", f"train.output_dir={tmp_path / 'policy-fresh'}")
-    for a, b in zip(history(tmp_path / "policy"), history(tmp_path / "policy-fresh"), strict=True):
+    for a, b in zip(logged_steps(tmp_path / "policy"), logged_steps(tmp_path / "policy-fresh"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["logps/chosen"] == pytest.approx(b["logps/chosen"], rel=1e-6)
 
@@ -248,7 +235,7 @@ def test_one_batch_of_eight_equals_eight_micro_batches_and_two_processes(make_ru
                 text=True,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-        return history(tmp_path / name)
+        return logged_steps(tmp_path / name)
 
     whole = train("whole", 8, 1)
     assert abs(whole[-1]["loss"] - np.log(2)) > 1e-3
@@ -299,7 +286,7 @@ def test_ten_steps_equal_five_stopped_resumed_and_five_more_bit_for_bit(
 
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "policy" / weights).read_bytes() == (tmp_path / "undisturbed" / weights).read_bytes()
-    assert history(tmp_path / "policy") == history(tmp_path / "undisturbed")
+    assert logged_steps(tmp_path / "policy") == logged_steps(tmp_path / "undisturbed")
     again = refshard("train", "--config", config)
     assert "finished already" in again.stdout
     refused = refshard("train", "--config", config, "-o", "loss.beta=0.5", check=78)
@@ -324,9 +311,9 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(make_run: 
     refshard("precompute", "--config", config)
     refshard("train", "--config", config)
     output = tmp_path / "policy"
-    weights, before = (output / "model.safetensors").read_bytes(), history(output)
+    weights, before = (output / "model.safetensors").read_bytes(), logged_steps(output)
     for name in ("run.json", "model.safetensors", "trainer_state.json"):
         (output / name).unlink()
     refshard("train", "--config", config)
     assert (output / "model.safetensors").read_bytes() == weights
-    assert history(output) == before
+    assert logged_steps(output) == before

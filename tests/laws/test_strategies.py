@@ -1,7 +1,6 @@
 """Who the reference is: explicit, quantized, with an adapter, or the policy's own weights under any kind of adapter."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ import torch
 import transformers
 
 from pipeline.config.reader import load_config
-from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.sources import open_source, read_rows
-from pipeline.models.files import load_tokenizer
 from pipeline.models.loading import load_policy, load_reference
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pad_pairs
-from pipeline.store.store import open_store, read_parts
+from pipeline.store.store import open_store
 from support.models import make_model
-from support.runs import refshard, simple_rows
+from support.runs import kept, logged_steps, refshard, simple_rows
+from support.stores import stored_rows
 
 pytestmark = pytest.mark.slow
 
@@ -42,22 +39,20 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry["loss"] for entry in logged_steps(output)]
 
 
 def stored_sums(store: Path) -> np.ndarray[Any, Any]:
     """[2P] chosen and then rejected sums, in the rows' order."""
-    rows = [row for part in read_parts(open_store(store)) for row in part.to_pylist()]
+    rows = stored_rows(store)
     return np.array([row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows])
 
 
 def sums_of(model: Any, config_file: Path) -> np.ndarray[Any, Any]:
     """What a prepared model gives the config's pairs, [2P]."""
-    config = load_config(config_file)
-    pairs = list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
+    batch = pad_pairs([pair.pair for pair in kept(load_config(config_file))], pad_id=0)
     with torch.no_grad():
-        return torch.cat(score(model, pad_pairs([p.pair for p in pairs], pad_id=0)).sums()).numpy()
+        return torch.cat(score(model, batch).sums()).numpy()
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

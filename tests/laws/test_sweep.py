@@ -1,6 +1,5 @@
 """One set of shards serves every loss, beta, smoothing, adapter rank, seed, smaller max_length and ld_alpha."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pipeline.models import loading
 from pipeline.scoring import scorer
 from stages import train
 from support.models import make_model
-from support.runs import refshard, simple_rows
+from support.runs import logged_steps, refshard, simple_rows
 from support.stores import digests
 
 pytestmark = pytest.mark.slow
@@ -70,8 +69,7 @@ def test_a_sweep_leaves_the_shards_as_they_are_and_loads_no_reference(
     for number, (name, overrides) in enumerate(SWEEP.items()):
         output = tmp_path / str(number)
         train.run(load_config(config, [*overrides, f"train.output_dir={output}"]))
-        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-        trajectories[name] = tuple(entry["loss"] for entry in history if "loss" in entry)
+        trajectories[name] = tuple(entry["loss"] for entry in logged_steps(output))
         assert len(set(trajectories[name])) == 3, name
 
     assert loaded == [model_folder] * len(SWEEP)

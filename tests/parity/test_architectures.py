@@ -17,18 +17,16 @@ import torch
 import transformers
 
 from pipeline.config.reader import load_config
-from pipeline.data.intake import KeptPair, Ledger, kept_pairs
-from pipeline.data.sources import open_source, read_rows
-from pipeline.models.files import load_tokenizer
-from pipeline.store.store import open_store, read_parts
-from support.models import make_tokenizer
-from support.runs import refshard, simple_rows
+from pipeline.data.intake import KeptPair
+from support import models
+from support.runs import kept, logged_steps, refshard, simple_rows
+from support.stores import stored_rows
 
 pytestmark = pytest.mark.slow
 
 MakeRun = Callable[..., Path]
 
-TOKENIZER = make_tokenizer(bos=True)
+TOKENIZER = models.make_tokenizer(bos=True)
 
 IDS = {
     "vocab_size": len(TOKENIZER),
@@ -38,15 +36,7 @@ IDS = {
 }
 # Sharp enough that log-probs differ by nats, and that windows, caps and scales are felt.
 SHARP = {"initializer_range": 0.2}
-SMALL = {
-    **IDS,
-    **SHARP,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
+SMALL = {**models.SMALL, **IDS, **SHARP, "max_position_embeddings": 256}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 # Where the family would take another width of a head than hidden_size / num_attention_heads.
 WITH_HEAD = {**GROUPED, "head_dim": 8}
@@ -148,11 +138,6 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
-def kept(config_file: Path) -> list[KeptPair]:
-    config = load_config(config_file)
-    return list(kept_pairs(read_rows(open_source(config.data)), load_tokenizer(config), config.data, Ledger()))
-
-
 def plain_token_logps(folder: Path, pairs: list[KeptPair], **changes: Any) -> dict[tuple[bytes, str], list[float]]:
     """Log-softmax over the model's own logits in float64, each completion by itself, without padding."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).double().eval()
@@ -172,7 +157,7 @@ def plain_token_logps(folder: Path, pairs: list[KeptPair], **changes: Any) -> di
 
 
 def stored_token_logps(store: Path) -> dict[tuple[bytes, str], list[float]]:
-    rows = [row for part in read_parts(open_store(store)) for row in part.to_pylist()]
+    rows = stored_rows(store)
     return {(row["pair_key"], side): row[f"{side}_token_logps"] for row in rows for side in ("chosen", "rejected")}
 
 
@@ -189,7 +174,7 @@ def test_both_stages_serve_the_family(make_run: MakeRun, tmp_path: Path, name: s
     config = make_run(rows=simple_rows(12), policy={"model": str(folder)}, train=train)
     refshard("precompute", "--config", config)
 
-    pairs = kept(config)
+    pairs = kept(load_config(config))
     stored, plain = stored_token_logps(tmp_path / "shards" / "train"), plain_token_logps(folder, pairs)
     # Float32 carries 7 digits, and logits here stay below 30; two layers of sums in another order and in batches
     # with padding cost a few units of the last digit, found to be up to 1e-5. What the tolerance must tell apart
@@ -201,8 +186,7 @@ def test_both_stages_serve_the_family(make_run: MakeRun, tmp_path: Path, name: s
         assert largest_gap(stored, plain_token_logps(folder, pairs, **family.neutral)) > 1e-2
 
     refshard("train", "--config", config)
-    log = json.loads((tmp_path / "policy" / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in log if "loss" in entry]
+    steps = logged_steps(tmp_path / "policy")
     assert len(steps) == 4
     losses = [step["loss"] for step in steps]
     if family.has_balance:

@@ -3,7 +3,6 @@
 Ours runs through the real commands; TRL runs here, on the same model, the same pairs in the same order.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import transformers
 
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossConfig
-from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.loading import load_policy
@@ -27,7 +25,7 @@ from pipeline.store.store import open_store
 from pipeline.training.batches import make_collator
 from pipeline.training.trainer import PairTrainer
 from support.models import make_model, make_tokenizer
-from support.runs import HH, refshard, write_config, write_jsonl
+from support.runs import HH, kept, logged_steps, refshard, write_config, write_jsonl
 from support.trl_peer import CaptureWeights, load, trl_trainer
 
 pytestmark = [
@@ -52,9 +50,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         precompute={"output": "unused"},
     )
     config = load_config(config_file)
-    kept = list(kept_pairs(read_rows(open_source(config.data)), tokenizer, config.data, Ledger()))
-    assert len(kept) >= 200
-    wanted = {pair.row for pair in kept}
+    wanted = {pair.row for pair in kept(config)}
+    assert len(wanted) >= 200
     pairs = [to_pair(row.load(), {}, row.place) for row in read_rows(open_source(config.data)) if row.number in wanted]
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     write_jsonl(folder / "pairs.jsonl", rows)
@@ -92,8 +89,7 @@ def _shared_arguments() -> dict[str, Any]:
 
 def _train_ours(setting: dict[str, Any], output: Path, *, lora: bool, **train: Any) -> list[dict[str, float]]:
     refshard("train", "--config", _write_run(setting["folder"], f"{output.name}.yaml", output, lora=lora, **train))
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return logged_steps(output)
 
 
 def _train_trl(
@@ -163,9 +159,8 @@ def _losses_on_weights(
 ) -> list[float]:
     """Our loss of every step, with the weights that TRL had at its start."""
     config = load_config(_write_run(setting["folder"], "captured.yaml", tmp_path / "captured", lora=lora))
-    pairs = kept_pairs(read_rows(open_source(config.data)), setting["tokenizer"], config.data, Ledger())
     table = load_reference_table([open_store(setting["folder"] / "shards" / "train")], MAX_LENGTH)
-    join(pairs, table, tmp_path / "joined.arrow")
+    join(kept(config), table, tmp_path / "joined.arrow")
     policy = load_policy(config)
     prepare(policy)
     packed = check_scoring(policy, "policy.model")

@@ -7,6 +7,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.schema import Config
+from pipeline.data.intake import KeptPair, Ledger, kept_pairs
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import load_tokenizer
 from support.processes import ROOT, Command
 
 HH = ROOT.parent / "shared" / "data" / "hh-rlhf-harmless.jsonl.gz"
@@ -44,6 +48,18 @@ def refshard(*arguments: Any, check: int | None = 0) -> subprocess.CompletedProc
     if check is not None:
         assert status == check, f"exit {status}, expected {check}\n{out}\n{err}"
     return subprocess.CompletedProcess(command.words, status, out, err)
+
+
+def logged_steps(output: Path) -> list[dict[str, float]]:
+    """What a finished run has logged of each step, evaluations left out."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def kept(config: Config) -> list[KeptPair]:
+    """The pairs that the settings' data comes to, under the policy's tokenizer."""
+    rows = read_rows(open_source(config.data))
+    return list(kept_pairs(rows, load_tokenizer(config), config.data, Ledger()))
 
 
 def write_log(folder: Path, lines: list[dict[str, Any] | str]) -> Path:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import ScoredPair, content_digest
-from pipeline.store.store import PartHeader, create_store, finish_store, write_part
+from pipeline.store.store import PartHeader, create_store, finish_store, open_store, read_parts, write_part
 
 IDENTITY: dict[str, Any] = {
     "schema": 1,
@@ -50,6 +50,11 @@ def write_store(folder: Path) -> None:
             ledger.skipped.append({"row": 9, "reason": "empty"})
         write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     assert finish_store(folder, UNITS) == []
+
+
+def stored_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a finished store, part by part."""
+    return [row for part in read_parts(open_store(folder)) for row in part.to_pylist()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
