@@ -13,24 +13,18 @@ from typing import Any
 import click
 import torch
 
-from pipeline.base.errors import ConfigError, DataError, RefshardError, printable
+from pipeline.base.errors import ConfigError, DataError, RefshardError
 from pipeline.config.schema import Config
 from pipeline.data.sources import describe
 from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
-from pipeline.store.store import check_identity
+from pipeline.store.store import check_identity, load_store
 from stages.check.estimate import Estimate, estimate
-from stages.check.findings import (
-    Findings,
-    add_up,
-    begun_stores,
-    look_at_set,
-    look_at_stores,
-)
+from stages.check.findings import Findings, add_up, look_at_set, look_at_stores
 from stages.check.hardware import Hardware, hardware_named
 from stages.check.printed import as_dict, as_text, gigabytes
-from stages.check.probe import Probe, probe_layer, this_hardware
+from stages.check.probe import probe_layer, this_hardware
 from stages.check.shapes import shapes_of
 
 __all__ = ["Limits", "above_limits", "run"]
@@ -41,18 +35,16 @@ class Limits:
     """Values above which the check fails; None: no limit."""
 
     max_dropped: float | None = None
-    """Share of the rows that are dropped."""
+    """Share of the rows."""
     max_cut: float | None = None
-    """Share of the kept pairs that have a completion cut."""
+    """Share of the kept pairs."""
     max_memory: int | None = None
     """Bytes of one device."""
     max_hours: float | None = None
-    """Hours of both stages together."""
+    """Both stages together."""
 
 
-def run(
-    config: Config, *, hardware: str = "here", rows: int | None = None, limits: Limits | None = None, as_json: bool
-) -> None:
+def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_json: bool) -> None:
     """Print what was found; fail afterwards if something is above its limit or would stop a stage.
 
     Args:
@@ -63,8 +55,8 @@ def run(
         as_json: Print one JSON object instead of text.
 
     Raises:
-        ConfigError: A setting is impossible, or more memory or time is needed than the limits allow.
-        DataError: Rows would stop stage one, or more are dropped or cut than the limits allow.
+        ConfigError: A setting is impossible, or above its limit.
+        DataError: Rows would stop stage one, or too many are dropped or cut.
         IdentityError: The stores are of another run.
     """
     if not config.train.is_empty:
@@ -77,24 +69,16 @@ def run(
     found = Findings(sets=sets, stores=stores)
     if sets["train"].ledger.kept:
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
-        estimated, probe = _estimate(config, found, planned, device)
         host = this_hardware(torch.device("cpu")).memory if planned is None else None
-        found = dataclasses.replace(found, estimate=estimated, probe=probe, host_memory=host)
-    text = json.dumps(as_dict(found), indent=1) if as_json else _text(found, config)
-    click.echo(text)
-    if any(state.differences for state in stores.values()):
-        check_identity(begun_stores(config, stores), identity_of_run(config, tokenizer))
-    if problems := [*_problems(config, found), *above_limits(found, limits or Limits())]:
+        found = dataclasses.replace(found, estimate=_estimate(config, found, planned, device), host_memory=host)
+    click.echo(json.dumps(as_dict(found), indent=1) if as_json else as_text(found, config.data.max_length))
+    if others := [load_store(state.folder) for state in stores.values() if state.differences]:
+        check_identity(others, identity_of_run(config, tokenizer))
+    if problems := [*_problems(config, found), *above_limits(found, limits)]:
         raise type(problems[0])("; ".join(map(str, problems)))
 
 
-def _text(found: Findings, config: Config) -> str:
-    return "\n".join(map(printable, as_text(found, config.data.max_length)))
-
-
-def _estimate(
-    config: Config, found: Findings, planned: Hardware | None, device: torch.device
-) -> tuple[Estimate, Probe | None]:
+def _estimate(config: Config, found: Findings, planned: Hardware | None, device: torch.device) -> Estimate:
     """Estimate the cost on the planned hardware, or on this machine, whose speed is then measured."""
     lengths = add_up({"train": found.sets["train"]}, found.stores)
     assert lengths is not None
@@ -112,16 +96,15 @@ def _estimate(
             training=resolve_dtype(config.policy.dtype, policy_model.to_dict()),
             autocast=torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else None,
         )
-    estimated = estimate(
+    return estimate(
         dataclasses.replace(config, reference=dataclasses.replace(config.reference, dtype=dtype)),
         shapes,
         lengths,
         planned or this_hardware(device),
         reference=None if reference_model is policy_model else shapes_of(reference_model),
         held_out=add_up({name: pairs for name, pairs in found.sets.items() if name != "train"}, found.stores),
-        measured=None if probe is None else (probe.forward, probe.training),
+        probe=probe,
     )
-    return estimated, probe
 
 
 def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
@@ -175,9 +158,8 @@ def above_limits(found: Findings, limits: Limits) -> Iterator[RefshardError]:
             )
     if limits.max_hours is None:
         return
-    if any(stage.seconds is None for stage in stages.values()):
+    seconds = [stage.seconds[1] for stage in stages.values() if stage.seconds is not None]
+    if len(seconds) < len(stages):
         yield ConfigError(f"--max-hours: the speed of {found.estimate.hardware.label} is not known")
-        return
-    hours = sum(stage.seconds[1] for stage in stages.values() if stage.seconds is not None) / 3600
-    if hours > limits.max_hours:
+    elif (hours := sum(seconds) / 3600) > limits.max_hours:
         yield ConfigError(f"both stages take about {hours:,.2f} hours; --max-hours allows {limits.max_hours:g}")

@@ -15,6 +15,7 @@ from pipeline.models.files import reference_quantization
 from pipeline.scoring.head import positions_of_chunk
 from pipeline.scoring.memory import tokens_for
 from stages.check.hardware import Hardware
+from stages.check.probe import Probe
 from stages.check.schedule import Schedule
 from stages.check.shapes import Shapes, activation_bytes, bytes_of, forward_flops, weight_bytes
 
@@ -44,7 +45,7 @@ class Lengths:
 
     pairs: int
     prompt_tokens: int
-    """Tokens of all prompts, each pair's counted once."""
+    """Each pair's prompt counted once."""
     chosen_tokens: int
     rejected_tokens: int
     longest_pair: int
@@ -63,7 +64,7 @@ class Lengths:
     @property
     def packed_tokens(self) -> int:
         """Tokens of a forward pass of each pair: its prompt once, and no completion's last token."""
-        return max(0, self.prompt_tokens + self.completion_tokens - 2 * self.pairs)
+        return self.prompt_tokens + self.completion_tokens - 2 * self.pairs
 
     @property
     def stage_one_tokens(self) -> int:
@@ -72,10 +73,8 @@ class Lengths:
     @property
     def context(self) -> float:
         """Mean number of tokens that a token of the mean pair attends to: those before it in its own sequence."""
-        if not self.pairs:
-            return 0.0
         p, c, r = (n / self.pairs for n in (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens))
-        return (p * p / 2 + c * (p + c / 2) + r * (p + r / 2)) / max(1.0, p + c + r)
+        return (p * p / 2 + c * (p + c / 2) + r * (p + r / 2)) / (p + c + r)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +86,15 @@ class StageEstimate:
     total_memory: int
     """Bytes of the fullest device at the time when all together are most."""
     flops: float
-    """Operations of all devices together."""
+    """All devices together."""
     seconds: tuple[float, float, float] | None
     """Seconds at best, as expected, at worst; None if the device's speed is unknown."""
     tokens: int
     """Tokens that are computed in all epochs."""
-    measured: bool
-    """True if the speed behind `seconds` was measured here, False if it is assumed."""
     batch_tokens: int
     """Tokens of the largest forward pass."""
     steps: int = 0
-    """Number of optimizer steps of stage two."""
-
-    @property
-    def memory_range(self) -> tuple[int, int]:
-        return round(MEMORY_BAND[0] * self.total_memory), round(MEMORY_BAND[1] * self.total_memory)
+    """Optimizer steps of stage two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +102,15 @@ class Estimate:
     """Approximate cost of a run on given hardware."""
 
     hardware: Hardware
+    probe: Probe | None
+    """Speed behind all times; None if it is assumed."""
     precompute: StageEstimate
     train: StageEstimate | None
     """None if the settings have no `train` section."""
     disk: Mapping[str, int]
     """Bytes on disk by what they are for."""
     host_memory: int
-    """Bytes of the CPU's memory while the policy is loaded, of all processes; each holds the whole policy."""
+    """Bytes of the CPU's memory while all processes load the policy; each holds the whole policy."""
 
     @property
     def stages(self) -> dict[str, StageEstimate]:
@@ -135,7 +130,7 @@ def estimate(
     *,
     reference: Shapes | None = None,
     held_out: Lengths | None = None,
-    measured: tuple[float, float] | None = None,
+    probe: Probe | None = None,
 ) -> Estimate:
     """Estimate what both stages of a run take on given hardware. Reads no file and loads nothing.
 
@@ -143,11 +138,10 @@ def estimate(
         config: The run's settings. `reference.dtype: auto` stands for bfloat16, the dtype of most checkpoints.
         shapes: Sizes of the policy.
         lengths: Tokens of the training set.
-        hardware: Devices that both stages use. With a reference that moves, one process alternates between the stages
-            on one device. Layers spread by `precompute.device_map` take turns.
+        hardware: Devices of both stages; one process on one device alternates between them if the reference moves.
         reference: Sizes of the reference if it is another model than the policy.
         held_out: Tokens of all held-out sets together.
-        measured: Operations per second of one device, forward alone and with backward, instead of a share of its peak.
+        probe: Speed of one device, instead of a share of its peak.
     """
     sync = config.reference.sync
     used = hardware if sync is None else replace(hardware, count=1)
@@ -162,10 +156,9 @@ def estimate(
     passes = [s.unscored for s in sets] if sync is None else schedule.passes_of_windows()
     return Estimate(
         hardware=hardware,
-        precompute=_stage_one(config, reference or shapes, sets, passes, used, measured and measured[0]),
-        train=None
-        if config.train.is_empty
-        else _stage_two(config, shapes, sets, schedule, used, measured and measured[1]),
+        probe=probe,
+        precompute=_stage_one(config, reference or shapes, sets, passes, used, probe and probe.forward),
+        train=None if config.train.is_empty else _stage_two(config, shapes, sets, schedule, used, probe),
         disk=_disk(config, shapes, sets, schedule),
         host_memory=used.count * (weight_bytes(shapes, config.policy.dtype, config.policy.quantization) + _PROGRAM),
     )
@@ -213,7 +206,6 @@ def _stage_one(
         flops=flops,
         seconds=_seconds(flops, replace(hardware, count=at_work), measured, sixteen=size == 2),
         tokens=round(sum(share * s.stage_one_tokens for share, s in done)),
-        measured=measured is not None,
         batch_tokens=tokens,
     )
 
@@ -224,7 +216,7 @@ def _stage_two(
     sets: Sequence[Lengths],
     schedule: Schedule,
     hardware: Hardware,
-    measured: float | None,
+    probe: Probe | None,
 ) -> StageEstimate:
     lengths, *held_out = sets
     tokens = lengths.longest_pair + (schedule.batch_pairs - 1) * lengths.usual_pair
@@ -242,29 +234,23 @@ def _stage_two(
         + through_head * forward_flops(shapes, 0, lengths.completion_tokens, 0)
     )
     computed = round(schedule.epochs * lengths.packed_tokens)
-    evaluations = len(schedule.evaluated)
     for s in held_out:
-        computed += evaluations * s.packed_tokens
-        flops += evaluations * forward_flops(shapes, s.packed_tokens, s.completion_tokens, s.context)
+        computed += len(schedule.evaluated) * s.packed_tokens
+        flops += len(schedule.evaluated) * forward_flops(shapes, s.packed_tokens, s.completion_tokens, s.context)
     sixteen = _has_autocast(config) or bytes_of(config.policy.dtype) == 2
     return StageEstimate(
         memory=memory,
         total_memory=total,
         flops=flops,
-        seconds=_seconds(flops, hardware, measured, sixteen=sixteen),
+        seconds=_seconds(flops, hardware, probe and probe.training, sixteen=sixteen),
         tokens=computed,
-        measured=measured is not None,
         batch_tokens=tokens,
         steps=schedule.steps,
     )
 
 
 def _training_memory(
-    config: Config,
-    shapes: Shapes,
-    lengths: Lengths,
-    hardware: Hardware,
-    tokens: int,
+    config: Config, shapes: Shapes, lengths: Lengths, hardware: Hardware, tokens: int
 ) -> dict[str, int]:
     """Return the bytes of one device while it trains on a batch of `tokens`, by what holds them."""
     options = config.train.options
@@ -317,13 +303,11 @@ def _own_memory(hardware: Hardware) -> tuple[str, int]:
 def _state_bytes(shapes: Shapes, options: Mapping[str, Any], size: int) -> int:
     """Return the bytes of the optimizer's states, for trained parameters of `size` bytes each."""
     optimizer = str(options.get("optim", "adamw"))
-    halved = any(name in optimizer for name in ("lion", "rmsprop", "adagrad"))
     if optimizer.startswith(("sgd", "adafactor")):
         # Adafactor's rows and columns are negligible.
-        size = 0
-    elif "8bit" in optimizer:
-        size = 1
-    return shapes.trained_parameters * size * (1 if halved else 2)
+        return 0
+    states = 1 if any(name in optimizer for name in ("lion", "rmsprop", "adagrad")) else 2
+    return shapes.trained_parameters * (1 if "8bit" in optimizer else size) * states
 
 
 def _chunk_bytes(shapes: Shapes, scored: int, size: int, hardware: Hardware, *, buffers: int) -> int:
@@ -347,14 +331,11 @@ def _is_checkpointed(config: Config) -> bool:
 def _seconds(
     flops: float, hardware: Hardware, measured: float | None, *, sixteen: bool
 ) -> tuple[float, float, float] | None:
-    if measured:
-        speeds = [measured * share for share in _MEASURED_BAND]
-    else:
-        peak = hardware.tflops_16bit if sixteen else hardware.tflops_32bit
-        if peak is None:
-            return None
-        speeds = [1e12 * peak * share for share in UTILISATION]
-    worst, about, best = (flops / (speed * hardware.count) for speed in speeds)
+    peak = hardware.tflops_16bit if sixteen else hardware.tflops_32bit
+    if measured is None and peak is None:
+        return None
+    band, speed = (UTILISATION, 1e12 * (peak or 0)) if measured is None else (_MEASURED_BAND, measured)
+    worst, about, best = (flops / (speed * share * hardware.count) for share in band)
     return best, about, worst
 
 

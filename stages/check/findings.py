@@ -1,12 +1,9 @@
 """Find what becomes of the rows of each set, and what stage one has already done with them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.base.folders import Folder, open_folder
 from pipeline.config.schema import Config
@@ -17,11 +14,10 @@ from pipeline.data.sources import count_rows, open_source
 from pipeline.data.survey import Survey, percentiles
 from pipeline.models.identity import differences, identity_of_run
 from pipeline.store.format import MANIFEST, pair_keys
-from pipeline.store.store import Store, is_finished, open_store, parts_there, read_manifest, read_parts
+from pipeline.store.store import load_store, read_parts
 from stages.check.estimate import Estimate, Lengths
-from stages.check.probe import Probe
 
-__all__ = ["Findings", "PairSet", "StoreState", "add_up", "begun_stores", "look_at_set", "look_at_stores"]
+__all__ = ["Findings", "PairSet", "StoreState", "add_up", "look_at_set", "look_at_stores"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +28,7 @@ class PairSet:
     ledger: Ledger
     survey: Survey
     rows: int | None
-    """Number of rows of the whole set; None if only a full read would tell."""
+    """Rows of the whole set; None if only a full read would tell."""
     only_first_rows: int | None
     """Number of rows that were surveyed if there are more; None: all."""
 
@@ -52,7 +48,7 @@ class StoreState:
     state: str
     """not begun, unfinished or finished."""
     differences: list[str] | None = None
-    """Fields in which the store's identity differs from this run's."""
+    """Fields of its identity that differ from this run's, with both values."""
     units_done: int | None = None
     units: int | None = None
     totals: Mapping[str, Any] | None = None
@@ -80,8 +76,6 @@ class Findings:
     stores: Mapping[str, StoreState]
     estimate: Estimate | None = None
     """None if no training pair was kept."""
-    probe: Probe | None = None
-    """None if nothing was measured here."""
     host_memory: int | None = None
     """Bytes of this machine's memory; None if the run is planned for another one."""
 
@@ -108,31 +102,27 @@ def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, bat
 
 def add_up(sets: Mapping[str, PairSet], stores: Mapping[str, StoreState]) -> Lengths | None:
     """Add up the tokens of some sets, extended to the rows that were not surveyed; None if no pair was kept."""
-    found = list(sets.values())
-    pair_lengths = [percentiles(s.survey.lengths.get("pair", {})) for s in found]
+    surveys = [(s.scale, s.survey) for s in sets.values()]
+    pair_lengths = [percentiles(survey.lengths.get("pair", {})) for _, survey in surveys]
     shared = {name: s.scale * s.survey.shared_tokens for name, s in sets.items()}
     missing = sum(
         shared[name] * (stores[name].missing_share(s.ledger.kept) if name in stores else 1.0)
         for name, s in sets.items()
     )
-    whole = sum(shared.values())
-    pairs = sum(round(s.scale * s.ledger.kept) for s in found)
+    pairs = sum(round(s.scale * s.ledger.kept) for s in sets.values())
     if not pairs:
         return None
     return Lengths(
         pairs=pairs,
-        prompt_tokens=_scored(found, "prompt"),
-        chosen_tokens=_scored(found, "chosen"),
-        rejected_tokens=_scored(found, "rejected"),
+        **{
+            f"{side}_tokens": sum(round(scale * survey.scored[side]) for scale, survey in surveys)
+            for side in ("prompt", "chosen", "rejected")
+        },
         longest_pair=max(p.get("p100", 0) for p in pair_lengths),
         usual_pair=max(p.get("p95", 0) for p in pair_lengths),
         shared_tokens=sum(map(round, shared.values())),
-        unscored=missing / whole if whole else 1.0,
+        unscored=missing / whole if (whole := sum(shared.values())) else 1.0,
     )
-
-
-def _scored(sets: Sequence[PairSet], side: str) -> int:
-    return sum(round(s.scale * s.survey.scored[side]) for s in sets)
 
 
 def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) -> dict[str, StoreState]:
@@ -151,37 +141,24 @@ def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) 
 
 
 def _state_of(folder: Folder, pairs: PairSet, identity: Mapping[str, Any], config: Config) -> StoreState:
-    manifest, there = read_manifest(folder), parts_there(folder)
-    found = differences(manifest["identity"], identity, joining=True)
-    begun = StoreState(folder=str(folder), state="unfinished", differences=found, units_done=len(there))
-    if is_finished(folder):
-        store = open_store(folder)
+    store = load_store(folder)
+    found = differences(store.manifest["identity"], identity, joining=True)
+    begun = StoreState(folder=str(folder), state="unfinished", differences=found, units_done=len(store.units))
+    if store.index:
         missing = None
         if pairs.only_first_rows is None and not found:
-            missing = pairs.survey.missing_from(
-                _first_bytes(pair_keys(part)) for part in read_parts(store, ["pair_key"])
-            )
+            # A survey keeps the first 8 bytes of a key, as a number.
+            parts = read_parts(store, ["pair_key"])
+            missing = pairs.survey.missing_from(pair_keys(part).astype("S8").view(">u8") for part in parts)
         return dataclasses.replace(
-            begun, state="finished", units=len(there), totals=store.index["totals"], pairs_missing=missing
+            begun, state="finished", units=len(store.units), totals=store.index["totals"], pairs_missing=missing
         )
     total = pairs.rows
     if total is None and pairs.only_first_rows is None:
         total = pairs.ledger.rows
-    if total is None or "window" in manifest["plan"]:
+    if total is None or "window" in store.manifest["plan"]:
         return begun
-    size = int(manifest["plan"].get("rows_per_shard", config.precompute.rows_per_shard))
+    size = int(store.manifest["plan"].get("rows_per_shard", config.precompute.rows_per_shard))
     units = -(-total // size)
-    rows_missing = sum(min(size, total - unit * size) for unit in range(units) if unit not in there)
+    rows_missing = sum(min(size, total - unit * size) for unit in range(units) if unit not in store.units)
     return dataclasses.replace(begun, units=units, rows_of_set=total, rows_missing=rows_missing)
-
-
-def begun_stores(config: Config, states: Mapping[str, StoreState]) -> list[Store]:
-    """Return the stores that have begun, with their manifests alone."""
-    output = open_folder(config.precompute.output)
-    folders = [output.child(name) for name, state in states.items() if state.state != "not begun"]
-    return [Store(folder=folder, manifest=read_manifest(folder), index={}) for folder in folders]
-
-
-def _first_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
-    """Return the first 8 bytes of each key as a number, as a survey keeps them."""
-    return keys.view(np.uint8).reshape(-1, 16)[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.base.errors import printable
 from pipeline.base.tables import aligned
 from pipeline.data.sources import describe
-from pipeline.data.survey import PERCENTILES, REASONS, percentiles
-from stages.check.estimate import MEMORY_BAND, UTILISATION, StageEstimate
+from pipeline.data.survey import PERCENTILES, REASONS, Survey, percentiles
+from stages.check.estimate import MEMORY_BAND, UTILISATION, Estimate, StageEstimate
 from stages.check.findings import Findings, PairSet, StoreState
 from stages.check.hardware import GB
 
@@ -18,7 +19,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
     """Return what `--json` prints."""
     return {
         "sets": {name: _set_as_dict(pairs) for name, pairs in found.sets.items()},
-        "estimate": _estimate_as_dict(found),
+        "estimate": None if found.estimate is None else _estimate_as_dict(found.estimate, found.host_memory),
         "stores": {
             name: {key: value for key, value in dataclasses.asdict(state).items() if value is not None}
             for name, state in found.stores.items()
@@ -41,7 +42,7 @@ def _set_as_dict(pairs: PairSet) -> dict[str, Any]:
         "lengths": {name: percentiles(counts) for name, counts in sorted(survey.lengths.items())},
         "tokens": {
             **{side: survey.scored[side] for side in ("prompt", "chosen", "rejected")},
-            "unshared": _unshared_tokens(pairs),
+            "unshared": _unshared_tokens(survey),
             "shared": survey.shared_tokens,
             "padded": survey.padded_tokens,
             "padded_batch_pairs": survey.batch_pairs,
@@ -51,37 +52,36 @@ def _set_as_dict(pairs: PairSet) -> dict[str, Any]:
     }
 
 
-def _unshared_tokens(pairs: PairSet) -> int:
-    scored = pairs.survey.scored
-    return 2 * scored["prompt"] + scored["chosen"] + scored["rejected"]
+def _unshared_tokens(survey: Survey) -> int:
+    return survey.scored.total() + survey.scored["prompt"]
 
 
-def _estimate_as_dict(found: Findings) -> dict[str, Any] | None:
-    estimate = found.estimate
-    if estimate is None:
-        return None
+def _estimate_as_dict(estimate: Estimate, host_memory_here: int | None) -> dict[str, Any]:
     return {
         "hardware": dataclasses.asdict(estimate.hardware),
         "memory_band": MEMORY_BAND,
-        "utilisation": None if estimate.precompute.measured else UTILISATION,
-        "probe": None if found.probe is None else dataclasses.asdict(found.probe),
-        "stages": {name: dataclasses.asdict(stage) for name, stage in estimate.stages.items()},
+        "utilisation": None if estimate.probe else UTILISATION,
+        "probe": estimate.probe and estimate.probe._asdict(),
+        "stages": {
+            name: dataclasses.asdict(stage) | {"measured": estimate.probe is not None}
+            for name, stage in estimate.stages.items()
+        },
         "host_memory": estimate.host_memory,
-        "host_memory_here": found.host_memory,
+        "host_memory_here": host_memory_here,
         "disk": dict(estimate.disk),
     }
 
 
-def as_text(found: Findings, max_length: int | None) -> list[str]:
-    """Return the lines for people. They quote the data, so they must be made printable."""
+def as_text(found: Findings, max_length: int | None) -> str:
+    """Return the text for people, made printable, since it quotes the data."""
     lines: list[str] = []
     for name, pairs in found.sets.items():
         lines += [f"{name}: {describe(pairs.source)}", *_set_lines(pairs, max_length), ""]
     if found.estimate is not None:
-        lines += [*estimate_lines(found), ""]
+        lines += [*estimate_lines(found.estimate, found.host_memory), ""]
     for name, state in found.stores.items():
         lines += _store_lines(name, state)
-    return lines
+    return "\n".join(map(printable, lines))
 
 
 def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
         yield from (f"  {line}" for line in aligned(rows))
         yield f"  before truncation at max_length {max_length}; total: prompt and longer completion"
     if ledger.kept:
-        shared, unshared, padded = survey.shared_tokens, _unshared_tokens(pairs), survey.padded_tokens
+        shared, unshared, padded = survey.shared_tokens, _unshared_tokens(survey), survey.padded_tokens
         prompts = survey.prompt_groups()
         yield ""
         yield (
@@ -121,18 +121,16 @@ def _share(count: int, whole: int) -> str:
     return f" ({count / whole:.1%})" if whole else ""
 
 
-def estimate_lines(found: Findings) -> Iterator[str]:
-    """Yield the lines about both stages, the CPU's memory and the disk. There must be an estimate."""
-    estimate, probe = found.estimate, found.probe
-    assert estimate is not None
-    hardware = estimate.hardware
+def estimate_lines(estimate: Estimate, host_memory_here: int | None) -> Iterator[str]:
+    """Yield the lines about both stages, the CPU's memory (its size here, if known) and the disk."""
+    hardware, probe, needed = estimate.hardware, estimate.probe, estimate.host_memory
     yield f"about, on {hardware.label} ({gigabytes(hardware.memory)} each; {hardware.source})"
     for name, stage in estimate.stages.items():
         yield from _stage_lines(name, stage, hardware.memory)
-    needed, here = estimate.host_memory, found.host_memory
     verdict = ""
-    if here is not None:
-        verdict = f": {'too much' if needed > here else 'fits'}, this machine has {gigabytes(here)}"
+    if host_memory_here is not None:
+        fits = "too much" if needed > host_memory_here else "fits"
+        verdict = f": {fits}, this machine has {gigabytes(host_memory_here)}"
     yield (
         f"  {'CPU memory':14}{gigabytes(needed)} on the machine, all its processes together, while each loads the "
         f"policy whole{verdict}"
@@ -142,7 +140,7 @@ def estimate_lines(found: Findings) -> Iterator[str]:
     if probe is not None:
         yield (
             f"  Measured here: one layer of the model reaches {probe.forward / 1e9:,.0f} GFLOP/s forward, "
-            f"{probe.training / 1e9:,.0f} in training ({probe.device}). The rest is arithmetic."
+            f"{probe.training / 1e9:,.0f} in training. The rest is arithmetic."
         )
     elif hardware.tflops_16bit is None:
         yield "  Nothing is measured, and the speed of this hardware is not known: no times."
@@ -158,7 +156,7 @@ def _stage_lines(name: str, stage: StageEstimate, memory: int) -> Iterator[str]:
     if not stage.tokens:
         yield f"  {name:14}done"
         return
-    low, high = stage.memory_range
+    low, high = (share * stage.total_memory for share in MEMORY_BAND)
     largest = sorted(stage.memory.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in largest)
     verdict = "too much" if low > memory else "maybe too much" if high > memory else "fits"
@@ -172,10 +170,9 @@ def _stage_lines(name: str, stage: StageEstimate, memory: int) -> Iterator[str]:
 
 def gigabytes(size: float) -> str:
     """Write a number of bytes in the unit that fits."""
-    for unit, name in ((GB, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}" if size < 100 * unit else f"{size / unit:,.0f} {name}"
-    return f"{size / 1000:,.0f} kB"
+    unit, name = (GB, "GB") if size >= GB else (10**6, "MB") if size >= 10**6 else (1000, "kB")
+    digits = 1 if unit > 1000 and size < 100 * unit else 0
+    return f"{size / unit:,.{digits}f} {name}"
 
 
 def _time(seconds: tuple[float, float, float] | None) -> str:

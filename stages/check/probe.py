@@ -5,13 +5,12 @@ The layer has the model's shape and random weights, so nothing is loaded. Its sp
 
 import copy
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 from pipeline.scoring.memory import name_of_device
 from stages.check.hardware import Hardware
@@ -28,29 +27,23 @@ _VOCABULARY = 32
 """Vocabulary of the probe's model, whose embedding and head are not timed."""
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """Operations per second of one layer."""
 
     forward: float
     training: float
     """Operations per second of forward and backward: of the layer's weights, or with an adapter of its input alone."""
-    device: str
-    seconds: float
-    """Length of the probe."""
 
 
 def this_hardware(device: torch.device) -> Hardware:
     """Describe this machine's device. Only a probe tells its speed."""
     if device.type == "cuda":
         memory = int(torch.cuda.get_device_properties(device).total_memory)
-        return Hardware(
-            name=name_of_device(device), memory=memory, count=torch.cuda.device_count(), source="this machine"
-        )
+        name, count = name_of_device(device), torch.cuda.device_count()
+        return Hardware(name=name, memory=memory, count=count, source="this machine")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(
-        name=f"this CPU, threads: {torch.get_num_threads()}", memory=memory, source="this machine", is_gpu=False
-    )
+    name = f"this CPU, threads: {torch.get_num_threads()}"
+    return Hardware(name=name, memory=memory, source="this machine", is_gpu=False)
 
 
 def probe_layer(
@@ -62,20 +55,11 @@ def probe_layer(
     training: str,
     autocast: torch.dtype | None,
 ) -> Probe | None:
-    """Time a few passes of one layer.
+    """Time a few passes of one layer of a transformers config, with stage one's dtype and with training's.
 
-    Args:
-        model_config: The transformers config of the text model.
-        shapes: Sizes of the model, which tell if its weights or an adapter are trained.
-        device: Device to time on.
-        scoring: Dtype of stage one's weights.
-        training: Dtype of the policy's weights.
-        autocast: 16-bit dtype of training's products if it is not the weights' dtype.
-
-    Returns:
-        None if one layer of the model can't be made alone, or takes more than a quarter of the device's memory.
+    Training's products run in `autocast` if it is given. `shapes` tell if the weights or an adapter are trained. Return
+    None if one layer can't be made alone, or takes more than a quarter of the device's memory.
     """
-    began = time.perf_counter()
     # Weights and gradients in float32.
     if 8 * shapes.layer_parameters // shapes.layers > this_hardware(device).memory / 4:
         return None
@@ -97,18 +81,16 @@ def probe_layer(
 
     model.eval().to(getattr(torch, scoring))
     with torch.inference_mode():
-        forward_seconds = _time(forward, device)
+        forward_seconds = _seconds_of(forward)
     model.train().to(getattr(torch, training))
     for name, parameter in model.named_parameters():
         # A trained embedding makes backward compute the gradient of the layer's input.
         parameter.requires_grad_(not shapes.has_adapter or "embed" in name)
-    train_seconds = _time(train, device)
+    train_seconds = _seconds_of(train)
     flops = forward_flops(shapes_of(model.config), tokens, 0, tokens / 2)
     return Probe(
         forward=flops / forward_seconds,
         training=flops * (2 if shapes.has_adapter else 3) / train_seconds,
-        device=name_of_device(device),
-        seconds=time.perf_counter() - began,
     )
 
 
@@ -124,18 +106,7 @@ def _one_layer(model_config: Any) -> Any:
     return library.from_config(alone, trust_remote_code=False, dtype=torch.float32)
 
 
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call: the median of some, after one to warm up."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    once()
-    taken = [once()]
-    while sum(taken) < _SECONDS and len(taken) < 20:
-        taken.append(once())
-    return sorted(taken)[len(taken) // 2]
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Return the median seconds of a call, which the timer warms up first."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=_SECONDS).median

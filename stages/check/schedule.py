@@ -13,7 +13,7 @@ class Schedule:
     """Steps of a run, by the `train` section and the number of training pairs."""
 
     options: Mapping[str, Any]
-    """The library's fields of the `train` section, converted. TrainingArguments' defaults hold for the others."""
+    """The library's fields of the section. TrainingArguments' defaults hold for the others."""
     pairs: int
     processes: int
     window: int | None = None
@@ -34,13 +34,13 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps."""
-        return self._max_steps or math.ceil(self.steps_per_epoch * self._num_epochs)
+        limit = int(self.options.get("max_steps", -1))
+        return limit if limit > 0 else math.ceil(self.steps_per_epoch * float(self.options.get("num_train_epochs", 3)))
 
     @property
     def epochs(self) -> float:
         """Number of epochs; the last step of an epoch takes the pairs that are left."""
-        return self.steps / self.steps_per_epoch if self._max_steps else self._num_epochs
+        return self.steps / self.steps_per_epoch
 
     @property
     def evaluated(self) -> set[int]:
@@ -60,10 +60,7 @@ class Schedule:
         return int(self.options.get("save_total_limit") or 0) or None
 
     def passes_of_windows(self) -> tuple[float, float]:
-        """Return how often all windows together score the training pairs, and the held-out pairs.
-
-        A window scores each pair that it trains on once, and the held-out pairs if it evaluates.
-        """
+        """Return how often all windows together score the training pairs, and, if they evaluate, the held-out pairs."""
         assert self.window is not None
         whole, rest = divmod(self.steps, self.window)
         trained = whole * min(1.0, self.window / self.steps_per_epoch) + min(1.0, rest / self.steps_per_epoch)
@@ -72,8 +69,7 @@ class Schedule:
     def references_at_once(self, *, evaluates: bool) -> int:
         """Return the largest number of moved references on disk: those that a kept checkpoint may resume from.
 
-        Args:
-            evaluates: True if held-out sets are evaluated, and so on a reference that moves at the very end.
+        A reference moves at the very end too if a held-out set is evaluated on it.
         """
         assert self.window is not None
         made = self.steps // self.window if evaluates else max(0, self.steps - 1) // self.window
@@ -86,14 +82,6 @@ class Schedule:
             kept = min(made, math.ceil((self.kept_checkpoints - 1) * between / self.window) + 2)
         # The first move writes the first reference beside it, merged and in float32.
         return max(2, kept)
-
-    @property
-    def _max_steps(self) -> int:
-        return max(0, int(self.options.get("max_steps", -1)))
-
-    @property
-    def _num_epochs(self) -> float:
-        return float(self.options.get("num_train_epochs", 3.0))
 
     def _due(self, option: str, default: str, every: float) -> set[int]:
         """Return the steps at which an action by steps or epochs is due, the last step among them."""

@@ -29,11 +29,11 @@ class Shapes:
     """Width of all key heads together."""
     vocabulary: int
     parameters: int
-    """Number of the model's parameters, without an adapter's."""
+    """The whole model, without an adapter."""
     layer_parameters: int
-    """Number of parameters of all decoder layers."""
+    """All decoder layers together."""
     active_parameters: int
-    """Number of those that one token passes; fewer in a mixture of experts."""
+    """Those of the layers that one token passes; fewer in a mixture of experts."""
     trained_parameters: int
     """All parameters, or the adapter's."""
     rank: int | None = None
@@ -50,14 +50,10 @@ class Shapes:
 
 
 def shapes_of(model_config: Any, policy: PolicyConfig | None = None) -> Shapes:
-    """Count a model's parameters and read its widths.
+    """Count the parameters and read the widths of a text model's transformers config.
 
-    Args:
-        model_config: The transformers config of the text model.
-        policy: Settings of the policy; the trained parameters are those of its adapter if it has one.
-
-    Raises:
-        ConfigError: The library makes no causal language model of the config.
+    The trained parameters are those of the policy's adapter, if it has one. Raises ConfigError if the library makes no
+    causal language model of the config.
     """
     import torch
 
@@ -119,13 +115,9 @@ def weight_bytes(shapes: Shapes, dtype: str, quantization: Quantization | None) 
 
 
 def forward_flops(shapes: Shapes, tokens: int, scored: int, context: float) -> float:
-    """Count the operations of a forward pass.
+    """Count the operations of a forward pass of `tokens` tokens, of which `scored` pass the head.
 
-    Args:
-        shapes: Sizes of the model.
-        tokens: Number of tokens that pass the layers.
-        scored: Number of positions that pass the head.
-        context: Mean number of tokens that a token attends to.
+    `context` is the mean number of tokens that a token attends to.
     """
     # A query meets `context` keys and as many values, with 2 operations for each of the 2 products.
     layers = tokens * (2 * shapes.active_parameters + 4 * shapes.layers * shapes.query * context)
@@ -137,13 +129,8 @@ def activation_bytes(shapes: Shapes, weights: str, *, autocast: bool) -> int:
 
     A norm keeps its input in float32 and, if its weight is trained, the normed input. A product keeps its input if its
     weight or an adapter's is trained. Attention keeps query, key, value and output. The gated feed-forward keeps its
-    two branches, and the gate after its activation. Under autocast every product keeps a 16-bit copy of its input; an
-    adapter, which stays in float32 on 16-bit weights, a float32 copy.
-
-    Args:
-        shapes: Sizes of the model.
-        weights: Dtype of the weights.
-        autocast: True if products run in 16 bits on float32 weights (`train.bf16`).
+    two branches, and the gate after its activation. Under autocast (`train.bf16` on float32 `weights`) every product
+    keeps a 16-bit copy of its input; an adapter, which stays in float32 on 16-bit weights, a float32 copy.
     """
     h, f, q, kv, r = shapes.hidden, shapes.intermediate, shapes.query, shapes.key_value, shapes.rank
     common = 3 * q + 2 * kv + 4 * f

@@ -24,13 +24,9 @@ from pipeline.config.training import TrainSection
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pack_pairs
-from stages.check.estimate import (
-    UTILISATION,
-    Estimate,
-    Lengths,
-    estimate,
-)
+from stages.check.estimate import UTILISATION, Estimate, Lengths, estimate
 from stages.check.hardware import Hardware, hardware_named
+from stages.check.probe import Probe
 from stages.check.shapes import Shapes, activation_bytes, forward_flops, shapes_of
 
 SIZES: dict[str, Any] = {
@@ -220,8 +216,8 @@ def test_work_is_six_operations_a_weight_and_token_and_divides_among_gpus() -> N
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one() -> None:
-    measured = estimate(make_config(), EIGHT, LENGTHS, hardware_named("24GB"), measured=(2e9, 1e9))
-    assert measured.train is not None and measured.train.measured
+    measured = estimate(make_config(), EIGHT, LENGTHS, hardware_named("24GB"), probe=Probe(2e9, 1e9))
+    assert measured.train is not None
     assert measured.train.seconds is not None and measured.precompute.seconds is not None
     assert measured.train.seconds[1] == pytest.approx(measured.train.flops / 0.9e9)
     assert measured.precompute.seconds[1] == pytest.approx(measured.precompute.flops / 1.8e9)
