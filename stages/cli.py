@@ -173,8 +173,8 @@ def sweep(prompts: int, max_tokens: int, reward_model: str | None, stop_at: floa
     """
     from stages.sweep import command as stage
 
-    replies = stage.Replies(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model)
-    stage.run(stage.Sweep(replies=replies, **given), _commands(stop_at))
+    asked = stage.Sweep(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model, **given)
+    stage.run(asked, _commands(stop_at))
 
 
 @main.command(short_help="Replies of a run's policy and reference.")

@@ -40,7 +40,6 @@ class View:
     html: Path | None = None
     """Page to write as well."""
     as_json: bool = False
-    """Print JSON instead of text."""
     full: bool = False
     """Print long prompts whole."""
     colors: bool | None = None
@@ -62,9 +61,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
 
     Raises:
         ConfigError: There is no such set, row or policy, or a model can't be loaded.
-        DataError: The data is damaged.
         UnfinishedError: The policy's run has saved nothing yet.
-        StorageError: The page can't be written.
     """
     source = open_set(config.data, set_name)
     trained = None
@@ -76,8 +73,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
     named = config.reference.declared or reference_sources(config)[0].name
     found = Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:
-        found = _with_stored(config, found, tokenizer)
-        found = _with_scores(config, found, tokenizer, recompute, trained)
+        found = _with_logps(config, found, tokenizer, recompute, trained)
     if view.html is not None:
         pages.write_page(view.html, as_page(found))
     if view.as_json:
@@ -94,33 +90,25 @@ def _is_colorful() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _with_stored(config: Config, found: Findings, tokenizer: Any) -> Findings:
-    pair = found.pair
+def _with_logps(config: Config, found: Findings, tokenizer: Any, recompute: bool, trained: Config | None) -> Findings:
+    """Add the log-probs of the store, of the reference, and of the policy: the reference of the settings `trained`."""
+    pair, gap = found.pair, None
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
     stored, remarks = find_stored(folder, pair.key, pair.row, identity_of_run(config, tokenizer))
     if stored is not None:
         pair = with_stored(pair, stored)
-    return dataclasses.replace(found, pair=pair, stored=stored, remarks=remarks)
-
-
-def _with_scores(config: Config, found: Findings, tokenizer: Any, recompute: bool, trained: Config | None) -> Findings:
-    """Score the pair with the reference and with the policy. One model is in memory at a time.
-
-    `trained` are settings whose reference is the policy.
-    """
-    pair, gap = found.pair, None
     if recompute and config.reference.declared is None:
         key = reference_sources(config)[0].key
         pair = with_logps(pair, "recomputed", *_score(pair, tokenizer, found.reference, in_one_process(config), key))
-        if found.stored is not None:
+        if stored is not None:
             quantization = reference_quantization(config)
             in_8_bits = quantization is not None and quantization.bits == 8
-            gap = compare(pair, allowed_gap(found.stored.noise, reference_dtype(config), in_8_bits=in_8_bits))
+            gap = compare(pair, allowed_gap(stored.noise, reference_dtype(config), in_8_bits=in_8_bits))
     if trained is not None:
         pair = with_logps(pair, "policy", *_score(pair, tokenizer, str(found.policy), trained, "--policy"))
-    remarks = (*found.remarks, *_remarks(config, recompute, trained is not None))
-    return dataclasses.replace(found, pair=pair, gap=gap, remarks=remarks)
+    remarks = (*remarks, *_remarks(config, recompute, trained is not None))
+    return dataclasses.replace(found, pair=pair, stored=stored, gap=gap, remarks=remarks)
 
 
 def _remarks(config: Config, recompute: bool, has_policy: bool) -> Iterator[str]:

@@ -123,23 +123,23 @@ def find_row(source: Source, number: int) -> Row:
 
 
 def explain_row(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, set_name: str) -> Explanation:
-    """Describe the outcome of a row: kept, or dropped and why; its tokens, and which of them are scored."""
+    """Describe the outcome of a row of a set."""
     outcome = outcome_of(row, tokenizer, data)
-    known: dict[str, Any] = {
-        "set_name": set_name,
-        "row": row.number,
-        "place": row.place,
-        "max_length": data.max_length,
-        "dropped": outcome.dropped,
-        "why": _why_dropped(outcome, data),
-    }
     pair, whole = outcome.pair, outcome.whole
+    known = Explanation(
+        set_name=set_name,
+        row=row.number,
+        place=row.place,
+        max_length=data.max_length,
+        dropped=outcome.dropped,
+        why=_why_dropped(outcome, data),
+    )
     if pair is None or whole is None or outcome.key is None:
         values = outcome.values or {}
         columns = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in values.items()}
-        return Explanation(**known, columns=columns)
-    return Explanation(
-        **known,
+        return dataclasses.replace(known, columns=columns)
+    return dataclasses.replace(
+        known,
         key=outcome.key.hex(),
         prompt=tuple(_tokens(tokenizer, whole.prompt_ids)),
         completions={side: _completion(getattr(pair, side), side, whole, outcome.kept, tokenizer) for side in SIDES},
@@ -149,10 +149,8 @@ def explain_row(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
 
 def _why_dropped(outcome: Outcome, data: DataConfig) -> str:
     if outcome.error is not None:
-        stops = data.on_bad_row == "stop"
-        return (
-            f"{outcome.error}. {'Both stages stop at it, since data.on_bad_row is stop' if stops else 'It is skipped'}"
-        )
+        fate = "Both stages stop at it, since data.on_bad_row is stop" if data.on_bad_row == "stop" else "It is skipped"
+        return f"{outcome.error}. {fate}"
     if outcome.dropped == "prompt_too_long" and outcome.whole is not None:
         return (
             f"its prompt alone has {len(outcome.whole.prompt_ids)} tokens, which leaves no room for a completion "
@@ -212,23 +210,20 @@ def with_logps(
     rejected: Sequence[float],
 ) -> Explanation:
     """Add log-probs of the first scored tokens, nats, and their sums to both completions."""
+
+    def added(to: Any, logp: float) -> Any:
+        return dataclasses.replace(to, **{kind: float(logp)})
+
     completions = {}
     for side, logps in zip(SIDES, (chosen, rejected), strict=True):
         completion = pair.completions[side]
-        known: list[dict[str, Any]] = [{kind: float(logp)} for logp in logps]
-        known += [{}] * (len(completion.tokens) - len(known))
-        tokens = [dataclasses.replace(token, **logp) for token, logp in zip(completion.tokens, known, strict=True)]
-        total: dict[str, Any] = {kind: add(logps)}
-        sums = dataclasses.replace(completion.sums, **total)
-        completions[side] = dataclasses.replace(completion, tokens=tuple(tokens), sums=sums)
+        tokens = (*map(added, completion.tokens, logps), *completion.tokens[len(logps) :])
+        # As both stages do: in float64, rounded once to float32.
+        total = np.array(logps, dtype=np.float64).sum().astype(np.float32)
+        completions[side] = dataclasses.replace(completion, tokens=tokens, sums=added(completion.sums, total))
     return dataclasses.replace(pair, completions=completions)
 
 
 def minus(a: float | None, b: float | None) -> float | None:
     """Return a - b; None if one of them is unknown."""
     return None if a is None or b is None else a - b
-
-
-def add(logps: Sequence[float]) -> float:
-    """Add log-probs as both stages do: in float64, rounded once to float32."""
-    return float(np.array(logps, dtype=np.float64).sum().astype(np.float32))

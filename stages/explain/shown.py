@@ -6,7 +6,7 @@ In a terminal and on a page tokens are colored by their log-prob; other text out
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -108,8 +108,7 @@ def as_json(found: Findings) -> str:
             for side, completion in pair.completions.items()
         },
     }
-    finite = json.loads(json.dumps(described), parse_constant=lambda name: None)
-    return json.dumps(finite, indent=1)
+    return json.dumps(json.loads(json.dumps(described), parse_constant=lambda name: None), indent=1)
 
 
 def _facts(found: Findings) -> dict[str, str]:
@@ -131,12 +130,9 @@ def _facts(found: Findings) -> dict[str, str]:
         if found.policy is not None:
             facts["policy"] = str(found.policy)
         if found.gap is not None:
-            facts["compared"] = f"stored and recomputed agree: {found.gap}"
-            if not found.gap.agrees:
-                facts["compared"] = (
-                    f"stored and recomputed DISAGREE: {found.gap}. This reference does not give the stored log-probs "
-                    "of this pair"
-                )
+            verdict = "agree" if found.gap.agrees else "DISAGREE"
+            otherwise = "" if found.gap.agrees else ". This reference does not give the stored log-probs of this pair"
+            facts["compared"] = f"stored and recomputed {verdict}: {found.gap}{otherwise}"
     remarks = [*pair.remarks, *found.remarks]
     return facts | {"remark" if i == 0 else f"remark {i + 1}": remark for i, remark in enumerate(remarks)}
 
@@ -151,19 +147,22 @@ def _counts(completion: Completion, max_length: int | None) -> str:
 
 def _sums(found: Findings) -> list[list[str]]:
     """Return the table of sums, nats: chosen, rejected, their difference. Unknown columns are left out."""
-    chosen, rejected = (_numbers(c.sums if (c := found.pair.completions.get(side)) else Logps()) for side in SIDES)
-    columns = {
-        title: [chosen[title], rejected[title], minus(chosen[title], rejected[title])]
-        for title in chosen
-        if chosen[title] is not None or rejected[title] is not None
-    }
-    if shifts := columns.get("policy - reference"):
-        columns[f"reward, beta {found.beta:g}"] = [None if v is None else found.beta * v for v in shifts]
-    rows = [
-        [name, *(_number(values[i]) for values in columns.values())]
-        for i, name in enumerate(("chosen", "rejected", "chosen - rejected"))
-    ]
-    return [["nats", *columns], *rows] if columns else []
+    if not found.pair.completions:
+        return []
+    chosen, rejected = (_numbers(found.pair.completions[side].sums) for side in SIDES)
+    rows = {"chosen": chosen, "rejected": rejected}
+    rows["chosen - rejected"] = {title: minus(chosen[title], rejected[title]) for title in chosen}
+    for numbers in rows.values():
+        shift = numbers["policy - reference"]
+        numbers[f"reward, beta {found.beta:g}"] = None if shift is None else found.beta * shift
+    known = _known(list(rows.values()))
+    table = [[name, *(_number(numbers[title]) for title in known)] for name, numbers in rows.items()]
+    return [["nats", *known], *table] if known else []
+
+
+def _known(rows: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """Return the titles of the columns that hold a number."""
+    return [title for title in rows[0] if any(numbers[title] is not None for numbers in rows)]
 
 
 def _number(value: float | None) -> str:
@@ -172,24 +171,22 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if value == 0 or not math.isfinite(value) or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def _cut(text: str, full: bool, most: int = 400) -> str:
-    return text if full or len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
+def _cut(text: str, full: bool) -> str:
+    return text if full or len(text) <= 400 else f"{text[:400]} ... ({len(text):,} characters)"
 
 
-def _shortened(prompt: Sequence[Token], full: bool) -> tuple[Sequence[Token], int, Sequence[Token]]:
-    """Return the head of a prompt, the number of tokens left out, and its end."""
-    if full or len(prompt) <= _HEAD + _TAIL:
-        return prompt, 0, ()
-    return prompt[:_HEAD], len(prompt) - _HEAD - _TAIL, prompt[-_TAIL:]
+def _hidden(prompt: Sequence[Token], full: bool) -> int:
+    """Return the number of a prompt's tokens that are left out between its head and its end."""
+    return 0 if full else max(0, len(prompt) - _HEAD - _TAIL)
 
 
 def _heat_maps(pair: Explanation, full: bool) -> Iterator[str]:
-    width, plain = shutil.get_terminal_size().columns, of_logps()
-    head, left_out, tail = _shortened(pair.prompt, full)
-    yield from ("", click.style("prompt", bold=True), *on_terminal([_cell(t, None) for t in head], plain, width))
-    if left_out:
-        yield click.style(f"... {left_out:,} tokens, shown with --full ...", italic=True)
-        yield from on_terminal([_cell(t, None) for t in tail], plain, width)
+    width, prompt = shutil.get_terminal_size().columns, [_cell(token, None) for token in pair.prompt]
+    yield from ("", click.style("prompt", bold=True))
+    if hidden := _hidden(pair.prompt, full):
+        yield from on_terminal(prompt[:_HEAD], of_logps(), width)
+        yield click.style(f"... {hidden:,} tokens, shown with --full ...", italic=True)
+    yield from on_terminal(prompt[-_TAIL:] if hidden else prompt, of_logps(), width)
     for title, scale, values in _maps(pair):
         for side, completion in pair.completions.items():
             yield from ("", click.style(f"{side}, {title}", bold=True))
@@ -238,23 +235,22 @@ def _role(token: Token) -> str:
 
 
 def _token_tables(pair: Explanation, full: bool) -> Iterator[str]:
-    head, left_out, tail = _shortened(pair.prompt, full)
-    yield from ("", "prompt", *_table(_token_table(head)))
-    if left_out:
-        yield f"... {left_out:,} tokens, shown with --full ..."
-        yield from _table(_token_table(tail))[1:]
+    lines = _table(_token_table(pair.prompt))
+    if hidden := _hidden(pair.prompt, full):
+        lines[1 + _HEAD : -_TAIL] = [f"... {hidden:,} tokens, shown with --full ..."]
+    yield from ("", "prompt", *lines)
     for side, completion in pair.completions.items():
         yield from ("", side, *_table(_token_table(completion.tokens)))
 
 
 def _token_table(tokens: Sequence[Token]) -> list[list[str]]:
-    numbers = [_numbers(token) for token in tokens]
-    known = [title for title in _numbers(Logps()) if any(values[title] is not None for values in numbers)]
-    rows = [
-        [token.text, str(token.id), _role(token), *(_number(values[title]) for title in known)]
-        for token, values in zip(tokens, numbers, strict=True)
+    rows = [_numbers(token) for token in tokens]
+    known = _known(rows)
+    table = [
+        [token.text, str(token.id), _role(token), *(_number(numbers[title]) for title in known)]
+        for token, numbers in zip(tokens, rows, strict=True)
     ]
-    return [["token", "id", "", *(title if title == "difference" else f"{title} logp" for title in known)], *rows]
+    return [["token", "id", "", *(title if title == "difference" else f"{title} logp" for title in known)], *table]
 
 
 def _left(header: Sequence[str]) -> list[int]:

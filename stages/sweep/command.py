@@ -33,17 +33,7 @@ from pipeline.store.store import is_finished
 from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
 
-__all__ = ["Replies", "Sweep", "run"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replies:
-    """Options of `refshard generate` for each run."""
-
-    num_prompts: int
-    """0: none"""
-    max_tokens: int
-    reward_model: str | None
+__all__ = ["Sweep", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +41,14 @@ class Sweep:
     """A sweep as the command line asks for it."""
 
     config_file: Path
-    """Settings that all runs share"""
     overrides: Sequence[str]
-    """`key=value` on top of them"""
+    """`key=value` of all runs, on top of the file"""
     over: Sequence[str]
     """`key=value,value,...`: the differences between the runs"""
-    replies: Replies
+    num_prompts: int
+    """Number of prompts that each policy replies to; 0: none"""
+    max_tokens: int
+    reward_model: str | None = None
     processes: int = 1
     """Number of processes of each stage"""
     into: Path | None = None
@@ -86,25 +78,28 @@ def run(sweep: Sweep, commands: Commands) -> None:
     _check_served(base, runs, sweep.processes)
     drawn = _can_draw()
     import_libraries()
-    needs_shards = any(not one.moves for one in runs) and base.reference.declared is None
-    if needs_shards and not _is_scored(base) and (status := commands.run("precompute", *sweep.words(sweep.overrides))):
-        raise click.exceptions.Exit(status)
+    # A reference that moves has shards of each window.
+    if base.reference.declared is None and any(one.config.reference.sync is None for one in runs):
+        output = open_folder(base.precompute.output)
+        is_scored = all(is_finished(output.child(name)) for name in base.data.sets)
+        if not is_scored and (status := commands.run("precompute", *sweep.words(sweep.overrides))):
+            raise click.exceptions.Exit(status)
     trained: list[_OneRun] = []
     failures: dict[str, int] = {}
     for number, one in enumerate(runs, start=1):
-        click.echo(f"\nRun {number} of {len(runs)}: {', '.join(one.member.overrides)}, in {one.folder}")
+        click.echo(f"\nRun {number} of {len(runs)}: {one.values}, in {one.folder}")
         status = commands.run("train", *sweep.words(one.overrides))
         if status == 0:
             trained.append(one)
             # A reference that is known by name alone can't generate.
-            if sweep.replies.num_prompts and one.config.reference.declared is None:
-                status = _generate(one, sweep.replies, commands)
+            if sweep.num_prompts and one.config.reference.declared is None:
+                status = _generate(one, sweep, commands)
         if status in _ENDS_ALL or (status and commands.flag):
-            click.echo(f"The sweep ends with {one.member.name}; the same command resumes with it", err=True)
+            click.echo(f"The sweep ends with {one.folder.name}; the same command resumes with it", err=True)
             raise click.exceptions.Exit(status)
         if status:
-            click.echo(f"{one.member.name} failed with exit status {status}; the next run follows", err=True)
-            failures[one.member.name] = status
+            click.echo(f"{one.folder.name} failed with exit status {status}; the next run follows", err=True)
+            failures[one.folder.name] = status
     _compare([read_run(one.folder) for one in trained], parent, drawn=drawn)
     if failures:
         names = ", ".join(f"{name} (exit status {status})" for name, status in failures.items())
@@ -118,18 +113,14 @@ _ENDS_ALL = (ConfigError.exit_status, StorageError.exit_status, UnfinishedError.
 
 @dataclass(frozen=True)
 class _OneRun:
-    """A member of the grid, with its settings."""
+    """A member of the grid with its settings."""
 
-    member: Member
+    values: str
+    """`key=value` of the settings that differ"""
     config: Config
     overrides: tuple[str, ...]
     """All overrides of the file"""
     folder: Path
-
-    @property
-    def moves(self) -> bool:
-        """True if its reference moves, so that stage one runs between its windows."""
-        return self.config.reference.sync is not None
 
 
 def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
@@ -148,19 +139,15 @@ def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
         config = load_config(sweep.config_file, together)
     _ = config.train.options  # refuses a wrong field before anything runs
     guard_run(config)
-    return _OneRun(member, config, together, folder)
+    return _OneRun(", ".join(member.overrides), config, together, folder)
 
 
 def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None:
-    """Make sure that one set of shards serves all runs.
-
-    Raises:
-        ConfigError: A run needs another reference or tokenization.
-    """
+    """Make sure that one set of shards serves all runs. Raises ConfigError."""
     shared = identity_of_run(base, load_tokenizer(base))
-    for one in runs:
-        what = f"--over {', '.join(one.member.overrides)}"
-        if one.moves and processes > 1:
+    for i, one in enumerate(runs):
+        what = f"--over {one.values}"
+        if one.config.reference.sync is not None and processes > 1:
             raise ConfigError(f"--processes {processes}: {what} moves the reference, and such a run is one process")
         found = differences(shared, identity_of_run(one.config, load_tokenizer(one.config)), joining=True)
         if found:
@@ -172,19 +159,14 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
             raise ConfigError(
                 f"{what}: the held-out set {min(unscored)} is not scored for all runs. Name it in the file"
             )
-    for i, one in enumerate(runs):
-        twin = next((other for other in runs[:i] if _same_settings(one.config, other.config)), None)
-        if twin is not None:
-            names = f"{', '.join(twin.member.overrides)} and {', '.join(one.member.overrides)}"
-            raise ConfigError(f"--over: {names} are the same settings")
+        if twin := next((other for other in runs[:i] if _told(other.config) == _told(one.config)), None):
+            raise ConfigError(f"--over: {twin.values} and {one.values} are the same settings")
 
 
-def _same_settings(one: Config, other: Config) -> bool:
-    def told(config: Config) -> object:
-        own = dataclasses.replace(config.train, output_dir=None, given={})
-        return config.data, config.policy, config.reference, config.loss, own, config.train.options
-
-    return told(one) == told(other)
+def _told(config: Config) -> object:
+    """Return the settings in which two runs of a sweep may differ."""
+    own = dataclasses.replace(config.train, output_dir=None, given={})
+    return config.data, config.policy, config.reference, config.loss, own, config.train.options
 
 
 def _can_draw() -> bool:
@@ -197,34 +179,25 @@ def _can_draw() -> bool:
     return True
 
 
-def _is_scored(config: Config) -> bool:
-    output = open_folder(config.precompute.output)
-    return all(is_finished(output.child(name)) for name in config.data.sets)
-
-
-def _generate(one: _OneRun, replies: Replies, commands: Commands) -> int:
-    """Generate a finished run's replies, unless they are there. Returns an exit status."""
-    set_name = next(iter(one.config.data.eval), "train")
-    if _has_replies(read_run(one.folder), replies, set_name, read_json(one.folder / RECORD)["step"]):
-        return 0
-    words = ["--set", set_name, "--prompts", str(replies.num_prompts), "--max-tokens", str(replies.max_tokens)]
-    words += ["--temperature", str(_TEMPERATURE), "--seed", str(_SEED)]
-    if replies.reward_model is not None:
-        words += ["--reward-model", replies.reward_model]
-    return commands.run("generate", str(one.folder), *words)
-
-
 _TEMPERATURE, _SEED = 1.0, 0
 """Temperature 1 estimates the KL without bias; a shared seed makes the runs' replies comparable"""
 
 
-def _has_replies(run: Run, replies: Replies, set_name: str, step: int) -> bool:
-    """Return True if a run's replies are of the asked policy, set and sampling."""
-    asked = (step, set_name, replies.num_prompts, replies.max_tokens, _TEMPERATURE, _SEED, replies.reward_model)
+def _generate(one: _OneRun, sweep: Sweep, commands: Commands) -> int:
+    """Generate a finished run's replies, unless those of its policy, set and sampling exist. Returns an exit status."""
+    set_name, step = next(iter(one.config.data.eval), "train"), read_json(one.folder / RECORD)["step"]
+    asked = (step, set_name, sweep.num_prompts, sweep.max_tokens, _TEMPERATURE, _SEED, sweep.reward_model)
     there = {
-        (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by) for g in run.generations
+        (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by)
+        for g in read_run(one.folder).generations
     }
-    return there == {asked}
+    if there == {asked}:
+        return 0
+    words = ["--set", set_name, "--prompts", str(sweep.num_prompts), "--max-tokens", str(sweep.max_tokens)]
+    words += ["--temperature", str(_TEMPERATURE), "--seed", str(_SEED)]
+    if sweep.reward_model is not None:
+        words += ["--reward-model", sweep.reward_model]
+    return commands.run("generate", str(one.folder), *words)
 
 
 def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:

@@ -21,10 +21,7 @@ class Member:
 
 
 def make_grid(over: Sequence[str]) -> list[Member]:
-    """Combine the values of all settings; the last setting's change first.
-
-    Args:
-        over: `key=value,value,...` each.
+    """Combine the values of all settings, `key=value,value,...` each; the last setting's change first.
 
     Raises:
         ConfigError: A text has another form, or a key or value is repeated.
@@ -78,10 +75,7 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
     return {key: key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)}
 
 
-_LONGEST = 60
-
-
 def _plain(value: str) -> str:
     """Write a value as a part of a folder's name."""
     words = re.sub(r"[^\w.+-]+", "-", re.sub(r"\s*,\s*", "+", value), flags=re.ASCII).strip("-.")
-    return words[:_LONGEST] or "empty"
+    return words[:60] or "empty"

@@ -121,12 +121,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
 def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
     make_run: MakeRun, tmp_path: Path, over: str, said: str
 ) -> None:
-    replies = command.Replies(num_prompts=0, max_tokens=1, reward_model=None)
+    sweep = command.Sweep(config_file=make_run(), overrides=[], over=[over], num_prompts=0, max_tokens=1)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        command.run(
-            command.Sweep(config_file=make_run(), overrides=[], over=[over], replies=replies),
-            Commands(entry=cli.run, flag=StopFlag()),
-        )
+        command.run(sweep, Commands(entry=cli.run, flag=StopFlag()))
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "policy").exists()
 
