@@ -38,15 +38,7 @@ def run(
     reward_model: str | None,
     stop_at: float | None = None,
 ) -> None:
-    """Draw replies, score them, and write them to the run's folder.
-
-    Args:
-        run_folder: Folder of a run that is finished or has saved a checkpoint.
-        set_name: `train`, or a set of data.eval. None takes the first set of data.eval, else `train`.
-        num_prompts: Number of prompts, spread evenly over the set.
-        sampling: Options of drawing.
-        reward_model: Folder or hub name of a sequence classifier that gives rewards.
-        stop_at: Time to stop, on `time.monotonic`'s clock.
+    """Draw replies to prompts spread evenly over a set, score them, and write them to the run's folder.
 
     Raises:
         ConfigError: The run, its set or a model can't be used.

@@ -35,16 +35,8 @@ __all__ = ["run"]
 def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: str, overwrite: bool = False) -> None:
     """Read scores and write them as a store, ready for stage two.
 
-    A column of numbers holds sums over a completion's tokens; a column of lists holds a log-prob for each token.
-
-    Args:
-        config: The run's settings. Its `reference` identifies the scorer: a model whose weights are digested, or a name
-            (`reference.declared`).
-        scores: Parquet or JSON Lines file with the pairs' columns, as `data` describes them, and the scores' columns.
-        set_name: `train`, or a set of `data.eval`.
-        chosen: Column of the chosen completions' scores.
-        rejected: Column of the rejected completions' scores.
-        overwrite: Delete the store that is there.
+    A column of numbers holds sums over a completion's tokens; a column of lists holds a log-prob for each token. The
+    settings' `reference` identifies the scorer: a model whose weights are digested, or a name (`reference.declared`).
 
     Raises:
         ConfigError: The set or the file does not exist, or settings rule imported scores out.

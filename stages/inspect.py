@@ -6,7 +6,7 @@ Needs pyarrow and numpy only (and Plotly for the page), so it runs on any machin
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,31 @@ import click
 
 from pipeline.base import statistics
 from pipeline.base.errors import UnfinishedError, printable
+from pipeline.base.tables import aligned
 from pipeline.store import ranking
-from pipeline.store.contents import Contents, describe, explain_command, identity_facts, read_contents
+from pipeline.store.contents import (
+    Contents,
+    describe,
+    identity_facts,
+    length_block,
+    margin_note,
+    read_contents,
+    suspicious_blocks,
+)
 from pipeline.store.store import find_stores
 
 __all__ = ["run"]
 
 _EXAMPLES = 10
 """Examples of each kind of suspicious pairs; JSON and the page have more"""
+_COLUMNS = 110
+"""Width of the text"""
 _BAR = 40
 """Columns of the longest bar"""
 
 
 def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
-    """Print the contents of one store, or of each store of an output folder.
-
-    Args:
-        where: Folder or URL.
-        as_json: Print JSON instead of text.
-        page: File to write an HTML page with pictures to.
+    """Print the contents of the store at a folder or URL, or of each store of an output folder.
 
     Raises:
         ConfigError: A page is asked for, and Plotly is not installed.
@@ -64,13 +70,27 @@ def _as_text(entry: Mapping[str, Any], store: Contents) -> str:
     lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished: its parts so far)")]
     lines += [f"  {name:<13} {said}" for name, said in identity_facts(entry).items()]
     if entry["pairs"]:
-        lines += ["", *_percentiles(entry), "", *_preferences(entry), "", *_bars(store)]
-        lines += [line for block in _suspicious(entry) for line in ("", *block)]
+        lines += ["", *_indented(_percentiles(entry)), "", *_wrapped(margin_note(entry)), "", *_bars(store)]
+        for block in (length_block(entry), *suspicious_blocks(entry, _EXAMPLES)):
+            lines += ["", *_wrapped(block.text)]
+            lines += _indented([block.header, *(map(_cell, row) for row in block.rows)]) if block.rows else []
     return "\n".join(map(printable, lines))
 
 
-def _percentiles(entry: Mapping[str, Any]) -> Iterator[str]:
-    yield f"  {'':22}" + "".join(f"{f'{p}%':>10}" for p in statistics.PERCENTILES) + f"{'mean':>10}"
+def _wrapped(text: str) -> list[str]:
+    return click.wrap_text(text, _COLUMNS, "  ", "  ").split("\n")
+
+
+def _indented(rows: Iterable[Iterable[str]]) -> list[str]:
+    return [f"  {line}" for line in aligned([list(row) for row in rows])]
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def _percentiles(entry: Mapping[str, Any]) -> Iterator[list[str]]:
+    yield ["", *(f"{p}%" for p in statistics.PERCENTILES), "mean"]
     rows = [
         (f"{name} tokens", values | {"mean": values["total"] / entry["pairs"]}, 1)
         for name, values in entry["tokens"].items()
@@ -81,28 +101,7 @@ def _percentiles(entry: Mapping[str, Any]) -> Iterator[str]:
     ]
     for label, values, digits in rows:
         shown = [*(values[f"p{p}"] for p in statistics.PERCENTILES), values["mean"]]
-        yield f"  {label:22}" + "".join(f"{value:>10,.{digits}f}" for value in shown)
-
-
-def _preferences(entry: Mapping[str, Any]) -> Iterator[str]:
-    margin, bias = entry["reference_margin"], entry["length_bias"]
-    yield (
-        f"  The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the "
-        f"pairs ({margin['share_chosen_preferred_per_token']:.1%} per token); the chosen one is longer in "
-        f"{entry['share_chosen_longer']:.1%}."
-    )
-    yield "  margin = log p(chosen) - log p(rejected) under the reference; per token: of the completions' means."
-    yield ""
-    yield f"  {'longer completion':22}{'pairs':>12}{'prefers chosen':>18}{'per token':>12}"
-    for side, found in bias["longer"].items():
-        shares = [found["share_chosen_preferred"], found["share_chosen_preferred_per_token"]]
-        whole, per_token = ("-" if share is None else f"{share:.1%}" for share in shares)
-        yield f"  {side:22}{found['pairs']:>12,}{whole:>18}{per_token:>12}"
-    if bias["correlation"] is not None and bias["correlation_per_token"] is not None:
-        yield (
-            f"  Correlation of the margin with how much longer the chosen completion is: {bias['correlation']:+z.2f} "
-            f"({bias['correlation_per_token']:+z.2f} per token)."
-        )
+        yield [label, *(f"{value:,.{digits}f}" for value in shown)]
 
 
 def _bars(store: Contents) -> Iterator[str]:
@@ -126,69 +125,3 @@ def _bar(share: float, *, blocks: bool) -> str:
         return "#" * (max(1, round(share * _BAR)) if share else 0)
     eighths = max(1, round(share * _BAR * 8)) if share else 0
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def _suspicious(entry: Mapping[str, Any]) -> Iterator[list[str]]:
-    found = entry["suspicious"]
-    rows: list[int] = []
-    if worst := found["likely_mislabelled"]:
-        rows.append(worst[0]["row"])
-        yield [
-            "  Likely mislabelled, or least known to the reference: it finds the rejected completion more likely, in",
-            "  sum and, by the most, per token. The reference is not a judge, so look at a pair before you drop it.",
-            *_pairs_table(worst[:_EXAMPLES]),
-        ]
-    if found["duplicates"]["count"]:
-        examples = found["duplicates"]["examples"]
-        rows.append(examples[0]["again_in_row"])
-        yield [
-            f"  {found['duplicates']['count']:,} duplicates (the key of an earlier pair): "
-            + ", ".join(f"row {e['again_in_row']} is row {e['row']}" for e in examples[:_EXAMPLES])
-            + _more(found["duplicates"]["count"])
-        ]
-    if found["same_on_both_sides"]["count"]:
-        same = found["same_on_both_sides"]
-        yield [
-            f"  {same['count']:,} with the same completion on both sides, as scored (equal lengths and sums): row "
-            + ", ".join(map(str, same["rows"][:_EXAMPLES]))
-            + _more(same["count"])
-        ]
-    if found["likely_swapped"]["count"]:
-        swapped = found["likely_swapped"]
-        yield [
-            f"  {swapped['count']:,} likely swapped: an earlier pair's three lengths, and its sums within "
-            f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen",
-            f"  and rejected swapped.{_by_chance(swapped)}",
-            *_pairs_table([pair for both in swapped["examples"][: _EXAMPLES // 2] for pair in both]),
-        ]
-    if rows:
-        yield [f"  To look at a pair as the models see it: {explain_command(entry, rows[0])}"]
-
-
-def _pairs_table(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield (
-        f"  {'row':>12}{'margin a token':>16}{'margin':>12}{'prompt tokens':>15}{'chosen tokens, nats':>22}"
-        f"{'rejected tokens, nats':>23}"
-    )
-    for pair in examples:
-        chosen, rejected = (
-            f"{pair[f'{side}_tokens']:,} {pair[f'ref_{side}_logps']:>11,.3f}" for side in ("chosen", "rejected")
-        )
-        yield (
-            f"  {pair['row']:>12}{pair['margin_per_token']:>16,.3f}{pair['margin']:>12,.2f}{pair['prompt_tokens']:>15,}"
-            f"{chosen:>22}{rejected:>23}"
-        )
-
-
-def _more(count: int) -> str:
-    return f" and {count - _EXAMPLES:,} more" if count > _EXAMPLES else ""
-
-
-def _by_chance(swapped: Mapping[str, Any]) -> str:
-    """Estimate the chance matches: as many pairs as coincide without a swap."""
-    if not swapped["coincide_in_the_same_order"]:
-        return ""
-    return (
-        f" {swapped['coincide_in_the_same_order']:,} others coincide in the same order, so about as many of these "
-        "may be chance."
-    )

@@ -25,21 +25,14 @@ from stages.subprocesses import import_libraries
 __all__ = ["run"]
 
 _UNFINISHED = UnfinishedError.exit_status
-
-
 # Time for the others to end after one has failed: a batch, unless they wait for the one that is gone.
 _SECONDS_TO_END = 30.0
 
 
 def run(entry: Callable[[], None], count: int, words: Sequence[str]) -> None:
-    """Run `refshard WORDS` in `count` processes and wait for all of them.
+    """Run `refshard WORDS` in `count` processes and wait for all of them; `entry` reads the words from `sys.argv`.
 
     After one has failed, the others are asked to stop, and killed if they do not.
-
-    Args:
-        entry: Entry of the command line, which reads `sys.argv`.
-        count: Number of processes.
-        words: The command without the program's name.
 
     Raises:
         ConfigError: This process is one of several itself.

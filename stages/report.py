@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from pipeline.report.comparison import common_folder
-from pipeline.report.pages import check_charts, has_charts, write_page
+from pipeline.report.pages import check_charts, write_page
 from pipeline.report.run_page import report_page
 from pipeline.run.reading import read_run
 
@@ -14,11 +14,7 @@ __all__ = ["run"]
 
 
 def run(folders: Sequence[Path], *, output: Path | None = None) -> None:
-    """Read runs, finished or not, and write their page.
-
-    Args:
-        folders: Folders of the runs; a repeated folder is shown once.
-        output: File of the page. None writes `report.html` into the run's folder, or into the runs' common folder.
+    """Read runs, finished or not, each once, and write their page.
 
     Raises:
         ConfigError: A folder is not a run's, or Plotly is not installed.
@@ -30,7 +26,6 @@ def run(folders: Sequence[Path], *, output: Path | None = None) -> None:
     text = report_page(runs)
     write_page(file, text)
     named = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    size = f"{len(text.encode()) / 1e6:.1f} MB, most of it the charts' library; " if has_charts(text) else ""
     num_remarks = sum(len(one.remarks) for one in runs)
     remarks = f"; {num_remarks} remarks, under Summary" if num_remarks else ""
-    click.echo(f"{named} in {file} ({size}it opens without a network){remarks}")
+    click.echo(f"{named} in {file} ({len(text.encode()) / 1e6:.1f} MB; it opens without a network){remarks}")

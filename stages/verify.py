@@ -1,6 +1,7 @@
 """Check stores: every digest, row, and sum; and, with `--model`, a sample of log-probs scored again."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -15,13 +16,7 @@ __all__ = ["run"]
 
 
 def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
-    """Check one store, or each store of an output folder, and print the findings.
-
-    Args:
-        where: Folder or URL.
-        model: Reference model to score some pairs of each store again with; None to skip this.
-        sample: Number of pairs to score again.
-        clean: Also delete old temporary files of killed writers.
+    """Check the store at a folder or URL, or each store of an output folder, and print the findings.
 
     Raises:
         DataError: A file is damaged or missing. All problems are printed before.
@@ -146,12 +141,10 @@ def _config(store: Store, model: str) -> Config:
 
 def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
     """Give rows of the store by their number in the dataset, evenly spread."""
-    ends = np.cumsum([part["rows"] for part in store.parts])
-    total = int(ends[-1]) if len(ends) else 0
-    at = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    ends = np.cumsum([0, *(part["rows"] for part in store.parts)])
+    at = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).round().astype(int))
     rows = {}
-    for number, end in enumerate(ends):
-        start = int(end) - store.parts[number]["rows"]
+    for number, (start, end) in enumerate(pairwise(ends)):
         inside = at[(at >= start) & (at < end)] - start
         if len(inside):
             rows.update({row["row"]: row for row in read_part(store, number).take(inside).to_pylist()})

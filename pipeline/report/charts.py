@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipeline.base.errors import printable
 from pipeline.base.statistics import histogram
+from pipeline.replies.means import Mean
 from pipeline.report.pages import COLORS, GRAY, chart
 
 __all__ = ["Line", "Point", "histogram_chart", "line_chart", "point_chart", "running_mean", "style_of", "thin"]
@@ -41,13 +42,11 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point with its standard errors; None for an unknown error."""
+    """One point with its standard errors."""
 
     name: str
-    x: float
-    y: float
-    x_error: float | None
-    y_error: float | None
+    x: Mean
+    y: Mean
     color: str
 
 
@@ -103,20 +102,12 @@ def line_chart(
     level: tuple[float, str] | None = None,
     marks: Sequence[float] = (),
 ) -> Markup:
-    """Draw curves.
+    """Draw curves with points. `bounds` are the ends of the y axis; None shows zero and all of the curves.
 
-    Args:
-        title: Text above the chart.
-        lines: Curves; those without points are left out.
-        y_title: Name of the y axis, with its unit.
-        x_title: Name of the x axis, with its unit.
-        bounds: Ends of the y axis; None shows zero and all of the curves.
-        level: A value to compare with, and its name, which is printed under the chart and not across the curves.
-        marks: Places on the x axis, drawn as vertical lines.
+    `level` is a value to compare with, and its name, which is printed under the chart and not across the curves.
+    `marks` are places on the x axis, drawn as vertical lines.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    figure = _new_figure()
     for line in lines:
         if line.x:
             _add_line(figure, line)
@@ -127,6 +118,12 @@ def line_chart(
     figure.update_yaxes(**({"rangemode": "tozero"} if bounds is None else {"range": bounds}))
     note = "" if level is None else f"Dotted horizontal line: {level[1]}."
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}", note=note)
+
+
+def _new_figure() -> Any:
+    import plotly.graph_objects as go
+
+    return go.Figure()
 
 
 def _add_line(figure: Any, line: Line) -> None:
@@ -149,18 +146,12 @@ def histogram_chart(
 ) -> Markup:
     """Draw the distributions of columns in the same bins, and count values that are outside or not finite.
 
-    Args:
-        title: Text above the chart.
-        columns: Name, values, color and dash of each.
-        x_title: Name of the values, with their unit.
-        of: Name of what has a value, in the plural: pairs, replies.
+    A column is a name, values, a color and a dash. `of` names what has a value, in the plural: pairs, replies.
     """
-    import plotly.graph_objects as go
-
     finite = [values[np.isfinite(values)] for _, values, _, _ in columns]
     pooled = np.concatenate(finite)
     edges = histogram(pooled, int(np.clip(3 * len(pooled) ** (1 / 3), 10, _MOST_BINS))).edges
-    figure = go.Figure()
+    figure = _new_figure()
     for (name, _, color, dash), values in zip(columns, finite, strict=True):
         shares = histogram(values, edges).counts / max(len(values), 1)
         red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
@@ -187,47 +178,41 @@ def histogram_chart(
 
 def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: str) -> Markup:
     """Draw points with their errors, each with its name beside it."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    middle = max(point.x for point in points) / 2
+    figure = _new_figure()
+    middle = max(point.x.mean for point in points) / 2
     for point in points:
         figure.add_scatter(
-            x=_rounded([point.x]),
-            y=_rounded([point.y]),
+            x=_rounded([point.x.mean]),
+            y=_rounded([point.y.mean]),
             name=_text(point.name),
             mode="markers+text",
             text=[_text(point.name)],
             # Names point inward, where a narrow screen has room too.
-            textposition="top left" if point.x > middle > 0 else "top right",
+            textposition="top left" if point.x.mean > middle > 0 else "top right",
             cliponaxis=False,
             marker={"size": 9, "color": point.color},
-            error_x=_error(point.x_error, point.color),
-            error_y=_error(point.y_error, point.color),
+            error_x=_error(point.x, point.color),
+            error_y=_error(point.y, point.color),
             hovertemplate="%{x:.4g}, %{y:.4g}",
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
     figure.update_layout(showlegend=False, height=460)
     # Plotly leaves no room for error bars and names.
-    figure.update_xaxes(range=_padded([0.0, *(v for p in points for v in _ends(p.x, p.x_error))]), zeroline=True)
-    figure.update_yaxes(range=_padded([v for p in points for v in _ends(p.y, p.y_error)]))
+    figure.update_xaxes(range=_padded([Mean(0.0, None, 1), *(point.x for point in points)]), zeroline=True)
+    figure.update_yaxes(range=_padded([point.y for point in points]))
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
 
 
-def _ends(value: float, error: float | None) -> tuple[float, float]:
-    return value - (error or 0.0), value + (error or 0.0)
-
-
-def _padded(values: Sequence[float]) -> list[float | None]:
-    low, high = min(values), max(values)
+def _padded(means: Sequence[Mean]) -> list[float | None]:
+    low, high = min(m.mean - (m.error or 0) for m in means), max(m.mean + (m.error or 0) for m in means)
     room = 0.12 * (high - low) or 0.5
     return _rounded([low - room, high + room])
 
 
-def _error(error: float | None, color: str) -> dict[str, Any]:
-    if error is None:
+def _error(value: Mean, color: str) -> dict[str, Any]:
+    if value.error is None:
         return {"visible": False}
-    return {"type": "constant", "value": float(f"{error:.6g}"), "color": color, "thickness": 1.2, "width": 4}
+    return {"type": "constant", "value": float(f"{value.error:.6g}"), "color": color, "thickness": 1.2, "width": 4}
 
 
 def _lay_out(figure: Any, x_title: str, y_title: str, **layout: Any) -> None:

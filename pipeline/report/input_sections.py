@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -118,7 +119,7 @@ def _stage_one_row(name: str, costs: Sequence[Mapping[str, Any]]) -> list[object
         len({cost.get("worker") for cost in costs}),
         int(pairs),
         int(tokens),
-        _duration(seconds),
+        str(timedelta(seconds=round(seconds))),
         int(tokens / seconds) if seconds else None,
         _memory(max(cost.get("memory_bytes") or 0 for cost in costs)),
         ", ".join(sorted({str(cost.get("device")) for cost in costs})),
@@ -134,18 +135,10 @@ def _stage_two_row(run: Run) -> list[object]:
         run.step,
         sum(max(before.last_step - after.step, 0) for before, after in pairwise(attempts)),
         None if tokens is None else int(tokens),
-        _duration(math.fsum(attempt.seconds for attempt in attempts)),
+        str(timedelta(seconds=round(math.fsum(attempt.seconds for attempt in attempts)))),
         _memory(max(attempt.memory_bytes or 0 for attempt in attempts)),
         ", ".join(dict.fromkeys(attempt.device for attempt in attempts if attempt.device)),
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _memory(size: float) -> str:

@@ -23,7 +23,6 @@ __all__ = [
     "chart",
     "check_charts",
     "facts",
-    "has_charts",
     "page",
     "preformatted",
     "swatch",
@@ -58,13 +57,9 @@ def check_charts() -> None:
 
 
 def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup:
-    """Put a Plotly figure on a page.
+    """Put a Plotly figure on a page, whose style sheet gives text, axes and grid their colors.
 
-    Args:
-        figure: A figure without colors of text, axes and grid, which the page's style sheet gives.
-        label: Description in words, for readers who can't see the figure.
-        title: Text above the figure. It is HTML, since a narrow screen cuts Plotly's own titles.
-        note: Text under the figure.
+    `label` describes the figure for readers who can't see it. `title` is HTML: a narrow screen cuts Plotly's titles.
     """
     figure.update_layout(
         template="none",
@@ -89,11 +84,6 @@ def chart(figure: Any, *, label: str, title: str = "", note: str = "") -> Markup
     return Markup('<figure role="img" aria-label="{}">{}{}{}</figure>').format(
         printable(label), caption, Markup(drawn), below
     )
-
-
-def has_charts(text: str) -> bool:
-    """Return True if HTML of this module holds a chart. Escaped text has no plain quotes, so it can't match."""
-    return 'class="plotly-graph-div"' in text
 
 
 def beside(charts: Sequence[Markup]) -> Markup:
@@ -157,7 +147,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
     The page forbids the browser to fetch anything, so nothing in the data can make it do so.
     """
     library = ""
-    if any(has_charts(section.body) for section in sections):
+    # Escaped text has no plain quotes, so it can't match.
+    if any('class="plotly-graph-div"' in section.body for section in sections):
         from plotly.offline import get_plotlyjs
 
         library = get_plotlyjs()
@@ -171,9 +162,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
 def write_page(file: Path, text: str) -> None:
     """Write a page, whole or not at all. Raises StorageError; ConfigError if the file is there and is no page."""
-    if file.exists() and not (
-        file.is_file() and file.read_bytes()[:100].lower().lstrip().startswith(b"<!doctype html")
-    ):
+    is_page = file.is_file() and file.read_bytes()[:100].lower().lstrip().startswith(b"<!doctype html")
+    if file.exists() and not is_page:
         raise ConfigError(f"{file}: must be a new file or an HTML page, it is neither. Name another file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

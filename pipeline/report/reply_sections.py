@@ -7,8 +7,8 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
-from pipeline.replies.means import estimate, estimate_kl, estimate_reward
-from pipeline.replies.records import GENERATIONS, Generation, Reply
+from pipeline.replies.means import Mean, estimate, estimate_kl, estimate_reward
+from pipeline.replies.records import GENERATIONS, Reply
 from pipeline.report.charts import Point, histogram_chart, point_chart
 from pipeline.report.comparison import Shown, runs_table
 from pipeline.report.curves import held_out_sets
@@ -42,20 +42,19 @@ def frontier_section(shown: Sequence[Shown]) -> list[Section]:
         y_title, judged = "mean reward of replies", f" ({' / '.join(judges)})"
         if len(judges) > 1:
             notes.append("Different judges gave the rewards, so they can't be compared.")
-        ys = [(reward.mean, reward.error) for reward in rewards if reward is not None]
+        ys = [reward for reward in rewards if reward is not None]
         before = estimate_reward(drawn[0].run.generations, "reference")
         if before is not None:
-            points = [Point(name="reference", x=0, y=before.mean, x_error=None, y_error=before.error, color=GRAY)]
+            points = [Point(name="reference", x=Mean(0, None, 1), y=before, color=GRAY)]
     elif len(drawn) == 1:
         return []
     else:
         (y_title, ys), judged = _accuracies(drawn), ""
         notes.append(f"Not all runs have rewards of their replies, so the chart shows {y_title}.")
-    for one, (y, y_error) in zip(drawn, ys, strict=True):
-        kl = estimate_kl(one.run.generations)
+    for one, y in zip(drawn, ys, strict=True):
         name = "policy" if one.alone else one.name
-        points.append(Point(name=name, x=kl.mean, y=y, x_error=kl.error, y_error=y_error, color=one.color))
-    points = [point for point in points if math.isfinite(point.y)]
+        points.append(Point(name=name, x=estimate_kl(one.run.generations), y=y, color=one.color))
+    points = [point for point in points if math.isfinite(point.y.mean)]
     if not points:
         return []
     body = point_chart(
@@ -68,19 +67,16 @@ def frontier_section(shown: Sequence[Shown]) -> list[Section]:
     return [Section(title=title, body=body, note=" ".join(notes))]
 
 
-def _accuracies(drawn: Sequence[Shown]) -> tuple[str, list[tuple[float, float | None]]]:
-    """Give the accuracy of each run with its standard error, and its name.
-
-    It is that on held-out pairs if all runs share a held-out set, and that on training pairs otherwise.
-    """
+def _accuracies(drawn: Sequence[Shown]) -> tuple[str, list[Mean]]:
+    """Give the runs' accuracies, and their name: on a held-out set that all runs share, else on training pairs."""
     common = [name for name in held_out_sets(drawn) if all(name in one.run.held_out() for one in drawn)]
-    found: list[tuple[float, float | None]] = []
+    found = []
     for one in drawn:
         prefix = one.run.held_out()[common[0]] if common else ""
         accuracy = one.run.curve(f"{prefix}rewards/accuracies").last
         pairs = part(one.run.inputs, "sets", common[0]).get("matched") if common else None
         error = math.sqrt(accuracy * (1 - accuracy) / pairs) if accuracy is not None and pairs else None
-        found.append((math.nan if accuracy is None else accuracy, error))
+        found.append(Mean(math.nan if accuracy is None else accuracy, error, pairs or 0))
     return (f"accuracy on held-out pairs ({common[0]})" if common else "accuracy on training pairs, last logged"), found
 
 
@@ -129,12 +125,8 @@ def replies_section(shown: Sequence[Shown]) -> Section:
     return Section(title=title, body=body, note=" ".join([note, _KL_NOTE, *_sampling_cautions(drawn)]))
 
 
-def _side(generations: Sequence[Generation], side: str) -> list[Reply]:
-    return [g.reference if side == "reference" else g.policy for g in generations]
-
-
 def _means(run: Run, side: str) -> list[object]:
-    replies = _side(run.generations, side)
+    replies: list[Reply] = [getattr(generation, side) for generation in run.generations]
     return [
         side,
         len(replies),
@@ -148,7 +140,7 @@ def _means(run: Run, side: str) -> list[object]:
 
 def _reward_chart(run: Run) -> Markup:
     before, after = (
-        np.array([reply.reward for reply in _side(run.generations, side) if reply.reward is not None])
+        np.array([reward for g in run.generations if (reward := getattr(g, side).reward) is not None])
         for side in _SIDES
     )
     if not len(before) + len(after):

@@ -1,7 +1,7 @@
 """Read a store's columns, finished or not, and sum them up as JSON. Needs pyarrow and numpy only."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,16 @@ from pipeline.store.format import CheckedPart, pair_keys, part_name, schema
 from pipeline.store.ranking import PairColumns
 from pipeline.store.store import Store, load_store, read_checked_part
 
-__all__ = ["Contents", "describe", "explain_command", "identity_facts", "read_contents"]
+__all__ = [
+    "Block",
+    "Contents",
+    "describe",
+    "identity_facts",
+    "length_block",
+    "margin_note",
+    "read_contents",
+    "suspicious_blocks",
+]
 
 _COLUMNS = schema(token_logps=False).names
 _EXAMPLES = 20
@@ -239,8 +248,85 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def explain_command(entry: Mapping[str, Any], row: int | str) -> str:
-    """Give the command that shows one pair of a store, whose folder is named after its set."""
-    name = str(entry["store"]).rstrip("/").rpartition("/")[2]
-    option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
-    return f"refshard explain --config F{option} --row {row}"
+@dataclass(frozen=True)
+class Block:
+    """A paragraph for a terminal or a page, and the table under it, if any."""
+
+    text: str
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[object]] = ()
+    """Cells: numbers, and text"""
+
+
+def margin_note(entry: Mapping[str, Any]) -> str:
+    """Say how often the reference prefers the chosen completion, and define the margin."""
+    margin = entry["reference_margin"]
+    return (
+        f"The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs "
+        f"({margin['share_chosen_preferred_per_token']:.1%} per token). A margin is log p(chosen) less log p(rejected) "
+        "under the reference; per token, it is the difference of the completions' means."
+    )
+
+
+def length_block(entry: Mapping[str, Any]) -> Block:
+    """Show how far the lengths explain the reference's preferences."""
+    text = (
+        f"The chosen completion is longer in {entry['share_chosen_longer']:.1%} of the pairs. A longer completion has "
+        "a lower log-prob, so a reference seems to prefer short ones; the preference per token excludes this."
+    )
+    bias = entry["length_bias"]
+    if bias["correlation"] is not None and bias["correlation_per_token"] is not None:
+        text += f" Correlation of the margin with the difference in length: {bias['correlation']:+z.2f} "
+        text += f"({bias['correlation_per_token']:+z.2f} per token)."
+    rows = []
+    for longer, found in bias["longer"].items():
+        shares = (found["share_chosen_preferred"], found["share_chosen_preferred_per_token"])
+        rows.append([longer, found["pairs"], *("" if share is None else f"{share:.1%}" for share in shares)])
+    return Block(text, ["longer completion", "pairs", "prefers chosen", "per token"], rows)
+
+
+def suspicious_blocks(entry: Mapping[str, Any], most: int = _EXAMPLES) -> Iterator[Block]:
+    """Yield each kind of suspicious pairs, with at most so many examples, and a command to look at one."""
+    found = entry["suspicious"]
+    if worst := found["likely_mislabelled"]:
+        text = "Likely mislabelled, or least known to the reference, which can be wrong: it finds the rejected one "
+        yield _pairs_block(f"{text}more likely, in sum and, by the most, per token.", worst[:most])
+    duplicates, same, swapped = found["duplicates"], found["same_on_both_sides"], found["likely_swapped"]
+    if count := duplicates["count"]:
+        listed = ", ".join(f"row {e['again_in_row']} is row {e['row']}" for e in duplicates["examples"][:most])
+        yield Block(f"{count:,} duplicates (the key of an earlier pair): {listed}{_more(count, most)}")
+    if count := same["count"]:
+        text = f"{count:,} with the same completion on both sides, as scored (equal lengths and sums): row "
+        yield Block(text + ", ".join(map(str, same["rows"][:most])) + _more(count, most))
+    if count := swapped["count"]:
+        text = (
+            f"{count:,} likely swapped: an earlier pair's three lengths, and its sums within "
+            f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen and rejected swapped."
+        )
+        if others := swapped["coincide_in_the_same_order"]:
+            text += f" {others:,} others coincide in the same order, so about as many of these may be chance."
+        yield _pairs_block(text, [pair for both in swapped["examples"][: most // 2] for pair in both])
+    if worst or duplicates["count"] or same["count"] or swapped["count"]:
+        # A store's folder is named after its set.
+        name = str(entry["store"]).rstrip("/").rpartition("/")[2]
+        option = "" if name in ("train", ".", "..") else f" --set {shlex.quote(name)}"
+        command = f"refshard explain --config F{option} --row N"
+        yield Block(f"Look at a pair before you drop it: {command}")
+
+
+def _pairs_block(text: str, pairs: Sequence[Mapping[str, Any]]) -> Block:
+    columns = {
+        "margin a token": "margin_per_token",
+        "margin": "margin",
+        "prompt tokens": "prompt_tokens",
+        "chosen tokens": "chosen_tokens",
+        "chosen, nats": "ref_chosen_logps",
+        "rejected tokens": "rejected_tokens",
+        "rejected, nats": "ref_rejected_logps",
+    }
+    # A row's number stands as a user types it, without commas.
+    return Block(text, ["row", *columns], [[str(p["row"]), *(p[key] for key in columns.values())] for p in pairs])
+
+
+def _more(count: int, most: int) -> str:
+    return f" and {count - most:,} more" if count > most else ""

@@ -42,11 +42,7 @@ def run(
 ) -> None:
     """Score the training split and every held-out set; do only what is missing.
 
-    Args:
-        config: The run's settings.
-        worker: (I, N): this process is worker I, from 0, of N; where several were launched together, all of them are.
-        overwrite: Delete the stores that are there and score anew.
-        stop_at: Time to stop, on `time.monotonic`'s clock.
+    `worker` is (I, N): this process is worker I, from 0, of N; of several launched together, all of them are.
 
     Raises:
         UnfinishedError: A signal or the time asks to stop; the finished units are saved.

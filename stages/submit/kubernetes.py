@@ -26,10 +26,7 @@ __all__ = ["run"]
 def run(config: Config, *, into: Path | None = None, submit: bool = False) -> None:
     """Write the manifests; submit them if asked to, which waits until stage two has begun.
 
-    Args:
-        config: The run's settings. Relative paths in them start at the volume, `cluster.kubernetes.mount`.
-        into: Folder of the manifests; `jobs` in the run's folder if left out.
-        submit: Submit them to Kubernetes.
+    Relative paths in the settings start at the volume, `cluster.kubernetes.mount`.
 
     Raises:
         ConfigError: Kubernetes can't run these settings, kubectl refuses them, or stage one failed.

@@ -26,11 +26,6 @@ __all__ = ["run"]
 def run(config: Config, *, into: Path | None = None, submit: bool = False) -> None:
     """Write the job files; submit them if asked to.
 
-    Args:
-        config: The run's settings.
-        into: Folder of the job files; `jobs` in the run's folder if left out.
-        submit: Submit them to Slurm.
-
     Raises:
         ConfigError: Slurm can't run these settings, or sbatch refuses a job.
         StorageError: The files can't be written.

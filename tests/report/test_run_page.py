@@ -16,7 +16,6 @@ from pipeline.report.comparison import differing_settings, show_runs
 from pipeline.report.run_page import report_page
 from pipeline.run.reading import read_run
 from pipeline.run.records import write_margins
-from stages import report
 from stages.sweep import command
 from support.browser import CHROMIUM, Browser
 from support.runs import refshard, simple_rows, write_config, write_jsonl, write_log, write_settings
@@ -217,7 +216,7 @@ def test_a_resumed_run_that_still_trains_is_reported(tmp_path: Path) -> None:
     header, costs = rows_of(page, "Cost")
     told = dict(zip(header, costs, strict=True))
     assert (told["stage two"], told["steps"], told["done twice"]) == ("2 attempts", "5", "2")
-    assert (told["tokens"], told["time"], told["peak memory"]) == ("1,500", "1 min 06 s", "4.00 GiB")
+    assert (told["tokens"], told["time"], told["peak memory"]) == ("1,500", "0:01:06", "4.00 GiB")
     assert told["device"] == "cpu, cuda"
 
 
@@ -237,9 +236,9 @@ def test_the_cost_of_stage_one_is_the_sum_over_its_workers(tmp_path: Path) -> No
     # Once for both: they are on the same shards.
     found = [row for row in rows_of(page, "Cost") if row[0] in ("train", "test", "all")]
     assert [row[:7] for row in found] == [
-        ["test", "1", "10", "1,000", "20.0 s", "50", "1.00 GiB"],
-        ["train", "2", "1,100", "10,000", "1 min 40 s", "100", "3.00 GiB"],
-        ["all", "2", "1,110", "11,000", "2 min 00 s", "91", "3.00 GiB"],
+        ["test", "1", "10", "1,000", "0:00:20", "50", "1.00 GiB"],
+        ["train", "2", "1,100", "10,000", "0:01:40", "100", "3.00 GiB"],
+        ["all", "2", "1,110", "11,000", "0:02:00", "91", "3.00 GiB"],
     ]
     assert "2 prompt too long, 1 x" in rows_of(page, "Data")[1]
     assert "the runs have different references" in page
@@ -381,17 +380,6 @@ def test_a_reference_that_moved_is_named_by_its_step_and_pairs_of_no_window_are_
     assert "<dt>reference as moved after step 4, weights</dt>" in page
     first = page_of({"train": {"matched": 4, "store": "shards/train"}})
     assert "<dt>fingerprint</dt>" in first
-
-
-def test_the_command_names_the_chart_library_only_if_the_page_holds_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_log(tmp_path, [{"kind": "start", "step": 0}])
-    report.run([tmp_path])
-    assert "(it opens without a network)" in capsys.readouterr().out
-    write_log(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
-    report.run([tmp_path])
-    assert "MB, most of it the charts' library; it opens without a network)" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:

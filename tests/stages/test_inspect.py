@@ -117,11 +117,11 @@ def test_suspicious_pairs_are_shown_with_their_rows(tmp_path: Path) -> None:
     text = refshard("inspect", store).stdout
     lines = [line.split() for line in text.splitlines()]
     worst = next(i for i, line in enumerate(lines) if line[:2] == ["row", "margin"]) + 1
-    assert lines[worst][:3] == ["17", "-19.800", "-99.00"]
+    assert lines[worst][:3] == ["17", "-19.800", "-99.000"]
     assert lines[worst][4:] == ["5", "-100.000", "5", "-1.000"]
     assert "1 likely swapped: an earlier pair's three lengths, and its sums within 0.01 nats a token" in text
     assert [line[0] for line in lines[-4:-2]] == ["40", "150"]
-    assert "refshard explain --config F --set 'held out' --row 17" in text
+    assert "refshard explain --config F --set 'held out' --row N" in text
     # With a noise that is smaller the two are not the same.
     quieter = make_store(tmp_path / "quiet", [pairs[:100], pairs[100:]], noise=0.001)
     assert "likely swapped" not in refshard("inspect", quieter).stdout
