@@ -68,12 +68,7 @@ class UnfinishedError(RefshardError):
 
 
 def stopped_as_asked(saved: str, when: str = "") -> UnfinishedError:
-    """Make the error of a command that leaves at a stop request.
-
-    Args:
-        saved: Statement about what is saved.
-        when: Point at which it leaves, like `after step 5`.
-    """
+    """Make the error of a command that leaves at a stop request, like `after step 5`; `saved` says what is saved."""
     return UnfinishedError(f"stopped as asked{when and f' {when}'}; {saved}. Run the same command again")
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ __all__ = [
     "put_if_absent",
     "read_json",
     "replace_file",
-    "storage_error",
+    "storage_errors",
     "sync_tree",
     "write_json",
 ]
@@ -31,11 +31,14 @@ _TRIES = 10
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, durably. Raises OSError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        _sync(path.parent)
+    """Make a folder and its missing parents, durably. Raises StorageError."""
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            _sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"{folder}: can't be made ({error.strerror or error}). Choose another folder") from error
 
 
 def put_if_absent(file: Path, content: bytes) -> bool:
@@ -45,39 +48,25 @@ def put_if_absent(file: Path, content: bytes) -> bool:
         StorageError: The disk is full or failing, or its file system can't put if absent. Nothing is left behind.
     """
     for tries_left in reversed(range(_TRIES)):
-        temporary = file.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
-            _write_durably(temporary, content)
-            try:
+            with _temporary(file, content) as temporary:
                 committed = _commit(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
             # Also if another was first: from here on its file counts as done.
             _sync(file.parent)
-        except FileNotFoundError as error:
-            # A cleanup may have deleted the temporary file as a dead writer's. Write it again.
-            if not (tries_left and file.parent.exists()):
-                raise storage_error(file, error) from error
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise storage_error(file, error) from error
-        else:
             return committed
+        except OSError as error:
+            # A cleanup may have deleted the temporary file as a dead writer's. Write it again.
+            if not (isinstance(error, FileNotFoundError) and tries_left and file.parent.exists()):
+                raise _storage_error(file, error) from error
     raise AssertionError("unreachable")
 
 
 def replace_file(file: Path, content: bytes) -> None:
     """Write a file that may exist; readers see the old or the new one, never a part. Raises StorageError."""
-    temporary = file.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        _write_durably(temporary, content)
-        temporary.replace(file)
+    with storage_errors(file):
+        with _temporary(file, content) as temporary:
+            temporary.replace(file)
         _sync(file.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise storage_error(file, error) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -86,24 +75,16 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync a folder: everything in it, itself, and its name in its parent.
-
-    Raises:
-        StorageError: The disk is full or failing.
-    """
+    """Sync a folder: everything in it, itself, and its name in its parent. Raises StorageError."""
     for path in (*folder.rglob("*"), folder, folder.parent):
-        try:
+        with storage_errors(path):
             _sync(path)
-        except OSError as error:
-            raise storage_error(path, error) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError if it is damaged, StorageError if it can't be read."""
-    try:
+    with storage_errors(file):
         content = file.read_bytes()
-    except OSError as error:
-        raise storage_error(file, error) from error
     return parse_json(str(file), content)
 
 
@@ -118,11 +99,32 @@ def parse_json(place: str, content: bytes) -> dict[str, Any]:
     return parsed
 
 
-def storage_error(file: Path, error: OSError) -> StorageError:
-    """Make the StorageError of a system's error with a file."""
+@contextlib.contextmanager
+def storage_errors(file: Path, *passed: type[OSError]) -> Iterator[None]:
+    """Raise a StorageError in place of the system's error with a file, except the types that are passed on."""
+    try:
+        yield
+    except passed:
+        raise
+    except OSError as error:
+        raise _storage_error(file, error) from error
+
+
+def _storage_error(file: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{file}: the disk is full. Free some space and run the same command again")
     return StorageError(f"{file}: can't be written or read ({error.strerror or error})")
+
+
+@contextlib.contextmanager
+def _temporary(file: Path, content: bytes) -> Iterator[Path]:
+    """Write the content durably under a temporary name beside the file, which is deleted in the end."""
+    temporary = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        _write_durably(temporary, content)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_durably(file: Path, content: bytes) -> None:
@@ -147,7 +149,7 @@ def _commit(temporary: Path, file: Path) -> bool:
         os.link(temporary, file)
     except FileExistsError:
         # After a lost answer, a file server repeats the request and reports our own link as taken.
-        return _same_file(temporary, file)
+        return temporary.samefile(file)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -168,13 +170,6 @@ def _rename_if_absent(temporary: Path, file: Path, no_link: OSError) -> bool:
         f"{file}: can't be put under its name ({no_link.strerror}); this file system has neither hard links nor "
         "renames that replace nothing. Choose a folder on another one"
     )
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False
 
 
 def _sync(path: Path) -> None:

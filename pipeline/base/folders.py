@@ -5,6 +5,7 @@ changes under its name. A local file is committed by a hard link (`files`), an o
 finished bytes.
 """
 
+import contextlib
 import functools
 import uuid
 from collections.abc import Callable
@@ -42,44 +43,30 @@ class LocalFolder:
 
     def make(self) -> None:
         """Make the folder if it is missing. Raises StorageError."""
-        try:
-            files.make_folder(self.path)
-        except OSError as error:
-            raise StorageError(f"{self}: can't be made ({error.strerror}). Choose another folder") from error
+        files.make_folder(self.path)
 
     def names(self) -> list[str]:
         """Return the names in it, sorted; none if the folder is missing. Raises StorageError."""
-        try:
+        with files.storage_errors(self.path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(entry.name for entry in self.path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise files.storage_error(self.path, error) from error
+        return []
 
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes, None if it is missing. Raises StorageError."""
-        try:
+        with files.storage_errors(self.path / name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (self.path / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise files.storage_error(self.path / name, error) from error
+        return None
 
     def modified(self, name: str) -> float | None:
         """Return a file's time of writing, in seconds of the file server's clock; None if it is missing."""
-        try:
+        with contextlib.suppress(OSError):
             return (self.path / name).stat().st_mtime
-        except OSError:
-            return None
+        return None
 
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises FileNotFoundError if it is missing, StorageError if it can't be read."""
-        try:
+        with files.storage_errors(self.path / name, FileNotFoundError):
             return (self.path / name).read_bytes()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise files.storage_error(self.path / name, error) from error
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """Write a new file, durably and whole. Returns False if the name is taken. Raises StorageError."""
@@ -126,9 +113,13 @@ class ObjectFolder:
             )
 
     def names(self) -> list[str]:
-        found = self._ask("", _list, missing=[])
+        found = self._ask(
+            "",
+            lambda fs, path: [place.removeprefix(path).strip("/") for place in fs.ls(path, detail=False)],
+            missing=[],
+        )
         # Consoles put an empty object for the folder itself.
-        return sorted(name for name in found if name)
+        return sorted(filter(None, found))
 
     def size(self, name: str) -> int | None:
         info = self._ask(name, lambda fs, path: fs.info(path), missing={})
@@ -147,25 +138,19 @@ class ObjectFolder:
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """Put the finished bytes in one request. Returns False if the name is taken by other bytes.
 
-        A request whose answer was lost may have succeeded, and the client repeats it. So the bytes that are there
-        decide: if they are ours, one of our requests put them.
-
         Raises:
             StorageError: The store failed, and the object is missing. Nothing is ever deleted on a guess.
         """
         self.make()
         try:
             self._ask(name, lambda fs, path: _put(fs, path, content, mode="create"))
-        except FileExistsError:
-            return self.read(name) == content
-        except StorageError:
+        except (FileExistsError, StorageError) as error:
+            # A request whose answer was lost may have succeeded, and the client repeats it. So the bytes that are there
+            # decide: if they are ours, one of our requests put them.
             try:
-                found = self.read(name)
-            except (FileNotFoundError, StorageError):
-                found = None
-            if found is None:
-                raise
-            return found == content
+                return self.read(name) == content
+            except (FileNotFoundError, StorageError) as unread:
+                raise (error if isinstance(error, StorageError) else unread) from error
         if self.size(name) != len(content):
             raise StorageError(f"{self.place(name)}: put, but missing or of another size. Run the same command again")
         return True
@@ -197,8 +182,7 @@ class ObjectFolder:
 
 Folder = LocalFolder | ObjectFolder
 
-
-Where = str | Path | LocalFolder | ObjectFolder
+Where = str | Path | Folder
 """Forms of a folder's name"""
 
 
@@ -237,10 +221,6 @@ def _put(fs: Any, path: str, content: bytes, mode: str) -> None:
     # s3fs uploads more than a chunk in pieces, but only one request is one commit.
     whole = {"chunksize": len(content) + 1} if "s3" in fs.protocol else {}
     fs.pipe_file(path, content, mode=mode, **whole)
-
-
-def _list(fs: Any, path: str) -> list[str]:
-    return [name.removeprefix(path).strip("/") for name in fs.ls(path, detail=False)]
 
 
 @functools.lru_cache(maxsize=16)

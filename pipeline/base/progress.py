@@ -22,7 +22,6 @@ __all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "say", "start_json", "w
 JSON_LOGS = "REFSHARD_JSON_LOGS"
 """Environment variable with the option's effect, also in the processes that a command starts"""
 
-
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -55,12 +54,8 @@ class JsonLines(io.TextIOBase):
 def start_json() -> None:
     """Make stdout print JSON from here on, also in processes that are started later."""
     os.environ[JSON_LOGS] = "1"
-    if not _says_json():
+    if not isinstance(sys.stdout, JsonLines):
         sys.stdout = JsonLines(sys.stdout)
-
-
-def _says_json() -> bool:
-    return isinstance(sys.stdout, JsonLines)
 
 
 def emit(kind: str, record: Mapping[str, Any]) -> None:
@@ -98,8 +93,6 @@ def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Point(NamedTuple):
-    """Amount done at a time."""
-
     time: float
     done: int
     tokens: int
@@ -124,7 +117,7 @@ class Progress:
         # The first line is written at once, the others seldom.
         self._last_line = -math.inf
         self._last_said: int | None = None
-        self._rewrites = sys.stderr.isatty() and not _says_json() and total != done
+        self._rewrites = sys.stderr.isatty() and not isinstance(sys.stdout, JsonLines) and total != done
         self._bar = tqdm(
             total=total, initial=done, desc=name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
         )
@@ -140,13 +133,7 @@ class Progress:
         return self._latest.tokens
 
     def advance(self, count: int, *, tokens: int, memory: int) -> None:
-        """Count units that are done, and write a line if one is due.
-
-        Args:
-            count: Number of further units that are done.
-            tokens: Number of their tokens.
-            memory: The process's peak memory so far, bytes.
-        """
+        """Count further units and their tokens, and write a line if one is due. `memory` is the peak so far, bytes."""
         self._latest = _Point(time.monotonic(), self._latest.done + count, self._latest.tokens + tokens)
         self._first = self._first or self._latest
         self._bar.update(count)
@@ -184,20 +171,9 @@ class Progress:
         # The first piece pays for the start, so its rate would promise hours.
         is_steady = self._first is not None and done > self._first.done
         left = (self._total - done) / rate if self._total is not None and is_steady else None
-        if _says_json():
-            emit(
-                "progress",
-                {
-                    "stage": self._name,
-                    "doing": doing,
-                    "unit": self._unit,
-                    "done": done,
-                    "total": self._total,
-                    "per_second": rate,
-                    "seconds_left": left,
-                    **self._values,
-                },
-            )
+        if isinstance(sys.stdout, JsonLines):
+            counts = {"unit": self._unit, "done": done, "total": self._total, "per_second": rate, "seconds_left": left}
+            emit("progress", {"stage": self._name, "doing": doing, **counts, **self._values})
             return
         of = f" of {self._total:,}" if self._total else ""
         parts = [f"{done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s", *_shown(self._values)]

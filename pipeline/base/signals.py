@@ -43,11 +43,7 @@ class StopFlag:
 
 
 def watch_signals(stop_at: float | None = None) -> StopFlag:
-    """Turn SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag. A second Ctrl-C interrupts at once, as usual.
-
-    Args:
-        stop_at: Time to stop without a signal, on `time.monotonic`'s clock.
-    """
+    """Turn SIGTERM, SIGUSR1, SIGUSR2, SIGINT and a time into a flag. A second Ctrl-C interrupts at once, as usual."""
     flag = StopFlag(stop_at)
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -65,11 +61,8 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
 def work_unsignalled(closing: Any) -> None:
     """Keep a worker process alive through signals as long as its parent needs it.
 
-    A scheduler signals every process of a job. Without its workers the parent could not save.
-
-    Args:
-        closing: A shared value, not 0 after the parent has finished with its workers. Only then SIGTERM, by which
-            libraries stop a worker, ends this one.
+    A scheduler signals every process of a job. Without its workers the parent could not save. `closing` is a shared
+    value, not 0 after the parent has finished with them. Only then SIGTERM, by which libraries stop a worker, ends it.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

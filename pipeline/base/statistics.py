@@ -9,10 +9,7 @@ import numpy.typing as npt
 __all__ = ["Grid", "Histogram", "correlation", "grid", "histogram", "percentiles", "share_positive"]
 
 Floats = npt.NDArray[np.float64]
-
-
 Integers = npt.NDArray[np.int64]
-
 
 PERCENTILES = (5, 25, 50, 75, 95)
 

@@ -9,39 +9,39 @@ import enum
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Union
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 
 from pipeline.base.errors import ConfigError, did_you_mean
 
-__all__ = ["FALSE_WORDS", "NULL_WORDS", "convert", "kind_of", "require", "require_at_least"]
+__all__ = ["FALSE_WORDS", "NULL_WORDS", "PathText", "convert", "kind_of", "require", "require_at_least"]
 
 NULL_WORDS = ("", "null", "Null", "NULL", "~")
-
-
 _TRUE_WORDS = ("true", "yes", "on")
-
-
 FALSE_WORDS = ("false", "no", "off")
+
+
+PathText = Annotated[str, "path"]
+"""A path, whose `~` is expanded, or a URL or hub name."""
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
     """Convert YAML's strings, lists and mappings to a declared type.
 
-    Args:
-        value: A string, a list or a mapping.
-        hint: The type. `object` leaves the value as it is; `Any` reads it as YAML does.
-        where: Dotted key for messages.
+    The type `object` leaves the value as it is; `Any` reads it as YAML does.
 
     Raises:
-        ConfigError: The value does not fit; the message names key, type and value.
+        ConfigError: The value does not fit; the message names the key (`where`), type and value.
     """
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if hint is object:
         return value
     if hint is Any:
         return _plain(value)
+    if hint == PathText:
+        return _from_home(convert(value, str, where), where)
     if kind in (Union, types.UnionType):
         return _convert_union(value, args, where)
     if dataclasses.is_dataclass(hint):
@@ -85,12 +85,19 @@ def _build(cls: type, value: Any, where: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ConfigError(f"{prefix}{name}: missing; it has no default")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     arguments = {key: convert(item, hints[key], f"{prefix}{key}") for key, item in value.items() if key in fields}
     try:
         return cls(**arguments, **({} if rest is None else {rest: unknown}))
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}") from error
+
+
+def _from_home(path: str, where: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ConfigError(f"{where}: {path}: there is no such user here to have a home folder") from error
 
 
 def _scalar(text: str, hint: Any) -> Any:

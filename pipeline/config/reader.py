@@ -41,12 +41,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     _refuse_passwords(tree, "")
-    return _expand_home(typing.cast(Config, convert(tree, Config, "")))
+    return typing.cast(Config, convert(tree, Config, ""))
 
 
 _LARGEST_CONFIG = 2**20
-
-
 _MOST_VALUES = 100_000
 
 
@@ -66,32 +64,6 @@ def _refuse_passwords(value: Any, where: str) -> None:
         )
 
 
-def _expand_home(config: Config) -> Config:
-    """Expand `~` in the paths of data, shards and run, as model folders do."""
-    data, precompute, train = config.data, config.precompute, config.train
-    sets = {
-        name: dataclasses.replace(held_out, path=held_out.path and _from_home(held_out.path))
-        for name, held_out in data.eval.items()
-    }
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, path=_from_home(data.path), eval=sets),
-        precompute=dataclasses.replace(
-            precompute,
-            output=_from_home(precompute.output),
-            reuse=[_from_home(store) for store in precompute.reuse],
-        ),
-        train=dataclasses.replace(train, output_dir=train.output_dir and _from_home(train.output_dir)),
-    )
-
-
-def _from_home(path: str) -> str:
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: there is no such user here to have a home folder") from error
-
-
 def as_dict(config: Config) -> dict[str, Any]:
     """Give the settings, with their defaults, as dicts, lists and scalars."""
     settings = dataclasses.asdict(config)
@@ -106,39 +78,28 @@ def settings_text(config: Config) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
+_TYPES = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+
+
 class _Loader(yaml.BaseLoader):
     """Keeps every scalar a string, and refuses repeated keys and tags."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: the tag {node.tag!r} is of no type that a setting has")
+        return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            raise yaml.YAMLError(f"line {line}: a key must be a word")
-        if key in result:
-            raise yaml.YAMLError(f"line {line}: key {key!r} is there twice")
-        result[key] = loader.construct_object(value, deep=True)
-    return result
-
-
-def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
-    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the tag {node.tag!r} is of no type that a setting has")
-
-
-def _sequence(loader: _Loader, node: yaml.SequenceNode) -> Any:
-    return loader.construct_sequence(node, deep=True)
-
-
-def _word(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    return loader.construct_scalar(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
-for _name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _word)
-_Loader.add_constructor(None, _refuse_tag)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value in node.value:
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {line}: a key must be a word")
+            if key in result:
+                raise yaml.YAMLError(f"line {line}: key {key!r} is there twice")
+            result[key] = self.construct_object(value)
+        return result
 
 
 def _parse_yaml(text: str, where: str) -> Any:

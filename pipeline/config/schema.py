@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.convert import FALSE_WORDS, require, require_at_least
+from pipeline.config.convert import FALSE_WORDS, PathText, require, require_at_least
 from pipeline.config.training import TrainSection
 
 __all__ = [
@@ -31,7 +31,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class EvalSetConfig:
     """One held-out set; defaults come from `data`."""
 
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or hub name; `data.path` if left out."""
     name: str | None = None
     """Configuration of a hub dataset; `data.name` if left out."""
@@ -43,7 +43,7 @@ class EvalSetConfig:
 class DataConfig:
     """The preference pairs, and how they become tokens."""
 
-    path: str
+    path: PathText
     """A JSON Lines (.gz too), Parquet or CSV file, a folder of them, a `save_to_disk` folder, or a hub name."""
     name: str | None = None
     """Configuration (subset) of a hub dataset."""
@@ -89,8 +89,6 @@ class DataConfig:
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-
-
 SPOKEN_COLUMNS = ("system", "user")
 """Texts that become the prompt's messages; read only if `data.columns` names them"""
 
@@ -159,9 +157,9 @@ class ReferenceConfig:
 class PrecomputeConfig:
     """Stage one."""
 
-    output: str
+    output: PathText
     """Folder of the stores: `output/train` and one for each held-out set."""
-    reuse: list[str] = field(default_factory=list)
+    reuse: list[PathText] = field(default_factory=list)
     """Stores of the same reference and tokenization to copy log-probs from: `[runs/a/shards/train, ...]`."""
     rows_per_shard: int = 1024
     """Number of dataset rows of one unit (one Parquet file), the most that a killed worker loses."""
@@ -265,8 +263,6 @@ LossName = Literal[
 
 # The losses that take each option. An option that no named loss takes is refused, not ignored.
 _WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
-
-
 _WITH_SMOOTHING = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
 
 

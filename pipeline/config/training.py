@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.base.errors import ConfigError, did_you_mean
-from pipeline.config.convert import convert
+from pipeline.config.convert import PathText, convert
 
 __all__ = ["FIXED_TRAIN_FIELDS", "TrainSection"]
 
@@ -34,7 +34,7 @@ FIXED_TRAIN_FIELDS = {
 class TrainSection:
     """Stage two: our own options, and any field of `transformers.TrainingArguments`."""
 
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Folder of the run; see `folder`."""
     on_missing: Literal["stop", "drop"] = "stop"
     """Stop at pairs that have no reference log-probs, or drop them."""

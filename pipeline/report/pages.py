@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from pipeline.base.errors import ConfigError, printable
-from pipeline.base.files import replace_file, storage_error
+from pipeline.base.files import make_folder, replace_file
 
 __all__ = [
     "COLORS",
@@ -165,8 +165,5 @@ def write_page(file: Path, text: str) -> None:
     is_page = file.is_file() and file.read_bytes()[:100].lower().lstrip().startswith(b"<!doctype html")
     if file.exists() and not is_page:
         raise ConfigError(f"{file}: must be a new file or an HTML page, it is neither. Name another file")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(file.parent, error) from error
+    make_folder(file.parent)
     replace_file(file, text.encode("utf-8", errors="replace"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import FencedError
-from pipeline.base.files import make_folder, put_if_absent, storage_error
+from pipeline.base.files import make_folder, put_if_absent
 from pipeline.base.versions import library_versions
 
 __all__ = ["Attempt", "claim_run", "set_aside"]
@@ -58,10 +58,7 @@ def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:
         StorageError: The folder can't be written.
     """
     folder = _folder(run_folder)
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    make_folder(folder)
     about = {"host": platform.node(), "process": os.getpid(), "identity": identity, "versions": library_versions()}
     content = (json.dumps(about, indent=1, sort_keys=True) + "\n").encode()
     while True:

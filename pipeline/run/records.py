@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, StorageError
-from pipeline.base.files import make_folder, parse_json, replace_file, storage_error, write_json
+from pipeline.base.files import make_folder, parse_json, replace_file, write_json
 from pipeline.base.folders import Folder
 from pipeline.base.progress import without_nan
 from pipeline.replies.records import GENERATIONS
@@ -103,10 +103,7 @@ def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.f
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"refshard.step": str(step)}), sink)
     folder = run_folder / MARGINS
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    make_folder(folder)
     replace_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
 
 

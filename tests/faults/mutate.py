@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         "sync of a folder after a replacement",
         "pipeline/base/files.py",
-        "        temporary.replace(file)\n        _sync(file.parent)",
-        "        temporary.replace(file)",
+        "            temporary.replace(file)\n        _sync(file.parent)",
+        "            temporary.replace(file)",
         "tests/base/test_files.py",
     ),
     Mutation(
