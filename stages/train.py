@@ -25,7 +25,7 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import as_dict, settings_text
 from pipeline.config.schema import Config
-from pipeline.models.files import at_checkpoint, load_tokenizer, policy_settings
+from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt, claim_run
@@ -124,7 +124,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     arguments = training_arguments(config)
     output = config.train.folder
     guard_run(config)
-    router_aux_weight(policy_settings(config), config.loss)
+    router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     if config.reference.sync:
         check_mixable(config)
     tokenizer = load_tokenizer(config)

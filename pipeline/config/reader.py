@@ -6,7 +6,7 @@ Every value reaches its dataclass as a string, a list or a mapping of strings, a
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,10 @@ class _Loader(yaml.BaseLoader):
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"line {line}: the tag {node.tag!r} is of no type that a setting has")
-        return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        return super().construct_object(node, deep)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        result: dict[Hashable, Any] = {}
         for key_node, value in node.value:
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1
             if not isinstance(key, str):

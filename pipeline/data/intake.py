@@ -76,15 +76,12 @@ class Ledger:
             self.kept += 1
             self.noted.update(outcome.remarks)
             return
-        self.drop(outcome.dropped)
+        self.dropped[outcome.dropped] += 1
         if outcome.error is not None:
             row = outcome.row
             self.skipped.append(
                 {"row": row.number, "place": row.place, "reason": outcome.dropped, "message": str(outcome.error)}
             )
-
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] += 1
 
     def as_dict(self) -> dict[str, Any]:
         return {

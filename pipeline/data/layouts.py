@@ -23,8 +23,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
 
     Args:
         row: The row's columns.
-        columns: Our column names -> the row's. If `user` is among them, the prompt is a message of that text, after a
-            message of the `system` column's text if that is named and not empty.
+        columns: Our column names -> the row's, as `data.columns` has them.
         place: Place of the row, for messages.
 
     Raises:
@@ -62,14 +61,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
             raise BadRow("no_shared_prompt", f"{place}: {error}") from error
     elif not isinstance(prompt, str):
         raise BadRow("wrong_type", f"{place}: the prompt is a list of messages, chosen and rejected are text")
-    return make_pair(
-        prompt,
-        chosen,
-        rejected,
-        tools=values["tools"],
-        chat_template_kwargs=values["chat_template_kwargs"],
-        place=place,
-    )
+    return make_pair(prompt, chosen, rejected, values["tools"], values["chat_template_kwargs"], place)
 
 
 def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:

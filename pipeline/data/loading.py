@@ -10,7 +10,6 @@ little compared with tokenizing it. A small source is read without loaders, by t
 
 import atexit
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
@@ -39,10 +38,8 @@ __all__ = ["Unit", "UnitQueue", "count_loaders", "load_pairs", "survey_pairs"]
 
 # A process and its queue cost about a tenth of a second, in which a few hundred rows are tokenized.
 _FEW_ROWS = 512
-
 # Rows of a unit where nothing asks for another size: enough to make the transfer between processes cheap.
 _ROWS_PER_UNIT = 256
-
 # Loaders where the consumer only collects the pairs. It keeps up with about as many.
 _MOST_LOADERS = 8
 
@@ -60,13 +57,9 @@ class Unit:
 
 
 def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most: int) -> int:
-    """Return how many loader processes are worth their cost; 0 to read in the consumer's process.
+    """Return how many loader processes are worth their cost, at most `most`; 0 to read in the consumer's process.
 
-    Args:
-        source: Source to read.
-        rows: Number of rows to tokenize; None if unknown.
-        rows_per_unit: Number of rows that one loader tokenizes at a time.
-        most: Upper limit.
+    `rows` is the number of rows to tokenize, None if unknown; a loader tokenizes `rows_per_unit` at a time.
     """
     if rows is None and source.stop is not None:
         rows = source.stop - source.start
@@ -126,7 +119,8 @@ class UnitQueue:
 
     def __iter__(self) -> Iterator[Unit]:
         self._items = self._start() if self.num_loaders else self._read(0, 1)
-        while (item := self._next()) is not _END:
+        # A `for` loop would hold a reference to the iterator, and `close` could not end it.
+        while (item := next(self._items, _END)) is not _END:
             match item:
                 case Exception():
                     raise item
@@ -162,24 +156,17 @@ class UnitQueue:
         atexit.register(self.close)
         # A text at a time needs no threads, and some versions of tokenizers warn in a fork of a threaded process.
         with _default_environment("TOKENIZERS_PARALLELISM", "false"):
-            return iter(
-                DataLoader(
-                    _LoaderStream(self),
-                    batch_size=None,
-                    num_workers=self.num_loaders,
-                    # One loader prefetches two units, for one may take longer than the next.
-                    prefetch_factor=2 if self.num_loaders == 1 else 1,
-                    collate_fn=_unchanged,
-                    worker_init_fn=functools.partial(_ignore_signals, self._closing),
-                    multiprocessing_context=context,
-                    # Without a generator of its own it would advance the run's random numbers.
-                    generator=torch.Generator(),
-                )
+            loaders: DataLoader[Any] = DataLoader(
+                _LoaderStream(self),
+                batch_size=None,
+                num_workers=self.num_loaders,
+                # One loader prefetches two units, for one may take longer than the next.
+                prefetch_factor=2 if self.num_loaders == 1 else 1,
+                multiprocessing_context=context,
+                # Without a generator of its own it would advance the run's random numbers.
+                generator=torch.Generator(),
             )
-
-    def _next(self) -> Any:
-        # A `for` loop would hold a reference to the iterator, and `close` could not end it.
-        return next(self._items, _END)
+            return iter(loaders)
 
     def _read(self, loader: int, num_loaders: int) -> Iterator[Unit | int | None]:
         """Yield an item at every `num_loaders`-th turn: a unit, None for one that is done; last the number of units.
@@ -231,6 +218,7 @@ class _LoaderStream(IterableDataset[Any]):
         self._queue = queue
 
     def __iter__(self) -> Iterator[Any]:
+        work_unsignalled(self._queue._closing)
         info = get_worker_info()
         assert info is not None
         try:
@@ -240,14 +228,6 @@ class _LoaderStream(IterableDataset[Any]):
         except Exception as error:
             # DataLoader would raise an error of its own type instead.
             yield _portable(error)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _ignore_signals(closing: Any, loader: int) -> None:
-    work_unsignalled(closing)
 
 
 def load_pairs(
@@ -274,15 +254,9 @@ def survey_pairs(
     rows_per_unit: int,
     batch_pairs: int,
 ) -> Survey:
-    """Survey the pairs of a whole source in loader processes.
+    """Survey the pairs of a whole source in loader processes. The ledger's list of skipped rows stays empty.
 
-    Args:
-        source: Source to read.
-        tokenizer: The policy's tokenizer.
-        data: Settings of truncation and of drops.
-        ledger: Counts the rows. Its list of skipped rows stays empty.
-        rows_per_unit: Number of consecutive rows in which a prompt is computed once.
-        batch_pairs: Pairs per padded batch to compare with.
+    A prompt is computed once in `rows_per_unit` consecutive rows; padded batches to compare with have `batch_pairs`.
     """
     num_loaders = count_loaders(source, count_rows(source), rows_per_unit, most=_MOST_LOADERS)
     whole = Survey(batch_pairs)

@@ -47,16 +47,8 @@ _NO_TEMPLATE_KWARGS = {
 A row could bring its own template or have its tokens cut, and no identity would record it."""
 
 
-def make_pair(prompt: Text, chosen: Text, rejected: Text, *, tools: Any, chat_template_kwargs: Any, place: str) -> Pair:
-    """Check the completions, tools and template arguments of a row, and make a pair of them.
-
-    Args:
-        prompt: Checked text or messages.
-        chosen: The same, without the prompt.
-        rejected: The same, without the prompt.
-        tools: List of schemas, its JSON text, or None.
-        chat_template_kwargs: Mapping or None.
-        place: Place of the row, for messages.
+def make_pair(prompt: Text, chosen: Text, rejected: Text, tools: Any, template_kwargs: Any, place: str) -> Pair:
+    """Make a pair of a row's checked texts or messages; check that completions are not empty, and the other columns.
 
     Raises:
         BadRow: A completion is empty, or tools or template arguments have a wrong type.
@@ -69,7 +61,7 @@ def make_pair(prompt: Text, chosen: Text, rejected: Text, *, tools: Any, chat_te
         chosen=chosen,
         rejected=rejected,
         tools=_tools(tools, place),
-        chat_template_kwargs=_template_kwargs(chat_template_kwargs, place),
+        chat_template_kwargs=_template_kwargs(template_kwargs, place),
     )
 
 

@@ -6,7 +6,7 @@ grow with the text: a survey holds counts, a few examples, and 16 bytes a pair t
 
 import itertools
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -64,7 +64,7 @@ class Survey:
     """Kept pairs by remark (a key of `REASONS`)."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """First few rows by remark or reason of a drop."""
-    lengths: dict[str, Counter[int]] = field(default_factory=dict)
+    lengths: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     """Number of pairs by length in tokens.
 
     `prompt`, `chosen`, `rejected`, and `total` (prompt and longer completion) count every tokenized pair before
@@ -96,7 +96,7 @@ class Survey:
         prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
         total = prompt + max(chosen, rejected)
         for name, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected), ("total", total)):
-            self._count(name, length)
+            self.lengths[name][length] += 1
         text = f"{prompt} + {chosen} / {rejected} tokens: {_shown(pair)}"
         if outcome.kept is None:
             self._add_example(outcome.dropped, outcome.row, text)
@@ -121,7 +121,7 @@ class Survey:
             there = self.examples.setdefault(reason, [])
             there += examples[: _MOST_EXAMPLES - len(there)]
         for name, counts in other.lengths.items():
-            self.lengths.setdefault(name, Counter()).update(counts)
+            self.lengths[name].update(counts)
         self.shared_tokens += other.shared_tokens
         self.padded_tokens += other.padded_tokens
         self.highest_id = max(self.highest_id, other.highest_id)
@@ -136,11 +136,7 @@ class Survey:
     def prompt_groups(self) -> dict[str, int]:
         """Count the distinct prompts, the prompts of several pairs, and the pairs of the most frequent prompt."""
         _, counts = np.unique(_as_array(self.prompts), return_counts=True)
-        return {
-            "distinct": len(counts),
-            "shared": int((counts > 1).sum()),
-            "largest": int(counts.max(initial=0)),
-        }
+        return {"distinct": len(counts), "shared": int((counts > 1).sum()), "largest": int(counts.max(initial=0))}
 
     def missing_from(self, keys: Iterable[npt.NDArray[np.uint64]]) -> int:
         """Count the kept pairs whose key is in none of the arrays."""
@@ -152,7 +148,7 @@ class Survey:
         sides = {"prompt": kept.pair.prompt_ids, "chosen": kept.pair.chosen_ids, "rejected": kept.pair.rejected_ids}
         lengths = {name: len(ids) for name, ids in sides.items()}
         self.scored.update(lengths)
-        self._count("pair", sum(lengths.values()))
+        self.lengths["pair"][sum(lengths.values())] += 1
         self.highest_id = max(self.highest_id, *map(max, sides.values()))
         prompt = _digest(kept.pair.prompt_ids)
         self.keys.append(int.from_bytes(kept.key[:8], "big"))
@@ -164,9 +160,6 @@ class Survey:
         self._batch.append(lengths["prompt"] + max(lengths["chosen"], lengths["rejected"]))
         if len(self._batch) == self.batch_pairs:
             self._close_batch()
-
-    def _count(self, name: str, length: int) -> None:
-        self.lengths.setdefault(name, Counter())[length] += 1
 
     def _add_example(self, reason: str | None, row: Row, text: str) -> None:
         there = self.examples.setdefault(str(reason), [])
@@ -182,13 +175,9 @@ def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
     """Return the exact percentiles of counted lengths, `p5` to `p100` (the largest); none of no lengths."""
     if not counts:
         return {}
-    lengths = np.array(sorted(counts))
-    reached = np.cumsum([counts[length] for length in lengths.tolist()])
-    ranks = [max(1, -(-reached[-1] * percent // 100)) for percent in PERCENTILES]
-    return {
-        f"p{percent}": int(lengths[np.searchsorted(reached, rank)])
-        for percent, rank in zip(PERCENTILES, ranks, strict=True)
-    }
+    lengths = np.repeat(list(counts), list(counts.values()))
+    found = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+    return {f"p{percent}": int(length) for percent, length in zip(PERCENTILES, found, strict=True)}
 
 
 def _remarks(outcome: Outcome, cut: TokenizedPair, pair: Pair, whole: TokenizedPair, tokenizer: Any) -> list[str]:

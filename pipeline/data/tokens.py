@@ -6,6 +6,7 @@ from a tokenizer that adds its own, a second BOS if the prompt already starts wi
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import signal
 import struct
@@ -42,8 +43,8 @@ class TokenizedPair:
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
     """Tokenize prompt, prompt+chosen and prompt+rejected as wholes; the ids that all three share are the prompt.
 
-    Plain text ends in one EOS if the tokenizer has one. In a conversation the chat template decides what ends a turn.
-    The ids are not truncated.
+    Plain text ends in one EOS if the tokenizer has one, a conversation's turn in what its chat template writes. The ids
+    are not truncated.
 
     Raises:
         BadRow: The template refuses the messages, or the prompt or a completion has no token.
@@ -53,7 +54,8 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
         prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
     else:
         prompt, chosen, rejected = _tokenize_messages(pair, tokenizer, place)
-    length = min(_shared_length(prompt, chosen), _shared_length(prompt, rejected))
+    three = enumerate(zip(prompt, chosen, rejected, strict=False))
+    length = next((i for i, (a, b, c) in three if not a == b == c), min(map(len, (prompt, chosen, rejected))))
     if length == 0:
         raise BadRow("empty_prompt", f"{place}: the prompt has no token before the completions")
     if length == len(chosen) or length == len(rejected):
@@ -68,10 +70,7 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
 
 
 def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | None:
-    """Cut both completions so that the prompt and either one fit `max_length` (TRL's keep_start).
-
-    Return None if the prompt alone fills it: such a pair has nothing to score.
-    """
+    """Cut both completions so that the prompt and either one fit (TRL's keep_start); None if no room is left."""
     if max_length is None:
         return pair
     room = max_length - len(pair.prompt_ids)
@@ -79,12 +78,7 @@ def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | Non
         return None
     if room >= len(pair.chosen_ids) and room >= len(pair.rejected_ids):
         return pair
-    return TokenizedPair(
-        prompt_ids=pair.prompt_ids,
-        chosen_ids=pair.chosen_ids[:room],
-        rejected_ids=pair.rejected_ids[:room],
-        merged=pair.merged,
-    )
+    return dataclasses.replace(pair, chosen_ids=pair.chosen_ids[:room], rejected_ids=pair.rejected_ids[:room])
 
 
 def pair_key(pair: TokenizedPair) -> bytes:
@@ -127,17 +121,13 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
             "use a chat model, or save a template with its tokenizer"
         )
     arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
-    assert not isinstance(pair.prompt, str)
     ids = []
     try:
         with _time_limit():
             for completion in ([], pair.chosen, pair.rejected):
+                messages = [*pair.prompt, *completion]
                 encoded = tokenizer.apply_chat_template(
-                    [*pair.prompt, *completion],
-                    tokenize=True,
-                    return_dict=True,
-                    add_generation_prompt=not completion,
-                    **arguments,
+                    messages, tokenize=True, return_dict=True, add_generation_prompt=not completion, **arguments
                 )
                 ids.append(encoded["input_ids"])
     except Exception as error:  # a template is a program and may raise anything
@@ -149,13 +139,11 @@ def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int
 def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
     """Return True if both whole conversations, as text, begin with the conversation's prompt.
 
-    Some templates write the prompt differently when an answer follows. The different part is then scored as if it
-    belonged to the answer.
+    If the template writes the prompt differently when an answer follows, the rest is scored as part of the answer.
     """
-    assert not isinstance(pair.prompt, str)
     arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {}), "tokenize": False}
     with _time_limit():
-        prompt = tokenizer.apply_chat_template([*pair.prompt], add_generation_prompt=True, **arguments)
+        prompt = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True, **arguments)
         return all(
             tokenizer.apply_chat_template([*pair.prompt, *completion], **arguments).startswith(prompt)
             for completion in (pair.chosen, pair.rejected)
@@ -186,8 +174,3 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
-
-
-def _shared_length(a: list[int], b: list[int]) -> int:
-    """Return the length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -17,40 +17,21 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
-    "UNREADABLE",
     "NamedModel",
     "at_checkpoint",
     "declared_reference",
     "find_adapter",
-    "find_model",
     "in_one_process",
     "load_tokenizer",
     "model_settings",
     "policy_as_reference",
     "policy_dtype",
-    "policy_settings",
     "reference_dtype",
     "reference_quantization",
     "reference_sources",
     "reference_weights",
     "resolve_dtype",
-    "text_config",
 ]
-
-# Errors of the libraries for a config.json or weights that they can't use: a size of 0, text in place of a number,
-# weights of another shape, a missing package.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-)
-
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,7 +41,9 @@ class NamedModel:
     """A model as the settings name it."""
 
     name: str
+    """Folder or hub name"""
     revision: str | None
+    """Branch, tag or commit on the hub; ignored for a folder"""
     key: str
     """Setting that named it, for messages"""
 
@@ -69,7 +52,32 @@ class NamedModel:
         return cls(config.policy.model, config.policy.revision, "policy.model")
 
     def folder(self, *, weights: bool = True) -> Path:
-        return find_model(self.name, self.revision, self.key, weights=weights)
+        """Give the local folder: the one that is named, or the hub's snapshot, fetched if needed, also its weights.
+
+        Raises:
+            ConfigError: There is no such folder or hub model, or it is not a safetensors model.
+        """
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
+        folder = _find(self, [*patterns, "*.safetensors"] if weights else patterns)
+        if not (folder / "config.json").exists():
+            is_adapter = (folder / ADAPTER_CONFIG).exists()
+            hint = "; it holds an adapter, name that with the key `adapter`" if is_adapter else ""
+            raise ConfigError(f"{self.key}: {self.name}: no config.json in it, so no model{hint}")
+        if weights:
+            if not any(folder.glob("*.safetensors")):
+                raise _no_safetensors(self)
+            _check_weight_index(folder / "model.safetensors.index.json", self.key)
+        return folder
+
+    def text_config(self, *, weights: bool = True) -> Any:
+        """Read the text model's part of config.json, as the library does. Raises ConfigError as `folder` does."""
+        from transformers import AutoConfig
+
+        folder = self.folder(weights=weights)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        except Exception as error:  # the library fails anywhere on what it can't use: a size of 0, text for a number
+            raise ConfigError(f"{self.key}: {folder}: its config.json can't be read: {first_line(error)}") from error
 
 
 def policy_as_reference(config: Config, folder: Path) -> Config:
@@ -80,13 +88,8 @@ def policy_as_reference(config: Config, folder: Path) -> Config:
     policy = config.policy
     dtype: Any = policy_dtype(config)
     if policy.has_adapter:
-        reference = ReferenceConfig(
-            model=policy.model,
-            revision=policy.revision,
-            adapter=str(folder),
-            dtype=dtype,
-            quantization=policy.quantization,
-        )
+        base: dict[str, Any] = {"revision": policy.revision, "quantization": policy.quantization}
+        reference = ReferenceConfig(model=policy.model, adapter=str(folder), dtype=dtype, **base)
     else:
         reference = ReferenceConfig(model=str(folder), dtype=dtype)
     return dataclasses.replace(config, reference=reference)
@@ -98,31 +101,6 @@ def policy_dtype(config: Config) -> str:
     if options.get("bf16") or options.get("fp16"):
         return "bfloat16" if options.get("bf16") else "float16"
     return resolve_dtype(config.policy.dtype, read_json(NamedModel.policy(config).folder() / "config.json"))
-
-
-def find_model(name: str, revision: str | None, key: str, *, weights: bool = True) -> Path:
-    """Give the local folder of a model: the folder itself, or the hub's snapshot, fetched if needed.
-
-    Args:
-        name: Folder or hub name.
-        revision: Branch, tag or commit on the hub; ignored for a folder.
-        key: Setting that named it, for messages.
-        weights: Fetch the weights too.
-
-    Raises:
-        ConfigError: There is no such folder or hub model, or it is not a safetensors model.
-    """
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
-    folder = _find(name, revision, key, [*patterns, "*.safetensors"] if weights else patterns)
-    if not (folder / "config.json").exists():
-        hint = "; it holds an adapter, name that with the key `adapter`" if (folder / ADAPTER_CONFIG).exists() else ""
-        raise ConfigError(f"{key}: {name}: no config.json in it, so no model{hint}")
-    if not weights:
-        return folder
-    if not any(folder.glob("*.safetensors")):
-        raise _no_safetensors(name, key)
-    _check_weight_index(folder / "model.safetensors.index.json", key)
-    return folder
 
 
 def _check_weight_index(index: Path, key: str) -> None:
@@ -138,8 +116,8 @@ def _check_weight_index(index: Path, key: str) -> None:
 
 
 def find_adapter(name: str, key: str) -> Path:
-    """Give the local folder of a PEFT adapter. Raises ConfigError as `find_model` does."""
-    folder = _find(name, None, key, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    """Give the local folder of a PEFT adapter. Raises ConfigError if there is none."""
+    folder = _find(NamedModel(name, None, key), [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
@@ -149,37 +127,39 @@ def find_adapter(name: str, key: str) -> Path:
     return folder
 
 
-def _find(name: str, revision: str | None, key: str, patterns: list[str]) -> Path:
-    local = _expanded(name, key)
+def _find(model: NamedModel, patterns: list[str]) -> Path:
+    name, local = model.name, _expanded(model)
     if name and local.is_dir():
         return local
     if not name or local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}: {name!r}: no such model folder")
+        raise ConfigError(f"{model.key}: {name!r}: no such model folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _not_on_hub(name, key, error) from error
+        raise _not_on_hub(model, error) from error
 
 
-def _expanded(name: str, key: str) -> Path:
+def _expanded(model: NamedModel) -> Path:
     try:
-        local = Path(name).expanduser()
+        local = Path(model.name).expanduser()
         local.exists()
     except (RuntimeError, OSError) as error:
         # A home folder of no user here; a name that is too long.
-        raise ConfigError(f"{key}: {name!r}: not a folder's name ({first_line(error)})") from error
+        raise ConfigError(f"{model.key}: {model.name!r}: not a folder's name ({first_line(error)})") from error
     return local
 
 
-def _not_on_hub(name: str, key: str, error: Exception) -> ConfigError:
-    return ConfigError(f"{key}: {name!r} is neither a folder here nor a model on the hub: {first_line(error)}")
+def _not_on_hub(model: NamedModel, error: Exception) -> ConfigError:
+    place = f"{model.key}: {model.name!r}"
+    return ConfigError(f"{place} is neither a folder here nor a model on the hub: {first_line(error)}")
 
 
-def _no_safetensors(name: str, key: str) -> ConfigError:
-    return ConfigError(f"{key}: {name}: no *.safetensors in it; other weight formats can run code when loaded")
+def _no_safetensors(model: NamedModel) -> ConfigError:
+    where = f"{model.key}: {model.name}"
+    return ConfigError(f"{where}: no *.safetensors in it; other weight formats can run code when loaded")
 
 
 def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
@@ -221,7 +201,7 @@ def reference_weights(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]
     A hub model that is not on this machine is not fetched: the hub knows the digest of every large file. So stage two
     can distinguish a changed reference from the scored one without its weights.
     """
-    if not _expanded(model.name, model.key).is_dir() and not _is_cached(model):
+    if not _expanded(model).is_dir() and not _is_cached(model):
         return _weights_on_hub(model)
     folder = model.folder()
     files = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
@@ -249,7 +229,7 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
         info = HfApi().model_info(model.name, revision=model.revision, files_metadata=True)
         model_config = read_json(Path(hf_hub_download(model.name, "config.json", revision=info.sha)))
     except (OSError, ValueError) as error:
-        raise _not_on_hub(model.name, model.key, error) from error
+        raise _not_on_hub(model, error) from error
     weights = {
         file.rfilename: file.lfs.sha256
         for file in info.siblings or []
@@ -257,7 +237,7 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     }
     weights.pop(ADAPTER_WEIGHTS, None)
     if not weights:
-        raise _no_safetensors(model.name, model.key)
+        raise _no_safetensors(model)
     return model_config, weights
 
 
@@ -318,27 +298,12 @@ def reference_dtype(config: Config) -> Dtype:
     return cast(Dtype, resolve_dtype("auto", read_json(named.folder(weights=False) / "config.json")))
 
 
-def policy_settings(config: Config) -> Any:
-    """Read the text model's part of the policy's config.json, as the library does; loads no weights."""
-    return text_config(NamedModel.policy(config))
-
-
 def model_settings(config: Config) -> tuple[Any, Any]:
-    """Read the config.json of policy and reference, as `policy_settings` does; fetches no weights of hub models."""
-    policy = text_config(NamedModel.policy(config), weights=False)
+    """Read the config.json of policy and reference, as `text_config` does; fetches no weights of hub models."""
+    policy = NamedModel.policy(config).text_config(weights=False)
     if config.reference.model is None or config.reference.declared is not None:
         return policy, policy
-    return policy, text_config(reference_sources(config)[0], weights=False)
-
-
-def text_config(named: NamedModel, *, weights: bool = True) -> Any:
-    from transformers import AutoConfig
-
-    folder = named.folder(weights=weights)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except UNREADABLE as error:
-        raise ConfigError(f"{named.key}: {folder}: its config.json can't be read: {first_line(error)}") from error
+    return policy, reference_sources(config)[0].text_config(weights=False)
 
 
 def reference_quantization(config: Config) -> Quantization | None:

@@ -1,7 +1,7 @@
 """Load tokenizer, reference and policy; attach adapters; switch dropout off.
 
-A model is named by a folder or a hub name. `find_model` brings it to a local folder, so a model from the hub and its
-copy on disk are the same model. Weights are read from safetensors only: other formats can run code when loaded.
+A model from the hub and its copy on disk are the same model. Weights are read from safetensors only: other formats can
+run code when loaded.
 """
 
 import contextlib
@@ -14,13 +14,11 @@ from pipeline.base.errors import ConfigError, DataError, first_line, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
 from pipeline.models.files import (
-    UNREADABLE,
     NamedModel,
     find_adapter,
     reference_quantization,
     reference_sources,
     resolve_dtype,
-    text_config,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def _split_layers(named: NamedModel, plan: Literal["auto"]) -> Any:
     """Make the library's plan to split a model's layers over the processes of this launch."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    model_config = text_config(named)
+    model_config = named.text_config()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     otherwise = "use precompute.device_map: auto"
     if not getattr(model_config, "base_model_tp_plan", None):
@@ -257,9 +255,9 @@ def _loading(place: str, fault: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise DataError(f"{place}: damaged weight file: {error}") from error
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # the library fails anywhere on what it can't use: weights of another shape, ...
         raise ConfigError(f"{place}: {fault}: {first_line(error)}") from error
 
 

@@ -8,7 +8,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.pairs import Message
-from pipeline.models.files import find_model
+from pipeline.models.files import NamedModel
 
 __all__ = ["load_reward_model"]
 
@@ -29,7 +29,7 @@ def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[M
     Raises:
         ConfigError: The model can't be loaded, or has another number of outputs.
     """
-    folder = find_model(name, None, "--reward-model")
+    folder = NamedModel(name, None, "--reward-model").folder()
     try:
         model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True

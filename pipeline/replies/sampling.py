@@ -22,7 +22,7 @@ from pipeline.data.pairs import Message
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
-from pipeline.models.files import find_model, policy_settings
+from pipeline.models.files import NamedModel
 from pipeline.scoring.forward import input_device
 from pipeline.scoring.scorer import Scorer
 
@@ -92,8 +92,8 @@ def choose_prompts(
 
 def stop_ids(config: Config, tokenizer: Any) -> list[int]:
     """Give the tokens that end a reply of either model: the tokenizer's EOS, and those of the policy's model."""
-    folder = find_model(config.policy.model, config.policy.revision, "policy.model")
-    named: Any = getattr(policy_settings(config), "eos_token_id", None)
+    folder = NamedModel.policy(config).folder()
+    named: Any = getattr(NamedModel.policy(config).text_config(), "eos_token_id", None)
     if (folder / "generation_config.json").exists():
         named = transformers.GenerationConfig.from_pretrained(folder).eos_token_id or named
     listed = named if isinstance(named, list) else [named]

@@ -17,7 +17,7 @@ from pipeline.base.digests import read_sha256
 from pipeline.base.errors import ConfigError, DataError, StorageError, UnfinishedError
 from pipeline.base.files import read_json, sync_tree, write_json
 from pipeline.config.schema import Config
-from pipeline.models.files import find_adapter, find_model
+from pipeline.models.files import NamedModel, find_adapter
 from pipeline.run.attempts import set_aside
 from pipeline.run.identity import check_same_run
 from pipeline.run.reading import RECORD, SETTINGS
@@ -148,7 +148,7 @@ def trained_weights(config: Config, folder: Path, option: str) -> Path:
     find: Callable[[], Path] = (
         (lambda: find_adapter(str(folder), option))
         if config.policy.has_adapter
-        else (lambda: find_model(str(folder), None, option))
+        else (lambda: NamedModel(str(folder), None, option).folder())
     )
     try:
         find()

@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.sources import describe, open_source
-from pipeline.models.files import policy_settings
+from pipeline.models.files import NamedModel
 from pipeline.run.inputs import SetInputs
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
@@ -124,7 +124,7 @@ def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPa
 
 def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
     """Check each pair's ids: one past the embedding is a crash without a name on a GPU."""
-    size = getattr(policy_settings(config), "vocab_size", None)
+    size = getattr(NamedModel.policy(config).text_config(), "vocab_size", None)
     for pair in pairs:
         ids = pair.pair
         top = max(max(ids.prompt_ids), max(ids.chosen_ids), max(ids.rejected_ids))

@@ -29,7 +29,7 @@ from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
-from pipeline.models.files import ADAPTER_CONFIG, find_adapter, policy_settings, reference_dtype
+from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter, reference_dtype
 from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
 from pipeline.run.checkpoints import checkpoint_folders, find_checkpoint, is_recorded
 from pipeline.run.identity import run_identity
@@ -181,7 +181,7 @@ def check_mixable(config: Config) -> None:
         ConfigError: There is such an adapter.
     """
     policy = config.policy
-    if not policy.has_adapter or not getattr(policy_settings(config), "tie_word_embeddings", False):
+    if not policy.has_adapter or not getattr(NamedModel.policy(config).text_config(), "tie_word_embeddings", False):
         return
     named: list[str] = []
     if policy.lora is not None:

@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
 from pipeline.data.sources import data_files, describe, open_set
-from pipeline.models.files import declared_reference, load_tokenizer, policy_settings
+from pipeline.models.files import NamedModel, declared_reference, load_tokenizer
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
 from pipeline.run.outputs import guard_run, guard_shards
@@ -101,7 +101,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         # Report a mistake in the other stage's section before an hour of scoring, not after it.
         _ = config.train.options
         check_dtypes(config)
-        router_aux_weight(policy_settings(config), config.loss)
+        router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     sources = {name: open_set(config.data, name) for name in config.data.sets}
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.

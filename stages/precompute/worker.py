@@ -359,5 +359,5 @@ def _finite(scored: list[ScoredPair], pairs: list[KeptPair], on_nonfinite: str, 
                 "(reference.dtype: float32), or set precompute.on_nonfinite: drop"
             )
         ledger.kept -= 1
-        ledger.drop("nonfinite")
+        ledger.dropped["nonfinite"] += 1
     return kept

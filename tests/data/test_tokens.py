@@ -156,7 +156,12 @@ _TOKENIZERS = [make_tokenizer(), make_tokenizer(bos=True), make_tokenizer(bos=Tr
 def test_prompt_and_completion_are_the_text_with_one_eos_and_at_most_one_bos(
     prompt: str, chosen: str, rejected: str, tokenizer: Any
 ) -> None:
-    pair = tokenize(Pair(prompt=prompt, chosen=chosen, rejected=rejected), tokenizer, "row 1")
+    try:
+        pair = tokenize(Pair(prompt=prompt, chosen=chosen, rejected=rejected), tokenizer, "row 1")
+    except BadRow as error:
+        # A prompt of one space merges with the completions into their first token.
+        assert (error.reason, prompt.strip(), tokenizer.bos_token_id) == ("empty_prompt", "", None)
+        return
     for completion, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
         whole = pair.prompt_ids + ids
         assert whole.count(tokenizer.eos_token_id) == 1

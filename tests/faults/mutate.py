@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation(
         "sync of the folders that a new folder lies in",
         "pipeline/base/files.py",
-        "    for path in missing:\n        _sync(path.parent)\n",
+        "        for path in missing:\n            _sync(path.parent)\n",
         "",
         "tests/base/test_files.py",
     ),

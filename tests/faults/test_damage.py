@@ -34,7 +34,7 @@ from pipeline.config.schema import Config, DataConfig
 from pipeline.data import readers
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
 from pipeline.data.sources import count_rows, open_source, read_rows
-from pipeline.models.files import load_tokenizer, policy_settings
+from pipeline.models.files import NamedModel, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.models.loading import load_policy, load_reference
 from pipeline.store.verify import verify_store
@@ -229,7 +229,7 @@ def load_all(folder: Path, **policy: str) -> Config:
         write_config(folder.parent / "run.yaml", data={"path": "x"}, policy=policy, precompute={"output": "y"})
     )
     identity_of_run(config, load_tokenizer(config))
-    policy_settings(config)
+    NamedModel.policy(config).text_config()
     load_reference(config, torch.device("cpu"))
     load_policy(config)
     return config

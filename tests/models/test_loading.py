@@ -30,7 +30,6 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import (
     NamedModel,
     find_adapter,
-    find_model,
     in_one_process,
     load_tokenizer,
     reference_quantization,
@@ -85,9 +84,9 @@ def test_a_hub_name_is_fetched_and_a_folder_is_not(
         return str(model_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert find_model("org/name", "v1", "policy.model") == model_folder
+    assert NamedModel("org/name", "v1", "policy.model").folder() == model_folder
     assert calls == [("org/name", "v1")]
-    assert find_model(str(model_folder), None, "policy.model") == model_folder
+    assert NamedModel(str(model_folder), None, "policy.model").folder() == model_folder
     assert len(calls) == 1
 
 
@@ -104,12 +103,12 @@ def test_an_adapter_trained_on_a_hub_model_names_the_hub_model_as_its_base(
 @pytest.mark.parametrize("name", ["./no/such/folder", "no/such/folder/here", ""])
 def test_a_missing_folder_is_refused_by_its_key_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ConfigError, match=r"reference\.model: .*no such model folder"):
-        find_model(name, None, "reference.model")
+        NamedModel(name, None, "reference.model").folder()
 
 
 def test_an_unreachable_hub_model_is_refused_by_its_key() -> None:
     with pytest.raises(ConfigError, match=r"policy\.model: 'org/none' is neither a folder here nor"):
-        find_model("org/none", None, "policy.model")
+        NamedModel("org/none", None, "policy.model").folder()
 
 
 def test_a_folder_without_safetensors_is_refused(model_folder: Path, tmp_path: Path) -> None:
@@ -117,14 +116,14 @@ def test_a_folder_without_safetensors_is_refused(model_folder: Path, tmp_path: P
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
-        find_model(str(folder), None, "policy.model")
+        NamedModel(str(folder), None, "policy.model").folder()
     with pytest.raises(ConfigError, match="no PEFT adapter"):
         find_adapter(str(folder), "policy.adapter")
 
 
 def test_an_adapter_given_as_a_model_is_told_where_it_belongs(adapter_folder: Path) -> None:
     with pytest.raises(ConfigError, match="name that with the key `adapter`"):
-        find_model(str(adapter_folder), None, "policy.model")
+        NamedModel(str(adapter_folder), None, "policy.model").folder()
 
 
 def test_damaged_weights_are_named(model_folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.tokens import TokenizedPair
-from pipeline.models.files import policy_settings
+from pipeline.models.files import NamedModel
 from pipeline.scoring import memory
 from pipeline.scoring import scorer as scoring_scorer
 from pipeline.scoring.forward import prepare, score
@@ -140,7 +140,7 @@ def test_stage_two_holds_one_model_where_trl_with_a_live_reference_holds_two(tmp
     settings = load_config(config, ())
     estimated = estimate(
         dataclasses.replace(settings, reference=dataclasses.replace(settings.reference, dtype="float32")),
-        shapes_of(policy_settings(settings)),
+        shapes_of(NamedModel.policy(settings).text_config()),
         Lengths(pairs=8, prompt_tokens=120, chosen_tokens=120, rejected_tokens=160, longest_pair=80, usual_pair=60),
         Hardware(name="cpu", memory=0, is_gpu=False),
     )

@@ -46,7 +46,7 @@ def write_store(folder: Path) -> None:
         ledger = Ledger(rows=2, kept=2)
         if unit == 1:
             ledger.rows += 1
-            ledger.drop("empty")
+            ledger.dropped["empty"] += 1
             ledger.skipped.append({"row": 9, "reason": "empty"})
         write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
     assert finish_store(folder, UNITS) == []
