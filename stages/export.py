@@ -15,7 +15,7 @@ from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_rows
 from pipeline.data.rows import Source
-from pipeline.data.sources import describe, open_set, read_rows
+from pipeline.data.sources import describe, open_source, read_rows
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_output
@@ -71,7 +71,7 @@ class _Rows:
     """Generator of one set's rows for the datasets library."""
 
     def __init__(self, config: Config, name: str, store: Store, tokenizer: Any, on_missing: str, work: Path) -> None:
-        self._source = dataclasses.replace(open_set(config.data, name), all_columns=True)
+        self._source = dataclasses.replace(open_source(config.data, name), all_columns=True)
         self._config, self._store, self._tokenizer = config, store, tokenizer
         self._on_missing, self._work = on_missing, work
         self.ledger = Ledger()

@@ -13,7 +13,7 @@ from pipeline.base.files import read_json
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.data.sources import describe, open_set
+from pipeline.data.sources import describe, open_source
 from pipeline.models.files import in_one_process, load_tokenizer
 from pipeline.models.identity import differing_fields, identity_of_reference
 from pipeline.models.loading import pick_device
@@ -52,7 +52,7 @@ def run(
     step, policy_folder = saved_policy(run_folder)
     _check_reference(config, run_folder)
     name = set_name or next(iter(config.data.eval), "train")
-    source = open_set(config.data, name)
+    source = open_source(config.data, name)
     tokenizer: Any = load_tokenizer(config)
     prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
     if not prompts:

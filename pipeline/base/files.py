@@ -27,8 +27,6 @@ __all__ = [
     "write_json",
 ]
 
-_TRIES = 10
-
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its missing parents, durably. Raises StorageError."""
@@ -47,7 +45,7 @@ def put_if_absent(file: Path, content: bytes) -> bool:
     Raises:
         StorageError: The disk is full or failing, or its file system can't put if absent. Nothing is left behind.
     """
-    for tries_left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(10)):
         try:
             with _temporary(file, content) as temporary:
                 committed = _commit(temporary, file)

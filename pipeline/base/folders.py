@@ -101,11 +101,7 @@ class ObjectFolder:
         return f"{self.url}/{name}"
 
     def make(self) -> None:
-        """Check that the store can put if absent; it has no folders to make.
-
-        Raises:
-            StorageError: It can't, or it can't be reached or written.
-        """
+        """Check that the store can put if absent; it has no folders to make. Raises StorageError."""
         if not _puts_if_absent(self.url):
             raise StorageError(
                 f"{self}: this object store ignores the condition of a put (If-None-Match), so two workers could "
@@ -187,11 +183,7 @@ Where = str | Path | Folder
 
 
 def open_folder(where: Where) -> Folder:
-    """Return the folder of a path or URL, without looking for it.
-
-    Raises:
-        ConfigError: No installed package serves the URL's kind.
-    """
+    """Return the folder of a path or URL, without looking for it. Raises ConfigError if no package serves the URL."""
     if isinstance(where, LocalFolder | ObjectFolder):
         return where
     if isinstance(where, Path) or "://" not in where:

@@ -99,14 +99,7 @@ class _Point(NamedTuple):
 
 
 class Progress:
-    """Progress of one stage.
-
-    Args:
-        name: Name of the stage, or of its set.
-        total: Number of units to do, None if unknown.
-        unit: Name of the unit: pairs, steps.
-        done: Number of units done by earlier attempts.
-    """
+    """Progress of a stage or of its set: the number of units, named by `unit`; `done` by earlier attempts."""
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._name, self._total, self._unit = name, total, unit

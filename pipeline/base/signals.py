@@ -16,11 +16,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 class StopFlag:
-    """A flag that is set by a signal or at a time, and read between batches and steps.
-
-    Args:
-        stop_at: Time to stop without a signal, on `time.monotonic`'s clock.
-    """
+    """A flag that is set by a signal or at a time (`time.monotonic`'s), and read between batches and steps."""
 
     def __init__(self, stop_at: float | None = None) -> None:
         self._stop_at = stop_at

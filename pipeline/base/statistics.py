@@ -62,11 +62,9 @@ def correlation(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
 
 
 def histogram(values: npt.NDArray[Any], bins: int | Floats) -> Histogram:
-    """Count values in bins of a round width, about `bins` of them over all but the outermost percent.
+    """Count finite values in bins of a round width, about `bins` of them over all but the outermost percent.
 
-    Args:
-        values: Finite, any number of them.
-        bins: How many, up to twice as few and one more at either end; or the edges of the bins.
+    There are up to twice as few bins and one more at either end. `bins` may also be the edges.
     """
     edges = _edges(values, bins) if isinstance(bins, int) else bins
     counts, _ = np.histogram(values, edges)

@@ -85,11 +85,8 @@ class ClusterConfig:
     precompute: JobConfig = field(default_factory=JobConfig)
     """Resources of one worker of stage one."""
     train: JobConfig = field(default_factory=JobConfig)
-    """Resources of stage two."""
     partition: str | None = None
-    """Slurm partition."""
     account: str | None = None
-    """Slurm account."""
     options: list[str] = field(default_factory=list)
     """Further options of sbatch for every job: `[--qos=high, --constraint=a100]`."""
     setup: str | None = None
@@ -101,7 +98,6 @@ class ClusterConfig:
     restarts: int = 100
     """Number of times that a job is queued again, or a pod started again, before it counts as failed."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
-    """Further settings for Kubernetes."""
 
     def __post_init__(self) -> None:
         require_at_least(self, workers=1, grace=1, restarts=0)

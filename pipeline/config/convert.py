@@ -28,12 +28,9 @@ PathText = Annotated[str, "path"]
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """Convert YAML's strings, lists and mappings to a declared type.
+    """Convert YAML's strings, lists and mappings to a declared type. Raises ConfigError with the key (`where`).
 
     The type `object` leaves the value as it is; `Any` reads it as YAML does.
-
-    Raises:
-        ConfigError: The value does not fit; the message names the key (`where`), type and value.
     """
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if hint is object:
@@ -67,10 +64,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _build(cls: type, value: Any, where: str) -> Any:
-    """Make the dataclass `cls` from a mapping.
-
-    A field with the metadata `rest` takes the keys that are no other field's, unconverted.
-    """
+    """Make a dataclass of a mapping. A field with the metadata `rest` takes the unknown keys, unconverted."""
     prefix = f"{where}." if where else ""
     value = {} if _is_null(value) else value
     if not isinstance(value, Mapping):

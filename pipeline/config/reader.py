@@ -23,8 +23,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`).
 
     Raises:
-        ConfigError: The file is missing or not YAML, a key is unknown or repeated, or a value has the wrong type or is
-            impossible. The message names the key.
+        ConfigError: The file is missing or not YAML, or a key or its value is wrong. The message names the key.
     """
     path = Path(path)
     try:

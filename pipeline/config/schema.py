@@ -184,7 +184,6 @@ class LoraSettings:
     """A fresh LoRA adapter on the policy (arXiv 2106.09685)."""
 
     r: int = 16
-    """Rank."""
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
@@ -302,38 +301,35 @@ class LossConfig:
         return self.weights if self.weights is not None else [1.0] * len(self.types)
 
     def __post_init__(self) -> None:
-        names = ", ".join(self.types)
-        require(bool(self.types), "type", "at least one loss", self.types)
-        require(len(set(self.types)) == len(self.types), "type", "different losses", names, "Weight a loss instead")
+        types, names = set(self.types), ", ".join(self.types)
+        require(bool(types), "type", "at least one loss", self.types)
+        require(len(types) == len(self.types), "type", "different losses", names, "Weight a loss instead")
         if self.weights is not None:
-            rule = f"{len(self.types)} finite numbers, one for each loss"
-            fits = len(self.weights) == len(self.types) and all(map(math.isfinite, self.weights))
-            require(fits, "weights", rule, self.weights)
+            fits = len(self.weights) == len(types) and all(map(math.isfinite, self.weights))
+            require(fits, "weights", f"{len(types)} finite numbers, one for each loss", self.weights)
         require(0 < self.beta < math.inf, "beta", "a positive finite number", self.beta)
         smoothing, tau, alpha = self.label_smoothing, self.discopop_tau, self.f_alpha_divergence_coef
         require(0 <= smoothing <= 0.5, "label_smoothing", "from 0 to 0.5", smoothing)
-        takes_it = not smoothing or bool(set(self.types) & set(_WITH_SMOOTHING))
+        takes_it = not smoothing or bool(types & set(_WITH_SMOOTHING))
         require(takes_it, "label_smoothing", f"0 for {names}", smoothing, f"Add one of {', '.join(_WITH_SMOOTHING)}")
         # robust divides by 1 - 2 label_smoothing; exo_pair takes its logarithm.
-        require("robust" not in self.types or smoothing < 0.5, "label_smoothing", "below 0.5 for robust", smoothing)
-        above = "exo_pair" not in self.types or smoothing > 0
+        require("robust" not in types or smoothing < 0.5, "label_smoothing", "below 0.5 for robust", smoothing)
+        above = "exo_pair" not in types or smoothing > 0
         require(above, "label_smoothing", "above 0 for exo_pair", smoothing, "Set 1e-3, which is usual")
         without = ", ".join(name for name in self.types if name not in _WITH_DIVERGENCE)
         divergence = self.f_divergence_type
         require(divergence == "reverse_kl" or not without, "f_divergence_type", f"reverse_kl for {without}", divergence)
         require(math.isfinite(alpha), "f_alpha_divergence_coef", "a finite number", alpha)
-        read = alpha == 0.5 or divergence == "alpha_divergence"
-        rule = "left out unless f_divergence_type is alpha_divergence"
-        require(read, "f_alpha_divergence_coef", rule, alpha)
-        share = self.ld_alpha
+        read, rule = divergence == "alpha_divergence", "left out unless f_divergence_type is alpha_divergence"
+        require(read or alpha == 0.5, "f_alpha_divergence_coef", rule, alpha)
+        share, weight = self.ld_alpha, self.router_aux_loss_coef
         rule = "from 0 (the common length alone) to 1 (plain sums)"
         require(share is None or 0 <= share <= 1, "ld_alpha", rule, share)
         # aot sorts pairs, so none of its values belongs to a pair that could be weighted.
-        weighted = self.use_weighting and bool({"aot", "aot_unpaired"} & set(self.types))
+        weighted = self.use_weighting and bool(types & {"aot", "aot_unpaired"})
         require(not weighted, "use_weighting", "false for aot and aot_unpaired", True)
         require(0 < tau < math.inf, "discopop_tau", "a positive finite number", tau)
-        require(tau == 0.05 or "discopop" in self.types, "discopop_tau", "left out unless discopop is a loss", tau)
-        weight = self.router_aux_loss_coef
+        require(tau == 0.05 or "discopop" in types, "discopop_tau", "left out unless discopop is a loss", tau)
         fits = weight is None or 0 <= weight < math.inf
         require(fits, "router_aux_loss_coef", "a finite number from 0", weight)
 

@@ -52,11 +52,7 @@ class TrainSection:
 
     @property
     def folder(self) -> Path:
-        """Folder of the run.
-
-        Raises:
-            ConfigError: The settings name none.
-        """
+        """Folder of the run. Raises ConfigError if the settings name none."""
         if not self.output_dir:
             raise ConfigError("train.output_dir: missing; name the folder that the trained policy goes to")
         return Path(self.output_dir)

@@ -117,11 +117,7 @@ class Ledger:
 
 
 def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> Outcome:
-    """Decode, tokenize and truncate one row. A bad row is dropped whatever `data.on_bad_row` says.
-
-    Raises:
-        ConfigError: The row is a conversation and the tokenizer has no chat template.
-    """
+    """Decode, tokenize and truncate one row. A bad row is dropped whatever `data.on_bad_row` says."""
     values: Mapping[str, Any] | None = None
     pair: Pair | None = None
     try:
@@ -155,12 +151,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
 
 
 def outcomes(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> Iterator[Outcome]:
-    """Yield the outcome of every row, in order.
-
-    Raises:
-        BadRow: A row is not a pair and `data.on_bad_row` is `stop`. The message says what to do.
-        ConfigError: As `outcome_of`.
-    """
+    """Yield the outcome of every row, in order. Raises BadRow for a bad row if `data.on_bad_row` is `stop`."""
     for row in rows:
         outcome = outcome_of(row, tokenizer, data)
         if outcome.error is not None and data.on_bad_row == "stop":

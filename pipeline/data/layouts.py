@@ -19,12 +19,7 @@ __all__ = ["split_shared_prompt", "to_pair"]
 
 
 def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
-    """Read a pair from a row.
-
-    Args:
-        row: The row's columns.
-        columns: Our column names -> the row's, as `data.columns` has them.
-        place: Place of the row, for messages.
+    """Read a pair from a row; `columns` maps our column names to the row's, as `data.columns` does.
 
     Raises:
         BadRow: A column is missing or has a wrong type, a completion is empty, or there is no shared prompt.

@@ -9,7 +9,6 @@ little compared with tokenizing it. A small source is read without loaders, by t
 """
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -81,12 +80,7 @@ def count_loaders(source: Source, rows: int | None, rows_per_unit: int, *, most:
 
 @dataclass(eq=False)
 class UnitQueue:
-    """Yield the units of a source in order, each tokenized as a whole.
-
-        with UnitQueue(...) as units:
-            for unit in units:
-                ...
-        units.num_units
+    """Yield the units of a source in order, each tokenized as a whole, in a `with` block.
 
     A loader is at most two units ahead of the consumer. An error in a loader is raised where its unit would have come,
     with the loader's traceback as a note.
@@ -155,18 +149,18 @@ class UnitQueue:
         # Stop the loaders before the interpreter exits; they would ignore a SIGTERM at exit.
         atexit.register(self.close)
         # A text at a time needs no threads, and some versions of tokenizers warn in a fork of a threaded process.
-        with _default_environment("TOKENIZERS_PARALLELISM", "false"):
-            loaders: DataLoader[Any] = DataLoader(
-                _LoaderStream(self),
-                batch_size=None,
-                num_workers=self.num_loaders,
-                # One loader prefetches two units, for one may take longer than the next.
-                prefetch_factor=2 if self.num_loaders == 1 else 1,
-                multiprocessing_context=context,
-                # Without a generator of its own it would advance the run's random numbers.
-                generator=torch.Generator(),
-            )
-            return iter(loaders)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        loaders: DataLoader[Any] = DataLoader(
+            _LoaderStream(self),
+            batch_size=None,
+            num_workers=self.num_loaders,
+            # One loader prefetches two units, for one may take longer than the next.
+            prefetch_factor=2 if self.num_loaders == 1 else 1,
+            multiprocessing_context=context,
+            # Without a generator of its own it would advance the run's random numbers.
+            generator=torch.Generator(),
+        )
+        return iter(loaders)
 
     def _read(self, loader: int, num_loaders: int) -> Iterator[Unit | int | None]:
         """Yield an item at every `num_loaders`-th turn: a unit, None for one that is done; last the number of units.
@@ -281,16 +275,3 @@ def _portable(error: Exception) -> Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In a process that reads and tokenizes:\n{trace}")
     return error
-
-
-@contextlib.contextmanager
-def _default_environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while, unless it is set already."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]

@@ -42,17 +42,11 @@ _NO_TEMPLATE_KWARGS = {
     "tokenizer_kwargs",
     "truncation",
 }
-"""Arguments of `apply_chat_template` that a row must not set.
-
-A row could bring its own template or have its tokens cut, and no identity would record it."""
+"""Arguments of `apply_chat_template` that would change the template or cut tokens, and no identity would record it"""
 
 
 def make_pair(prompt: Text, chosen: Text, rejected: Text, tools: Any, template_kwargs: Any, place: str) -> Pair:
-    """Make a pair of a row's checked texts or messages; check that completions are not empty, and the other columns.
-
-    Raises:
-        BadRow: A completion is empty, or tools or template arguments have a wrong type.
-    """
+    """Make a pair of checked texts or messages. Raises BadRow for an empty completion or a wrong type."""
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if _is_empty(completion):
             raise BadRow("empty_completion", f"{place}: {name} is empty after the prompt")
@@ -71,11 +65,7 @@ def is_conversational(value: Any) -> bool:
 
 
 def check_text(value: Any, name: str, place: str) -> None:
-    """Check that a value is text, or a non-empty list of messages, and can be written as UTF-8.
-
-    Raises:
-        BadRow: It is not; the message begins with `place` and `name`.
-    """
+    """Check that a value is text, or a non-empty list of messages, and can be written as UTF-8. Raises BadRow."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")

@@ -25,7 +25,6 @@ _LARGEST_ARRAY = 2**30
 """Most bytes of a JSON array. It is held as a whole, and takes some ten times the memory once it is parsed."""
 
 _LARGEST_FOOTER = 16 * 2**20
-
 _LARGEST_GROUP = 16 * 2**30
 """Most unpacked bytes of a row group, whose pages are read together."""
 
@@ -157,7 +156,11 @@ def _read_csv(source: Source) -> Iterator[Row]:
                     if header and cells:
                         yield Row(next(numbers), place, partial(_csv_row, header, cells, place))
                     elif cells:
-                        header = _checked_header(cells, place)
+                        header = cells
+                        if not _is_utf8(header) or "\0" in header[0]:
+                            raise DataError(f"{place}: the header is not UTF-8; save the file as UTF-8")
+                        if len(set(header)) < len(header):
+                            raise DataError(f"{place}: the header names a column twice: {', '.join(header)}")
             except csv.Error as error:
                 raise DataError(f"{file}:{begin}: not CSV: {error}") from error
 
@@ -171,14 +174,6 @@ def _csv_lines(file: Path, text: IO[str]) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _checked_header(header: list[str], place: str) -> list[str]:
-    if not _is_utf8(header) or "\0" in header[0]:
-        raise DataError(f"{place}: the header is not UTF-8; save the file as UTF-8")
-    if len(set(header)) < len(header):
-        raise DataError(f"{place}: the header names a column twice: {', '.join(header)}")
-    return header
 
 
 def _csv_row(header: list[str], cells: list[str], place: str) -> Mapping[str, Any]:
@@ -226,9 +221,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def _footer_alone(file: Path) -> bytes:
-    """Return a Parquet file of the footer alone, without the Arrow schema of its writer.
-
-    An extension type in that schema would run the code of the library that registered it."""
+    """Return a Parquet file of the footer alone, without its writer's Arrow schema, whose extension types run code."""
     with file.open("rb") as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, size - 8))
@@ -243,9 +236,7 @@ def _footer_alone(file: Path) -> bytes:
 
 
 def _declared_wrongly(footer: pq.FileMetaData) -> str | None:
-    """Return what a footer declares that can't be true, or must not be read.
-
-    Columns are not asked: reading the metadata of an encrypted one ends the process."""
+    """Return what a footer declares wrongly. Columns are not asked: an encrypted one's metadata ends the process."""
     rows = 0
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
@@ -310,9 +301,7 @@ def load_saved(source: Source) -> Any:
 
 
 def _without_media(dataset: Any) -> Any:
-    """Drop columns of images and the like: to read one opens any file or URL that the row names.
-
-    Preferences are text, so a pair has no such column."""
+    """Drop columns of images and the like, which no pair has: to read one opens any file or URL that the row names."""
     media = [name for name, feature in (getattr(dataset, "features", None) or {}).items() if _holds_media(feature)]
     if not media:
         return dataset

@@ -8,9 +8,7 @@ from typing import Any
 __all__ = ["LARGEST_ROW", "Row", "Source"]
 
 LARGEST_ROW = 4 * 2**20
-"""Most bytes of one row of a text file, about a million tokens.
-
-A longer row is not a preference, but a file without line ends, or another file's content."""
+"""Most bytes of one row of a text file, about a million tokens. A longer one is a file without line ends."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,42 +13,33 @@ from pipeline.config.schema import DataConfig, EvalSetConfig
 from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet
 from pipeline.data.rows import Row, Source
 
-__all__ = ["count_rows", "data_files", "describe", "find_set", "open_set", "open_source", "read_rows"]
+__all__ = ["count_rows", "data_files", "describe", "find_set", "open_source", "read_rows"]
 
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
-def find_set(data: DataConfig, name: str) -> EvalSetConfig | None:
-    """Return the settings of a held-out set; None for `train`, whose settings are `data` itself.
-
-    Raises:
-        ConfigError: There is no such set. The message names `--set` and all sets.
-    """
+def find_set(data: DataConfig, name: str) -> EvalSetConfig:
+    """Return what a set has of its own: nothing for `train`, whose settings are `data`. Raises ConfigError."""
     if name != "train" and name not in data.eval:
         raise ConfigError(f"--set {name}: data.eval names no such set; there are {', '.join(['train', *data.eval])}")
-    return data.eval.get(name)
+    return data.eval.get(name, EvalSetConfig())
 
 
-def open_set(data: DataConfig, name: str) -> Source:
-    """Find the rows of a set: `train` or one of `data.eval`. Raises as `find_set` and `open_source`."""
-    return open_source(data, find_set(data, name))
-
-
-def open_source(data: DataConfig, eval_set: EvalSetConfig | None = None) -> Source:
-    """Find the rows of `data`, or of one of its held-out sets.
+def open_source(data: DataConfig, name: str = "train") -> Source:
+    """Find the rows of a set: `train` or one of `data.eval`.
 
     Raises:
-        ConfigError: The path names no file, the split no file of the folder, or the format is unknown.
+        ConfigError: No set has the name, the path names no file, the split no file of the folder, or the format is
+            unknown.
     """
-    path, split, name = data.path, data.split, data.name
-    if eval_set is not None:
-        path, split, name = eval_set.path or path, eval_set.split or split, eval_set.name or name
-    base, start, stop = _parse_split(split)
+    own = find_set(data, name)
+    path = own.path or data.path
+    base, start, stop = _parse_split(own.split or data.split)
     kind, files = _find_files(path, base, data.format)
     return Source(
         path=path,
         format=kind,
-        name=name,
+        name=own.name or data.name,
         # A revision belongs to the repository of data.path.
         revision=data.revision if path == data.path else None,
         split=base,

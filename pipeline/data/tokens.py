@@ -156,10 +156,7 @@ _MOST_SECONDS = 60
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    """Stop a template that would run forever, such as nested loops.
-
-    A signal stops it, so there is no limit outside the main thread, nor on systems without interval timers.
-    """
+    """Stop a template that runs forever by a signal; without limit in other threads or without interval timers."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -52,11 +52,7 @@ class NamedModel:
         return cls(config.policy.model, config.policy.revision, "policy.model")
 
     def folder(self, *, weights: bool = True) -> Path:
-        """Give the local folder: the one that is named, or the hub's snapshot, fetched if needed, also its weights.
-
-        Raises:
-            ConfigError: There is no such folder or hub model, or it is not a safetensors model.
-        """
+        """Give the local folder, or the hub's snapshot, fetched if needed. Raises ConfigError without such a model."""
         patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
         folder = _find(self, [*patterns, "*.safetensors"] if weights else patterns)
         if not (folder / "config.json").exists():
@@ -81,10 +77,7 @@ class NamedModel:
 
 
 def policy_as_reference(config: Config, folder: Path) -> Config:
-    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype of its products.
-
-    Training keeps weights in float32 for bf16 products; sampling and scoring do not need that.
-    """
+    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype of its products."""
     policy = config.policy
     dtype: Any = policy_dtype(config)
     if policy.has_adapter:
@@ -242,10 +235,7 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokenizerBase":
-    """Load the policy's tokenizer, which tokenizes for both models in both stages.
-
-    If `weights` is false, a hub model's weights are not fetched with it.
-    """
+    """Load the policy's tokenizer, which tokenizes for both models; fetch a hub model's `weights` with it."""
     from transformers import AutoTokenizer
 
     folder = NamedModel.policy(config).folder(weights=weights)

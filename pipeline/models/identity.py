@@ -19,17 +19,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.tokens import TOKENIZATION_VERSION
-from pipeline.models.files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    find_adapter,
-    policy_dtype,
-    reference_dtype,
-    reference_quantization,
-    reference_sources,
-    reference_weights,
-    resolve_dtype,
-)
+from pipeline.models import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +40,6 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 """Version of the shards' columns and of the manifest"""
-
 
 # Keys of config.json that do not change the forward pass.
 _IRRELEVANT_CONFIG = frozenset(
@@ -73,11 +62,7 @@ _IRRELEVANT_CONFIG = frozenset(
 
 
 def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Collect everything that a log-prob of this run's reference depends on. Reads files, loads no weights.
-
-    Returns:
-        Nested dict of strings and numbers: `schema`, `reference`, `tokenization`.
-    """
+    """Collect everything that a log-prob of this run's reference depends on. Reads files, loads no weights."""
     return {
         "schema": SCHEMA_VERSION,
         "reference": identity_of_reference(config),
@@ -96,13 +81,14 @@ def identity_of_reference(config: Config) -> dict[str, Any]:
     """Collect the reference's identity: digests of weights, config and adapter; dtype and quantization."""
     if config.reference.declared is not None:
         return {"declared": config.reference.declared}
-    model, adapter = reference_sources(config)
-    model_config, weights = reference_weights(model)
-    quantization = reference_quantization(config)
+    model, adapter = files.reference_sources(config)
+    model_config, weights = files.reference_weights(model)
+    kept = {key: value for key, value in model_config.items() if key not in _IRRELEVANT_CONFIG}
+    quantization = files.reference_quantization(config)
     return {
         "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
-        "config": _digest_of_config(model_config),
-        "dtype": resolve_dtype(config.reference.dtype, model_config),
+        "config": _digest(json.dumps(kept, sort_keys=True)),
+        "dtype": files.resolve_dtype(config.reference.dtype, model_config),
         "adapter": None if adapter is None else _digest_of_adapter(adapter),
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
@@ -131,9 +117,7 @@ def policy_reference_relation(config: Config) -> PolicyReferenceRelation:
     return PolicyReferenceRelation(
         at_start=at_start,
         adapters_off=same_base and reference["adapter"] is None and config.policy.has_adapter,
-        frozen_adapter=(
-            find_adapter(config.policy.adapter, "policy.adapter") if at_start and config.policy.adapter else None
-        ),
+        frozen_adapter=files.reference_sources(config)[1] if at_start else None,
     )
 
 
@@ -164,12 +148,8 @@ def describe_differences(stored: Mapping[str, Any], run: Mapping[str, Any], whos
 def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: bool) -> list[str]:
     """Name every field in which a store's identity does not serve the run, both values side by side.
 
-    Args:
-        stored: Identity in the store's manifest.
-        run: Identity of this run.
-        joining: True for stage two, which accepts a store that holds more than it needs: if token logps are stored,
-            `max_length` may be larger, and `token_logps` may differ. False for stage one, which writes into the store
-            and needs an equal identity.
+    Stage one writes into the store and needs an equal identity. Stage two (`joining`) accepts a store that holds more
+    than it needs: if token logps are stored, `max_length` may be larger, and `token_logps` may differ.
     """
     if not joining:
         return describe_differences(stored, run)
@@ -177,7 +157,9 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: b
     reason = "the shards were cut shorter than this run wants"
     if not ours["token_logps"]:
         reason = "the shards hold no token logps, so it must be equal"
-    serves = ours["token_logps"] and _covers(ours["max_length"], theirs["max_length"])
+    # Log-probs of a causal model do not depend on the tail.
+    kept, wanted = ours["max_length"], theirs["max_length"]
+    serves = ours["token_logps"] and (kept is None or (wanted is not None and kept >= wanted))
     found = []
     for text in describe_differences(stored, run):
         field = text.partition(":")[0]
@@ -186,11 +168,6 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: b
         elif field not in ("tokenization.max_length", "tokenization.token_logps"):
             found.append(text)
     return found
-
-
-def _covers(stored: int | None, run: int | None) -> bool:
-    """Return True if a cut holds the other: log-probs of a causal model do not depend on the tail."""
-    return stored is None or (run is not None and stored >= run)
 
 
 def _show(value: Any) -> str:
@@ -202,16 +179,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _digest_of_config(settings: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in settings.items() if key not in _IRRELEVANT_CONFIG}
-    return _digest(json.dumps(kept, sort_keys=True))
-
-
 def _digest_of_adapter(folder: Path) -> str:
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / files.ADAPTER_CONFIG)
     # The base model's place when the adapter was saved does not change what it computes.
     kept = {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision", "inference_mode")}
-    return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / ADAPTER_WEIGHTS))
+    return _digest(json.dumps(kept, sort_keys=True) + sha256_of_file(folder / files.ADAPTER_WEIGHTS))
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str:
@@ -228,15 +200,14 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
 
 
 def check_dtypes(config: Config) -> None:
-    """Refuse, before scoring, log-probs that the gate would refuse after it.
+    """Refuse, before scoring, a policy that starts as its reference but computes in fewer digits. Raises ConfigError.
 
-    Raises:
-        ConfigError: The policy starts as its reference, but computes in fewer digits than the reference is scored in.
+    The gate would refuse such log-probs after it.
     """
     relation = policy_reference_relation(config)
     if config.train.on_mismatch == "warn" or not (relation.at_start or relation.adapters_off):
         return
-    policy, reference = policy_dtype(config), reference_dtype(config)
+    policy, reference = files.policy_dtype(config), files.reference_dtype(config)
     if significand_bits(policy) < significand_bits(reference):
         raise ConfigError(
             f"reference.dtype: the reference would be scored in {reference}, but the policy trains in {policy}, so "
@@ -245,5 +216,5 @@ def check_dtypes(config: Config) -> None:
 
 
 def significand_bits(dtype: str) -> int:
-    """Give the number of significand bits of a dtype."""
+    """Give the number of significand bits of a dtype, 24 if it is unknown."""
     return {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}.get(dtype, 24)

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.base.errors import ConfigError, DataError, first_line, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
-from pipeline.models.files import (
-    NamedModel,
-    find_adapter,
-    reference_quantization,
-    reference_sources,
-    resolve_dtype,
-)
+from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -131,14 +125,10 @@ def load_policy(config: Config) -> Any:
 
 
 def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
-    """Make a model without weights, on the meta device, which needs neither memory nor files.
-
-    Args:
-        model_config: Its transformers config.
-        policy: Names the adapter that is trained on it.
+    """Make a model of a transformers config without weights, on the meta device: it takes neither memory nor files.
 
     Returns:
-        The plain model; and the number of its adapter's trained parameters with the adapter's rank (0 for IA3).
+        The plain model; and the number of trained parameters of the policy's adapter, with its rank (0 for IA3).
 
     Raises:
         ConfigError: The library can't make a causal language model of it, or the adapter does not fit.

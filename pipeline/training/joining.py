@@ -49,7 +49,7 @@ def join_sets(
     """
     joined = {}
     for name in config.data.sets:
-        source, store, ledger = open_source(config.data, config.data.eval.get(name)), stores.get(name), Ledger()
+        source, store, ledger = open_source(config.data, name), stores.get(name), Ledger()
         pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
         table = load_reference_table(
             [] if store is None else [store],

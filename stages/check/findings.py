@@ -82,7 +82,7 @@ class Findings:
 
 def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, batch_pairs: int) -> PairSet:
     """Survey a set, or its first `rows`. Bad rows are counted whatever `data.on_bad_row` says."""
-    source = open_source(config.data, config.data.eval.get(name))
+    source = open_source(config.data, name)
     total = count_rows(source)
     surveyed = source
     if rows is not None and (total is None or total > rows):

@@ -39,7 +39,7 @@ from pipeline.base.progress import without_other_bars
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_pairs
-from pipeline.data.sources import open_set, read_rows
+from pipeline.data.sources import open_source, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import load_tokenizer, policy_as_reference
 from pipeline.replies import sampling
@@ -146,7 +146,7 @@ def summary(folder: Path, config: Config, *, seed: int = 1) -> dict[str, float]:
         raise UnfinishedError(f"{run_folder}: must hold a finished run. Run: refshard train with the same settings")
     tokenizer: Any = load_tokenizer(config)
     name = next(iter(config.data.eval))
-    kept = list(kept_pairs(read_rows(open_set(config.data, name)), tokenizer, config.data, Ledger()))
+    kept = list(kept_pairs(read_rows(open_source(config.data, name)), tokenizer, config.data, Ledger()))
     pairs = [one.pair for one in kept]
     prompts = [pair.prompt_ids for pair in pairs]
     with _two_threads():

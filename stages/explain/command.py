@@ -13,7 +13,7 @@ import click
 from pipeline.base.errors import printable
 from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
-from pipeline.data.sources import open_set
+from pipeline.data.sources import open_source
 from pipeline.models.files import (
     in_one_process,
     load_tokenizer,
@@ -63,7 +63,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
         ConfigError: There is no such set, row or policy, or a model can't be loaded.
         UnfinishedError: The policy's run has saved nothing yet.
     """
-    source = open_set(config.data, set_name)
+    source = open_source(config.data, set_name)
     trained = None
     if policy is not None:
         policy = trained_weights(config, policy, "--policy")

@@ -20,7 +20,7 @@ from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
-from pipeline.data.sources import data_files, describe, open_set
+from pipeline.data.sources import data_files, describe, open_source
 from pipeline.models.files import NamedModel, declared_reference, load_tokenizer
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
@@ -102,7 +102,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         _ = config.train.options
         check_dtypes(config)
         router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
-    sources = {name: open_set(config.data, name) for name in config.data.sets}
+    sources = {name: open_source(config.data, name) for name in config.data.sets}
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.
     costs_in = open_folder(config.precompute.output)

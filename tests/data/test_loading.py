@@ -168,13 +168,12 @@ def test_the_run_s_random_numbers_are_not_touched(source: Source) -> None:
     assert random.getstate() == before[1]
 
 
-def test_a_tokenizer_that_has_used_threads_is_quiet_in_loaders_and_has_them_still(
+def test_a_tokenizer_that_has_used_threads_is_quiet_in_loaders(
     source: Source, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     TOKENIZER(["one", "two", "three"] * 100)
     load(source, 1)
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
     assert "forked" not in capfd.readouterr().err
 
 

@@ -22,7 +22,7 @@ from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, 
 from pipeline.config.schema import DataConfig, EvalSetConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
-from pipeline.data.sources import count_rows, describe, find_set, open_set, open_source, read_rows
+from pipeline.data.sources import count_rows, describe, find_set, open_source, read_rows
 from support.runs import simple_rows, write_jsonl
 
 # Everything that a cell of a CSV file or a line of JSON could stumble over.
@@ -370,15 +370,16 @@ def test_stream_that_breaks_off_is_an_error_of_the_network(monkeypatch: pytest.M
 
 
 def test_held_out_set_takes_from_the_training_set_what_it_leaves_out() -> None:
-    data = DataConfig(path="org/pairs", name="prefs", revision="v1", columns={"prompt": "q"})
-    source = open_source(data, EvalSetConfig(split="test[:5]"))
+    held_out = {"held": EvalSetConfig(split="test[:5]")}
+    data = DataConfig(path="org/pairs", name="prefs", revision="v1", columns={"prompt": "q"}, eval=held_out)
+    source = open_source(data, "held")
     assert (source.path, source.name, source.revision) == ("org/pairs", "prefs", "v1")
     assert (source.split, source.start, source.stop, source.columns) == ("test", 0, 5, {"prompt": "q"})
 
 
 def test_held_out_set_of_another_repository_does_not_take_the_revision() -> None:
-    data = DataConfig(path="org/pairs", revision="v1")
-    assert open_source(data, EvalSetConfig(path="org/others")).revision is None
+    data = DataConfig(path="org/pairs", revision="v1", eval={"held": EvalSetConfig(path="org/others")})
+    assert open_source(data, "held").revision is None
 
 
 # --- Any text, any range ------------------------------------------------------------------------------------------
@@ -658,10 +659,10 @@ def test_file_that_can_not_be_read_is_an_error_of_the_disk(tmp_path: Path, monke
 def test_a_set_is_opened_by_its_name_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", simple_rows(4))
     data = DataConfig(path=str(tmp_path / "pairs.jsonl"), eval={"held": EvalSetConfig(split="train[2:]")})
-    assert [[row.number for row in read_rows(open_set(data, name))] for name in ("train", "held")] == [
+    assert [[row.number for row in read_rows(open_source(data, name))] for name in ("train", "held")] == [
         [0, 1, 2, 3],
         [2, 3],
     ]
-    for find in (open_set, find_set):
+    for find in (open_source, find_set):
         with pytest.raises(ConfigError, match=r"^--set x: data\.eval names no such set; there are train, held$"):
             find(data, "x")

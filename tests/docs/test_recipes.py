@@ -214,8 +214,8 @@ def test_the_form_of_the_recipes_set_gives_the_right_pairs(recipe: Recipe, tmp_p
     data = load_config(recipe.file, [f"data.path={form.write(tmp_path / 'set')}"]).data
     pairs = [to_pair(row.load(), data.columns, row.place) for row in read_rows(open_source(data))]
     assert pairs == list(form.pairs)
-    for held_out in data.eval.values():
-        source = open_source(data, held_out)
+    for name in data.eval:
+        source = open_source(data, name)
         # A range behind the training rows has nothing here, where there are two.
         if source.start == 0:
             assert [to_pair(row.load(), data.columns, row.place) for row in read_rows(source)] == list(form.pairs)
