@@ -42,8 +42,7 @@ def make_folder(folder: Path) -> None:
 def put_if_absent(file: Path, content: bytes) -> bool:
     """Write a new file, durably and whole. Returns False, and changes nothing, if the name is taken.
 
-    Raises:
-        StorageError: The disk is full or failing, or its file system can't put if absent. Nothing is left behind.
+    Raises StorageError, and leaves nothing behind, if the disk is full or failing, or can't put if absent.
     """
     for tries_left in reversed(range(10)):
         try:

@@ -134,8 +134,7 @@ class ObjectFolder:
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """Put the finished bytes in one request. Returns False if the name is taken by other bytes.
 
-        Raises:
-            StorageError: The store failed, and the object is missing. Nothing is ever deleted on a guess.
+        Raises StorageError if the store failed and the object is missing. Nothing is ever deleted on a guess.
         """
         self.make()
         try:

@@ -105,7 +105,7 @@ class Progress:
         self._name, self._total, self._unit = name, total, unit
         self._start = self._latest = _Point(time.monotonic(), done, 0)
         # Rates count from the end of the first piece, which also pays for threads, kernels and caches.
-        self._first: _Point | None = None
+        self._first = self._start
         self._values: dict[str, float] = {}
         # The first line is written at once, the others seldom.
         self._last_line = -math.inf
@@ -128,7 +128,8 @@ class Progress:
     def advance(self, count: int, *, tokens: int, memory: int) -> None:
         """Count further units and their tokens, and write a line if one is due. `memory` is the peak so far, bytes."""
         self._latest = _Point(time.monotonic(), self._latest.done + count, self._latest.tokens + tokens)
-        self._first = self._first or self._latest
+        if self._first is self._start:
+            self._first = self._latest
         self._bar.update(count)
         self.show({"tokens/s": self._rates()[1], "memory": memory})
 
@@ -153,8 +154,8 @@ class Progress:
 
     def _rates(self) -> tuple[float, float]:
         """Return units and tokens per second."""
-        first, latest = self._first, self._latest
-        since = first if first is not None and latest.done > first.done else self._start
+        latest = self._latest
+        since = self._first if latest.done > self._first.done else self._start
         seconds = max(latest.time - since.time, 1e-9)
         return (latest.done - since.done) / seconds, (latest.tokens - since.tokens) / seconds
 
@@ -162,7 +163,7 @@ class Progress:
         done, rate = self._latest.done, self._rates()[0]
         self._last_line, self._last_said = time.monotonic(), done
         # The first piece pays for the start, so its rate would promise hours.
-        is_steady = self._first is not None and done > self._first.done
+        is_steady = done > self._first.done
         left = (self._total - done) / rate if self._total is not None and is_steady else None
         if isinstance(sys.stdout, JsonLines):
             counts = {"unit": self._unit, "done": done, "total": self._total, "per_second": rate, "seconds_left": left}
@@ -178,12 +179,5 @@ class Progress:
 
 
 def _shown(values: Mapping[str, float]) -> list[str]:
-    shown = []
-    for name, value in values.items():
-        if name == "memory":
-            shown.append(f"{value / 2**30:.1f} GiB")
-        elif name == "tokens/s":
-            shown.append(f"{value:,.0f} tokens/s")
-        else:
-            shown.append(f"{name} {value:.4g}")
-    return shown
+    units = {"memory": lambda value: f"{value / 2**30:.1f} GiB", "tokens/s": lambda value: f"{value:,.0f} tokens/s"}
+    return [units[name](value) if name in units else f"{name} {value:.4g}" for name, value in values.items()]

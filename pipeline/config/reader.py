@@ -20,18 +20,15 @@ __all__ = ["as_dict", "load_config", "settings_text"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`).
-
-    Raises:
-        ConfigError: The file is missing or not YAML, or a key or its value is wrong. The message names the key.
-    """
+    """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`). Raises ConfigError."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
             content = stream.read(_LARGEST_CONFIG + 1)
         text = content.decode("utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: can't be read ({_reason(error)})") from error
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error))
+        raise ConfigError(f"--config {path}: can't be read ({reason})") from error
     if len(content) > _LARGEST_CONFIG:
         raise ConfigError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes; is it the right file?")
     tree = _parse_yaml(text, str(path))
@@ -106,7 +103,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     # An impossible escape like "\\Uffffffff" is a ValueError of Python's.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_reason(error)}") from error
+        raise ConfigError(f"{where}: not valid YAML: {one_line(str(error))}") from error
     _check_size(tree, where)
     return tree
 
@@ -141,7 +138,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     value = _parse_yaml(text, f"-o {override}")
     # An empty document is YAML's None, an empty value in a file the empty string: one meaning, one form.
     node[last] = "" if value is None else value
-
-
-def _reason(error: BaseException) -> str:
-    return (isinstance(error, OSError) and error.strerror) or one_line(str(error))

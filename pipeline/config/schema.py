@@ -377,8 +377,7 @@ def _check_tensor_parallel(config: "Config") -> None:
             "precompute.tp_plan: must be left out with an adapter, whose weights are not split with its layers. Merge "
             "it into the reference, or set precompute.device_map: auto"
         )
-    if reference.sync is not None:
-        _refuse_both("precompute.tp_plan", "reference.sync", True)
+    _refuse_both("precompute.tp_plan", "reference.sync", reference.sync is not None)
 
 
 def _check_sync(config: "Config") -> None:

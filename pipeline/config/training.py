@@ -65,8 +65,7 @@ class TrainSection:
         fine-tuning), logging every 10 steps, and a tracker only if it is named. Processes wait six hours for the one
         that joins the data, which takes longer than the library's half an hour for millions of pairs.
 
-        Raises:
-            ConfigError: A field is unknown, of the wrong type or set by refshard, or a section has no `output_dir`.
+        Raises ConfigError if a field is unknown, of the wrong type or set by refshard, or `output_dir` is missing.
         """
         # Imported here: the module pulls torch, and settings are read by commands that answer without it.
         from transformers import TrainingArguments

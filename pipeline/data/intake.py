@@ -3,6 +3,7 @@
 Both stages take their pairs from here, so stage two asks for exactly the pairs that stage one scored.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -126,12 +127,11 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
         whole = tokenize(pair, tokenizer, row.place)
     except BadRow as error:
         return Outcome(row=row, values=values, pair=pair, dropped=error.reason, error=error)
-    key = pair_key(whole)
-    scored = truncate(whole, data.max_length)
+    key, scored = pair_key(whole), truncate(whole, data.max_length)
+    outcome = Outcome(row=row, values=values, pair=pair, whole=whole, key=key)
     identical = whole.chosen_ids == whole.rejected_ids
     if scored is None or (identical and data.on_identical == "drop"):
-        dropped = "prompt_too_long" if scored is None else "identical"
-        return Outcome(row=row, values=values, pair=pair, whole=whole, key=key, dropped=dropped)
+        return dataclasses.replace(outcome, dropped="prompt_too_long" if scored is None else "identical")
     truncated = scored is not whole
     remarks = {
         "identical": identical,
@@ -139,15 +139,8 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
         "identical_after_truncation": not identical and scored.chosen_ids == scored.rejected_ids,
         "merged_at_the_prompt's_end": whole.merged,
     }
-    return Outcome(
-        row=row,
-        values=values,
-        pair=pair,
-        whole=whole,
-        key=key,
-        kept=KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=truncated),
-        remarks=tuple(remark for remark, holds in remarks.items() if holds),
-    )
+    kept = KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=truncated)
+    return dataclasses.replace(outcome, kept=kept, remarks=tuple(remark for remark, holds in remarks.items() if holds))
 
 
 def outcomes(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> Iterator[Outcome]:

@@ -19,11 +19,7 @@ __all__ = ["split_shared_prompt", "to_pair"]
 
 
 def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
-    """Read a pair from a row; `columns` maps our column names to the row's, as `data.columns` does.
-
-    Raises:
-        BadRow: A column is missing or has a wrong type, a completion is empty, or there is no shared prompt.
-    """
+    """Read a pair from a row; `columns` maps our column names to the row's. Raises BadRow if there is no pair in it."""
     values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
     values |= {name: row.get(columns[name]) for name in SPOKEN_COLUMNS if name in columns}
     # A prompt column that the settings name must be there: the shared beginning would silently replace it.
@@ -66,8 +62,7 @@ def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     completion is the whole last turn. Any other text is split before the first word that differs, and the space before
     it belongs to the completion. A split is never inside a word, so it makes no token straddle the boundary.
 
-    Raises:
-        ValueError: The texts share no beginning, or are equal and mark no turn.
+    Raises ValueError if the texts share no beginning, or are equal and mark no turn.
     """
     both = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (a, b) in both if a != b), min(len(chosen), len(rejected)))

@@ -361,19 +361,15 @@ def _read_hub(source: Source) -> Iterator[Row]:
         return
     try:
         for number, values in enumerate(loaded):
-            yield Row(number, _place(source, number), partial(dict, values))
+            yield Row(number, f"{source.path} ({source.split}) row {number}", partial(dict, values))
     except OSError as error:
         raise StorageError(f"{source.path}: the stream broke off ({first_line(error)}); run again") from error
 
 
 def _map_style_rows(dataset: Any, source: Source, read: Callable[[int], Mapping[str, Any]]) -> Iterator[Row]:
     for number in range(source.start, len(dataset)):
-        place = _place(source, number)
+        place = f"{source.path} ({source.split}) row {number}"
         yield Row(number, place, partial(_decode, place, partial(read, number)))
-
-
-def _place(source: Source, number: int) -> str:
-    return f"{source.path} ({source.split}) row {number}"
 
 
 READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {

@@ -4,6 +4,7 @@ Local files are read as streams, so memory does not grow with their length. A ro
 worker that skips another worker's rows pays for finding them, not for parsing them.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,7 @@ def find_set(data: DataConfig, name: str) -> EvalSetConfig:
 
 
 def open_source(data: DataConfig, name: str = "train") -> Source:
-    """Find the rows of a set: `train` or one of `data.eval`.
-
-    Raises:
-        ConfigError: No set has the name, the path names no file, the split no file of the folder, or the format is
-            unknown.
-    """
+    """Find the rows of a set: `train` or one of `data.eval`. Raises ConfigError for an unknown set, file or format."""
     own = find_set(data, name)
     path = own.path or data.path
     base, start, stop = _parse_split(own.split or data.split)
@@ -112,8 +108,10 @@ def _ending(path: Path) -> str | None:
 
 
 def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[Path, ...]]:
-    local = Path(path)
-    if format == "hub" or not path or not _exists(local):
+    local, exists = Path(path), False
+    with contextlib.suppress(OSError):  # a name that is too long, a folder without permission
+        exists = local.exists()
+    if format == "hub" or not path or not exists:
         looks_local = format not in (None, "hub") or _ending(local) is not None or path.startswith((".", "/", "~"))
         if looks_local or path.count("/") > 1 or not path:
             raise ConfigError(f"data.path: {path!r}: no such file or folder")
@@ -130,14 +128,6 @@ def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[P
     if kind is None:
         raise ConfigError(f"data.path: {path}: can't tell its format; set data.format to jsonl, parquet or csv")
     return kind, files
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        # For example a name that is too long, or a folder without permission.
-        return False
 
 
 def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path, ...]:

@@ -42,9 +42,7 @@ def load_reference(config: Config, device: "torch.device") -> Any:
     With `precompute.device_map` it is spread over all GPUs that this process sees, and `device` is ignored. With
     `precompute.tp_plan` each process of the launch gets its part of every layer, and all must call this.
 
-    Raises:
-        ConfigError: It can't be loaded, or not in the way that the settings demand.
-        DataError: A weight file is damaged.
+    Raises ConfigError if it can't be loaded as the settings demand, DataError if a weight file is damaged.
     """
     named, adapter = reference_sources(config)
     section = "policy" if config.reference.quantization is None else "reference"
@@ -130,8 +128,7 @@ def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[
     Returns:
         The plain model; and the number of trained parameters of the policy's adapter, with its rank (0 for IA3).
 
-    Raises:
-        ConfigError: The library can't make a causal language model of it, or the adapter does not fit.
+    Raises ConfigError if the library can't make a causal language model of it, or the adapter does not fit.
     """
     import torch
     from transformers import AutoModelForCausalLM
