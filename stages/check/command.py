@@ -41,7 +41,7 @@ class Limits:
     max_memory: int | None = None
     """Bytes of one device."""
     max_hours: float | None = None
-    """Both stages together."""
+    """Hours of both stages together."""
 
 
 def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_json: bool) -> None:

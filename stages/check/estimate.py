@@ -86,7 +86,7 @@ class StageEstimate:
     total_memory: int
     """Bytes of the fullest device at the time when all together are most."""
     flops: float
-    """All devices together."""
+    """Operations of all devices together."""
     seconds: tuple[float, float, float] | None
     """Seconds at best, as expected, at worst; None if the device's speed is unknown."""
     tokens: int

@@ -29,11 +29,11 @@ class Shapes:
     """Width of all key heads together."""
     vocabulary: int
     parameters: int
-    """The whole model, without an adapter."""
+    """Number of the model's parameters, without an adapter's."""
     layer_parameters: int
-    """All decoder layers together."""
+    """Number of parameters of all decoder layers."""
     active_parameters: int
-    """Those of the layers that one token passes; fewer in a mixture of experts."""
+    """Number of those that one token passes; fewer in a mixture of experts."""
     trained_parameters: int
     """All parameters, or the adapter's."""
     rank: int | None = None

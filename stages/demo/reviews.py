@@ -1,9 +1,8 @@
 """Write short reviews from a small grammar, and score them exactly.
 
-The embedded default trains on these reviews. A prompt asks for a review of a film, a book, a play or an album; the
-reply is an opener, two to four judgements and a closer. The grammar gives any reply a true reward, also a broken one
-from a model. Three figures are then computable that human preferences don't give: the highest possible accuracy (the
-labels are noisy on purpose), the agreement with the true ranking, and the best reward at a given KL.
+A prompt asks for a review of a film, a book, a play or an album; the reply is an opener, two to four judgements and a
+closer. The grammar gives any reply a true reward, also a broken one from a model. So figures can be computed that human
+preferences don't give: the agreement with the true ranking, and the best reward at a given KL.
 
 A broken sentence counts as a bad one. Otherwise a policy could score above every real review with praising words
 without grammar, and its preference accuracy would not show it.
@@ -11,26 +10,23 @@ without grammar, and its preference accuracy would not show it.
 This module uses the standard library alone: it has no models and no tokens.
 """
 
+import itertools
 import math
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
-    "Kind",
     "Optimum",
     "Review",
     "Sentence",
-    "accuracy_ceiling",
     "all_prompts",
     "is_grammatical",
     "optimum",
     "optimum_at_kl",
     "parse",
     "preference_probability",
-    "prompt_for",
     "sample_review",
     "true_reward",
 ]
@@ -38,38 +34,21 @@ __all__ = [
 MIN_JUDGEMENTS, MAX_JUDGEMENTS = 2, 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """Something to review, with the sentences and nouns that belong to it."""
+OPENERS = {
+    "film": ("We saw it {day} at the {size} cinema.", "It runs for {count} hours."),
+    "book": ("We read it {day} in the {size} library.", "It has {count} hundred pages."),
+    "play": ("We watched it {day} at the {size} theatre.", "It has {count} long acts."),
+    "album": ("We heard it {day} in the {size} kitchen.", "It holds {count} long songs."),
+}
+"""Kind -> sentences with named gaps, which `GAPS` fills"""
 
-    name: str
-    openers: tuple[str, ...]
-    """Sentences with named gaps, which `GAPS` fills"""
-    aspects: tuple[str, ...]
-
-
-KINDS = (
-    Kind(
-        name="film",
-        openers=("We saw it {day} at the {size} cinema.", "It runs for {count} hours."),
-        aspects=("acting", "camera work", "dialogue", "music", "plot", "ending"),
-    ),
-    Kind(
-        name="book",
-        openers=("We read it {day} in the {size} library.", "It has {count} hundred pages."),
-        aspects=("first chapter", "story", "prose", "plot", "main character", "ending"),
-    ),
-    Kind(
-        name="play",
-        openers=("We watched it {day} at the {size} theatre.", "It has {count} long acts."),
-        aspects=("acting", "staging", "dialogue", "lighting", "second act", "ending"),
-    ),
-    Kind(
-        name="album",
-        openers=("We heard it {day} in the {size} kitchen.", "It holds {count} long songs."),
-        aspects=("singing", "first song", "rhythm", "sound", "melody", "ending"),
-    ),
-)
+ASPECTS = {
+    "film": ("acting", "camera work", "dialogue", "music", "plot", "ending"),
+    "book": ("first chapter", "story", "prose", "plot", "main character", "ending"),
+    "play": ("acting", "staging", "dialogue", "lighting", "second act", "ending"),
+    "album": ("singing", "first song", "rhythm", "sound", "melody", "ending"),
+}
+"""Kind -> nouns that are judged"""
 
 GAPS = {
     "day": ("on Monday", "on Friday", "in March", "last week"),
@@ -107,19 +86,14 @@ SCORE_WEIGHTS = {1: 0.45, 0: 0.1, -1: 0.45}
 NEGATED_SHARE, INTENSIFIED_SHARE = 0.1, 0.4
 
 
-@dataclass(frozen=True)
-class Review:
-    """A prompt and the grammar's reply to it; neither starts or ends with white space."""
+class Review(NamedTuple):
+    """A prompt and the grammar's reply to it."""
 
     prompt: str
     reply: str
 
 
-Part = Literal["opener", "judgement", "closer", "broken"]
-
-
-@dataclass(frozen=True)
-class Sentence:
+class Sentence(NamedTuple):
     """One sentence of a reply, as the grammar reads it.
 
     A `broken` sentence is not one of the grammar in that place: it has unknown words or no full stop, or it is a second
@@ -127,35 +101,29 @@ class Sentence:
     """
 
     text: str
-    part: Part
+    part: Literal["opener", "judgement", "closer", "broken"]
     score: int
-
-
-def prompt_for(kind: Kind, title: str) -> str:
-    return f"Review the {kind.name} called {title}."
 
 
 def all_prompts() -> list[str]:
     """List every prompt of the grammar, kind by kind: 4 kinds of 400 titles."""
     titles = [f"The {adjective} {noun}" for adjective in TITLE_ADJECTIVES for noun in TITLE_NOUNS]
-    return [prompt_for(kind, title) for kind in KINDS for title in titles]
+    return [_prompt_for(kind, title) for kind in OPENERS for title in titles]
+
+
+def _prompt_for(kind: str, title: str) -> str:
+    return f"Review the {kind} called {title}."
 
 
 def sample_review(rng: random.Random) -> Review:
     """Draw a prompt and a grammatical reply. The judgements of one reply are about different aspects."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(list(OPENERS))
     title = f"The {rng.choice(TITLE_ADJECTIVES)} {rng.choice(TITLE_NOUNS)}"
-    aspects = rng.sample(kind.aspects, rng.randint(MIN_JUDGEMENTS, MAX_JUDGEMENTS))
-    sentences = [
-        _fill(rng.choice(kind.openers), rng),
-        *(_judge(aspect, rng) for aspect in aspects),
-        rng.choice(CLOSERS[_draw_score(rng)]),
-    ]
-    return Review(prompt_for(kind, title), " ".join(sentences))
-
-
-def _fill(opener: str, rng: random.Random) -> str:
-    return opener.format_map({gap: rng.choice(choices) for gap, choices in GAPS.items()})
+    aspects = rng.sample(ASPECTS[kind], rng.randint(MIN_JUDGEMENTS, MAX_JUDGEMENTS))
+    opener = rng.choice(OPENERS[kind]).format_map({gap: rng.choice(choices) for gap, choices in GAPS.items()})
+    judgements = [_judge(aspect, rng) for aspect in aspects]
+    closer = rng.choice(CLOSERS[_draw_score(rng)])
+    return Review(_prompt_for(kind, title), " ".join([opener, *judgements, closer]))
 
 
 def _judge(aspect: str, rng: random.Random) -> str:
@@ -178,19 +146,18 @@ def _one_of(choices: Iterable[str]) -> str:
     return "(?:" + "|".join(re.escape(choice) for choice in choices) + ")"
 
 
-def _opener_pattern(opener: str) -> str:
-    pieces = re.split(r"\{(\w+)\}", opener)  # text, gap, text, gap, ..., text
-    return "".join(_one_of(GAPS[piece]) if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
-
-
 _SENTENCE = re.compile(r"[^.]*\.|[^.]+$")
 
-_OPENER = re.compile("|".join(_opener_pattern(opener) for kind in KINDS for opener in kind.openers))
+_FILLED_OPENERS = {
+    opener.format_map(dict(zip(GAPS, words, strict=True)))
+    for opener in itertools.chain(*OPENERS.values())
+    for words in itertools.product(*GAPS.values())
+}
 
 _JUDGEMENT = re.compile(
-    f"{_one_of(ARTICLES)} {_one_of(aspect for kind in KINDS for aspect in kind.aspects)} {_one_of(VERBS)} "
+    f"{_one_of(ARTICLES)} {_one_of(itertools.chain(*ASPECTS.values()))} {_one_of(VERBS)} "
     f"(?:(?P<modifier>{_one_of(('not', *INTENSIFIERS))}) )?"
-    f"(?P<adjective>{_one_of(word for words in ADJECTIVES.values() for word in words)})\\."
+    f"(?P<adjective>{_one_of(itertools.chain(*ADJECTIVES.values()))})\\."
 )
 
 _ADJECTIVE_SCORES = {word: score for score, words in ADJECTIVES.items() for word in words}
@@ -211,7 +178,7 @@ def parse(reply: str) -> list[Sentence]:
 
 def _read_sentence(text: str, place: int, last: int) -> Sentence:
     if place == 0:
-        if _OPENER.fullmatch(text):
+        if text in _FILLED_OPENERS:
             return Sentence(text, "opener", 0)
     elif place == last:
         if text in _CLOSER_SCORES:
@@ -229,40 +196,19 @@ def true_reward(reply: str) -> int:
 
 def is_grammatical(reply: str) -> bool:
     """Return True if the reply is an opener, two to four judgements and a closer."""
-    parts = [sentence.part for sentence in parse(reply)]
-    num_judgements = len(parts) - 2
-    return MIN_JUDGEMENTS <= num_judgements <= MAX_JUDGEMENTS and parts == [
-        "opener",
-        *["judgement"] * num_judgements,
-        "closer",
-    ]
+    parts = "".join(sentence.part[0] for sentence in parse(reply))
+    return re.fullmatch(f"oj{{{MIN_JUDGEMENTS},{MAX_JUDGEMENTS}}}c", parts) is not None
 
 
 def preference_probability(reward: float, other_reward: float) -> float:
-    """Give the probability that a labeller prefers the first of two replies: sigma(reward - other_reward).
+    """Give sigma(reward - other_reward), the probability that a labeller prefers the first of two replies.
 
-    The Bradley-Terry model (Biometrika 39, 1952), which DPO assumes of its labels (arXiv 2305.18290, eq. 1).
+    DPO assumes the Bradley-Terry model (Biometrika 39, 1952) of its labels (arXiv 2305.18290, eq. 1).
     """
     return 1.0 / (1.0 + math.exp(other_reward - reward))
 
 
-def accuracy_ceiling(pairs: Iterable[tuple[float, float]]) -> float:
-    """Give the accuracy of ranking by true reward on noisily labelled pairs.
-
-    Args:
-        pairs: True rewards of (chosen, rejected). A tie counts half.
-
-    Raises:
-        ValueError: There are no pairs.
-    """
-    wins = [0.5 * ((chosen > rejected) + (chosen >= rejected)) for chosen, rejected in pairs]
-    if not wins:
-        raise ValueError("accuracy_ceiling needs at least one pair, got none")
-    return sum(wins) / len(wins)
-
-
-@dataclass(frozen=True)
-class Optimum:
+class Optimum(NamedTuple):
     """The best policy at one beta, as estimated from replies of the reference."""
 
     kl: float
@@ -272,22 +218,16 @@ class Optimum:
 
 
 def optimum(rewards: Sequence[float], beta: float) -> Optimum:
-    """Estimate KL and reward of the best policy at a beta, from replies of the reference alone.
+    """Estimate KL and reward of the best policy at a positive beta.
 
     The maximum of E[reward] - beta * KL is the policy reference * exp(reward / beta) / Z (arXiv 2305.18290, eq. 4). Its
     expectations are those of the reference's replies under self-normalized weights. Rewards of several prompts may be
-    pooled if their distributions are alike, as in this grammar. Up to the error of the estimate, no policy has more
-    reward at the same KL.
+    pooled if their distributions are alike, as in this grammar.
 
     Args:
         rewards: True rewards of replies drawn from the reference at temperature 1.
-        beta: Positive, in reward per nat.
-
-    Raises:
-        ValueError: There are no rewards, or beta is not positive.
+        beta: In reward per nat.
     """
-    if not rewards or not beta > 0:
-        raise ValueError(f"an optimum needs rewards and a positive beta, got {len(rewards)} rewards, beta {beta}")
     best = max(rewards)
     # Relative to the best reward no exponent is positive, so a small beta can't overflow.
     unnormalized = [math.exp((reward - best) / beta) for reward in rewards]
@@ -301,14 +241,8 @@ def optimum(rewards: Sequence[float], beta: float) -> Optimum:
 def optimum_at_kl(rewards: Sequence[float], kl: float) -> Optimum:
     """Find the optimum at a given KL, nats per reply, by bisection on log beta: the KL falls as beta grows.
 
-    A KL above log(n / count of the best reward) is out of reach. It gives the end of the curve, with all weight on the
-    best reward.
-
-    Raises:
-        ValueError: There are no rewards, or the KL is negative.
+    A KL above log(n / count of the best reward) is out of reach; it gives all weight to the best reward.
     """
-    if kl < 0:
-        raise ValueError(f"a KL can't be negative, got {kl}")
     low, high = -10.0, 10.0  # log beta: from all weight on the best reward to equal weights
     for _ in range(60):
         middle = (low + high) / 2

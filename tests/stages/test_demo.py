@@ -41,7 +41,7 @@ def test_the_embedded_default_learns_the_true_ranking_and_stays_near_the_referen
     assert 0.3 <= figures["kl"] <= 4
     assert figures["grammatical_after"] >= 0.80
     assert abs(figures["reward_before"]) < 0.5
-    # The summary's own scoring and the trainer's evaluation at the last step must agree.
+    # The margins are those of the trainer's evaluation at the last step.
     metrics = json.loads((tmp_path / "policy" / "run.json").read_text())["metrics"]
     assert figures["accuracy"] == pytest.approx(metrics["eval_rewards/accuracies"], abs=0.005)
     assert figures["margin"] == pytest.approx(metrics["eval_rewards/margins"], abs=1e-3)
