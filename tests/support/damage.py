@@ -268,6 +268,23 @@ def csv_cases() -> Iterator[tuple[str, Damage]]:
     yield "csv: quoted lines", Damage(head + b'"a\nb"," c\r\nd"," e"\n' + row, "p.csv", 0)
 
 
+def change_json(file: str, change: Callable[[Any], Any]) -> Change:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+
+    return damage
+
+
+def set_json(file: str, **values: Any) -> Change:
+    return change_json(file, lambda content: content.update(values))
+
+
+def put(file: str, content: bytes) -> Change:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
 def make_table(rows: int = 2, **columns: Any) -> pa.Table:
     return pa.table({**{name: [value] * rows for name, value in GOOD.items()}, **columns})
 
@@ -305,67 +322,47 @@ TEXT_COLUMNS: dict[str, pa.Array] = {
 
 
 def parquet_cases() -> Iterator[tuple[str, Damage]]:
-    for name, column in WRONG_COLUMNS.items():
-        yield f"parquet: chosen is {name}", Damage(_parquet(chosen=column), "p.parquet", 65, "wrong_type")
-    for name, column in TEXT_COLUMNS.items():
-        yield f"parquet: chosen is {name}", Damage(_parquet(chosen=column), "p.parquet", 0)
-    bad = pa.array([b" a", b"\xff"]).view(pa.string())
-    yield "parquet: not UTF-8", Damage(_parquet(chosen=bad), "p.parquet", 65, "not_utf8")
-    one_null = pa.array([" a", None])
-    yield "parquet: one null", Damage(_parquet(chosen=one_null), "p.parquet", 65, "wrong_type")
     messages = [[{**USER, "extra": None}], [{**USER, "extra": "x"}]]
     chat = {"prompt": messages, "chosen": [[YES]] * 2, "rejected": [[{**YES, "content": "no"}]] * 2}
-    yield "parquet: messages", Damage(_parquet(**chat), "p.parquet", 0)
-    yield (
-        "parquet: date that is none",
-        Damage(_parquet(chosen=pa.array([2**62, 2**62]).cast(pa.timestamp("us"))), "p.parquet", 65, "wrong_type"),
-    )
-    yield (
-        "parquet: time zone that is none",
-        Damage(_parquet(chosen=pa.array([1, 2]).cast(pa.timestamp("us", "Mars/Base"))), "p.parquet", 65, "wrong_type"),
-    )
-    large = pa.array(["a" * (LARGEST_ROW + 1), " b"])
-    yield "parquet: large row", Damage(_parquet(chosen=large), "p.parquet", 65, "too_large")
-    yield "parquet: no rows", Damage(lambda file: pq.write_table(make_table(0), file), "p.parquet", 65, "no rows")
-    yield "parquet: no columns", Damage(lambda file: pq.write_table(pa.table({}), file), "p.parquet", 65, "no rows")
-    yield (
-        "parquet: no rejected",
-        Damage(
-            lambda file: pq.write_table(make_table().drop_columns("rejected"), file), "p.parquet", 65, "missing_column"
+    for name, make in {
+        **{f"chosen is {name}": _parquet(chosen=column) for name, column in TEXT_COLUMNS.items()},
+        "messages": _parquet(**chat),
+        "groups without rows": _groups_without_rows,
+    }.items():
+        yield f"parquet: {name}", Damage(make, "p.parquet", 0)
+    twice = pa.table([["a"]] * 3, names=["chosen", "chosen", "rejected"])
+    whole, unreadable = bytes_of(make_table(200)), "not a readable Parquet file"
+    refused: dict[str, tuple[bytes | Change, str]] = {
+        **{f"chosen is {name}": (_parquet(chosen=column), "wrong_type") for name, column in WRONG_COLUMNS.items()},
+        "not UTF-8": (_parquet(chosen=pa.array([b" a", b"\xff"]).view(pa.string())), "not_utf8"),
+        "one null": (_parquet(chosen=pa.array([" a", None])), "wrong_type"),
+        "date that is none": (_parquet(chosen=pa.array([2**62, 2**62]).cast(pa.timestamp("us"))), "wrong_type"),
+        "time zone that is none": (
+            _parquet(chosen=pa.array([1, 2]).cast(pa.timestamp("us", "Mars/Base"))),
+            "wrong_type",
         ),
-    )
-    yield (
-        "parquet: column twice",
-        Damage(
-            lambda file: pq.write_table(pa.table([["a"]] * 3, names=["chosen", "chosen", "rejected"]), file),
-            "p.parquet",
-            65,
-            "'chosen' is there twice",
-        ),
-    )
-    yield "parquet: groups without rows", Damage(_groups_without_rows, "p.parquet", 0)
-    yield "parquet: encrypted columns", Damage(lambda file: _encrypt(file, True), "p.parquet", 65, "p.parquet")
-    yield "parquet: encrypted", Damage(lambda file: _encrypt(file, False), "p.parquet", 65, "p.parquet")
-    yield "parquet: empty", Damage(b"", "p.parquet", 65, "not a readable Parquet file")
-    yield "parquet: magic alone", Damage(b"PAR1PAR1", "p.parquet", 65, "not a readable Parquet file")
-    yield "parquet: footer of 2 GB", Damage(b"PAR1" + b"\xff\xff\xff\x7fPAR1", "p.parquet", 65, "not a readable")
-    yield "parquet: JSON Lines", Damage(LINE, "p.parquet", 65, "not a readable Parquet file")
-    whole = bytes_of(make_table(200))
-    for at in np.linspace(4, len(whole) - 1, 12).astype(int):
-        yield f"parquet: cut at {at}", Damage(whole[:at], "p.parquet", 65, "not a readable Parquet file")
+        "large row": (_parquet(chosen=pa.array(["a" * (LARGEST_ROW + 1), " b"])), "too_large"),
+        "no rows": (lambda file: pq.write_table(make_table(0), file), "no rows"),
+        "no columns": (lambda file: pq.write_table(pa.table({}), file), "no rows"),
+        "no rejected": (lambda file: pq.write_table(make_table().drop_columns("rejected"), file), "missing_column"),
+        "column twice": (lambda file: pq.write_table(twice, file), "'chosen' is there twice"),
+        "encrypted columns": (lambda file: _encrypt(file, True), "p.parquet"),
+        "encrypted": (lambda file: _encrypt(file, False), "p.parquet"),
+        "empty": (b"", unreadable),
+        "magic alone": (b"PAR1PAR1", unreadable),
+        "footer of 2 GB": (b"PAR1" + b"\xff\xff\xff\x7fPAR1", "not a readable"),
+        "JSON Lines": (LINE, unreadable),
+        **{f"cut at {at}": (whole[:at], unreadable) for at in np.linspace(4, len(whole) - 1, 12).astype(int)},
+    }
+    for name, (content, message) in refused.items():
+        yield f"parquet: {name}", Damage(content, "p.parquet", 65, message)
 
 
 def disk_cases() -> Iterator[tuple[str, Damage]]:
+    changes: dict[str, Change] = {}
     for file in ("state.json", "dataset_info.json"):
-        for name, content in {
-            "empty": b"",
-            "cut": b"{",
-            "list": b"[]",
-            "null": b"null",
-            "deep": b"[" * 100_000,
-        }.items():
-            make = _saved(lambda folder, f=file, c=content: (folder / f).write_bytes(c))
-            yield f"disk: {file} is {name}", Damage(make, "saved", 65, "not a readable save_to_disk folder")
+        contents = {"empty": b"", "cut": b"{", "list": b"[]", "null": b"null", "deep": b"[" * 100_000}
+        changes |= {f"{file} is {name}": put(file, content) for name, content in contents.items()}
     for name, feature in {
         "unknown": {"_type": "Nope"},
         "no type": 5,
@@ -373,27 +370,25 @@ def disk_cases() -> Iterator[tuple[str, Damage]]:
         "of no dtype": {"_type": "Value", "dtype": "nope"},
         "with code": {"_type": "Value", "dtype": "__import__('os').system('false')"},
     }.items():
-        make = _saved(lambda folder, f=feature: _change_info(folder, f))
-        yield f"disk: a feature is {name}", Damage(make, "saved", 65, "not a readable save_to_disk folder")
+        changes[f"a feature is {name}"] = change_json(
+            "dataset_info.json", lambda info, feature=feature: info["features"].update(chosen=feature)
+        )
     for name, change in {
         "cut": lambda file: file.write_bytes(file.read_bytes()[:200]),
         "gone": lambda file: file.unlink(),
         "empty": lambda file: file.write_bytes(b""),
         "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     }.items():
-        make = _saved(lambda folder, c=change: c(next(folder.glob("*.arrow"))))
-        yield f"disk: its table is {name}", Damage(make, "saved", 65, "not a readable save_to_disk folder")
-    yield (
-        "disk: text that is not UTF-8",
-        Damage(_saved(lambda f: _patch_table(f, b"Yes", b"\xff\xff\xff")), "saved", 65, "saved"),
-    )
-    wild = np.array([0, 5, 10], np.int32).tobytes()
-    yield (
-        "disk: offsets out of bounds",
-        Damage(
-            _saved(lambda f: _patch_table(f, wild, np.array([0, 5, 2**30], np.int32).tobytes())), "saved", 65, "damaged"
-        ),
-    )
+        changes[f"its table is {name}"] = lambda folder, change=change: change(next(folder.glob("*.arrow")))
+    for name, change in changes.items():
+        yield f"disk: {name}", Damage(_saved(change), "saved", 65, "not a readable save_to_disk folder")
+    no_text, (offsets, wild) = b"\xff\xff\xff", (np.array([0, 5, end], np.int32).tobytes() for end in (10, 2**30))
+    for name, old, new, message in (
+        ("text that is not UTF-8", b"Yes", no_text, "saved"),
+        ("offsets out of bounds", offsets, wild, "damaged"),
+    ):
+        make = _saved(lambda folder, old=old, new=new: _patch_table(folder, old, new))
+        yield f"disk: {name}", Damage(make, "saved", 65, message)
     yield "disk: whole", Damage(_saved(lambda folder: None), "saved", 0)
     yield "disk: of images", Damage(_save_images, "saved", 65, "missing_column")
 
@@ -404,12 +399,6 @@ def _saved(change: Callable[[Path], Any]) -> Callable[[Path], None]:
         change(folder)
 
     return make
-
-
-def _change_info(folder: Path, feature: Any) -> None:
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["features"]["chosen"] = feature
-    (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
 def _patch_table(folder: Path, old: bytes, new: bytes) -> None:
@@ -589,23 +578,6 @@ def put_pickle(name: str, **options: Any) -> Change:
 
 def put_code(name: str) -> Change:
     return lambda folder: (folder / name).write_text(EVIL.format(mark=str(folder.parent / MARK)))
-
-
-def change_json(file: str, change: Callable[[Any], Any]) -> Change:
-    def damage(folder: Path) -> None:
-        content = json.loads((folder / file).read_text())
-        change(content)
-        (folder / file).write_text(json.dumps(content))
-
-    return damage
-
-
-def set_json(file: str, **values: Any) -> Change:
-    return change_json(file, lambda content: content.update(values))
-
-
-def put(file: str, content: bytes) -> Change:
-    return lambda folder: (folder / file).write_bytes(content)
 
 
 def remove(file: str) -> Change:
