@@ -171,50 +171,38 @@ _BYTES = (b"\x00", b"\xff", b"\n", b" ", b"0", b"-1", b"1e999", b"\xed\xa0\x80",
 
 def _change(content: bytes, corpus: Sequence[bytes], words: Sequence[bytes], chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        content = chance.choice(_CHANGES)(content, corpus, words, chance)
+        content = _change_once(content, corpus, words, chance)
     return content[:100_000]
 
 
-def _set_byte(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    at = chance.randrange(len(content) or 1)
-    return content[:at] + bytes([chance.randrange(256)]) + content[at + 1 :]
-
-
-def _flip_bit(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    if not content:
-        return b"\n"
-    at = chance.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
-
-
-def _cut_out(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
-    return content[:a] + content[b:]
-
-
-def _repeat(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
-    return content[:b] + content[a:b] * chance.choice((1, 1, 2, 50)) + content[b:]
-
-
-def _insert(content: bytes, corpus: Any, words: Sequence[bytes], chance: random.Random) -> bytes:
-    at = chance.randrange(len(content) + 1)
+def _change_once(content: bytes, corpus: Sequence[bytes], words: Sequence[bytes], chance: random.Random) -> bytes:
+    at, a, b = chance.randrange(len(content) + 1), *sorted(chance.randrange(len(content) + 1) for _ in range(2))
+    match chance.choice(("byte", "byte", "bit", "cut", "repeat", "insert", "insert", "splice", "value", "value")):
+        case "byte":
+            return content[:at] + bytes([chance.randrange(256)]) + content[at + 1 :]
+        case "bit":
+            changed = bytes([byte ^ 1 << chance.randrange(8) for byte in content[at : at + 1]])
+            return content[:at] + changed + content[at + 1 :]
+        case "cut":
+            return content[:a] + content[b:]
+        case "repeat":
+            return content[:b] + content[a:b] * chance.choice((1, 1, 2, 50)) + content[b:]
+        case "splice":
+            other = chance.choice(corpus)
+            return content[:at] + other[chance.randrange(len(other) + 1) :]
+        case "value" if (changed := _with_another_value(content, chance)) is not None:
+            return changed
     return content[:at] + chance.choice((*_BYTES, *words)) + content[at:]
 
 
-def _splice(content: bytes, corpus: Sequence[bytes], words: Any, chance: random.Random) -> bytes:
-    other = chance.choice(corpus)
-    return content[: chance.randrange(len(content) + 1)] + other[chance.randrange(len(other) + 1) :]
-
-
-def _change_value(content: bytes, corpus: Any, words: Any, chance: random.Random) -> bytes:
-    """Replace or delete one value of a JSON document, or of one of its lines."""
+def _with_another_value(content: bytes, chance: random.Random) -> bytes | None:
+    """Replace or delete one value of a JSON document, or of one of its lines; None if that is not JSON."""
     lines = content.split(b"\n") if content.count(b"\n}") == 0 else [content]
     at = chance.randrange(len(lines))
     try:
         tree = json.loads(lines[at])
     except (ValueError, RecursionError):
-        return _insert(content, corpus, words, chance)
+        return None
     places = list(_places(tree))
     if not places:
         return json.dumps(chance.choice(WRONG_VALUES)).encode()
@@ -231,9 +219,6 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
     for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
         yield tree, key
         yield from _places(tree[key])
-
-
-_CHANGES = (_set_byte, _set_byte, _flip_bit, _cut_out, _repeat, _insert, _insert, _splice, _change_value, _change_value)
 
 
 # Targets
