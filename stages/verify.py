@@ -75,7 +75,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     from pipeline.models.files import in_one_process, load_tokenizer
     from pipeline.models.identity import differences, identity_of_run
     from pipeline.scoring.agreement import allowed_gap, compare, completion_gap
-    from pipeline.scoring.scorer import reference_scorer
+    from pipeline.scoring.scorer import load_scorer
 
     config = _config(store, model)
     stored_identity = store.manifest["identity"]
@@ -94,7 +94,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
             f"{len(stored)}: the dataset has changed since"
         )
     gaps = []
-    with reference_scorer(in_one_process(config), tokenizer, "--model", tokens_per_batch=2048) as scorer:
+    with load_scorer(in_one_process(config), tokenizer, "--model", tokens_per_batch=2048) as scorer:
         for i, chosen, rejected in scorer.logps([pair.pair for pair in pairs]):
             row = stored[pairs[i].row]
             gaps += [

@@ -5,8 +5,7 @@
 One model is in memory at a time. A reference that is the policy with its adapter off is not loaded.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def draw_both(
         config: Settings of the run.
         policy_folder: Folder of the trained policy, whole or an adapter.
         prompts: Token ids of each prompt.
-        sampling: Options.
+        sampling: Options of drawing.
         tokenizer: Tokenizer of both models.
         flag: Request to stop.
 
@@ -61,8 +60,8 @@ def draw_both(
         progress.advance(replies, tokens=tokens, memory=peak_memory(pick_device()))
 
     def draw(scorer: Scorer) -> list[list[int]]:
-        how: dict[str, Any] = {"stops": stops, "pad_id": scorer.pad_id, "flag": flag, "count": count}
-        return draw_replies(scorer.model, prompts, sampling, **how)
+        model, pad_id = scorer.model, scorer.pad_id
+        return draw_replies(model, prompts, sampling, stops=stops, pad_id=pad_id, flag=flag, count=count)
 
     def score(scorer: Scorer) -> list[list[float]]:
         leave_if_asked(flag)
@@ -97,9 +96,8 @@ def draw_both(
     return list(zip(by_reference, by_policy, strict=True))
 
 
-@contextmanager
-def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Iterator[Scorer]:
-    """Load the reference that the settings name, give its scorer, and release it at the end."""
+def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Scorer:
+    """Load the reference that the settings name, and check its weights. A `with` block releases it."""
     named = config.reference
     click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
     with without_other_bars():
@@ -108,9 +106,4 @@ def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Iterator[Scorer]
     visible = (w for w in model.parameters() if w.is_floating_point() and w.device.type != "meta")
     if not all(bool(weight.isfinite().all()) for weight in visible):
         raise DataError(f"the {what}'s weights must be finite, got NaN or infinity: its training has diverged")
-    scorer = Scorer.check(model, tokenizer, f"the {what}")
-    del model, visible
-    try:
-        yield scorer
-    finally:
-        scorer.release()
+    return Scorer.check(model, tokenizer, f"the {what}")

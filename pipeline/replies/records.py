@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pipeline.base.errors import DataError, first_line
 from pipeline.base.files import replace_file
@@ -60,11 +60,11 @@ def write_generations(run_folder: Path, generations: Iterable[Generation]) -> No
 
 def read_generations(file: Path) -> list[Generation]:
     """Read what `write_generations` wrote. Raises DataError for any other content, OSError if it can't be read."""
-    generations = []
+    generations: list[Generation] = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            generations.append(_generation(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            generations.append(_record(Generation, json.loads(line)))
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise DataError(
                 f"{file}, line {number}: must be a prompt with two replies ({first_line(error)}). "
                 "Run `refshard generate` again"
@@ -72,39 +72,19 @@ def read_generations(file: Path) -> list[Generation]:
     return generations
 
 
-_OPTIONAL = {"step": int, "temperature": float, "max_tokens": int, "seed": int, "num_prompts": int, "reward_by": str}
-
-
-def _generation(row: Any) -> Generation:
-    given = {name: row[_KEYS.get(name, name)] for name in _OPTIONAL if row.get(_KEYS.get(name, name)) is not None}
-    return Generation(
-        set_name=str(row["set"]),
-        row=int(row["row"]),
-        prompt=_text(row["prompt"]),
-        reference=_reply(row["reference"]),
-        policy=_reply(row["policy"]),
-        **{name: kind(given[name]) if name in given else None for name, kind in _OPTIONAL.items()},
-    )
-
-
-def _reply(row: Mapping[str, Any]) -> Reply:
-    reward = row["reward"]
-    return Reply(
-        text=_text(row["text"]),
-        num_tokens=int(row["num_tokens"]),
-        ref_logps=_finite(row["ref_logps"]),
-        policy_logps=_finite(row["policy_logps"]),
-        reward=reward if reward is not None and math.isfinite(reward) else None,
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"must be text, got {value!r}")
-    return value
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"must be a finite number, got {value!r}")
-    return number
+def _record(kind: Any, row: Any) -> Any:
+    """Make a `Generation` or a `Reply` of a JSON object, whose values must have the types of the fields."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        value = row.get(_KEYS.get(name, name))
+        if hint is Reply:
+            value = _record(Reply, value)
+        elif isinstance(value, int) and hint in (float, float | None):
+            value = float(value)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if name == "reward" and not finite:
+            value = None
+        elif not finite or not isinstance(value, hint):
+            raise TypeError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+        values[name] = value
+    return kind(**values)

@@ -19,10 +19,6 @@ def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[M
     The tokenizer's chat template joins prompt and reply. Without a template they are two texts if the tokenizer has a
     separator, and one concatenated text otherwise.
 
-    Args:
-        name: Folder or hub name.
-        device: Device of the model.
-
     Returns:
         Function of a prompt, text or messages, and of replies to it, that gives the reward of each reply.
 

@@ -8,7 +8,7 @@ estimate of the KL divergence. For replies that are cut off, it is the KL of the
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import NamedModel
 from pipeline.scoring.forward import input_device
 from pipeline.scoring.scorer import Scorer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Prompt", "Sampling", "choose_prompts", "draw_replies", "leave_if_asked", "score_replies", "stop_ids"]
 
@@ -58,7 +55,7 @@ class Sampling:
 
 
 def choose_prompts(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", config: Config, count: int, flag: StopFlag
+    source: Source, tokenizer: transformers.PreTrainedTokenizerBase, config: Config, count: int, flag: StopFlag
 ) -> list[Prompt]:
     """Choose different prompts, spread evenly over a set; fewer than `count` if the set has no more.
 
@@ -115,7 +112,7 @@ def draw_replies(
     Args:
         model: Causal language model in evaluation mode, with or without adapter.
         prompts: Token ids of each prompt.
-        sampling: Options.
+        sampling: Options of drawing.
         stops: Tokens that end a reply.
         pad_id: Token that fills the shorter prompts of a batch, on the left.
         flag: Request to stop.
@@ -192,12 +189,7 @@ def leave_if_asked(flag: StopFlag) -> None:
 def score_replies(
     scorer: Scorer, prompts: Sequence[Sequence[int]], *replies: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Give a model's logps of replies.
-
-    Args:
-        scorer: Scorer of the model, with its adapter on or off.
-        prompts: Token ids of N prompts.
-        replies: One or two lists of N replies, as token ids.
+    """Give a model's logps of one or two lists of replies to N prompts, as token ids.
 
     Returns:
         For each list, the logps of its replies: nats, summed over the tokens.

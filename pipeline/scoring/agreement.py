@@ -12,7 +12,6 @@ __all__ = ["ROUNDING", "Agreement", "NoiseFloor", "allowed_gap", "compare", "com
 _FLOORS = 4.0
 """Multiple of the noise floor that is allowed: training batches differ more from stage one's than those did"""
 
-
 ROUNDING = {
     "float64": (1e-4, 5e-3),
     "float32": (1e-4, 5e-3),
@@ -75,15 +74,9 @@ class Agreement:
 
 
 def completion_gap(logps: Any, stored_logps: Any, stored_sum: float) -> npt.NDArray[np.float64]:
-    """Subtract what is stored of one completion from its token logps.
+    """Subtract a completion's stored token logps from its token logps, [tokens] nats.
 
-    Args:
-        logps: Token logps, [tokens] nats.
-        stored_logps: Stored token logps, [tokens] nats; None if only the sum is stored.
-        stored_sum: Their stored sum, nats.
-
-    Returns:
-        Differences, [tokens] nats; if only the sum is stored, its difference divided by the tokens, [1].
+    If only their sum is stored and `stored_logps` is None, give the sum's difference divided by the tokens, [1].
     """
     found = np.asarray(logps, dtype=np.float64)
     if stored_logps is None:
@@ -100,10 +93,7 @@ def compare(gaps: Sequence[npt.NDArray[np.float64]], allowed: tuple[float, float
 def allowed_gap(noise: NoiseFloor, dtype: str, *, in_8_bits: bool = False) -> tuple[float, float]:
     """Give the mean and the largest difference, nats a token, that two scorings of one pair by one model may have.
 
-    Args:
-        noise: Noise floor that stage one measured.
-        dtype: Dtype of the model's weights.
-        in_8_bits: The weights are quantized to 8 bits.
+    `noise` is the floor that stage one measured, `dtype` that of the model's weights.
     """
     mean, largest = ROUNDING["int8" if in_8_bits else dtype]
     return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest

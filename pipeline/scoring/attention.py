@@ -25,18 +25,14 @@ __all__ = ["NOT_A_MASK", "switch_attention"]
 
 _PREFIX = "refshard_"
 
-
 # transformers takes a mask of four dimensions as ready-made. Packed attention never reads this one.
 NOT_A_MASK = torch.zeros((1, 1, 1, 1))
-
 
 # Queries of one masked call. Memory then grows with the sequence's length, not with its square.
 _ROWS = 512
 
-
 # Keywords from transformers that do not change which tokens see each other.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_router_logits", "is_causal"}
-
 
 # Keywords that a kernel is made of.
 _KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
@@ -45,8 +41,7 @@ _KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
 def switch_attention(model: Any) -> bool:
     """Let the model's attention accept `layout=...`; without that argument it stays as it is.
 
-    Returns:
-        False if the model's class does not take its attention from transformers' interface.
+    Return False if the model's class does not take its attention from transformers' interface.
     """
     current = model.config.get_text_config()._attn_implementation
     if str(current).startswith(_PREFIX):
@@ -94,19 +89,9 @@ def _packed(
     layout: Layout,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over a packed row.
+    """Attend over a packed row: query [1, heads, T, size], key and value [1, heads or fewer, T, size].
 
-    Args:
-        module: The attention module.
-        query: [1, heads, T, size]
-        key: [1, heads or fewer, T, size]
-        value: As `key`.
-        attention_mask: `NOT_A_MASK`.
-        layout: Positions of the row's groups.
-        **keywords: What transformers passes to an attention function.
-
-    Returns:
-        [1, T, heads, size], and None in place of the attention weights.
+    Give [1, T, heads, size], and None in place of the attention weights.
 
     Raises:
         NotImplementedError: The layer uses a keyword or a mask that packed rows do not support.

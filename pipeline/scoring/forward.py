@@ -75,8 +75,13 @@ def prepare(model: Any) -> None:
             "policy: an adapter on the head (lm_head) can't be trained: the scorer reads the head's weight itself; "
             "leave lm_head out of target_modules and modules_to_save"
         )
-    head.forward = types.MethodType(_head_forward(causal, head.forward), head)
-    original = causal.forward
+    project, original = head.forward, causal.forward
+
+    def project_or_score(
+        self: Any, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, want: Want = LOGPS
+    ) -> Any:
+        # FSDP and DeepSpeed gather the head's weight only inside the head's own call.
+        return project(hidden) if targets is None else _score_targets(causal, hidden, targets, want)
 
     def forward(
         self: Any,
@@ -99,18 +104,7 @@ def prepare(model: Any) -> None:
     # `generate` passes masks and positions only if the signature has them.
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
-
-
-def _head_forward(causal: Any, project: Any) -> Any:
-    """Make a forward of the head that scores `targets=...` from final hidden states, [M, hidden].
-
-    It reads the head's weight inside the head's own call, since FSDP and DeepSpeed gather the weight only there.
-    """
-
-    def forward(self: Any, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, want: Want = LOGPS) -> Any:
-        return project(hidden) if targets is None else _score_targets(causal, hidden, targets, want)
-
-    return forward
+    head.forward = types.MethodType(project_or_score, head)
 
 
 # Not traced by torch.compile, which would recompile the head's chunks for every length.
@@ -132,10 +126,9 @@ def _score_targets(causal: Any, hidden: torch.Tensor, targets: torch.Tensor, wan
 def _hidden_and_balance(
     causal: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the model's original forward, which computes its balance loss, and keep the hidden states before the head.
+    """Run the model's original forward, which computes its balance loss, a scalar with a gradient.
 
-    Returns:
-        Hidden states, [rows, length, hidden], and the balance loss, a scalar with a gradient.
+    Give the hidden states before the head, [rows, length, hidden], and that loss.
     """
     caught: list[torch.Tensor] = []
     hook = causal.base_model.register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
@@ -152,11 +145,6 @@ def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
 
     `prepare` must have been called on the model; `check_scoring` tells if it reads packed batches. Gradients flow to
     its parameters unless the caller switched them off. No tensor of [tokens, vocabulary] is made, forward or backward.
-
-    Args:
-        model: A prepared causal language model, wrapped or not.
-        batch: P pairs.
-        want: What to give beside the log-probs.
     """
     if batch.layout is None:
         reading: dict[str, Any] = {"attention_mask": batch.attention_mask}
@@ -164,21 +152,13 @@ def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
         assert not want.aux_loss, "the balance loss counts tokens as they stand in padded rows"
         mask = NOT_A_MASK.to(batch.input_ids.device)
         reading = {"attention_mask": mask, "position_ids": batch.position_ids, "layout": batch.layout}
-    outputs = model(
-        input_ids=batch.input_ids,
-        logit_positions=batch.logit_positions,
-        targets=batch.targets,
-        want=want,
-        **reading,
-    )
-    index = batch.expand_index
-    tokens = {
+    ids, positions = batch.input_ids, batch.logit_positions
+    outputs = dict(model(input_ids=ids, logit_positions=positions, targets=batch.targets, want=want, **reading))
+    aux_loss = outputs.pop("aux_loss", None)
+    if batch.expand_index is not None:
         # [M] -> [N]
-        name: value if index is None else value.index_select(0, index)
-        for name, value in outputs.items()
-        if name != "aux_loss"
-    }
-    return Scores(TokenStatistics(**tokens), batch.lengths, outputs.get("aux_loss"))
+        outputs = {name: value.index_select(0, batch.expand_index) for name, value in outputs.items()}
+    return Scores(TokenStatistics(**outputs), batch.lengths, aux_loss)
 
 
 def input_device(model: Any) -> torch.device:
@@ -192,14 +172,11 @@ def input_device(model: Any) -> torch.device:
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum token logps per completion, in float64, rounded once to float32.
+    """Sum token logps per completion, in float64, rounded once to float32; give the chosen and the rejected sums.
 
     Args:
         token_logps: [N], the completions concatenated.
         lengths: Number of tokens of each completion, [2P]: P chosen, then P rejected.
-
-    Returns:
-        Sums of the chosen and of the rejected completions, [P] and [P].
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     wide = token_logps if token_logps.device.type == "mps" else token_logps.double()
@@ -211,15 +188,9 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.T
 def weighted_sums(
     token_logps: torch.Tensor, lengths: torch.Tensor, ld_alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum token logps as LD-DPO does (arXiv 2409.06411): past the shorter completion's length a token counts alpha.
+    """Sum token logps as `sum_logps` does, but past the shorter completion's length a token counts `ld_alpha`.
 
-    Args:
-        token_logps: [N], the completions concatenated.
-        lengths: Number of tokens of each completion, [2P].
-        ld_alpha: 0 sums the common length only, 1 everything.
-
-    Returns:
-        As `sum_logps`.
+    LD-DPO (arXiv 2409.06411): 0 sums the common length only, 1 everything.
     """
     shorter = torch.minimum(*lengths.chunk(2)).repeat(2)  # [2P]
     starts = lengths.cumsum(0) - lengths

@@ -17,11 +17,7 @@ __all__ = ["Head", "TokenStatistics", "head_of", "positions_of_chunk", "token_lo
 
 # Bytes of one chunk's float32 logits: few enough for a CPU's caches, enough for an efficient product.
 _CHUNK_BYTES = 64 * 2**20
-
-
 _CHUNK_BYTES_ON_GPU = 256 * 2**20
-
-
 _SMALLEST_CHUNK = 128
 
 
@@ -87,19 +83,11 @@ def positions_of_chunk(positions: int, vocabulary: int, *, on_gpu: bool) -> int:
 
 @torch.no_grad()
 def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
-    """Score each position's target token without a gradient: what stage one needs.
+    """Score each position's target token without a gradient: what stage one needs, [N] as `TokenStatistics.logps`.
 
     The products and sums are those of `token_statistics`, so the numbers are equal.
-
-    Args:
-        hidden: Final hidden states of the predicting positions, [N, hidden].
-        targets: The token that each of them predicts, [N] int64.
-        head: Output projection.
-
-    Returns:
-        Natural log, [N] float32 (float64 for a float64 model).
     """
-    chunks = _Chunks(hidden, head.weight, head.bias, head.scale, head.softcap)
+    chunks = _Chunks(hidden, head, _operand_dtype(hidden))
     logps = torch.empty(len(targets), dtype=chunks.wide, device=hidden.device)
     for part, logits in chunks:
         top = logits.amax(dim=-1, keepdim=True)
@@ -123,12 +111,8 @@ def token_statistics(
         squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
     """
     frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
-    options = _Options(
-        scale=head.scale,
-        softcap=head.softcap,
-        squares=squares,
-        gradient_in_forward=torch.is_grad_enabled() and hidden.requires_grad and frozen,
-    )
+    in_forward = torch.is_grad_enabled() and hidden.requires_grad and frozen
+    options = _Options(scale=head.scale, softcap=head.softcap, squares=squares, gradient_in_forward=in_forward)
     logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, options
     )
@@ -145,28 +129,25 @@ class _Options:
     gradient_in_forward: bool
 
 
+def _operand_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 class _Chunks:
     """Logits of a few positions at a time, in two buffers that all chunks reuse.
 
     New memory costs more than the passes over it, since each of its pages is a fault.
     """
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        device = hidden.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    def __init__(self, hidden: torch.Tensor, head: Head, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         """Dtype of the products' operands"""
-        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         """Dtype of the logits and everything after them"""
-        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
-        self._bias, self._scale, self._softcap = bias, scale, softcap
-        self._size = positions_of_chunk(len(hidden), len(weight), on_gpu=device != "cpu")
+        self.hidden, self.weight = hidden.to(dtype), head.weight.to(dtype)
+        self._head = head
+        self._size = positions_of_chunk(len(hidden), len(head.weight), on_gpu=hidden.device.type != "cpu")
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Give each chunk's positions and its logits, [positions, vocabulary], which the next chunk overwrites."""
@@ -181,12 +162,12 @@ class _Chunks:
                 logits = widened[:count]
                 if widened is not products:
                     logits.copy_(products[:count])
-                if self._bias is not None:
-                    logits += self._bias
-                if self._scale != 1.0:
-                    logits *= self._scale
-                if self._softcap is not None:
-                    logits.div_(self._softcap).tanh_().mul_(self._softcap)
+                if self._head.bias is not None:
+                    logits += self._head.bias
+                if self._head.scale != 1.0:
+                    logits *= self._head.scale
+                if self._head.softcap is not None:
+                    logits.div_(self._head.softcap).tanh_().mul_(self._head.softcap)
                 yield part, logits
 
 
@@ -200,8 +181,8 @@ class _TokenStatistics(torch.autograd.Function):
         targets: torch.Tensor,
         options: _Options,
     ) -> tuple[torch.Tensor, ...]:
-        scale, softcap = options.scale, options.softcap
-        chunks = _Chunks(hidden, weight, bias, scale, softcap)
+        head = Head(weight, bias, options.scale, options.softcap)
+        chunks = _Chunks(hidden, head, _operand_dtype(hidden))
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
             torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )
@@ -227,29 +208,26 @@ class _TokenStatistics(torch.autograd.Function):
             # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
             entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
             if slopes is not None:
-                gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], scale, softcap)
+                gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], head)
                 torch.mm(gradient.to(chunks.dtype), chunks.weight, out=slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.options, ctx.hidden_dtype = options, hidden.dtype
+        ctx.options, ctx.operand_dtype, ctx.hidden_dtype = options, chunks.dtype, hidden.dtype
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
-        ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
         return logps, entropy, mean_logit, is_top1, log_sum_squares
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_logps = gradients[0]
-        options = ctx.options
+        grad_logps, options = gradients[0], ctx.options
         if options.gradient_in_forward:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 4
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        enabled, dtype = ctx.autocast
-        with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
-            chunks = _Chunks(hidden, weight, bias, options.scale, options.softcap)
+        head = Head(weight, bias, options.scale, options.softcap)
+        chunks = _Chunks(hidden, head, ctx.operand_dtype)
         wide = chunks.wide
         grad_hidden = torch.empty_like(chunks.hidden) if need_hidden else None
         # The weight's gradient sums over all positions; bf16 sums would lose small terms.
@@ -258,7 +236,7 @@ class _TokenStatistics(torch.autograd.Function):
         narrow: torch.Tensor | None = None
         product: torch.Tensor | None = None
         for part, logits in chunks:
-            gradient = _to_gradient(logits, log_sums[part], targets[part], options.scale, options.softcap)
+            gradient = _to_gradient(logits, log_sums[part], targets[part], head)
             gradient *= grad_logps[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -283,16 +261,14 @@ class _TokenStatistics(torch.autograd.Function):
         )
 
 
-def _to_gradient(
-    logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
+def _to_gradient(logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     """Turn the logits of some positions into d logp / d (W h + b), in place: [positions, vocabulary]."""
-    slope = 1.0 - (logits / softcap) ** 2 if softcap is not None else None
+    slope = 1.0 - (logits / head.softcap) ** 2 if head.softcap is not None else None
     # d logp / d logit = [logit is the target's] - probability
     gradient = logits.sub_(log_sums[:, None]).exp_().neg_()
     gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sums[:, None]))
-    if scale != 1.0:
-        gradient *= scale
+    if head.scale != 1.0:
+        gradient *= head.scale
     if slope is not None:
         gradient *= slope
     return gradient

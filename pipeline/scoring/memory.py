@@ -16,10 +16,7 @@ __all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "
 
 # More tokens at once leave a CPU's caches and are slower. A constant makes every run the same to the bit.
 _ON_CPU = 2048
-
-
 _FEWEST, _MOST = 2048, 65536
-
 
 # Share of the free memory; the rest is for fragments, and for tensors that grow faster than the probe shows.
 _SHARE = 0.7
@@ -42,10 +39,7 @@ def tokens_that_fit(model: Any, packed: bool) -> int:
 
 
 def tokens_for(free: float | None, per_token: float) -> int:
-    """Choose the tokens of one forward pass for a GPU's free bytes, and the bytes of a token.
-
-    `free` is None for a CPU.
-    """
+    """Choose the tokens of one forward pass for a GPU's free bytes, None for a CPU, and the bytes of a token."""
     if free is None:
         return _ON_CPU
     tokens = min(_MOST, int(_SHARE * free / max(per_token, 1.0)))

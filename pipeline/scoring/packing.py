@@ -10,7 +10,7 @@ prompt is computed once, however many completions share it. A *padded* batch is 
 a sequence, padded on the right, which does not change the real positions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,18 +77,15 @@ class Batch:
         return len(self.num_tokens)
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Pin all tensors, for the data loader: copying to a GPU then overlaps with work."""
-        pinned: dict[str, Any] = {
-            name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
-        }
-        return Batch(**pinned)
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        changed: dict[str, Any] = {n: change(v) if torch.is_tensor(v) else v for n, v in vars(self).items()}
+        return Batch(**changed)
 
 
 def plan_batches(pairs: Sequence[TokenizedPair], tokens_per_batch: int, *, packed: bool) -> list[list[int]]:
@@ -120,9 +117,8 @@ def _plan_packed(pairs: Sequence[TokenizedPair], lengths: Sequence[int], tokens_
     batches: list[list[int]] = []
     used = tokens_per_batch
     for group in groups:
-        there: set[tuple[int, ...]] | None = (
-            None  # This prompt's completions in the open batch; None if the prompt is not in it.
-        )
+        # This prompt's completions in the open batch; None if the prompt is not in it.
+        there: set[tuple[int, ...]] | None = None
         for i in group:
             completions = {tuple(pairs[i].chosen_ids), tuple(pairs[i].rejected_ids)}
             alone = len(pairs[i].prompt_ids) + _in_row(completions)

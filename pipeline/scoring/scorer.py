@@ -1,15 +1,14 @@
 """A loaded, checked model that gives pairs their token log-probs, for every command that scores."""
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import Config
@@ -18,13 +17,10 @@ from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.scoring.forward import LOGPS, input_device, prepare, score
 from pipeline.scoring.memory import free_memory, is_out_of_memory, tokens_that_fit
-from pipeline.scoring.packing import Batch, make_batch, plan_batches
+from pipeline.scoring.packing import make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Scorer", "load_scorer", "reference_scorer"]
+__all__ = ["Scorer", "load_scorer"]
 
 
 @dataclass(kw_only=True)
@@ -43,15 +39,9 @@ class Scorer:
 
     @classmethod
     def check(
-        cls, model: Any, tokenizer: "PreTrainedTokenizerBase", key: str, tokens_per_batch: int | None = None
+        cls, model: Any, tokenizer: PreTrainedTokenizerBase, key: str, tokens_per_batch: int | None = None
     ) -> "Scorer":
-        """Prepare a loaded causal language model for scoring, and check its scores.
-
-        Args:
-            model: Causal language model; it keeps its mode, evaluation or training.
-            tokenizer: Tokenizer with the padding token.
-            key: Setting or option that named the model, for messages.
-            tokens_per_batch: Most tokens of one forward pass; None chooses as many as fit the device.
+        """Prepare a loaded causal language model for scoring, and check its scores; it keeps its mode.
 
         Raises:
             ConfigError: The model can't be scored.
@@ -65,11 +55,6 @@ class Scorer:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
         self.tokens_per_batch = self.tokens_per_batch or tokens_that_fit(self.model, self.packed)
         return self.tokens_per_batch
-
-    @property
-    def batch(self) -> Callable[[Sequence[TokenizedPair]], Batch]:
-        """Function from pairs to one batch. It holds no model, so loader processes can take it."""
-        return functools.partial(make_batch, pad_id=self.pad_id, packed=self.packed)
 
     def logps(
         self, pairs: Sequence[TokenizedPair]
@@ -106,7 +91,7 @@ class Scorer:
 
     def _score(self, pairs: Sequence[TokenizedPair]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Score one batch; give the token logps of each pair's chosen and rejected completion."""
-        batch = self.batch(pairs)
+        batch = make_batch(pairs, self.pad_id, packed=self.packed)
         with torch.inference_mode():
             scores = score(self.model, batch.to(input_device(self.model)), want=LOGPS)
         flat = scores.tokens.logps.float().cpu().numpy()
@@ -130,31 +115,23 @@ class Scorer:
         )
         free_memory()
 
-    def release(self) -> None:
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Drop the model and release its memory."""
         self.model = None
         free_memory()
 
 
 def load_scorer(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", key: str | None = None, tokens_per_batch: int | None = None
+    config: Config, tokenizer: PreTrainedTokenizerBase, key: str | None = None, tokens_per_batch: int | None = None
 ) -> Scorer:
-    """Load the reference that the settings name, and check it. Arguments and errors are those of `Scorer.check`.
+    """Load the reference that the settings name, and check it. A `with` block releases it.
 
     Raises:
+        ConfigError: The model can't be scored.
         DataError: A weight file is damaged.
     """
     model = load_reference(config, pick_device())
     return Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, tokens_per_batch)
-
-
-@contextlib.contextmanager
-def reference_scorer(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", key: str | None = None, tokens_per_batch: int | None = None
-) -> Iterator[Scorer]:
-    """Load the reference as `load_scorer` does, and release it at the end."""
-    scorer = load_scorer(config, tokenizer, key, tokens_per_batch)
-    try:
-        yield scorer
-    finally:
-        scorer.release()

@@ -163,7 +163,7 @@ def _is_quantized(model: Any) -> bool:
 def _check_pairs(model: Any) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
     """Make pairs of which two share a prompt and a completion, and the pairs of another batch.
 
-    All tokens differ between the two except the last pair's prompt and rejected completion.
+    Between the two, all tokens differ except the last pair's prompt and rejected completion.
     """
     ids, others = _some_ids(model, 60), _some_ids(model, 60, start=5)
     ours, theirs = (

@@ -24,18 +24,14 @@ __all__ = ["Ensemble", "LeaderModel", "Order", "processes_of_launch", "share_of_
 
 T = TypeVar("T")
 
-
 Order = tuple[str, Any]
 """Name of the followers' next step, and its arguments"""
-
 
 # A pause is not a fault: the leader may read, copy or wait for a disk for hours.
 _PATIENCE = timedelta(days=7)
 
-
 # A process that failed waits so long for the others, which may be waiting for it in the model's layers.
 _PATIENCE_AFTER_FAILURE = timedelta(seconds=60)
-
 
 # Status of a step; for a failure the exit status is added.
 _DONE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
@@ -89,30 +85,23 @@ class Ensemble:
             # After a failed step they leave by themselves.
             if not self._failed:
                 with contextlib.suppress(UnfinishedError):
-                    self.send(("leave", _status_of(error)))
+                    self.broadcast(("leave", _status_of(error)))
             raise
-        self.send(("leave", 0))
+        self.broadcast(("leave", 0))
 
-    def send(self, order: Order) -> None:
-        """Tell the followers what to do next."""
-        self._broadcast([order])
-
-    def receive(self) -> Order:
-        """Wait for the leader's next order.
+    def broadcast(self, order: Order | None = None) -> Order:
+        """Send the leader's order to the followers, who call this without one and wait for it.
 
         Raises:
-            UnfinishedError: The leader is gone.
+            UnfinishedError: Another process is gone.
         """
-        box: list[Any] = [None]
-        self._broadcast(box)
-        order: Order = box[0]
-        return order
-
-    def _broadcast(self, box: list[Any]) -> None:
+        box: list[Any] = [order]
         try:
             dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
         except RuntimeError as error:
             raise _gone() from error
+        received: Order = box[0]
+        return received
 
     def together(self, step: Callable[[], T]) -> T:
         """Run a step that every process runs now; give its result if it succeeded in all of them.
@@ -127,7 +116,10 @@ class Ensemble:
             try:
                 result = step()
             finally:
-                _finish_on_device()
+                # A process queues a pass without waiting. It must not call the step done before the others reach its
+                # sums, which would then meet those of the next step.
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                    torch.cuda.synchronize()
         except Exception as error:
             failure = error
         own = _DONE if failure is None else _OUT_OF_MEMORY if is_out_of_memory(failure) else _FAILED
@@ -181,7 +173,7 @@ class LeaderModel:
         self._model, self._ensemble = model, ensemble
 
     def __call__(self, **inputs: Any) -> Any:
-        self._ensemble.send(("forward", {name: _on(value, torch.device("cpu")) for name, value in inputs.items()}))
+        self._ensemble.broadcast(("forward", {name: _on(value, torch.device("cpu")) for name, value in inputs.items()}))
         return self._ensemble.together(lambda: self._model(**inputs))
 
     def __getattr__(self, name: str) -> Any:
@@ -192,16 +184,6 @@ class LeaderModel:
         """Run the pass that the leader runs now. Raises the errors of `Ensemble.together`."""
         with torch.inference_mode():
             ensemble.together(lambda: model(**{name: _on(value, device) for name, value in inputs.items()}))
-
-
-def _finish_on_device() -> None:
-    """Wait until the GPU has finished its work, sums over the processes included.
-
-    A process queues a whole pass without waiting. Without this it would call a step done before the others reach its
-    sums, which would then meet those of the next step.
-    """
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
 
 
 def _on(value: Any, device: torch.device) -> Any:

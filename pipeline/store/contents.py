@@ -16,9 +16,9 @@ from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import ranking
-from pipeline.store.format import CheckedPart, pair_keys, part_name, schema
+from pipeline.store.format import pair_keys, part_name, schema
 from pipeline.store.ranking import PairColumns
-from pipeline.store.store import Store, load_store, read_checked_part
+from pipeline.store.store import load_store, read_checked_part
 
 __all__ = [
     "Block",
@@ -64,7 +64,9 @@ def read_contents(folder: Folder) -> Contents:
         StorageError: A part can't be read.
     """
     store = load_store(folder)
-    parts = _read_parts(store)
+    # The first error cancels the others.
+    with ThreadPoolExecutor(_READERS) as readers:
+        parts = list(readers.map(lambda unit: read_checked_part(store, unit, _COLUMNS), store.units))
     totals, noise = Ledger(), NoiseFloor()
     for part in parts:
         totals.add(part.ledger.as_dict())
@@ -79,15 +81,6 @@ def read_contents(folder: Folder) -> Contents:
         pairs=_to_columns(folder, [part.table for part in parts]),
         unfinished=store.unfinished,
     )
-
-
-def _read_parts(store: Store) -> list[CheckedPart]:
-    """Read several parts at a time; give them in order. The first error cancels the others."""
-    readers = ThreadPoolExecutor(_READERS)
-    try:
-        return list(readers.map(lambda unit: read_checked_part(store, unit, _COLUMNS), store.units))
-    finally:
-        readers.shutdown(cancel_futures=True)
 
 
 def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
@@ -157,7 +150,6 @@ def describe(store: Contents) -> dict[str, Any]:
             "longer": ranking.longer_sides(pairs),
         },
         "suspicious": _suspicious(store, first),
-        "by_part": _by_part(store),
     }
 
 
@@ -204,26 +196,11 @@ def _pair(pairs: PairColumns, i: np.int64) -> dict[str, Any]:
     }
 
 
-def _by_part(store: Contents) -> list[dict[str, Any]]:
-    means = {name: values.tolist() for name, values in ranking.part_means(store.pairs, len(store.files)).items()}
-    return [
-        {"file": file}
-        | {name: values[i] if means["pairs"][i] else 0 if name == "pairs" else None for name, values in means.items()}
-        for i, file in enumerate(store.files)
-    ]
-
-
 def _described_reference(reference: Mapping[str, Any]) -> str:
     if "declared" in reference:
         return "declared by name, weights unknown"
     quantization = f", {reference['quantization']['bits']} bits" if reference.get("quantization") else ""
     return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
-
-
-def _described_noise(noise: Mapping[str, Any]) -> str:
-    if not noise["tokens"]:
-        return "not measured"
-    return f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most ({noise['tokens']:,} tokens scored twice)"
 
 
 def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -233,6 +210,10 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
     totals.add(dict(entry["totals"]))
     reference, tokenization = identity["reference"], identity["tokenization"]
     stored = "stored" if tokenization["token_logps"] else "not stored"
+    noise, measured = entry["noise"], "not measured"
+    if noise["tokens"]:
+        measured = f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most"
+        measured += f" ({noise['tokens']:,} tokens scored twice)"
     found = {"reference": f"{declared.get('reference', 'unknown')} ({_described_reference(reference)})"}
     if declared.get("reference_adapter") and reference.get("adapter"):
         found["adapter"] = f"{declared['reference_adapter']} ({reference['adapter'][:12]})"
@@ -240,7 +221,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
         "dataset": f"{declared.get('dataset', 'unknown')}",
         "fingerprint": entry["fingerprint"],
         "max_length": f"{tokenization['max_length']}, token logps {stored}",
-        "noise floor": _described_noise(entry["noise"]),
+        "noise floor": measured,
         "rows": totals.summary(),
         "pairs": f"{entry['pairs']:,} in {entry['parts']} parts, {entry['bytes'] / 2**20:,.1f} MiB; "
         f"{entry['duplicates']:,} are duplicates of another",

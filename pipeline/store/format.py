@@ -98,22 +98,19 @@ MAX_BYTES = 2**32
 
 def schema(*, token_logps: bool) -> pa.Schema:
     """Give the columns of a part, schema version 1."""
-    fields = [
-        pa.field("pair_key", pa.binary(16), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("chosen_tokens", pa.int32(), nullable=False),
-        pa.field("rejected_tokens", pa.int32(), nullable=False),
-        pa.field("ref_chosen_logps", pa.float32(), nullable=False),
-        pa.field("ref_rejected_logps", pa.float32(), nullable=False),
-    ]
+    columns = {
+        "pair_key": pa.binary(16),
+        "row": pa.int64(),
+        "prompt_tokens": pa.int32(),
+        "chosen_tokens": pa.int32(),
+        "rejected_tokens": pa.int32(),
+        "ref_chosen_logps": pa.float32(),
+        "ref_rejected_logps": pa.float32(),
+    }
     if token_logps:
-        item = pa.list_(pa.field("element", pa.float32(), nullable=False))
-        fields += [
-            pa.field("chosen_token_logps", item, nullable=False),
-            pa.field("rejected_token_logps", item, nullable=False),
-        ]
-    return pa.schema(fields)
+        lists = pa.list_(pa.field("element", pa.float32(), nullable=False))
+        columns |= {"chosen_token_logps": lists, "rejected_token_logps": lists}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def part_name(unit: int) -> str:
@@ -177,26 +174,28 @@ def check_part(
     *,
     vouched: bool = False,
 ) -> CheckedPart:
-    """Check the bytes of a part against themselves and the manifest.
+    """Check the bytes of a part against themselves and the manifest; give `columns` of its table, None for all.
 
-    Args:
-        folder: The store.
-        unit: The part's number.
-        content: The file's bytes.
-        manifest: The store's.
-        columns: Columns of the table that is returned; None for all.
-        vouched: The index vouches for the bytes, so their own digest is not computed, and other columns are not read.
+    `vouched` says that the index vouches for the bytes: their own digest is not computed, nor other columns read.
 
     Raises:
         DataError: The part is damaged: unreadable, or not what the digest in its footer says.
         IdentityError: The part is another run's.
     """
     place, remedy = folder.place(part_name(unit)), DELETE_VOUCHED_PART if vouched else DELETE_PART
-    expected = schema(token_logps=bool(manifest["identity"]["tokenization"]["token_logps"]))
+    fingerprint, identity = manifest["fingerprint"], manifest["identity"]
+    expected = schema(token_logps=bool(identity["tokenization"]["token_logps"]))
     try:
         with _open_parquet(content) as part:
-            footer = _decode_footer(part)
-            _check_footer(place, footer, manifest["fingerprint"], unit)
+            metadata = part.schema_arrow.metadata or {}
+            footer = {key.decode("utf-8", "replace"): text.decode("utf-8", "replace") for key, text in metadata.items()}
+            found = footer.get("refshard.fingerprint", "none")
+            if found != fingerprint:
+                raise IdentityError(
+                    f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
+                )
+            if footer.get("refshard.unit") != str(unit):
+                raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
             if not part.schema_arrow.equals(expected):
                 raise DataError(f"{place}: damaged, its columns are not those of a part. {remedy}")
             table = part.read(list(columns) if columns and vouched else None)
@@ -215,21 +214,6 @@ def check_part(
         raise DataError(f"{place}: damaged, its {table.num_rows} rows are not what its footer counts. {remedy}")
     table = table.select(list(columns)) if columns else table
     return CheckedPart(table=table, ledger=ledger, skipped=skipped, noise=noise, size=len(content))
-
-
-def _check_footer(place: str, footer: Mapping[str, str], fingerprint: str, unit: int) -> None:
-    found = footer.get("refshard.fingerprint", "none")
-    if found != fingerprint:
-        raise IdentityError(
-            f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
-        )
-    if footer.get("refshard.unit") != str(unit):
-        raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
-
-
-def _decode_footer(part: pq.ParquetFile) -> dict[str, str]:
-    metadata = part.schema_arrow.metadata or {}
-    return {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()}
 
 
 def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
@@ -303,10 +287,8 @@ _INDEX_SHAPE = {
 def fits(value: Any, shape: Any) -> bool:
     """Return True if a value of a JSON file has a declared shape.
 
-    Args:
-        value: As `json` gives it.
-        shape: A type, a predicate, or a pattern; a dict of the shapes of keys, where a missing key counts as None; a
-            list of its items' shape; a tuple of alternatives.
+    A shape is a type, a predicate, or a pattern; a dict of the shapes of keys, where a missing key counts as None; a
+    list of its items' shape; a tuple of alternatives.
     """
     match shape:
         case dict():
@@ -338,11 +320,7 @@ def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:
-    """Open the bytes of a part, which may come from an untrusted writer.
-
-    Raises:
-        ValueError: The bytes would unpack to more than any part does. The library raises its own errors besides.
-    """
+    """Open the bytes of a part, which may be an untrusted writer's. Raises ValueError, and the library's own errors."""
     start = max(0, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
     # The Arrow schema in a footer may name extension types, whose code would run. Columns are plain without it.
     plain = content[:start] + content[start:].replace(b"ARROW:schema", b"no-ARROW-use")

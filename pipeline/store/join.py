@@ -4,7 +4,8 @@ Memory does not grow with pairs or tokens: the stores' keys and sums are memory-
 one flat file batch by batch, and the joined set is an Arrow file in the source's order. The trainer shuffles it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,8 @@ class JoinReport:
 def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_missing: bool = False) -> JoinReport:
     """Look up every pair by key and write those that match to an Arrow file, in order.
 
-    Columns: `pair_key`, `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `truncated`, `part`, `ref_chosen_logps`,
-    `ref_rejected_logps`, and, where the table has it, `token_start` for `TokenLogps`. Pairs without a match are counted
-    and left out.
+    Columns are those of `_SCHEMA`, and, where the table has it, `token_start` for `TokenLogps`. Pairs without a match
+    are counted and left out.
 
     Args:
         pairs: Pairs in the source's order.
@@ -70,13 +70,14 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
         StorageError: The file can't be written.
     """
     matched, missing, first_missing = 0, 0, None
-    used = np.zeros(len(table) // 8 + 1, dtype=np.uint8)  # one bit a row
+    used = np.zeros(len(table), dtype=bool)
     columns = _SCHEMA.append(pa.field("token_start", pa.int64())) if table.with_tokens else _SCHEMA
     held: list[pa.RecordBatch] = []
+    pairs = iter(pairs)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
-            for chunk in _chunks(pairs):
+            while chunk := list(itertools.islice(pairs, _CHUNK)):
                 at, found = table.look_up([p.key for p in chunk])
                 hits = at >= 0
                 for pair, hit, tokens in zip(
@@ -91,7 +92,7 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
                             f"{len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
                         )
                 matched += int(hits.sum())
-                np.bitwise_or.at(used, at[hits] >> 3, np.left_shift(1, at[hits] & 7).astype(np.uint8))
+                used[at[hits]] = True
                 written = np.arange(len(chunk)) if keep_missing else np.flatnonzero(hits)
                 if len(written):
                     held.append(_joined_batch([chunk[i] for i in written], found[written], columns))
@@ -101,7 +102,7 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
             writer.write_table(pa.Table.from_batches(held, columns).combine_chunks())
     except OSError as error:
         raise StorageError(f"{file}: can't be written ({error.strerror or error})") from error
-    return JoinReport(matched, missing, first_missing, len(table) - int(np.bitwise_count(used).sum()))
+    return JoinReport(matched, missing, first_missing, len(table) - int(used.sum()))
 
 
 def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:
@@ -118,14 +119,3 @@ def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema
         "token_start": found["token_start"],
     }
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-
-
-def _chunks(pairs: Iterable[KeptPair]) -> Iterator[list[KeptPair]]:
-    chunk: list[KeptPair] = []
-    for pair in pairs:
-        chunk.append(pair)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

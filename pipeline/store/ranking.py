@@ -98,13 +98,8 @@ def longer_sides(pairs: PairColumns) -> dict[str, dict[str, Any]]:
 
 def first_of_each(keys: npt.NDArray[np.bytes_]) -> Integers:
     """Give for each pair the index of the first pair with its key, [P]: its own, unless it is a duplicate."""
-    first = np.arange(len(keys), dtype=np.int64)
-    # Numbers sort faster than strings, and half of a hash distinguishes nearly all keys.
-    shared = _has_equal(np.ascontiguousarray(keys).view(np.uint64)[::2])
-    candidates = np.flatnonzero(shared)
-    _, earliest, inverse = np.unique(keys[candidates], return_index=True, return_inverse=True)
-    first[candidates] = candidates[earliest[inverse]]
-    return first
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 def _has_equal(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -142,12 +137,8 @@ def likely_swapped(pairs: PairColumns, first: Integers, noise: float) -> Swaps:
     """Find pairs that are likely another pair with chosen and rejected swapped.
 
     The key covers all three texts in order, so it differs. The same prompt and completions have the same three lengths
-    and, up to noise, the same two sums.
-
-    Args:
-        pairs: Columns of a store.
-        first: Result of `first_of_each`; later duplicates are left out.
-        noise: Mean difference of token logps that were scored twice, nats a token.
+    and, up to noise, the same two sums. `noise` is the mean difference of token logps that were scored twice, nats a
+    token. `first` is the result of `first_of_each`: later duplicates are left out.
     """
     tolerance = max(float(noise), _LEAST_NOISE)
     here = np.arange(len(pairs))
@@ -202,22 +193,15 @@ def _hashed(*columns: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
 
 
 def part_means(pairs: PairColumns, num_parts: int) -> dict[str, npt.NDArray[Any]]:
-    """Give the number of `pairs` in each part, [parts], and means over them, NaN for a part without pairs.
+    """Give means over the pairs of each part, [parts], NaN for a part without pairs.
 
-    The means: `margin` and `margin_per_token` in nats, `chosen_tokens`, `rejected_tokens`, and
-    `share_chosen_preferred`, where a tie counts one half.
+    The means: `margin_per_token` in nats, `chosen_tokens`, and `rejected_tokens`.
     """
-    counts = np.bincount(pairs.parts, minlength=num_parts)
-    whole = margins(pairs)
     columns = {
-        "margin": whole,
         "margin_per_token": margins_per_token(pairs),
         "chosen_tokens": pairs.chosen_tokens,
         "rejected_tokens": pairs.rejected_tokens,
-        "share_chosen_preferred": (whole > 0) + 0.5 * (whole == 0),
     }
+    counts = np.bincount(pairs.parts, minlength=num_parts)
     with np.errstate(invalid="ignore"):
-        return {"pairs": counts} | {
-            name: np.bincount(pairs.parts, weights=values, minlength=num_parts) / counts
-            for name, values in columns.items()
-        }
+        return {name: np.bincount(pairs.parts, values, num_parts) / counts for name, values in columns.items()}

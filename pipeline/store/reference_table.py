@@ -15,7 +15,7 @@ from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.store.format import pair_keys
 from pipeline.store.store import Store, read_parts
 
-__all__ = ["INDEX_ROW", "ReferenceTable", "TokenLogps", "build_reference_table", "load_reference_table"]
+__all__ = ["INDEX_ROW", "ReferenceTable", "TokenLogps", "load_reference_table"]
 
 INDEX_ROW = np.dtype(
     [
@@ -41,23 +41,41 @@ _KEYS_AT_ONCE = 32
 
 
 class ReferenceTable:
-    """Stored log-probs by pair, sorted by key and memory-mapped. Equal keys are equal pairs and are kept once."""
+    """Stored log-probs by pair, sorted by key and memory-mapped. Equal keys are equal pairs, and the first is kept."""
 
-    def __init__(self, file: IO[bytes], rows: int, fence: npt.NDArray[np.bytes_], *, with_tokens: bool) -> None:
-        """Map the index.
+    def __init__(
+        self, pieces: Iterable[npt.NDArray[np.void]], *, folder: Path | None = None, with_tokens: bool = False
+    ) -> None:
+        """Sort rows by key in memory, about 110 bytes a row at most, and map them from a file without a name.
 
         Args:
-            file: Rows of `INDEX_ROW`, ascending by key; the file may be closed and deleted afterwards.
-            rows: Number of rows.
-            fence: Keys of the rows 0, `_BLOCK`, 2 `_BLOCK`, ...
-            with_tokens: The rows hold the positions of their token logps.
+            pieces: Rows in any order, `INDEX_ROW`.
+            folder: Folder of the file, made if needed; as for `load_reference_table`.
+            with_tokens: The rows say where their token logps are.
+
+        Raises:
+            StorageError: The disk is full or failing.
         """
-        self._fence = fence
-        # An empty file can't be mapped.
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if rows else None
-        self.rows: npt.NDArray[np.void] = np.frombuffer(self._map or b"", INDEX_ROW)
-        """Rows of `INDEX_ROW`, [R], read-only"""
         self.with_tokens = with_tokens
+        rows = np.concatenate([np.empty(0, INDEX_ROW), *pieces])
+        keys, first = np.unique(rows["key"], return_index=True)
+        self._fence = keys[::_BLOCK].copy()
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # As bytes without fields: numpy copies those an order of magnitude faster.
+                whole = rows.view(f"V{INDEX_ROW.itemsize}")
+                for start in range(0, len(first), _ROWS_PER_WRITE):
+                    file.write(whole[first[start : start + _ROWS_PER_WRITE]].tobytes())
+                file.flush()
+                # An empty file can't be mapped.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(keys) else None
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise StorageError(f"{where}: the stores' index can't be written ({error.strerror or error})") from error
+        self.rows: npt.NDArray[np.void] = np.frombuffer(self._map or b"", INDEX_ROW)
+        """Rows of `INDEX_ROW`, [R], ascending by key, read-only"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,10 +86,7 @@ class ReferenceTable:
         return self.rows["key"]
 
     def look_up(self, keys: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void]]:
-        """Find pairs by key.
-
-        Args:
-            keys: K keys, in any order.
+        """Find K pairs by key, in any order.
 
         Returns:
             Row numbers in the table, [K], -1 for an absent key; and copies of these rows, [K] `INDEX_ROW`. An absent
@@ -146,8 +161,7 @@ def load_reference_table(
         stores: Finished stores of one identity.
         max_length: This run's, at most that of the stores.
         ld_alpha: Weight of tokens past the shorter completion's length (LD-DPO, arXiv 2409.06411).
-        folder: Folder of the index, a file without a name that disappears with the process. None takes the system's
-            folder for temporary files; name another one for stores of millions of pairs.
+        folder: Folder of the index, which disappears with the process; None takes the system's for temporary files.
         token_file: File that token logps are appended to, cut to `max_length` and unweighted, for `TokenLogps`; several
             sets may share it. They are left out if None, or where a store has none.
 
@@ -157,45 +171,15 @@ def load_reference_table(
         StorageError: The index or the token logps can't be written.
     """
     sums_only = [s for s in stores if not s.manifest["identity"]["tokenization"]["token_logps"]]
-    stored = bool(stores) and not sums_only
     if ld_alpha is not None and sums_only:
         raise ConfigError(
             f"loss.ld_alpha: must be unset, got {ld_alpha}: {sums_only[0].folder} holds sums alone. Score again with "
             "precompute.token_logps: true"
         )
-    token_file = token_file if stored else None
+    if not stores or sums_only:
+        token_file = None
     pieces = _pieces(stores, max_length, ld_alpha, token_file)
-    return build_reference_table(pieces, folder=folder, with_tokens=token_file is not None)
-
-
-def build_reference_table(
-    pieces: Iterable[npt.NDArray[np.void]], *, folder: Path | None = None, with_tokens: bool = False
-) -> ReferenceTable:
-    """Sort rows by key in memory, about 110 bytes a row at most, and map them from a file. Equal keys keep the first.
-
-    Args:
-        pieces: Rows in any order, `INDEX_ROW`.
-        folder: Folder of the file, made if needed; as for `load_reference_table`.
-        with_tokens: The rows say where their token logps are.
-
-    Raises:
-        StorageError: The disk is full or failing.
-    """
-    rows = np.concatenate([np.empty(0, INDEX_ROW), *pieces])
-    keys, first = np.unique(rows["key"], return_index=True)
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # As bytes without fields: numpy copies those an order of magnitude faster.
-            whole = rows.view(f"V{INDEX_ROW.itemsize}")
-            for start in range(0, len(first), _ROWS_PER_WRITE):
-                file.write(whole[first[start : start + _ROWS_PER_WRITE]].tobytes())
-            file.flush()
-            return ReferenceTable(file, len(keys), keys[::_BLOCK].copy(), with_tokens=with_tokens)
-    except OSError as error:
-        where = folder or tempfile.gettempdir()
-        raise StorageError(f"{where}: the stores' index can't be written ({error.strerror or error})") from error
+    return ReferenceTable(pieces, folder=folder, with_tokens=token_file is not None)
 
 
 def _pieces(
@@ -266,16 +250,10 @@ def _side_by_side(
 def _sums_of(
     lists: pa.ListArray, counts: npt.NDArray[np.int32], common: npt.NDArray[np.int32], tail_weight: float
 ) -> tuple[npt.NDArray[np.float64], pa.ListArray, npt.NDArray[np.float64]]:
-    """Cut lists of token logps and sum them, in float64.
+    """Cut R lists of token logps, none of them empty, to `counts` values each, and sum them, in float64.
 
-    Args:
-        lists: Token logps, [R] lists, none of them empty.
-        counts: Values of each list to keep, [R].
-        common: Leading values of each list with weight 1, [R].
-        tail_weight: Weight of the values after those.
-
-    Returns:
-        Sums of the whole lists, [R]; the lists cut to `counts`; their weighted sums, [R].
+    Give the sums of the whole lists, [R]; the cut lists; and their sums, [R], where the first `common` values weigh 1
+    and the others `tail_weight`.
     """
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.to_numpy()[offsets[0] : offsets[-1]]

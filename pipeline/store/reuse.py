@@ -83,24 +83,21 @@ def copy_scored(reusable: Reusable, pairs: Sequence[KeptPair]) -> dict[int, Scor
     at = np.minimum(np.searchsorted(reusable.keys, wanted), len(reusable.keys) - 1)
     copied = {}
     for i in np.flatnonzero(reusable.keys[at] == wanted).tolist():
-        store, part, row = reusable.places[at[i]].tolist()
-        copied[i] = _scored_pair(reusable.read(store, part), row, pairs[i])
-    return copied
-
-
-def _scored_pair(table: pa.Table, row: int, pair: KeptPair) -> ScoredPair:
-    chosen, rejected = (
-        table[f"{side}_token_logps"][row].values.to_numpy().astype(np.float32) for side in ("chosen", "rejected")
-    )
-    if (len(chosen), len(rejected)) != (len(pair.pair.chosen_ids), len(pair.pair.rejected_ids)):
-        raise DataError(
-            f"{pair.place}: precompute.reuse: stored with {len(chosen)} and {len(rejected)} tokens, this run has "
-            f"{len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
+        (store, part, row), pair = reusable.places[at[i]].tolist(), pairs[i]
+        table = reusable.read(store, part)
+        chosen, rejected = (
+            table[f"{side}_token_logps"][row].values.to_numpy().astype(np.float32) for side in ("chosen", "rejected")
         )
-    return ScoredPair(
-        key=pair.key,
-        row=pair.row,
-        prompt_tokens=len(pair.pair.prompt_ids),
-        chosen_token_logps=chosen,
-        rejected_token_logps=rejected,
-    )
+        if (len(chosen), len(rejected)) != (len(pair.pair.chosen_ids), len(pair.pair.rejected_ids)):
+            raise DataError(
+                f"{pair.place}: precompute.reuse: stored with {len(chosen)} and {len(rejected)} tokens, this run has "
+                f"{len(pair.pair.chosen_ids)} and {len(pair.pair.rejected_ids)}"
+            )
+        copied[i] = ScoredPair(
+            key=pair.key,
+            row=pair.row,
+            prompt_tokens=len(pair.pair.prompt_ids),
+            chosen_token_logps=chosen,
+            rejected_token_logps=rejected,
+        )
+    return copied

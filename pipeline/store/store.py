@@ -24,28 +24,8 @@ from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
 from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import (
-    DELETE_INDEX,
-    DELETE_PART,
-    DELETE_VOUCHED_PART,
-    INDEX,
-    MANIFEST,
-    MANIFEST_SHAPE,
-    MAX_BYTES,
-    PART_NAME,
-    SKIPPED,
-    CheckedPart,
-    ScoredPair,
-    SummedPair,
-    check_index,
-    check_part,
-    content_digest,
-    fits,
-    is_sealed,
-    part_name,
-    sealed,
-    to_table,
-)
+from pipeline.store import format
+from pipeline.store.format import CheckedPart, ScoredPair, SummedPair, part_name
 
 __all__ = [
     "PartHeader",
@@ -116,19 +96,21 @@ def part_exists(where: Where, unit: int) -> bool:
 
 def parts_there(where: Where) -> frozenset[int]:
     """List the units whose part is there, with one request."""
-    return frozenset(int(match[1]) for name in open_folder(where).names() if (match := PART_NAME.fullmatch(name)))
+    return frozenset(
+        int(match[1]) for name in open_folder(where).names() if (match := format.PART_NAME.fullmatch(name))
+    )
 
 
 def is_finished(where: Where) -> bool:
-    return open_folder(where).size(INDEX) is not None
+    return open_folder(where).size(format.INDEX) is not None
 
 
 def find_stores(where: Where) -> list[Folder]:
     """Give the store in a folder, or the stores in its subfolders. Raises DataError where there are none."""
     folder = open_folder(where)
-    if folder.size(MANIFEST) is not None:
+    if folder.size(format.MANIFEST) is not None:
         return [folder]
-    found = [folder.child(name) for name in folder.names() if folder.child(name).size(MANIFEST) is not None]
+    found = [folder.child(name) for name in folder.names() if folder.child(name).size(format.MANIFEST) is not None]
     if not found:
         raise DataError(f"{folder}: no shards there, neither a manifest.json nor folders with one")
     return found
@@ -137,13 +119,12 @@ def find_stores(where: Where) -> list[Folder]:
 def delete_store(where: Where) -> None:
     """Delete a store's own files, the index first, so that an interruption leaves an unfinished store.
 
-    Raises:
-        StorageError: A file can't be deleted.
+    Raises StorageError.
     """
     folder = open_folder(where)
     # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), which are not ours to delete.
-    parts = [name for name in folder.names() if PART_NAME.fullmatch(name)]
-    for name in (INDEX, SKIPPED, *parts, MANIFEST):
+    parts = [name for name in folder.names() if format.PART_NAME.fullmatch(name)]
+    for name in (format.INDEX, format.SKIPPED, *parts, format.MANIFEST):
         folder.delete(name)
 
 
@@ -173,13 +154,12 @@ def create_store(
         "plan": plan,
         "declared": declared,
     }
-    folder.put_if_absent(MANIFEST, sealed(manifest))
+    folder.put_if_absent(format.MANIFEST, format.sealed(manifest))
     # Read back: another worker may have been first.
     stored = read_manifest(folder)
     found = differences(stored["identity"], identity, joining=False)
     # Compare the plan as JSON gives it back.
-    ours = json.loads(json.dumps(plan))
-    found += describe_differences(stored["plan"], ours)
+    found += describe_differences(stored["plan"], json.loads(json.dumps(plan)))
     if found:
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
@@ -223,8 +203,8 @@ def write_part(
         "refshard.provenance": json.dumps(header.provenance, sort_keys=True),
         "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
     }
-    table = to_table(pairs, token_logps=header.token_logps)
-    footer["refshard.digest"] = content_digest(table, footer)
+    table = format.to_table(pairs, token_logps=header.token_logps)
+    footer["refshard.digest"] = format.content_digest(table, footer)
     table = table.replace_schema_metadata(footer)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, store_schema=True)
@@ -254,8 +234,8 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
     for unit in range(num_units):
         # Check all bytes once: from here on the index vouches for them.
-        content = read_content(folder, part_name(unit), DELETE_PART)
-        part = check_part(folder, unit, content, manifest)
+        content = read_content(folder, part_name(unit), format.DELETE_PART)
+        part = format.check_part(folder, unit, content, manifest)
         totals.add(part.ledger.as_dict())
         noise += part.noise
         skipped += part.skipped
@@ -269,14 +249,10 @@ def finish_store(where: Where, num_units: int) -> list[int]:
         )
     if skipped:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-        folder.replace(SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
-    index = {
-        "fingerprint": manifest["fingerprint"],
-        "parts": parts,
-        "totals": totals.as_dict(),
-        "noise": vars(noise),
-    }
-    folder.put_if_absent(INDEX, sealed(index))
+        folder.replace(format.SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
+    fingerprint = manifest["fingerprint"]
+    index = {"fingerprint": fingerprint, "parts": parts, "totals": totals.as_dict(), "noise": vars(noise)}
+    folder.put_if_absent(format.INDEX, format.sealed(index))
     return []
 
 
@@ -291,8 +267,8 @@ def load_store(where: Where) -> Store:
     manifest = read_manifest(folder)
     if not is_finished(folder):
         return Store(folder=folder, manifest=manifest, index={}, units=sorted(parts_there(folder)))
-    index = parse_json(folder.place(INDEX), read_content(folder, INDEX, DELETE_INDEX))
-    check_index(folder.place(INDEX), index, manifest["fingerprint"])
+    index = parse_json(folder.place(format.INDEX), read_content(folder, format.INDEX, format.DELETE_INDEX))
+    format.check_index(folder.place(format.INDEX), index, manifest["fingerprint"])
     return Store(folder=folder, manifest=manifest, index=index, units=range(len(index["parts"])))
 
 
@@ -309,11 +285,7 @@ def read_checked_part(
 ) -> CheckedPart:
     """Read a part after checking its bytes: against the index, or, without one, against the digest in its footer.
 
-    Args:
-        store: Finished or not.
-        unit: Number of the part.
-        columns: Columns to give; None for all, as in `schema`.
-        thorough: Check the digest in the footer although an index vouches for the bytes.
+    `thorough` checks that digest although an index vouches for the bytes. No `columns` are all of the schema.
 
     Raises:
         DataError: The part is missing or damaged; the message names it and the remedy.
@@ -321,17 +293,17 @@ def read_checked_part(
     """
     name = part_name(unit)
     if not store.index:
-        content = read_content(store.folder, name, DELETE_PART)
-        return check_part(store.folder, unit, content, store.manifest, columns)
+        content = read_content(store.folder, name, format.DELETE_PART)
+        return format.check_part(store.folder, unit, content, store.manifest, columns)
     place, entry = store.folder.place(name), store.parts[unit]
     if (size := store.folder.size(name)) is None:
-        raise DataError(f"{place}: missing, though the index lists it. {DELETE_VOUCHED_PART}")
+        raise DataError(f"{place}: missing, though the index lists it. {format.DELETE_VOUCHED_PART}")
     # The size first: a file that is longer than it should be is not read at all.
     if size != entry["bytes"] or hashlib.sha256(
-        content := read_content(store.folder, name, DELETE_VOUCHED_PART)
+        content := read_content(store.folder, name, format.DELETE_VOUCHED_PART)
     ).hexdigest() != entry.get("sha256"):
-        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {DELETE_VOUCHED_PART}")
-    return check_part(store.folder, unit, content, store.manifest, columns, vouched=not thorough)
+        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {format.DELETE_VOUCHED_PART}")
+    return format.check_part(store.folder, unit, content, store.manifest, columns, vouched=not thorough)
 
 
 def read_part(store: Store, number: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -353,11 +325,11 @@ def read_manifest(where: Where) -> dict[str, Any]:
         IdentityError: The manifest is of another version of the format.
     """
     folder = open_folder(where)
-    place = folder.place(MANIFEST)
-    if folder.size(MANIFEST) is None:
+    place = folder.place(format.MANIFEST)
+    if folder.size(format.MANIFEST) is None:
         raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
-    manifest = parse_json(place, read_content(folder, MANIFEST, "Restore it from a backup, or score again"))
-    if manifest.get("format") != "refshard" or not fits(manifest, MANIFEST_SHAPE):
+    manifest = parse_json(place, read_content(folder, format.MANIFEST, "Restore it from a backup, or score again"))
+    if manifest.get("format") != "refshard" or not format.fits(manifest, format.MANIFEST_SHAPE):
         raise DataError(f"{place}: not a refshard manifest")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise IdentityError(
@@ -365,7 +337,7 @@ def read_manifest(where: Where) -> dict[str, Any]:
         )
     if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
         raise DataError(f"{place}: edited or damaged, its fingerprint is not that of its identity")
-    if not is_sealed(manifest):
+    if not format.is_sealed(manifest):
         raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content")
     return manifest
 
@@ -377,7 +349,7 @@ def read_content(folder: Folder, name: str, remedy: str) -> bytes:
         DataError: The file is missing or too large; the message ends with the remedy.
         StorageError: The file can't be read.
     """
-    if (size := folder.size(name) or 0) > MAX_BYTES:
+    if (size := folder.size(name) or 0) > format.MAX_BYTES:
         raise DataError(f"{folder.place(name)}: {size:,} bytes, more than any file of a store has. {remedy}")
     try:
         return folder.read(name)
@@ -386,11 +358,7 @@ def read_content(folder: Folder, name: str, remedy: str) -> bytes:
 
 
 def check_identity(stores: Sequence[Store], identity: Mapping[str, Any]) -> None:
-    """Refuse stores of another reference or tokenization than this run's.
-
-    Raises:
-        IdentityError: The message names the fields that differ, with both values.
-    """
+    """Refuse stores of another reference or tokenization than this run's, by an IdentityError with their fields."""
     for store in stores:
         found = differences(store.manifest["identity"], identity, joining=True)
         if found:

@@ -69,21 +69,14 @@ def verify_store(folder: Folder) -> Findings:
             findings.leftovers.append(name)
         elif name not in known:
             findings.unknown_files.append(name)
-    _check_rows(_whole_parts(store, findings), store.manifest["plan"], findings)
+    _check_parts(store, findings)
     return findings
 
 
 def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
-    """Delete old temporary files; return their number.
+    """Delete temporary files of at least `older_than` seconds by the file server's clock; return their number.
 
-    Workers may be at work: one that loses a file, because a clock has jumped, writes it again.
-
-    Args:
-        folder: Folder of the store.
-        older_than: Least age in seconds, by the file server's clock.
-
-    Raises:
-        StorageError: A file can't be deleted.
+    Workers may be at work: one that loses a file, because a clock has jumped, writes it again. Raises StorageError.
     """
     names = [name for name in folder.names() if name.startswith(LEFTOVERS)]
     now_file = f"{LEFTOVERS[0]}{uuid.uuid4().hex}"
@@ -96,8 +89,10 @@ def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
     return len(old)
 
 
-def _whole_parts(store: Store, findings: Findings) -> Iterator[tuple[int, pa.Table]]:
-    """Yield the parts that hold, as unit and rows; the others become problems."""
+def _check_parts(store: Store, findings: Findings) -> None:
+    keys: list[npt.NDArray[np.bytes_]] = []
+    sums: list[npt.NDArray[np.float32]] = []
+    last = -1
     for unit in store.units:
         try:
             table = read_checked_part(store, unit, thorough=True).table
@@ -105,18 +100,10 @@ def _whole_parts(store: Store, findings: Findings) -> Iterator[tuple[int, pa.Tab
             findings.problems.append(error)
             continue
         findings.parts += 1
-        yield unit, table
-
-
-def _check_rows(parts: Iterator[tuple[int, pa.Table]], plan: Mapping[str, Any], findings: Findings) -> None:
-    keys: list[npt.NDArray[np.bytes_]] = []
-    sums: list[npt.NDArray[np.float32]] = []
-    last = -1
-    for unit, table in parts:
-        place = f"{findings.place}/{part_name(unit)}"
-        rows = table["row"].to_numpy()
-        findings.problems += [f"{place}: {problem}" for problem in _problems_of_rows(unit, table, plan, last)]
-        last = max(last, int(rows.max(initial=last)))
+        place = store.folder.place(part_name(unit))
+        problems = _problems_of_rows(unit, table, store.manifest["plan"], last)
+        findings.problems += [f"{place}: {problem}" for problem in problems]
+        last = int(table["row"].to_numpy().max(initial=last))
         keys.append(pair_keys(table))
         sums.append(np.stack([table[f"ref_{side}_logps"].to_numpy() for side in _SIDES], axis=1))
         findings.pairs += table.num_rows
@@ -167,15 +154,10 @@ def _check_duplicates(keys: npt.NDArray[np.bytes_], sums: npt.NDArray[np.float32
     order = np.argsort(keys, kind="stable")
     keys, sums = keys[order], sums[order].astype(np.float64)
     same = keys[1:] == keys[:-1]
-    findings.duplicates = int(same.sum())
-    if not findings.duplicates:
-        return
-    gaps = np.abs(sums[1:] - sums[:-1])[same]
-    findings.largest_gap = float(gaps.max())
-    size = np.abs(sums[1:])[same]
+    gaps, size = np.abs(sums[1:] - sums[:-1])[same], np.abs(sums[1:])[same]
+    findings.duplicates, findings.largest_gap = int(same.sum()), float(gaps.max(initial=0.0))
     # Far above the noise of any dtype, and far below the difference that another prompt or model makes.
-    allowed = 1.0 + 0.05 * size
-    if (gaps > allowed).any():
+    if (gaps > 1.0 + 0.05 * size).any():
         findings.problems.append(
             f"{findings.place}: two pairs with one key have log-probs {findings.largest_gap:.3g} nats apart: one of "
             "them is not of this reference. Score again into another precompute.output"

@@ -123,9 +123,9 @@ def _remarks(config: Config, recompute: bool, has_policy: bool) -> Iterator[str]
 def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[list[float]]:
     """Return the token logps of both completions under the reference of `config`, nats."""
     # It imports torch, which explaining without a model does without.
-    from pipeline.scoring.scorer import reference_scorer
+    from pipeline.scoring.scorer import load_scorer
 
     click.echo(f"Loading {printable(name)} ...", err=True)
-    with reference_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
+    with load_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
         ((_, *logps),) = scorer.logps([pair.scored_ids])
     return [values.tolist() for values in logps]

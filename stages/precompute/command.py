@@ -71,7 +71,7 @@ def _follow(config: Config, ensemble: Ensemble) -> None:
     """Run the leader's forward passes on this process's part of the reference, until the leader says to leave."""
     model: Any = None
     while True:
-        order, content = ensemble.receive()
+        order, content = ensemble.broadcast()
         if order == "leave":
             if content:
                 raise click.exceptions.Exit(content)

@@ -273,7 +273,7 @@ class Reference:
             where = "all GPUs that this process sees" if pick_device().type == "cuda" else where
         if self._ensemble is not None:
             where = f"{self._ensemble.num_processes} processes"
-            self._ensemble.send(("load", None))
+            self._ensemble.broadcast(("load", None))
         click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
         scorer = load_reference_scorer(self._config, self._tokenizer, self._ensemble)
         elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")

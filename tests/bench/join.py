@@ -4,7 +4,7 @@
 
 Simulated are stores of N pairs: keys of random bytes, which is what digests are, in pieces of 16,384 rows, with two
 token logps a completion in the flat file (real ones have hundreds; that file is written once, in order, at the disk's
-speed). They go to `build_reference_table`, the function that `load_reference_table` hands its parts to. Then keys are
+speed). They go to `ReferenceTable`, which `load_reference_table` hands its parts to. Then keys are
 looked up in chunks of 1,024, as the join does, in an order that has nothing to do with the index's. Real stores
 and joined sets of a few thousand pairs show what a pair costs in Parquet and Arrow, and in a batch. Each N runs in a
 process of its own, whose peak memory is the kernel's high-water mark above that of the imports, mapped pages included.
@@ -36,8 +36,8 @@ from pipeline.store.format import ScoredPair  # noqa: E402
 from pipeline.store.join import join  # noqa: E402
 from pipeline.store.reference_table import (  # noqa: E402
     INDEX_ROW,
+    ReferenceTable,
     TokenLogps,
-    build_reference_table,
     load_reference_table,
 )
 from pipeline.store.store import open_store  # noqa: E402
@@ -79,7 +79,7 @@ def measure_index(pairs: int, folder: Path) -> dict[str, Any]:
     """Build an index, then look keys up in it; this process has done nothing else."""
     Path("/proc/self/clear_refs").write_text("5")
     held, began = memory("VmRSS"), time.perf_counter()
-    table = build_reference_table(simulated(pairs, folder / f"{pairs}.f32"), folder=folder, with_tokens=True)
+    table = ReferenceTable(simulated(pairs, folder / f"{pairs}.f32"), folder=folder, with_tokens=True)
     build = time.perf_counter() - began
     assert len(table) == pairs
     build_peak = memory("VmHWM") - held

@@ -235,7 +235,7 @@ def pieces():
         yield rows
 """
 _BUILD = """
-index = table.build_reference_table(pieces(), folder=Path({work!r}))
+index = table.ReferenceTable(pieces(), folder=Path({work!r}))
 assert len(index) == 10000 * {pieces}
 """
 _LOOK_UP = """

@@ -26,7 +26,6 @@ from pipeline.store.reference_table import (
     INDEX_ROW,
     ReferenceTable,
     TokenLogps,
-    build_reference_table,
     load_reference_table,
 )
 from pipeline.store.store import PartHeader, Store, check_identity, create_store, finish_store, open_store, write_part
@@ -558,7 +557,7 @@ def test_an_index_is_a_dict(pieces: list[list[bytes]], asked_for: list[bytes], r
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_table, "_ROWS_PER_WRITE", rows_per_write)
         patch.setattr(reference_table, "_BLOCK", block)
-        table = build_reference_table(iter(arrays))
+        table = ReferenceTable(iter(arrays))
         at, found = table.look_up(wanted)
     assert [k.ljust(16, b"\0") for k in table.keys.tolist()] == sorted(oracle)
     assert table.rows["token_start"].tolist() == [oracle[k] for k in sorted(oracle)]
