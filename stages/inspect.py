@@ -62,7 +62,7 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
         write_page(page, store_page(where, stores, described))
         if not as_json:
             click.echo(f"\nPictures: {printable(str(page))}")
-    if unfinished := [str(store.unfinished) for store in stores if store.unfinished is not None]:
+    if unfinished := [str(found.store.unfinished) for found in stores if found.store.unfinished is not None]:
         raise UnfinishedError("; ".join(unfinished))
 
 

@@ -141,7 +141,7 @@ def _config(store: Store, model: str) -> Config:
 
 def _sample(store: Store, count: int) -> dict[int, Mapping[str, Any]]:
     """Give rows of the store by their number in the dataset, evenly spread."""
-    ends = np.cumsum([0, *(part["rows"] for part in store.parts)])
+    ends = np.cumsum([0, *(part["rows"] for part in store.index["parts"])])
     at = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).round().astype(int))
     rows = {}
     for number, (start, end) in enumerate(pairwise(ends)):

@@ -34,18 +34,10 @@ def draw_both(
     tokenizer: Any,
     flag: StopFlag,
 ) -> list[tuple[Reply, Reply]]:
-    """Draw a reply of the reference and one of the policy to each prompt, and score all under both.
+    """Draw a reply of the reference and one of the policy to each prompt's ids, and score all under both.
 
-    Args:
-        config: Settings of the run.
-        policy_folder: Folder of the trained policy, whole or an adapter.
-        prompts: Token ids of each prompt.
-        sampling: Options of drawing.
-        tokenizer: Tokenizer of both models.
-        flag: Request to stop.
-
-    Returns:
-        For each prompt, the reply of the reference and that of the policy, without rewards.
+    The policy's folder holds a whole model or an adapter. The replies, of the reference and of the policy for each
+    prompt, come without rewards.
 
     Raises:
         ConfigError: A model can't draw or score replies.

@@ -126,6 +126,10 @@ def draw_replies(
         UnfinishedError: A stop was requested.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def stop_is_asked(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), bool(flag), device=input_ids.device)
+
     replies: dict[int, list[int]] = {}
     # Prompts of similar lengths need little padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -142,7 +146,7 @@ def draw_replies(
                 input_ids=torch.tensor(padded, device=input_device(model)),
                 attention_mask=torch.tensor(mask, device=input_device(model)),
                 generation_config=config,
-                stopping_criteria=transformers.StoppingCriteriaList([_StopRequested(flag)]),
+                stopping_criteria=transformers.StoppingCriteriaList([stop_is_asked]),
             )
         leave_if_asked(flag)
         for i, reply in zip(batch, drawn[:, width:].tolist(), strict=True):
@@ -168,16 +172,6 @@ def _generation_config(causal: Any, width: int, sampling: Sampling, stops: Seque
     # `generate` takes options that are not set here from the model's own configuration.
     causal.generation_config = config
     return config
-
-
-class _StopRequested(transformers.StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """End a batch between two tokens if a stop is requested."""
-
-    def __init__(self, flag: StopFlag) -> None:
-        self._flag = flag
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), bool(self._flag), device=input_ids.device)
 
 
 def leave_if_asked(flag: StopFlag) -> None:

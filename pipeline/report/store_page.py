@@ -31,7 +31,7 @@ def store_page(where: str, stores: Sequence[Contents], described: Sequence[Mappi
 
 
 def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
-    state = {} if entry["finished"] else {"unfinished": str(store.unfinished)}
+    state = {} if entry["finished"] else {"unfinished": str(store.store.unfinished)}
     yield Section(title="Store", body=facts({"store": entry["store"], **state, **identity_facts(entry)}))
     if not entry["pairs"]:
         return
@@ -50,12 +50,12 @@ def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
     ]
     length = length_block(entry)
     yield Section(title="Lengths", note=length.text, body=beside(length_charts) + table(length.header, length.rows))
-    if len(store.files) > 1:
+    if len(store.store.units) > 1:
         note = (
             "Means over the pairs of each part, in the order of the files' names. A part far from the others holds "
             "other data, or log-probs of another model."
         )
-        means = ranking.part_means(store.pairs, len(store.files))
+        means = ranking.part_means(store.pairs, len(store.store.units))
         yield Section(title="Parts", note=note, body=beside(_part_charts(means)))
     blocks = list(suspicious_blocks(entry)) or [Block("None.")]
     yield Section(title="Suspicious pairs", body=Markup("").join(map(_shown, blocks)))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.tokens import TokenizedPair
 
@@ -191,24 +192,18 @@ def pack_pairs(pairs: Sequence[TokenizedPair]) -> Batch:
 def pad_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> Batch:
     """Pad the pairs on the right: rows 0 to P-1 are the chosen sequences, P to 2P-1 the rejected ones."""
     rows = _sequences(pairs)
-    length = max(len(prompt) + len(completion) for prompt, completion in rows)
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    logit_positions = []
-    for i, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[i, :end] = torch.tensor([*prompt, *completion])
-        attention_mask[i, :end] = 1
-        logit_positions.append(np.arange(len(prompt) - 1, end - 1) + i * length)
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    first = [i * input_ids.shape[1] + len(prompt) - 1 for i, (prompt, _) in enumerate(rows)]
     lengths, num_tokens = _counts(pairs)
     return Batch(
         input_ids=input_ids,
-        logit_positions=torch.from_numpy(np.concatenate(logit_positions)),
+        logit_positions=torch.cat([torch.arange(n) + start for n, start in zip(lengths.tolist(), first, strict=True)]),
         targets=torch.tensor([id for _, completion in rows for id in completion]),
         expand_index=None,
         lengths=lengths,
         num_tokens=num_tokens,
-        attention_mask=attention_mask,
+        attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     )
 
 

@@ -21,12 +21,7 @@ def check_scoring(model: Any, key: str) -> bool:
     Some families do more after the backbone than a projection. A family that head.py does not know would silently get
     wrong numbers, so it is refused; so is a model that sees the tokens that it is to predict.
 
-    Args:
-        model: A prepared causal language model.
-        key: Setting that named it, for messages.
-
-    Returns:
-        True if the model reads packed batches; otherwise its batches must be padded.
+    Return True if the model reads packed batches; otherwise its batches must be padded. Messages begin with `key`.
 
     Raises:
         ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob.

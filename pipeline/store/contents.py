@@ -11,14 +11,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base import statistics
-from pipeline.base.errors import DataError, UnfinishedError
+from pipeline.base.errors import DataError
 from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import ranking
-from pipeline.store.format import pair_keys, part_name, schema
+from pipeline.store.format import pair_keys, schema
 from pipeline.store.ranking import PairColumns
-from pipeline.store.store import load_store, read_checked_part
+from pipeline.store.store import Store, load_store, read_checked_part
 
 __all__ = [
     "Block",
@@ -42,17 +42,12 @@ _READERS = 8
 class Contents:
     """Counts and columns of a store's parts; of an unfinished store, those that are there."""
 
-    folder: Folder
-    manifest: Mapping[str, Any]
-    totals: Mapping[str, Any]
+    store: Store
+    totals: Ledger
     noise: NoiseFloor
-    files: list[str]
-    """Names of the parts, in order"""
     bytes: int
     """Size of all parts"""
     pairs: PairColumns
-    unfinished: UnfinishedError | None
-    """Error that says how to finish the store; None once it is finished"""
 
 
 def read_contents(folder: Folder) -> Contents:
@@ -71,16 +66,8 @@ def read_contents(folder: Folder) -> Contents:
     for part in parts:
         totals.add(part.ledger.as_dict())
         noise += part.noise
-    return Contents(
-        folder=folder,
-        manifest=store.manifest,
-        totals=totals.as_dict(),
-        noise=noise,
-        files=[part_name(unit) for unit in store.units],
-        bytes=sum(part.size for part in parts),
-        pairs=_to_columns(folder, [part.table for part in parts]),
-        unfinished=store.unfinished,
-    )
+    pairs = _to_columns(folder, [part.table for part in parts])
+    return Contents(store=store, totals=totals, noise=noise, bytes=sum(part.size for part in parts), pairs=pairs)
 
 
 def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
@@ -111,9 +98,9 @@ def _to_columns(folder: Folder, tables: Sequence[pa.Table]) -> PairColumns:
     return pairs
 
 
-def describe(store: Contents) -> dict[str, Any]:
+def describe(contents: Contents) -> dict[str, Any]:
     """Sum a store up for JSON: counts, lengths, the reference's margins, and suspicious pairs."""
-    pairs = store.pairs
+    store, pairs = contents.store, contents.pairs
     first = ranking.first_of_each(pairs.keys)
     margins, per_token = ranking.margins(pairs), ranking.margins_per_token(pairs)
     difference = ranking.length_differences(pairs)
@@ -123,10 +110,10 @@ def describe(store: Contents) -> dict[str, Any]:
         "fingerprint": store.manifest["fingerprint"],
         "identity": store.manifest["identity"],
         "declared": store.manifest["declared"],
-        "totals": dict(store.totals),
-        "noise": vars(store.noise),
-        "parts": len(store.files),
-        "bytes": store.bytes,
+        "totals": contents.totals.as_dict(),
+        "noise": vars(contents.noise),
+        "parts": len(store.units),
+        "bytes": contents.bytes,
         "pairs": len(pairs),
         "duplicates": int((first != np.arange(len(pairs))).sum()),
         "tokens": {
@@ -149,7 +136,7 @@ def describe(store: Contents) -> dict[str, Any]:
             "correlation_per_token": statistics.correlation(per_token, difference),
             "longer": ranking.longer_sides(pairs),
         },
-        "suspicious": _suspicious(store, first),
+        "suspicious": _suspicious(pairs, first, contents.noise),
     }
 
 
@@ -157,12 +144,11 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
     return {**statistics.percentiles(values), "mean": float(values.mean()) if len(values) else None}
 
 
-def _suspicious(store: Contents, first: npt.NDArray[np.int64]) -> dict[str, Any]:
+def _suspicious(pairs: PairColumns, first: npt.NDArray[np.int64], noise: NoiseFloor) -> dict[str, Any]:
     """Count each kind of suspicious pairs, and give examples by their rows."""
-    pairs = store.pairs
     repeats = np.flatnonzero(first != np.arange(len(pairs)))
     same = ranking.same_on_both_sides(pairs)
-    swaps = ranking.likely_swapped(pairs, first, store.noise.mean)
+    swaps = ranking.likely_swapped(pairs, first, noise.mean)
     return {
         "likely_mislabelled": [_pair(pairs, i) for i in ranking.worst(pairs, _EXAMPLES)],
         "duplicates": {

@@ -256,10 +256,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
 def _are_counts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_count, value.values()))
 
@@ -275,7 +271,10 @@ _IDENTITY = {
     ),
     "tokenization": {"token_logps": bool, "max_length": int | None},
 }
-_RANGE = {"rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"), "rows_per_shard": _is_positive}
+_RANGE = {
+    "rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"),
+    "rows_per_shard": lambda value: _is_count(value) and value > 0,
+}
 MANIFEST_SHAPE = {"identity": _IDENTITY, "plan": ({"rows": NoneType}, _RANGE), "declared": dict}
 _INDEX_SHAPE = {
     "parts": [{"file": str, "rows": _is_count, "bytes": _is_count}],

@@ -56,14 +56,8 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     """Look up every pair by key and write those that match to an Arrow file, in order.
 
     Columns are those of `_SCHEMA`, and, where the table has it, `token_start` for `TokenLogps`. Pairs without a match
-    are counted and left out.
-
-    Args:
-        pairs: Pairs in the source's order.
-        table: Stored log-probs by key.
-        file: Path of the joined set.
-        keep_missing: Write pairs without a match too, with NaN for their log-probs and -1 for part and start. A pair's
-            place in the set then does not depend on which pairs are scored.
+    are counted and left out. `keep_missing` writes them too, with NaN for their log-probs and -1 for part and start: a
+    pair's place in the set then does not depend on which pairs are scored.
 
     Raises:
         DataError: A pair matches by key but not by its token counts: the shard was cut at another length.

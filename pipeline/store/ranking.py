@@ -102,15 +102,6 @@ def first_of_each(keys: npt.NDArray[np.bytes_]) -> Integers:
     return first[inverse]
 
 
-def _has_equal(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Mark the values that occur more than once."""
-    order = np.argsort(values)
-    equal = values[order][1:] == values[order][:-1]
-    found = np.zeros(len(values), dtype=bool)
-    found[order[1:][equal]] = found[order[:-1][equal]] = True
-    return found
-
-
 def same_on_both_sides(pairs: PairColumns) -> Integers:
     """Give the indexes of pairs with equal completions as scored: equal token counts, and sums equal to the bit.
 
@@ -152,7 +143,9 @@ def likely_swapped(pairs: PairColumns, first: Integers, noise: float) -> Swaps:
     ordered = (lengths[0] != lengths[1]) | (sums[1] - sums[0] > 2 * tolerance * lengths[0])
     kept = np.flatnonzero((first == here) & ordered)
     # Hardly any pairs have their lengths in common.
-    kept = kept[_has_equal(_hashed(pairs.prompt_tokens[kept], *lengths[:, kept]))]
+    of_lengths = _hashed(pairs.prompt_tokens[kept], *lengths[:, kept])
+    _, inverse, counts = np.unique(of_lengths, return_inverse=True, return_counts=True)
+    kept = kept[counts[inverse] > 1]
     fixed = (pairs.prompt_tokens[kept], *lengths[:, kept])
     steps = sums[:, kept] / (2 * tolerance * lengths[:, kept])
     partner = np.full(len(pairs), -1, dtype=np.int64)

@@ -238,13 +238,9 @@ def _side_by_side(
     chosen: pa.ListArray, rejected: pa.ListArray
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Interleave chosen and rejected values row by row; give all values, and the start of each row, [R]."""
-    counts = [side.value_lengths().to_numpy().astype(np.int64) for side in (chosen, rejected)]
-    ends = np.cumsum(counts[0] + counts[1])
-    starts = ends - counts[0] - counts[1]
-    is_chosen = np.repeat(np.tile([True, False], len(ends)), np.stack(counts, axis=1).ravel())
-    values = np.empty(len(is_chosen), "<f4")
-    values[is_chosen], values[~is_chosen] = chosen.flatten().to_numpy(), rejected.flatten().to_numpy()
-    return values, starts
+    order = np.arange(2 * len(chosen)).reshape(2, -1).T.ravel()
+    both = pa.concat_arrays([chosen, rejected]).take(pa.array(order))
+    return both.flatten().to_numpy(), both.offsets.to_numpy()[:-1:2].astype(np.int64)
 
 
 def _sums_of(

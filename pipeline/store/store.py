@@ -80,11 +80,6 @@ class Store:
         return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     @property
-    def parts(self) -> list[Mapping[str, Any]]:
-        """Index entries of the parts."""
-        return list(self.index["parts"])
-
-    @property
     def noise(self) -> NoiseFloor:
         """Noise floor over all parts; 0 tokens where nothing was scored twice, as in imported stores."""
         return NoiseFloor(**self.index["noise"])
@@ -295,7 +290,7 @@ def read_checked_part(
     if not store.index:
         content = read_content(store.folder, name, format.DELETE_PART)
         return format.check_part(store.folder, unit, content, store.manifest, columns)
-    place, entry = store.folder.place(name), store.parts[unit]
+    place, entry = store.folder.place(name), store.index["parts"][unit]
     if (size := store.folder.size(name)) is None:
         raise DataError(f"{place}: missing, though the index lists it. {format.DELETE_VOUCHED_PART}")
     # The size first: a file that is longer than it should be is not read at all.

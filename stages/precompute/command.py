@@ -156,7 +156,7 @@ def _report_finished(job: ScoringJob) -> None:
     store = open_store(job.folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
-    click.echo(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.parts)} parts)")
+    click.echo(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.units)} parts)")
     if totals.kept == 0:
         raise DataError(f"{job.folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
 

@@ -35,7 +35,7 @@ def _store(folder: Path) -> Store:
 
 
 def _token_logps(store: Store) -> np.ndarray[Any, Any]:
-    rows = [row for number in range(len(store.parts)) for row in read_part(store, number).to_pylist()]
+    rows = [row for number in store.units for row in read_part(store, number).to_pylist()]
     return np.concatenate([row[f"{side}_token_logps"] for row in rows for side in ("chosen", "rejected")])
 
 

@@ -193,4 +193,4 @@ def _forge(values: Path, identity: Path, target: Path) -> None:
         ]
         ledger = Ledger(rows=len(pairs), kept=len(pairs))
         write_part(target, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
-    finish_store(target, len(source.parts))
+    finish_store(target, len(source.units))
