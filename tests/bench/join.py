@@ -4,7 +4,7 @@
 
 Simulated are stores of N pairs: keys of random bytes, which is what digests are, in pieces of 16,384 rows, with two
 token logps a completion in the flat file (real ones have hundreds; that file is written once, in order, at the disk's
-speed). They go to `ReferenceTable`, which `load_reference_table` hands its parts to. Then keys are
+speed). They go to `ReferenceTable`, as `load_reference_table` hands its parts over. Then keys are
 looked up in chunks of 1,024, as the join does, in an order that has nothing to do with the index's. Real stores
 and joined sets of a few thousand pairs show what a pair costs in Parquet and Arrow, and in a batch. Each N runs in a
 process of its own, whose peak memory is the kernel's high-water mark above that of the imports, mapped pages included.
@@ -34,12 +34,7 @@ from pipeline.data.intake import KeptPair  # noqa: E402
 from pipeline.data.tokens import TokenizedPair  # noqa: E402
 from pipeline.store.format import ScoredPair  # noqa: E402
 from pipeline.store.join import join  # noqa: E402
-from pipeline.store.reference_table import (  # noqa: E402
-    INDEX_ROW,
-    ReferenceTable,
-    TokenLogps,
-    load_reference_table,
-)
+from pipeline.store.reference_table import INDEX_ROW, ReferenceTable, TokenLogps, load_reference_table  # noqa: E402
 from pipeline.store.store import open_store  # noqa: E402
 from support.stores import make_store  # noqa: E402
 
