@@ -68,8 +68,7 @@ def choose_prompts(
     if total is None and not (source.format == "hub" and source.streaming):
         total = sum(1 for _ in read_rows(source))
     wanted = range(count) if total is None else np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
-    chosen: list[Prompt] = []
-    seen: set[tuple[int, ...]] = set()
+    chosen: dict[tuple[int, ...], Prompt] = {}
     for position, row in enumerate(read_rows(source)):
         leave_if_asked(flag)
         if len(chosen) == len(wanted):
@@ -78,13 +77,10 @@ def choose_prompts(
             continue
         # If a row is dropped, or repeats a prompt, the next row takes its place.
         for outcome in outcomes([row], tokenizer, config.data):
-            if outcome.kept is None or outcome.pair is None:
-                continue
-            ids = outcome.kept.pair.prompt_ids
-            if tuple(ids) not in seen:
-                seen.add(tuple(ids))
-                chosen.append(Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
-    return chosen
+            if outcome.kept is not None and outcome.pair is not None:
+                ids = outcome.kept.pair.prompt_ids
+                chosen.setdefault(tuple(ids), Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
+    return list(chosen.values())
 
 
 def stop_ids(config: Config, tokenizer: Any) -> list[int]:
@@ -112,10 +108,8 @@ def draw_replies(
     Args:
         model: Causal language model in evaluation mode, with or without adapter.
         prompts: Token ids of each prompt.
-        sampling: Options of drawing.
         stops: Tokens that end a reply.
         pad_id: Token that fills the shorter prompts of a batch, on the left.
-        flag: Request to stop.
         count: Called after each batch with its number of replies and of their tokens.
 
     Returns:

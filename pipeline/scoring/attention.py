@@ -59,12 +59,10 @@ def switch_attention(model: Any) -> bool:
 
 
 def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if layout is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
-    if (
-        kwargs.get("softcap") is not None
-        and "softcap" not in inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
-    ):
+        return plain(module, *tensors, **kwargs)
+    if kwargs.get("softcap") is not None and "softcap" not in inspect.signature(plain).parameters:
         # transformers 5.17 ignores the cap in padded rows; packed rows with it would be another model.
         raise NotImplementedError("this attention caps no scores")
     return _packed(module, *tensors, layout=layout, **kwargs)

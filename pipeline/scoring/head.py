@@ -99,16 +99,11 @@ def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torc
 def token_statistics(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, squares: bool = False
 ) -> TokenStatistics:
-    """Score each position's target token.
+    """Score targets, [N] int64, by the final hidden states of the positions that predict them, [N, hidden].
 
     Products run in autocast's dtype if it is on, else in that of `hidden`. Log-sum-exp and all sums over the
-    vocabulary are float32 (float64 for a float64 model).
-
-    Args:
-        hidden: Final hidden states of the predicting positions, [N, hidden].
-        targets: The token that each of them predicts, [N] int64.
-        head: Output projection.
-        squares: Also give `log_sum_squares`, which costs one more pass over each chunk.
+    vocabulary are float32 (float64 for a float64 model). `squares` also gives `log_sum_squares`, which costs one more
+    pass over each chunk.
     """
     frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
     in_forward = torch.is_grad_enabled() and hidden.requires_grad and frozen

@@ -80,14 +80,13 @@ class Scorer:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    self._check_divisible([pairs[i] for i in left if i not in done], error)
                     break
                 done.update(indices)
                 yield from ((i, *completions) for i, completions in zip(indices, scored, strict=True))
             left = [i for i in left if i not in done]
             if left:
                 # Outside of the handler, whose error keeps the batch that did not fit.
-                self._halve()
+                self._halve([pairs[i] for i in left])
 
     def _score(self, pairs: Sequence[TokenizedPair]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Score one batch; give the token logps of each pair's chosen and rejected completion."""
@@ -98,15 +97,13 @@ class Scorer:
         completions = np.split(flat, np.cumsum(batch.lengths.numpy())[:-1])
         return list(zip(completions[: len(pairs)], completions[len(pairs) :], strict=True))
 
-    def _check_divisible(self, pairs: Sequence[TokenizedPair], error: Exception) -> None:
+    def _halve(self, pairs: Sequence[TokenizedPair]) -> None:
         widest = max(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
         if self.fit() <= widest:
             raise ConfigError(
                 f"{self.key}: not even the longest pair alone, {widest} tokens, fits the device's memory. "
                 "Use a larger device, a narrower dtype or a smaller data.max_length"
-            ) from error
-
-    def _halve(self) -> None:
+            )
         self.tokens_per_batch = self.fit() // 2
         click.echo(
             f"Out of memory: resuming with {self.tokens_per_batch} tokens in a batch "

@@ -49,13 +49,9 @@ def share_of_process(worker: tuple[int, int]) -> tuple[int, int]:
 
 
 class Ensemble:
-    """Processes of this launch, as one model.
+    """Processes of this launch, as one model. Raises ConfigError if there is only one process.
 
-    Args:
-        flag: Set at the end of a step if any of the processes was asked to stop.
-
-    Raises:
-        ConfigError: There is no launch of several processes.
+    The flag is set at the end of a step if any of the processes was asked to stop.
     """
 
     def __init__(self, flag: StopFlag) -> None:

@@ -118,9 +118,6 @@ def worst(pairs: PairColumns, most: int) -> Integers:
     """
     values = margins_per_token(pairs)
     negative = np.flatnonzero((values < 0) & (margins(pairs) < 0))
-    if len(negative) > most:
-        # Keep all ties with the last one, so that the order below decides.
-        negative = negative[values[negative] <= np.partition(values[negative], most - 1)[most - 1]]
     return negative[np.argsort(values[negative], kind="stable")][:most]
 
 

@@ -48,10 +48,8 @@ class ReferenceTable:
     ) -> None:
         """Sort rows by key in memory, about 110 bytes a row at most, and map them from a file without a name.
 
-        Args:
-            pieces: Rows in any order, `INDEX_ROW`.
-            folder: Folder of the file, made if needed; as for `load_reference_table`.
-            with_tokens: The rows say where their token logps are.
+        The pieces are rows of `INDEX_ROW` in any order; `with_tokens` says that these know where their token logps are.
+        The folder of the file is made if needed.
 
         Raises:
             StorageError: The disk is full or failing.

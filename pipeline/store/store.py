@@ -112,10 +112,7 @@ def find_stores(where: Where) -> list[Folder]:
 
 
 def delete_store(where: Where) -> None:
-    """Delete a store's own files, the index first, so that an interruption leaves an unfinished store.
-
-    Raises StorageError.
-    """
+    """Delete a store's own files, the index first: an interruption leaves an unfinished store. Raises StorageError."""
     folder = open_folder(where)
     # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), which are not ours to delete.
     parts = [name for name in folder.names() if format.PART_NAME.fullmatch(name)]
@@ -128,11 +125,8 @@ def create_store(
 ) -> str:
     """Write the manifest, or check that the one that is there is this run's. Return the fingerprint.
 
-    Args:
-        where: Folder or URL of the store, made if needed.
-        identity: Everything that a log-prob depends on; must match.
-        plan: Everything else that must be equal to continue a store: rows per shard, dataset, rules for dropping.
-        declared: Recorded for people, compared with nothing.
+    The identity is everything that a log-prob depends on. The plan is everything else that must be equal to continue a
+    store: rows per shard, dataset, rules for dropping. `declared` is recorded for people, and compared with nothing.
 
     Raises:
         IdentityError: The folder holds another run's store; the message names the fields that differ.
