@@ -47,12 +47,8 @@ class Limits:
 def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_json: bool) -> None:
     """Print what was found; fail afterwards if something is above its limit or would stop a stage.
 
-    Args:
-        config: The run's settings.
-        hardware: Hardware that the run is planned for, as `hardware_named` reads it; `here` or `cpu`: this machine.
-        rows: Survey only so many rows of each set.
-        limits: Values above which the check fails.
-        as_json: Print one JSON object instead of text.
+    `hardware` is what the run is planned for, as `hardware_named` reads it, or this machine: `here`, or its `cpu`. Only
+    the first `rows` of each set are surveyed.
 
     Raises:
         ConfigError: A setting is impossible, or above its limit.

@@ -136,11 +136,9 @@ def estimate(
 
     Args:
         config: The run's settings. `reference.dtype: auto` stands for bfloat16, the dtype of most checkpoints.
-        shapes: Sizes of the policy.
-        lengths: Tokens of the training set.
+        shapes: Sizes of the policy; and `reference` of the reference, if it is another model.
+        lengths: Tokens of the training set; and `held_out` of all held-out sets together.
         hardware: Devices of both stages; one process on one device alternates between them if the reference moves.
-        reference: Sizes of the reference if it is another model than the policy.
-        held_out: Tokens of all held-out sets together.
         probe: Speed of one device, instead of a share of its peak.
     """
     sync = config.reference.sync

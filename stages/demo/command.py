@@ -281,12 +281,10 @@ def _train_reference(corpus: Sequence[reviews.Review], tokenizer: Any, seed: int
 
 def _reply_loss(model: Any, rows: Sequence[list[int]], prompt_lengths: Sequence[int]) -> torch.Tensor:
     """Average the negative log-likelihood over the reply tokens of a batch."""
+    pad = model.config.pad_token_id
     # Under causal attention no real token attends to padding on its right, so no mask is needed.
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [model.config.pad_token_id] * (width - len(row)) for row in rows])
-    places = torch.arange(width)
-    starts, ends = torch.tensor(prompt_lengths)[:, None], torch.tensor([len(row) for row in rows])[:, None]
-    is_reply = ((places >= starts) & (places < ends))[:, 1:]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    is_reply = ((torch.arange(ids.shape[1]) >= torch.tensor(prompt_lengths)[:, None]) & (ids != pad))[:, 1:]
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[is_reply]), ids[:, 1:][is_reply])
 

@@ -218,15 +218,11 @@ class Optimum(NamedTuple):
 
 
 def optimum(rewards: Sequence[float], beta: float) -> Optimum:
-    """Estimate KL and reward of the best policy at a positive beta.
+    """Estimate KL and reward of the best policy at a positive beta, from rewards of the reference at temperature 1.
 
     The maximum of E[reward] - beta * KL is the policy reference * exp(reward / beta) / Z (arXiv 2305.18290, eq. 4). Its
     expectations are those of the reference's replies under self-normalized weights. Rewards of several prompts may be
     pooled if their distributions are alike, as in this grammar.
-
-    Args:
-        rewards: True rewards of replies drawn from the reference at temperature 1.
-        beta: In reward per nat.
     """
     best = max(rewards)
     # Relative to the best reward no exponent is positive, so a small beta can't overflow.

@@ -47,17 +47,10 @@ class View:
 
 
 def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Path | None, view: View) -> None:
-    """Print what becomes of one row.
+    """Print what becomes of one row of a set, counted from 0.
 
     A dropped row, a missing store, a store of another reference and log-probs that disagree are findings, not errors.
-
-    Args:
-        config: The run's settings.
-        row: Position in the source, from 0.
-        set_name: `train`, or a set of `data.eval`.
-        recompute: Load the reference and score the pair again.
-        policy: Run or checkpoint whose policy also scores the pair.
-        view: Form of the output.
+    `recompute` loads the reference and scores the pair again; `policy`, a run or checkpoint, scores it too.
 
     Raises:
         ConfigError: There is no such set, row or policy, or a model can't be loaded.

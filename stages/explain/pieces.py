@@ -56,11 +56,7 @@ def _bytes_of(token: str, steps: frozenset[str]) -> bytes:
     return (token.replace("▁", " ") if steps & {"Metaspace", "Replace"} else token).encode()
 
 
-def _letters_of_bytes() -> dict[str, int]:
-    """Return GPT-2's alphabet: bytes that print in Latin-1 are letters, the others are letters from U+0100 on."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _letters_of_bytes()
+# GPT-2's alphabet: bytes that print in Latin-1 are letters, the others are letters from U+0100 on.
+_OWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _OWN]
+_BYTES = {chr(byte): byte for byte in _OWN} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}

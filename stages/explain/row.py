@@ -109,11 +109,7 @@ class Explanation:
 
 
 def find_row(source: Source, number: int) -> Row:
-    """Read the source up to the row at this position, counted from 0 as in shards.
-
-    Raises:
-        ConfigError: There is no such row; the message names the first and the last.
-    """
+    """Read the source up to the row at this position, counted from 0. Raises ConfigError if there is no such row."""
     numbers: list[int] = []
     for row in read_rows(source):
         if row.number == number:

@@ -68,7 +68,8 @@ def as_text(found: Findings, *, full: bool, colors: bool) -> Iterator[str]:
     if sums := _sums(found):
         yield from ("", *_table(sums))
     if pair.prompt:
-        yield from _heat_maps(pair, full) if colors else _token_tables(pair, full)
+        hidden = 0 if full else max(0, len(pair.prompt) - _HEAD - _TAIL)
+        yield from _heat_maps(pair, hidden) if colors else _token_tables(pair, hidden)
 
 
 def as_page(found: Findings) -> str:
@@ -175,15 +176,10 @@ def _cut(text: str, full: bool) -> str:
     return text if full or len(text) <= 400 else f"{text[:400]} ... ({len(text):,} characters)"
 
 
-def _hidden(prompt: Sequence[Token], full: bool) -> int:
-    """Return the number of a prompt's tokens that are left out between its head and its end."""
-    return 0 if full else max(0, len(prompt) - _HEAD - _TAIL)
-
-
-def _heat_maps(pair: Explanation, full: bool) -> Iterator[str]:
+def _heat_maps(pair: Explanation, hidden: int) -> Iterator[str]:
     width, prompt = shutil.get_terminal_size().columns, [_cell(token, None) for token in pair.prompt]
     yield from ("", click.style("prompt", bold=True))
-    if hidden := _hidden(pair.prompt, full):
+    if hidden:
         yield from on_terminal(prompt[:_HEAD], of_logps(), width)
         yield click.style(f"... {hidden:,} tokens, shown with --full ...", italic=True)
     yield from on_terminal(prompt[-_TAIL:] if hidden else prompt, of_logps(), width)
@@ -234,9 +230,9 @@ def _role(token: Token) -> str:
     return f"{role}, special" if token.special else role
 
 
-def _token_tables(pair: Explanation, full: bool) -> Iterator[str]:
+def _token_tables(pair: Explanation, hidden: int) -> Iterator[str]:
     lines = _table(_token_table(pair.prompt))
-    if hidden := _hidden(pair.prompt, full):
+    if hidden:
         lines[1 + _HEAD : -_TAIL] = [f"... {hidden:,} tokens, shown with --full ..."]
     yield from ("", "prompt", *lines)
     for side, completion in pair.completions.items():

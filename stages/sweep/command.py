@@ -76,7 +76,13 @@ def run(sweep: Sweep, commands: Commands) -> None:
     parent = sweep.into or base.train.folder
     runs = [_one_run(sweep, member, parent) for member in make_grid(sweep.over)]
     _check_served(base, runs, sweep.processes)
-    drawn = _can_draw()
+    drawn = True
+    try:
+        # Now, instead of after days.
+        check_charts()
+    except ConfigError as error:
+        click.echo(f"warning: there will be no page, only a table: {error}", err=True)
+        drawn = False
     import_libraries()
     # A reference that moves has shards of each window.
     if base.reference.declared is None and any(one.config.reference.sync is None for one in runs):
@@ -167,16 +173,6 @@ def _told(config: Config) -> object:
     """Return the settings in which two runs of a sweep may differ."""
     own = dataclasses.replace(config.train, output_dir=None, given={})
     return config.data, config.policy, config.reference, config.loss, own, config.train.options
-
-
-def _can_draw() -> bool:
-    """Return True if a page can be drawn; warn at once if not, instead of after days."""
-    try:
-        check_charts()
-    except ConfigError as error:
-        click.echo(f"warning: there will be no page, only a table: {error}", err=True)
-        return False
-    return True
 
 
 _TEMPERATURE, _SEED = 1.0, 0

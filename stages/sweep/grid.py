@@ -39,7 +39,9 @@ def make_grid(over: Sequence[str]) -> list[Member]:
                 raise ConfigError(f"--over {text}: a value is empty. Write null to leave a setting out")
             if values[key].count(value) > 1:
                 raise ConfigError(f"--over {text}: {value} is repeated. Name it once")
-    labels = _labels(list(values))
+    last = [key.rpartition(".")[2] for key in values]
+    # Keys that share their last part are named in full.
+    labels = {key: key if last.count(short) > 1 else short for key, short in zip(values, last, strict=True)}
     members: list[Member] = []
     for combination in itertools.product(*values.values()):
         pairs = list(zip(values, combination, strict=True))
@@ -67,12 +69,6 @@ def split_values(text: str) -> list[str]:
             values.append(text[start:i].strip())
             start = i + 1
     return [*values, text[start:].strip()]
-
-
-def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Name each key by its last part, or in full if two keys share it."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return {key: key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)}
 
 
 def _plain(value: str) -> str:
