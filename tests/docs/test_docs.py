@@ -84,12 +84,6 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def written(tmp_path: Path, text: str) -> Config:
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8")
-    return load_config(file, [])
-
-
 def completed(tmp_path: Path, text: str) -> Config:
     """A config of a page, which may leave out the sections that it is not about."""
     file = tmp_path / "run.yaml"
@@ -118,28 +112,16 @@ def keys_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
     """All keys with our defaults, the fields of TrainingArguments among them."""
-    config = Config(
-        **{name: _section(name) for name in ("data", "policy", "precompute")}, train=TrainSection(output_dir="policy")
-    )
+    kinds = typing.get_type_hints(Config)
+    config = Config(**{name: (kinds[name] if name != "train" else TrainSection)(**LEAST[name]) for name in LEAST})
     library = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields_of_library()}
-    ours = config.train.options
-    return {
-        **keys_of(Config),
-        **{f"train.{key}": value for key, value in {**own_defaults(), **library, **ours}.items()},
-    }
-
-
-def _section(name: str) -> Any:
-    return typing.get_type_hints(Config)[name](**LEAST[name])
+    own = {f.name: f.default for f in dataclasses.fields(TrainSection) if f.name not in ("output_dir", "given")}
+    train = {**own, **library, **config.train.options}
+    return {**keys_of(Config), **{f"train.{key}": value for key, value in train.items()}}
 
 
 def fields_of_library() -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(transformers.TrainingArguments)
-
-
-def own_defaults() -> dict[str, Any]:
-    own = (f for f in dataclasses.fields(TrainSection) if f.name not in ("output_dir", "given"))
-    return {f.name: f.default for f in own}
 
 
 # --- All pages ---
@@ -351,7 +333,7 @@ def is_same(theirs: Any, ours: Any) -> bool:
 def test_the_settings_after_say_what_the_script_before_says(tmp_path: Path) -> None:
     [script] = [block for block in blocks_in(TRL_PAGE, "python") if "DPOTrainer(" in block]
     [settings] = blocks_in(TRL_PAGE, "yaml")
-    config = written(tmp_path, settings)
+    config = completed(tmp_path, settings)
     training = config.train.as_dict() | dict(config.train.options)
     calls = {node.func.id: node for node in ast.walk(ast.parse(script))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
