@@ -29,23 +29,13 @@ class Summary:
     """What was done, and what came of it."""
 
     kills: int = 0
-    starts: int = 0
     outputs: int = 0
     in_a_write: int = 0
     """Kills while a worker had a temporary file"""
-    leftovers: int = 0
-    """Temporary files that stayed behind"""
     lost: int = 0
     """Pairs of the undisturbed run that are not there"""
     wrong: int = 0
     """Files that are missing, too many, or not those of the undisturbed run"""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kills} kills ({self.in_a_write} in the middle of a write), {self.starts} starts of 1 to 3 workers, "
-            f"{self.outputs} outputs finished; temporary files left: {self.leftovers}; pairs lost: {self.lost}; files "
-            f"that differ from the undisturbed run: {self.wrong}"
-        )
 
 
 def contents(folder: Folder) -> dict[str, bytes]:
@@ -79,7 +69,6 @@ def kill_until(kills: int, work: Path, outputs: str, seed: int) -> Summary:
         checked = verify_store(store)
         summary.wrong += len(checked.problems)
         summary.lost += _ROWS - checked.pairs
-        summary.leftovers += len(checked.leftovers)
         summary.outputs += 1
     return summary
 
@@ -92,7 +81,6 @@ def _one_output(
     while store.size("index.json") is None:
         count = random_.randint(1, 3)
         workers = [_start(config, output, index, count) for index in range(count)]
-        summary.starts += 1
         if summary.kills < kills:
             _wait(workers, store, duration, random_, summary)
             for worker in random_.sample(workers, random_.randint(1, count)):

@@ -56,19 +56,11 @@ class Summary:
 
     kills: int = 0
     in_saves: int = 0
-    restarts: int = 0
-    """Commands that went on with a run that had been ended"""
     damaged: int = 0
     """Checkpoints that a restart set aside"""
     runs: int = 0
     equal: int = 0
     """Of the runs, those with the weights of the undisturbed one, bit for bit"""
-
-    def __str__(self) -> str:
-        return (
-            f"kills {self.kills} ({self.in_saves} inside saves), restarts {self.restarts}, damaged {self.damaged}, "
-            f"runs {self.runs}, equal {self.equal}"
-        )
 
 
 def prepare(
@@ -132,12 +124,8 @@ def disturb(scenario: Scenario, *, kills: int, seed: int, signals: bool = False)
     while summary.kills < kills:
         summary.runs += 1
         output = scenario.folder / f"run-{seed}-{summary.runs}"
-        interrupted = False
         while not (output / "run.json").exists():
-            summary.restarts += interrupted
-            before = summary.kills
             _go_on(scenario, output, chance, summary, signals, disturb=summary.kills < kills)
-            interrupted = summary.kills > before
         found = digest(output)
         assert found == scenario.weights, f"{output}: other weights than the undisturbed run, seed {seed}; {summary}"
         summary.equal += 1
