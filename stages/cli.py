@@ -157,6 +157,7 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
 )
 @click.option(
     "--prompts",
+    "num_prompts",
     default=128,
     type=click.IntRange(min=0),
     help="Prompts that each policy and the reference reply to at the end, for rewards and KL. 0: none.",
@@ -165,7 +166,7 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
 @options.REWARD_MODEL
 @options.STOP_AFTER
 @options.JSON_LINES
-def sweep(prompts: int, max_tokens: int, reward_model: str | None, stop_at: float | None, **given: Any) -> None:
+def sweep(stop_at: float | None, **given: Any) -> None:
     """Train a policy for every combination of values, all on the same shards, and compare them on one page.
 
     Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
@@ -173,8 +174,7 @@ def sweep(prompts: int, max_tokens: int, reward_model: str | None, stop_at: floa
     """
     from stages.sweep import command as stage
 
-    asked = stage.Sweep(num_prompts=prompts, max_tokens=max_tokens, reward_model=reward_model, **given)
-    stage.run(asked, _commands(stop_at))
+    stage.run(stage.Sweep(**given), _commands(stop_at))
 
 
 @main.command(short_help="Replies of a run's policy and reference.")

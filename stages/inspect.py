@@ -5,7 +5,6 @@ Needs pyarrow and numpy only (and Plotly for the page), so it runs on any machin
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,23 +104,14 @@ def _percentiles(entry: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _bars(store: Contents) -> Iterator[str]:
-    """Draw the histogram of margins with blocks on a terminal that has them, else with #."""
+    """Draw the histogram of margins; a bin with pairs always has a bar."""
     found = statistics.histogram(ranking.margins(store.pairs), 16)
-    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     largest = max(1, int(found.counts.max()))
     # As many digits as the bins' width needs.
     digits = max(0, -math.floor(math.log10(found.edges[1] - found.edges[0])))
     yield f"  {'margin, nats':>23}{'pairs':>12}"
     for low, high, count in zip(found.edges[:-1], found.edges[1:], found.counts.tolist(), strict=True):
-        bar = _bar(count / largest, blocks=blocks)
+        bar = "#" * (max(1, round(count / largest * _BAR)) if count else 0)
         yield f"  {low:>10,.{digits}f} to {high:>9,.{digits}f}{count:>12,}  {bar}".rstrip()
     if found.below or found.above:
         yield f"  {found.below:,} pairs are below, {found.above:,} above."
-
-
-def _bar(share: float, *, blocks: bool) -> str:
-    """Draw a bar for a share of the longest one; a share above 0 is always visible."""
-    if not blocks:
-        return "#" * (max(1, round(share * _BAR)) if share else 0)
-    eighths = max(1, round(share * _BAR * 8)) if share else 0
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from pipeline.config.schema import Config
 
 __all__ = [
     "SUBMIT",
+    "Job",
     "check_text",
-    "job_folder",
+    "jobs_of",
     "name_of_run",
     "output_of",
     "render",
@@ -36,6 +38,35 @@ __all__ = [
 ]
 
 SUBMIT = "submit.sh"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a run."""
+
+    name: str
+    about: str
+    workers: int | None = None
+    """Number of workers that share stage one; None for a job that is not shared"""
+
+    @property
+    def stage(self) -> str:
+        """Command of the job, and the section of its resources in `cluster`."""
+        return "train" if self.name == "train" else "precompute"
+
+
+def jobs_of(config: Config, *, in_turn: bool) -> list[Job]:
+    """Plan the jobs, in their order; a single one if the stages alternate in one job."""
+    if in_turn:
+        return [Job("train", "Both stages in turn, while the reference moves.")]
+    stage_two = "Stage two. It checks by itself that stage one is complete."
+    if config.reference.sync is not None:
+        stage_two = "Stage two up to the step where the reference moves."
+    return [
+        Job("precompute", "Stage one. Another number of workers does as well.", config.cluster.workers),
+        Job("finish", "Stage one is complete when this ends well: it does what is still missing, usually nothing."),
+        Job("train", stage_two),
+    ]
 
 
 def output_of(config: Config) -> str:
@@ -49,11 +80,6 @@ def check_text(text: str, where: str) -> None:
     """Refuse text that breaks a line of a job file, or can't be shown. Raises ConfigError."""
     if not text.isprintable():
         raise ConfigError(f"{where}: must hold printable characters only, got {text!r}")
-
-
-def job_folder(config: Config, into: Path | None) -> Path:
-    """Give the absolute folder of the job files: the named one, or `jobs` in the run's folder."""
-    return (into or Path(output_of(config)) / "jobs").absolute()
 
 
 def name_of_run(config: Config) -> str:
@@ -89,13 +115,26 @@ def render(name: str, /, **values: Any) -> str:
     return environment.from_string(template).render(values)
 
 
-def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: Callable[[Path], None] | None) -> None:
-    """Write the files, each whole or not at all; then have `submit` run `submit.sh` among them, or print how to.
+def write_and_submit(
+    config: Config,
+    into: Path | None,
+    make: Callable[[Config, Path], Mapping[str, str]],
+    submit: Callable[[Path], None] | None,
+) -> None:
+    """Write the files that `make` gives, each whole or not at all; then submit them, or print how to.
+
+    Args:
+        config: The run's settings.
+        into: Folder of the files; `jobs` in the run's folder if left out.
+        make: Gives the text of each file by its name, from the settings and the absolute folder.
+        submit: Runs the file `submit.sh` among them; None: not now.
 
     Raises:
         ConfigError: The folder holds files of another program under these names.
         StorageError: The folder can't be written.
     """
+    folder = (into or Path(output_of(config)) / "jobs").absolute()
+    files = make(config, folder)
     there = [folder / name for name in files if (folder / name).exists()]
     if there and not _is_ours(folder / SUBMIT):
         raise ConfigError(f"--into: must hold no files of another program, got {there[0]}. Name a new folder")
@@ -107,7 +146,7 @@ def write_and_submit(kind: str, folder: Path, files: Mapping[str, str], submit: 
         raise StorageError(
             f"{folder}: the job files can't be written there ({error.strerror}). Name another folder with --into"
         ) from error
-    click.echo(f"{kind}: {folder}")
+    click.echo(f"Job files: {folder}")
     if submit is None:
         click.echo(f"Submit them with: sh {shlex.quote(str(folder / SUBMIT))}")
     else:

@@ -6,17 +6,14 @@ Kubernetes has no dependencies between Jobs, and a waiting pod would hold its GP
 checkpoints are safe if two pods of one index run, or a pod is killed at any time.
 """
 
-import dataclasses
 import posixpath
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import yaml
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.cluster import JobConfig
 from pipeline.config.schema import Config
 from stages.submit import files
 
@@ -32,25 +29,10 @@ def run(config: Config, *, into: Path | None = None, submit: bool = False) -> No
         ConfigError: Kubernetes can't run these settings, kubectl refuses them, or stage one failed.
         StorageError: The files can't be written.
     """
-    folder = files.job_folder(config, into)
-    files.write_and_submit("Manifests", folder, _manifests(config), _submit if submit else None)
+    files.write_and_submit(config, into, _manifests, _submit if submit else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One Job, with a stage as its program."""
-
-    name: str
-    about: str
-    stage: str
-    resources: JobConfig
-    claim: str | None
-    """Claim of the mounted volume"""
-    workers: int | None = None
-    """Number of indexes; None: not an Indexed Job"""
-
-
-def _manifests(config: Config) -> dict[str, str]:
+def _manifests(config: Config, folder: Path) -> dict[str, str]:
     """Give the text of each file by its name."""
     kubernetes, run = config.cluster.kubernetes, files.name_of_run(config)
     _check(config)
@@ -72,40 +54,15 @@ def _manifests(config: Config) -> dict[str, str]:
         objects["volume.yaml"] = files.render("kubernetes-volume.yaml.jinja", kubernetes=kubernetes, **volume)
     # Without a claim, which may hold the data, the workers may be on any node with GPUs.
     mounted = None if in_object_store and kubernetes.claim is None else claim
-    jobs = _jobs(config, mounted, claim)
+    jobs = files.jobs_of(config, in_turn=moves)
     submit = files.render(
         "kubernetes-submit.sh.jinja",
         objects=[file.removesuffix(".yaml") for file in objects],
         jobs=[job.name for job in jobs],
     )
-    manifests = {f"{job.name}.yaml": _manifest(config, job, name) for job in jobs}
+    claims = {"precompute": mounted, "train": claim}
+    manifests = {f"{job.name}.yaml": _manifest(config, job, name, claims[job.stage]) for job in jobs}
     return {**objects, **manifests, files.SUBMIT: submit}
-
-
-def _jobs(config: Config, claim_of_workers: str | None, claim: str) -> list[_Job]:
-    """Plan the Jobs, in their order."""
-    cluster = config.cluster
-    train = _Job(
-        name="train",
-        about="Both stages in turn, while the reference moves."
-        if config.reference.sync is not None
-        else "Stage two. It checks by itself that stage one is complete.",
-        stage="train",
-        resources=cluster.train,
-        claim=claim,
-    )
-    if config.reference.sync is not None:
-        return [train]
-    precompute = _Job(
-        name="precompute",
-        about="Stage one: each index does its share of the units. Another number of workers does as well.",
-        stage="precompute",
-        resources=cluster.precompute,
-        claim=claim_of_workers,
-        workers=cluster.workers,
-    )
-    about = "Stage one is complete when this ends well: it does what is still missing, usually nothing."
-    return [precompute, dataclasses.replace(precompute, name="finish", about=about, workers=None), train]
 
 
 def _check(config: Config) -> None:
@@ -142,8 +99,8 @@ def _check(config: Config) -> None:
             )
 
 
-def _manifest(config: Config, job: _Job, settings: str) -> str:
-    cluster, kubernetes, asked = config.cluster, config.cluster.kubernetes, job.resources
+def _manifest(config: Config, job: files.Job, settings: str, claim: str | None) -> str:
+    cluster, kubernetes, asked = config.cluster, config.cluster.kubernetes, getattr(config.cluster, job.stage)
     command = ["refshard", job.stage, "--config", "/etc/refshard/settings.yaml"]
     # The kubelet fills in the index.
     command += ["--worker", f"$(JOB_COMPLETION_INDEX)/{job.workers}"] if job.workers else []
@@ -164,6 +121,7 @@ def _manifest(config: Config, job: _Job, settings: str) -> str:
         requests=memory | ({} if asked.cpus is None else {"cpu": str(asked.cpus * asked.processes)}),
         limits=memory | ({"nvidia.com/gpu": str(asked.gpus_of_node)} if asked.gpus_of_node else {}),
         settings=settings,
+        claim=claim,
     )
 
 

@@ -8,14 +8,12 @@ does what killed tasks left undone.
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.cluster import ClusterConfig, JobConfig
+from pipeline.config.cluster import ClusterConfig
 from pipeline.config.schema import Config
 from pipeline.run.reading import RECORD
 from stages.submit import files
@@ -30,24 +28,7 @@ def run(config: Config, *, into: Path | None = None, submit: bool = False) -> No
         ConfigError: Slurm can't run these settings, or sbatch refuses a job.
         StorageError: The files can't be written.
     """
-    folder = files.job_folder(config, into)
-    files.write_and_submit("Job files", folder, _job_files(config, folder), _submit if submit else None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One job script."""
-
-    name: str
-    about: str
-    resources: JobConfig
-    program: Sequence[str]
-    share: str | None = None
-    """Value of `--worker`, in which the shell replaces variables"""
-    array: str | None = None
-    """Indexes of the array, like `0-7`"""
-    repeats: bool = False
-    """True if the job submits all jobs again, until the run's record exists"""
+    files.write_and_submit(config, into, _job_files, _submit if submit else None)
 
 
 def _job_files(config: Config, folder: Path) -> dict[str, str]:
@@ -57,7 +38,7 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
         raise ConfigError(f"--into: must not hold a backslash, which Slurm reads in its own way, got {folder}")
     files.check_text(str(Path.cwd()), "the working folder")
     settings, text = files.settings_file(config)
-    jobs = _jobs(config, str(folder / settings))
+    jobs = files.jobs_of(config, in_turn=config.reference.sync is not None and config.cluster.workers == 1)
     # As in sbatch's --dependency; stage two alone waits for nothing.
     waits_for = {"precompute": "", "finish": "afterany:$precompute", "train": "afterok:$finish"}
     submit = files.render(
@@ -65,48 +46,21 @@ def _job_files(config: Config, folder: Path) -> dict[str, str]:
         folder=str(folder),
         jobs={job.name: waits_for[job.name] if len(jobs) > 1 else "" for job in jobs},
     )
-    scripts = {f"{job.name}.sh": _script(config, folder, job) for job in jobs}
+    scripts = {f"{job.name}.sh": _script(config, folder, str(folder / settings), job) for job in jobs}
     return {settings: text, **scripts, files.SUBMIT: submit}
 
 
-def _jobs(config: Config, settings: str) -> list[_Job]:
-    """Plan the jobs, in their order."""
-    cluster, moves = config.cluster, config.reference.sync is not None
-    precompute, train = ([*_program(cluster), stage, "--config", settings] for stage in ("precompute", "train"))
-    if moves and cluster.workers == 1:
-        # One job alternates between the stages, and waits in the queue once.
-        about = "Both stages in turn, while the reference moves."
-        return [_Job(name="train", about=about, resources=cluster.train, program=train)]
-    about = "Stage two. It checks by itself that stage one is complete."
-    if moves:
-        train.append("--one-window")
-        about = "Stage two up to the step where the reference moves."
-    return [
-        _Job(
-            name="precompute",
-            about="Stage one: this task's share of the units. By hand: sbatch precompute.sh; --array=0-N with another "
-            "N does as well.",
-            resources=cluster.precompute,
-            program=precompute,
-            share="$SLURM_ARRAY_TASK_ID/$((SLURM_ARRAY_TASK_MAX + 1))",
-            array=f"0-{cluster.workers - 1}",
-        ),
-        _Job(
-            name="finish",
-            about="Stage one is complete when this ends well: it does what killed tasks left undone, usually nothing.",
-            resources=cluster.precompute,
-            program=precompute,
-        ),
-        _Job(name="train", about=about, resources=cluster.train, program=train, repeats=moves),
-    ]
-
-
-def _script(config: Config, folder: Path, job: _Job) -> str:
-    cluster, asked = config.cluster, job.resources
+def _script(config: Config, folder: Path, settings: str, job: files.Job) -> str:
+    cluster, asked = config.cluster, getattr(config.cluster, job.stage)
+    program = [*_program(cluster), job.stage, "--config", settings]
+    # Workers of their own need jobs of their own, for each window.
+    repeats = job.stage == "train" and config.reference.sync is not None and cluster.workers > 1
+    if repeats:
+        program.append("--one-window")
     # Slurm replaces what follows a percent sign in a file's name.
-    log = f"{str(folder).replace('%', '%%')}/{'%x-%A_%a.log' if job.array else '%x-%j.log'}"
+    log = f"{str(folder).replace('%', '%%')}/{'%x-%A_%a.log' if job.workers else '%x-%j.log'}"
     options = {
-        "array": job.array,
+        "array": job.workers and f"0-{job.workers - 1}",
         "cpus-per-task": asked.cpus,
         "gpus-per-node": asked.gpus_of_node or None,
         # Slurm's G is Kubernetes' Gi.
@@ -118,7 +72,10 @@ def _script(config: Config, folder: Path, job: _Job) -> str:
     return files.render(
         "slurm.sh.jinja",
         job=job,
+        asked=asked,
         cluster=cluster,
+        program=program,
+        repeats=repeats,
         name=f"{files.name_of_run(config)}-{job.name}",
         output=_quoted(log),
         options=options,
@@ -126,7 +83,7 @@ def _script(config: Config, folder: Path, job: _Job) -> str:
         record=str(Path(files.output_of(config)) / RECORD),
         submit=str(folder / files.SUBMIT),
         # In an array SLURM_JOB_ID may be the id of the whole array, which would be started again.
-        id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID",
+        id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.workers else "$SLURM_JOB_ID",
     )
 
 

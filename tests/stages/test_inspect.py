@@ -1,7 +1,6 @@
 """What `refshard inspect` says of a store, against the same figures computed from the pairs themselves."""
 
 import dataclasses
-import io
 import json
 import os
 import re
@@ -119,34 +118,16 @@ def test_suspicious_pairs_are_shown_with_their_rows(tmp_path: Path) -> None:
     assert "likely swapped" not in refshard("inspect", quieter).stdout
 
 
-class Screen(io.TextIOWrapper):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("encoding", "blocks"), [("utf-8", True), ("latin-1", False)])
-def test_bars_are_blocks_on_a_terminal_that_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, blocks: bool
-) -> None:
-    store = make_store(tmp_path / "train", [made_pairs(300)])
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", Screen(shown, encoding=encoding, write_through=True))
-    inspect.run(str(store), as_json=False)
-    text = shown.getvalue().decode(encoding)
-    assert ("█" * 40 in text) == blocks
-    assert ("#" * 40 in text) != blocks
+def test_bars_count_the_margins_in_plain_characters(tmp_path: Path) -> None:
+    text = refshard("inspect", make_store(tmp_path / "train", [made_pairs(300)])).stdout
+    assert "#" * 40 in text
+    assert text.isascii()
     margins = np.array([p.chosen_token_logps.sum() - p.rejected_token_logps.sum() for p in made_pairs(300)])
-    bins = re.findall(r"^ +(-?[\d,.]+) to +(-?[\d,.]+) +([\d,]+)  [█#▏▎▍▌▋▊▉]+$", text, re.MULTILINE)
+    bins = re.findall(r"^ +(-?[\d,.]+) to +(-?[\d,.]+) +([\d,]+)  #+$", text, re.MULTILINE)
     assert len(bins) >= 8
     for low, high, count in bins:
         inside = (margins >= float(low.replace(",", ""))) & (margins < float(high.replace(",", "")))
         assert int(count) == inside.sum()
-
-
-def test_bars_are_plain_in_a_file(tmp_path: Path) -> None:
-    text = refshard("inspect", make_store(tmp_path / "train", [made_pairs(50)])).stdout
-    assert "#" * 40 in text
-    assert text.isascii()
 
 
 def test_the_text_needs_neither_torch_nor_plotly(tmp_path: Path) -> None:
