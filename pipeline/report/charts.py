@@ -18,6 +18,7 @@ from pipeline.base.errors import printable
 from pipeline.base.statistics import histogram
 from pipeline.replies.means import Mean
 from pipeline.report.pages import COLORS, GRAY, chart
+from pipeline.run.reading import Curve
 
 __all__ = ["Line", "Point", "histogram_chart", "line_chart", "point_chart", "running_mean", "style_of", "thin"]
 
@@ -31,9 +32,7 @@ class Line:
     """One curve."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    """Values; None is a gap"""
+    curve: Curve
     color: str
     dash: str = "solid"
     smoothed: bool = False
@@ -109,7 +108,7 @@ def line_chart(
     """
     figure = _new_figure()
     for line in lines:
-        if line.x:
+        if line.curve.steps:
             _add_line(figure, line)
     shapes = [{"type": "line", "xref": "x", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1} for x in marks]
     if level is not None:
@@ -127,18 +126,20 @@ def _new_figure() -> Any:
 
 
 def _add_line(figure: Any, line: Line) -> None:
+    steps, raw = line.curve.steps, line.curve.values
+
     def add(values: Sequence[float | None], width: float, hint: str = "", **how: Any) -> None:
-        x, y = thin(line.x, _rounded(values))
+        x, y = thin(steps, _rounded(values))
         stroke = {"color": line.color, "dash": line.dash, "width": width}
         name, hint = _text(line.name), f"%{{y:.5g}}{hint}"
         figure.add_scatter(x=x, y=y, name=name, legendgroup=name, line=stroke, hovertemplate=hint, **how)
 
-    if line.smoothed and len(line.x) >= _FEWEST_SMOOTHED:
-        add(line.y, 1, mode="lines", opacity=0.4, showlegend=False)
-        means, window = running_mean(line.y)
+    if line.smoothed and len(steps) >= _FEWEST_SMOOTHED:
+        add(raw, 1, mode="lines", opacity=0.4, showlegend=False)
+        means, window = running_mean(raw)
         add(means, 2.2, f" (mean of {window})", mode="lines")
     else:
-        add(line.y, 1.8, mode="lines+markers" if len(line.x) <= _MOST_MARKERS else "lines", marker={"size": 4})
+        add(raw, 1.8, mode="lines+markers" if len(steps) <= _MOST_MARKERS else "lines", marker={"size": 4})
 
 
 def histogram_chart(

@@ -80,12 +80,14 @@ def curves_of_one(one: Shown) -> list[Section]:
     for panel in _panels([one]):
         lines = []
         for i, (series, metric) in enumerate(panel.series.items()):
-            lines.append(_line(run, metric, series or "training", COLORS[i], "solid", panel.smoothed))
+            line = Line(name=series or "training", curve=run.curve(metric), color=COLORS[i], smoothed=panel.smoothed)
+            lines.append(line)
             for j, (name, prefix) in enumerate(held_out.items() if panel.held_out else ()):
                 # A single metric has a color for each set; two metrics have a dash for each set.
                 color = COLORS[i] if series else style_of(j + 1)[0]
                 dash = _DASHES_OF_SETS[j % len(_DASHES_OF_SETS)]
-                lines.append(_line(run, prefix + metric, f"{series}, {name}" if series else name, color, dash, False))
+                label = f"{series}, {name}" if series else name
+                lines.append(Line(name=label, curve=run.curve(prefix + metric), color=color, dash=dash))
         charts.append((panel.title, panel, lines))
     notes = [_NOTE]
     if held_out:
@@ -121,8 +123,8 @@ def _overlaid(shown: Sequence[Shown], panel: _Panel, set_name: str | None = None
         for one in shown:
             prefix = "" if set_name is None else one.run.held_out().get(set_name)
             if prefix is not None:
-                smoothed = panel.smoothed and set_name is None
-                lines.append(_line(one.run, prefix + metric, one.name, one.color, one.dash, smoothed))
+                curve, smoothed = one.run.curve(prefix + metric), panel.smoothed and set_name is None
+                lines.append(Line(name=one.name, curve=curve, color=one.color, dash=one.dash, smoothed=smoothed))
         title = f"{panel.title}, {series}" if series else panel.title
         title = title if set_name is None else f"{title} ({set_name})"
         charts.append((title, panel, lines))
@@ -139,21 +141,16 @@ def _cautions(shown: Sequence[Shown]) -> list[str]:
     return cautions
 
 
-def _line(run: Run, metric: str, name: str, color: str, dash: str, smoothed: bool) -> Line:
-    curve = run.curve(metric)
-    return Line(name=name, x=curve.steps, y=curve.values, color=color, dash=dash, smoothed=smoothed)
-
-
 def _section(title: str, charts: Sequence[_Drawn], notes: Sequence[str], marks: Sequence[int] = ()) -> list[Section]:
     """Draw charts in which a line has two points or more; put the other numbers into a table."""
     drawn, single = [], []
     for name, panel, lines in charts:
-        if any(len(line.x) > 1 for line in lines):
+        if any(len(line.curve.steps) > 1 for line in lines):
             drawn.append(
                 line_chart(name, lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=marks)
             )
         else:
-            single += [[name, line.name, int(line.x[0]), line.y[0]] for line in lines if line.x]
+            single += [[name, line.name, line.curve.steps[0], line.curve.last] for line in lines if line.curve.steps]
     body = beside(drawn) if drawn else Markup("")
     if single:
         body += table(["measured once", "curve", "after step", "value"], single)

@@ -109,15 +109,11 @@ def _is_number(value: object) -> bool:
 
 
 def _cell(value: object) -> Markup:
-    if not _is_number(value):
-        return Markup("<td>{}</td>").format(_text(value))
-    return Markup('<td class="number">{}</td>').format(
-        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-    )
+    return Markup('<td class="number">{}</td>' if _is_number(value) else "<td>{}</td>").format(_text(value))
 
 
 def facts(pairs: Mapping[str, object]) -> Markup:
-    """Make a list of names and their values."""
+    """Make a list of names and their values; numbers are formatted."""
     items = Markup("").join(
         Markup("<dt>{}</dt><dd>{}</dd>").format(_text(name), _text(value)) for name, value in pairs.items()
     )
@@ -136,9 +132,11 @@ def swatch(color: str, name: str) -> Markup:
 
 
 def _text(value: object) -> Markup:
-    if isinstance(value, Markup):
-        return value
-    return escape(printable("" if value is None else str(value)))
+    if isinstance(value, float):
+        return Markup(f"{value:.4g}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Markup(f"{value:,}")
+    return value if isinstance(value, Markup) else escape(printable("" if value is None else str(value)))
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:

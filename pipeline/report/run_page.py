@@ -50,49 +50,38 @@ def _summary(shown: Sequence[Shown]) -> Section:
     remarks = [remark if one.alone else f"{one.name}: {remark}" for one in shown for remark in one.run.remarks]
     if len({part(one.run.inputs, "reference").get("fingerprint") for one in shown} - {None}) > 1:
         remarks.append("the runs have different references; each run's KL, shifts and rewards use its own")
-    body = _summary_of_one(shown[0].run) if shown[0].alone else _summary_of_many(shown)
+    body = _figures_of_all(shown)
     if remarks:
         listed = Markup("").join(Markup("<li>{}</li>").format(printable(remark)) for remark in remarks)
         body += Markup("<ul>{}</ul>").format(listed)
     return Section(title="Summary", body=body)
 
 
-def _summary_of_one(run: Run) -> Markup:
-    lines: dict[str, object] = {"state": _state(run)}
-    if loss := run.settings.get("loss"):
-        types = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
-        lines["loss"] = f"{' + '.join(types)}, beta {loss['beta']:g}"
-    if (last := run.curve("loss").last) is not None:
-        lines["training loss, last logged"] = f"{last:.4g}"
-    for name, prefix in run.held_out().items():
-        numbers = [(word, run.curve(prefix + metric).last) for word, metric in _HELD_OUT.items()]
-        listed = ", ".join(f"{word} {value:.4g}" for word, value in numbers if value is not None)
-        lines[f"held-out pairs, {name}"] = f"{listed} (step {run.curve(f'{prefix}loss').steps[-1]:,})"
-    if run.generations:
-        lines["KL(policy ‖ reference)"] = f"{estimate_kl(run.generations)} nats per reply"
-        before, after = (estimate_reward(run.generations, side) for side in ("reference", "policy"))
-        if before is not None and after is not None:
-            lines["reward of replies"] = f"{before} before, {after} after"
-    return facts(lines)
-
-
-def _summary_of_many(shown: Sequence[Shown]) -> Markup:
-    runs = [one.run for one in shown]
-    columns: dict[str, Sequence[object]] = {**differing_settings(runs)}
-    columns["training loss"] = [run.curve("loss").last for run in runs]
-    for name in held_out_sets(shown):
-        prefixes = [run.held_out().get(name) for run in runs]
+def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
+    """Give a run's last figures by their names, with those of these held-out sets; None for an unknown one."""
+    figures: dict[str, object] = {"training loss": run.curve("loss").last}
+    for name in sets:
+        prefix = run.held_out().get(name)
         for word, metric in _HELD_OUT.items():
-            columns[f"{name}: {word}"] = [
-                None if prefix is None else run.curve(prefix + metric).last
-                for run, prefix in zip(runs, prefixes, strict=True)
-            ]
-    columns["KL, nats per reply"] = [estimate_kl(run.generations) if run.generations else None for run in runs]
-    columns["reward of replies"] = [estimate_reward(run.generations, "policy") for run in runs]
-    columns["state"] = [_state(run) for run in runs]
-    columns["folder"] = [run.folder.name for run in runs]
-    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    return runs_table(list(columns), list(zip(shown, zip(*columns.values(), strict=True), strict=True)))
+            figures[f"{name}: {word}"] = None if prefix is None else run.curve(prefix + metric).last
+    figures["KL, nats per reply"] = estimate_kl(run.generations) if run.generations else None
+    figures["reward of replies before"] = estimate_reward(run.generations, "reference")
+    figures["reward of replies"] = estimate_reward(run.generations, "policy")
+    return figures | {"state": _state(run), "folder": run.folder.name}
+
+
+def _figures_of_all(shown: Sequence[Shown]) -> Markup:
+    """Show the runs' figures, and the settings that differ. Figures that no run has are left out."""
+    sets = held_out_sets(shown)
+    differing = differing_settings([one.run for one in shown])
+    rows = [
+        {**{key: values[i] for key, values in differing.items()}, **_figures(one.run, sets)}
+        for i, one in enumerate(shown)
+    ]
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    if shown[0].alone:
+        return facts({name: rows[0][name] for name in names})
+    return runs_table(names, [(one, [row[name] for name in names]) for one, row in zip(shown, rows, strict=True)])
 
 
 def _state(run: Run) -> str:

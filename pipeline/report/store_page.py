@@ -11,6 +11,7 @@ from markupsafe import Markup
 from pipeline.base import statistics
 from pipeline.report.charts import Line, histogram_chart, line_chart
 from pipeline.report.pages import COLORS, Section, beside, chart, facts, page, table
+from pipeline.run.reading import Curve
 from pipeline.store import ranking
 from pipeline.store.contents import Block, Contents, identity_facts, length_block, margin_note, suspicious_blocks
 
@@ -91,7 +92,7 @@ def _margin_by_length(differences: npt.NDArray[Any], margins: npt.NDArray[Any]) 
 
 def _part_charts(means: Mapping[str, npt.NDArray[np.float64]]) -> list[Markup]:
     def line(name: str, key: str, color: str) -> Line:
-        return Line(name=name, x=range(len(means[key])), y=means[key].tolist(), color=color)
+        return Line(name=name, curve=Curve(range(len(means[key])), means[key].tolist()), color=color)
 
     margins = [line("margin per token", "margin_per_token", COLORS[0])]
     lengths = [line("chosen", "chosen_tokens", _CHOSEN), line("rejected", "rejected_tokens", _REJECTED)]

@@ -272,7 +272,7 @@ MUTATIONS = [
     Mutation(
         "one task of an array queued again, not all of it",
         "stages/submit/slurm.py",
-        'id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"',
+        'id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.workers else "$SLURM_JOB_ID"',
         'id="$SLURM_JOB_ID"',
         "tests/stages/test_submit_slurm.py",
     ),

@@ -267,7 +267,7 @@ def test_kl_and_rewards_are_means_over_replies_and_nothing_in_a_reply_is_obeyed(
     assert (reference["x"], reference["y"]) == ([0], [-1])
     assert (policy["x"], policy["y"]) == ([3], [2])
     assert policy["error_x"]["value"] == policy["error_y"]["value"] == pytest.approx(error, rel=1e-5)
-    assert "3 ± 1.5 nats per reply" in page
+    assert "<dt>KL, nats per reply</dt><dd>3 ± 1.5</dd>" in page
     assert "Replies of run were drawn at temperature 0.7" in page
     assert rows_of(page, "Replies before and after")[2][3] == "2 ± 1.5"
 
