@@ -63,7 +63,7 @@ def jobs_of(config: Config, *, in_turn: bool) -> list[Job]:
     if config.reference.sync is not None:
         stage_two = "Stage two up to the step where the reference moves."
     return [
-        Job("precompute", "Stage one. Another number of workers does as well.", config.cluster.workers),
+        Job("precompute", "Stage one, shared by its workers; any number of them does.", config.cluster.workers),
         Job("finish", "Stage one is complete when this ends well: it does what is still missing, usually nothing."),
         Job("train", stage_two),
     ]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -465,5 +466,8 @@ def test_a_sweep_takes_the_replies_that_it_asks_for_and_no_others(
     """Of a set of two prompts, so that fewer are there than are asked for."""
     write_log(tmp_path, [{"step": 4, "loss": 1.0}])
     write_generations(tmp_path, [({}, {}), ({}, {})], **{**ASKED, **changes})
-    replies = command.Replies(num_prompts=8, max_tokens=64, reward_model=None)
-    assert command._has_replies(read_run(tmp_path), replies, "test", 4) is taken
+    (tmp_path / "run.json").write_text('{"step": 4}')
+    one: Any = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(eval={"test": None})), folder=tmp_path)
+    sweep: Any = SimpleNamespace(num_prompts=8, max_tokens=64, reward_model=None)
+    commands: Any = SimpleNamespace(run=lambda *words: 7)
+    assert command._generate(one, sweep, commands) == (0 if taken else 7)
