@@ -50,7 +50,8 @@ def run(config: Config, output: Path) -> None:
         work.mkdir(parents=True)
         sets = {}
         for name in names:
-            rows = _Rows(config, name, stores[name], tokenizer, config.train.on_missing, work)
+            source = dataclasses.replace(open_source(config.data, name), all_columns=True)
+            rows = _Rows(config, source, tokenizer, stores[name], work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
             click.echo(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
@@ -67,46 +68,38 @@ def run(config: Config, output: Path) -> None:
     click.echo(f"In {output}; read it with datasets.load_from_disk")
 
 
+@dataclasses.dataclass
 class _Rows:
     """Generator of one set's rows for the datasets library."""
 
-    def __init__(self, config: Config, name: str, store: Store, tokenizer: Any, on_missing: str, work: Path) -> None:
-        self._source = dataclasses.replace(open_source(config.data, name), all_columns=True)
-        self._config, self._store, self._tokenizer = config, store, tokenizer
-        self._on_missing, self._work = on_missing, work
-        self.ledger = Ledger()
+    config: Config
+    source: Source
+    tokenizer: Any
+    store: Store
+    work: Path
+    """Folder for files that are needed while it runs"""
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        config = self._config
-        table = load_reference_table(
-            [self._store], config.data.max_length, ld_alpha=config.loss.ld_alpha, folder=self._work
-        )
+        data, alpha = self.config.data, self.config.loss.ld_alpha
+        table = load_reference_table([self.store], data.max_length, ld_alpha=alpha, folder=self.work)
         self.ledger = Ledger()
-        names = _column_names(self._source)
-        for pair, row in kept_rows(read_rows(self._source), self._tokenizer, config.data, self.ledger):
+        # Lines of JSON may differ in their columns; the library takes the first row's for those of all.
+        names: dict[str, None] = {}
+        for line in read_rows(self.source) if self.source.format == "jsonl" else ():
+            with contextlib.suppress(BadRow):
+                names |= dict.fromkeys(line.load())
+        for pair, row in kept_rows(read_rows(self.source), self.tokenizer, data, self.ledger):
             (at,), (found,) = table.look_up([pair.key])
-            if at < 0:
-                if self._on_missing == "drop":
-                    continue
+            if at >= 0:
+                sums = {f"ref_{side}_logps": float(found[f"{side}_logps"]) for side in ("chosen", "rejected")}
+                yield {**names, **row, **sums}
+            elif self.config.train.on_missing != "drop":
                 raise DataError(
-                    f"{pair.place} of {describe(self._source)} has no reference logps in {self._store.folder}. Score "
-                    "it with refshard precompute into a new precompute.output, or set train.on_missing: drop"
+                    f"{pair.place} of {describe(self.source)} has no reference logps in {self.store.folder}. Score it "
+                    "with refshard precompute into a new precompute.output, or set train.on_missing: drop"
                 )
-            scores = {
-                "ref_chosen_logps": float(found["chosen_logps"]),
-                "ref_rejected_logps": float(found["rejected_logps"]),
-            }
-            yield {**dict.fromkeys(names), **row, **scores}
 
     def __reduce__(self) -> Any:
         # The library names its cache after a pickle of the generator; this one's cache is deleted.
         return uuid.uuid4, ()
-
-
-def _column_names(source: Source) -> list[str]:
-    """List the columns of all rows: lines of JSON may differ in them."""
-    names: dict[str, None] = {}
-    for row in read_rows(source) if source.format == "jsonl" else ():
-        with contextlib.suppress(BadRow):
-            names |= dict.fromkeys(row.load())
-    return list(names)

@@ -7,7 +7,6 @@ raw one, never instead of it.
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,16 +60,13 @@ def thin(
     if len(x) <= most:
         return list(x), list(y)
     kept = {0, len(x) - 1}
-    # A stretch keeps two points, and perhaps a gap.
-    edges = np.linspace(0, len(x), (most - 2) // 3 + 1).astype(int)
     values = _with_nan(y)
-    for start, stop in pairwise(edges):
-        stretch = values[start:stop]
-        present = np.flatnonzero(~np.isnan(stretch))
-        if len(present):
-            kept |= {int(start + present[pick(stretch[present])]) for pick in (np.argmin, np.argmax)}
-        if len(present) < len(stretch):
-            kept.add(int(start + np.flatnonzero(np.isnan(stretch))[0]))
+    # A stretch keeps two points, and perhaps a gap.
+    for stretch in np.array_split(np.arange(len(x)), (most - 2) // 3):
+        gaps = np.isnan(values[stretch])
+        if present := stretch[~gaps].tolist():
+            kept |= {pick(present, key=values.__getitem__) for pick in (min, max)}
+        kept.update(stretch[gaps][:1].tolist())
     order = sorted(kept)
     return [x[i] for i in order], [y[i] for i in order]
 
@@ -198,16 +194,8 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
     figure.update_layout(showlegend=False, height=460)
-    # Plotly leaves no room for error bars and names.
-    figure.update_xaxes(range=_padded([Mean(0.0, None, 1), *(point.x for point in points)]), zeroline=True)
-    figure.update_yaxes(range=_padded([point.y for point in points]))
+    figure.update_xaxes(rangemode="tozero", zeroline=True)
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
-
-
-def _padded(means: Sequence[Mean]) -> list[float | None]:
-    low, high = min(m.mean - (m.error or 0) for m in means), max(m.mean + (m.error or 0) for m in means)
-    room = 0.12 * (high - low) or 0.5
-    return _rounded([low - room, high + room])
 
 
 def _error(value: Mean, color: str) -> dict[str, Any]:

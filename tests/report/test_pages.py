@@ -75,5 +75,5 @@ def test_a_page_is_whole_or_not_there(tmp_path: Path) -> None:
     write_page(tmp_path / "new" / "report.html", "<p>1\ud800</p>")
     assert (tmp_path / "new" / "report.html").read_text() == "<p>1?</p>"
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["report.html"]
-    with pytest.raises(StorageError, match="can't be written"):
+    with pytest.raises(StorageError, match="can't be made"):
         write_page(tmp_path / "new" / "report.html" / "inside.html", "")
