@@ -135,10 +135,6 @@ def _write_durably(file: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""Linux's errors of a file system without hard links; EPERM also means a folder that may not be changed"""
-
-
 def _commit(temporary: Path, file: Path) -> bool:
     """Give a written file its name. Returns False if the name is taken."""
     try:
@@ -148,7 +144,8 @@ def _commit(temporary: Path, file: Path) -> bool:
         # After a lost answer, a file server repeats the request and reports our own link as taken.
         return temporary.samefile(file)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        # Linux's errors without hard links; EPERM also means a folder that may not be changed.
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         return _rename_if_absent(temporary, file, error)
     return True

@@ -109,13 +109,9 @@ class ObjectFolder:
             )
 
     def names(self) -> list[str]:
-        found = self._ask(
-            "",
-            lambda fs, path: [place.removeprefix(path).strip("/") for place in fs.ls(path, detail=False)],
-            missing=[],
-        )
+        found = self._ask("", lambda fs, path: [(path, name) for name in fs.ls(path, detail=False)], missing=[])
         # Consoles put an empty object for the folder itself.
-        return sorted(filter(None, found))
+        return sorted(filter(None, (name.removeprefix(path).strip("/") for path, name in found)))
 
     def size(self, name: str) -> int | None:
         info = self._ask(name, lambda fs, path: fs.info(path), missing={})

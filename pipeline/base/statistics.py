@@ -23,9 +23,8 @@ class Histogram:
     counts: Integers
     """[B]"""
     below: int
-    """Values under the first edge"""
     above: int
-    """Values over the last edge"""
+    """Values over the last edge, as `below` the first one"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,13 +240,7 @@ def load_pairs(
 
 
 def survey_pairs(
-    source: Source,
-    tokenizer: "PreTrainedTokenizerBase",
-    data: DataConfig,
-    ledger: Ledger,
-    *,
-    rows_per_unit: int,
-    batch_pairs: int,
+    source: Source, tokenizer: Any, data: DataConfig, ledger: Ledger, *, rows_per_unit: int, batch_pairs: int
 ) -> Survey:
     """Survey the pairs of a whole source in loader processes. The ledger's list of skipped rows stays empty.
 

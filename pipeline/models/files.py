@@ -38,14 +38,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model as the settings name it."""
+    """A model as the settings name it: a folder, or a hub name with its revision; the setting's key for messages."""
 
     name: str
-    """Folder or hub name"""
     revision: str | None
-    """Branch, tag or commit on the hub; ignored for a folder"""
     key: str
-    """Setting that named it, for messages"""
 
     @classmethod
     def policy(cls, config: Config) -> "NamedModel":

@@ -190,20 +190,15 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
     """Digest the rules from text to ids. Truncation and padding are left out, since calls change them."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
+    if backend is None:
+        rules: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
-        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     return _digest(json.dumps([rules, special], sort_keys=True))
 
 
 def check_dtypes(config: Config) -> None:
-    """Refuse, before scoring, a policy that starts as its reference but computes in fewer digits. Raises ConfigError.
-
-    The gate would refuse such log-probs after it.
-    """
+    """Refuse, as the gate would after scoring, a policy that starts as its reference but computes in fewer digits."""
     relation = policy_reference_relation(config)
     if config.train.on_mismatch == "warn" or not (relation.at_start or relation.adapters_off):
         return
