@@ -194,7 +194,7 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
     figure.update_layout(showlegend=False, height=460)
-    figure.update_xaxes(rangemode="tozero", zeroline=True)
+    figure.update_xaxes(autorangeoptions={"include": 0}, zeroline=True)
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
 
 

@@ -59,7 +59,7 @@ def _summary(shown: Sequence[Shown]) -> Section:
 
 def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
     """Give a run's last figures by their names, with those of these held-out sets; None for an unknown one."""
-    figures: dict[str, object] = {"training loss": run.curve("loss").last}
+    figures: dict[str, object] = {"state": _state(run), "training loss": run.curve("loss").last}
     for name in sets:
         prefix = run.held_out().get(name)
         for word, metric in _HELD_OUT.items():
@@ -67,7 +67,7 @@ def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
     figures["KL, nats per reply"] = estimate_kl(run.generations) if run.generations else None
     figures["reward of replies before"] = estimate_reward(run.generations, "reference")
     figures["reward of replies"] = estimate_reward(run.generations, "policy")
-    return figures | {"state": _state(run), "folder": run.folder.name}
+    return figures | {"folder": run.folder.name}
 
 
 def _figures_of_all(shown: Sequence[Shown]) -> Markup:
@@ -80,7 +80,11 @@ def _figures_of_all(shown: Sequence[Shown]) -> Markup:
     ]
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     if shown[0].alone:
-        return facts({name: rows[0][name] for name in names})
+        told = {name: rows[0][name] for name in names}
+        if loss := shown[0].run.settings.get("loss"):
+            types = [loss["type"]] if isinstance(loss["type"], str) else loss["type"]
+            told["loss"] = f"{' + '.join(types)}, beta {loss['beta']:g}"
+        return facts(told)
     return runs_table(names, [(one, [row[name] for name in names]) for one, row in zip(shown, rows, strict=True)])
 
 
