@@ -1,8 +1,8 @@
-"""The DPO family: pure functions of logps, one per loss, each with its paper and equation.
+"""The DPO family: pure functions of logps, each loss with its paper and equation.
 
 Symbols, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps minus the
-reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is the number of completion tokens, and
-delta is s_c - s_r. Every loss gives one value per pair, [P]; `total_loss` averages them and adds the losses up.
+reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is the number of completion tokens,
+delta is s_c - s_r, and x is beta delta. `total_loss` averages each loss over the pairs and adds the losses up.
 """
 
 import math
@@ -18,24 +18,10 @@ from pipeline.config.schema import LossConfig, LossName
 __all__ = [
     "PairLoss",
     "Pairs",
-    "aot",
-    "aot_unpaired",
-    "apo_down",
-    "apo_zero",
     "balance_weight",
-    "bco_pair",
-    "discopop",
     "divergence_score",
-    "exo_pair",
-    "hinge",
-    "ipo",
-    "nca_pair",
     "pair_losses",
-    "robust",
     "router_aux_weight",
-    "sft",
-    "sigmoid",
-    "sppo_hard",
     "total_loss",
     "wpo_weights",
 ]
@@ -107,44 +93,80 @@ def total_loss(pairs: Pairs, config: LossConfig) -> PairLoss:
 
 
 def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
-    """Compute the loss `name` of each pair, [P]."""
-    beta, smoothing = config.beta, config.label_smoothing
+    """Compute the loss `name` of each pair, [P]. In the formulas, e is the label smoothing, and t is discopop's tau."""
+    beta, e, t = config.beta, config.label_smoothing, config.discopop_tau
+    n_c, n_r = pairs.chosen_tokens, pairs.rejected_tokens
     u_c, u_r = pairs.chosen_ratios, pairs.rejected_ratios
     s_c, s_r = (divergence_score(u, config.f_divergence_type, config.f_alpha_divergence_coef) for u in (u_c, u_r))
-    n_c, n_r = pairs.chosen_tokens, pairs.rejected_tokens
+    delta = s_c - s_r
     match name:
         case "sigmoid":
-            return sigmoid(s_c - s_r, beta=beta, label_smoothing=smoothing)
+            # DPO (arXiv 2305.18290, eq. 7): -log sigmoid(x). With smoothing, conservative DPO.
+            return _smoothed(delta, beta, e)
         case "sigmoid_norm":
-            return sigmoid(s_c / n_c - s_r / n_r, beta=beta, label_smoothing=smoothing)
+            # Length-normalized DPO (arXiv 2411.15124, eq. 6): DPO on scores per token.
+            return _smoothed(s_c / n_c - s_r / n_r, beta, e)
         case "hinge":
-            return hinge(s_c - s_r, beta=beta)
+            # RSO's hinge loss on the normalized likelihood (arXiv 2309.06657, eq. 10): max(0, 1 - x).
+            return torch.relu(1 - beta * delta)
         case "ipo":
-            return ipo(s_c / n_c - s_r / n_r, beta=beta)
+            # IPO (arXiv 2310.12036, eq. 17): (delta - 1/(2 beta))^2, with beta for the paper's tau, and delta per token
+            # as in the authors' own code (TRL pull request 1265).
+            return (s_c / n_c - s_r / n_r - 1 / (2 * beta)) ** 2
         case "exo_pair":
-            return exo_pair(s_c - s_r, beta=beta, label_smoothing=smoothing)
+            # EXO for pairs (arXiv 2402.00856, eq. 16): KL of the policy's preference q = sigmoid(x) for chosen from the
+            # label's, 1 - e: q ln(q/(1-e)) + (1-q) ln((1-q)/e).
+            log_q, log_not_q = F.logsigmoid(beta * delta), F.logsigmoid(-beta * delta)
+            return log_q.exp() * (log_q - math.log1p(-e)) + log_not_q.exp() * (log_not_q - math.log(e))
         case "robust":
-            return robust(s_c - s_r, beta=beta, label_smoothing=smoothing)
+            # Robust DPO (arXiv 2403.00409, section 3.1), unbiased if a share e below one half of the labels is flipped:
+            # (-(1-e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2e).
+            right, flipped = -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
+            return ((1 - e) * right - e * flipped) / (1 - 2 * e)
         case "discopop":
-            return discopop(s_c - s_r, beta=beta, tau=config.discopop_tau)
+            # DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414, eq. 5): -(1-m) log sigmoid(x) + m exp(-x).
+            x = beta * delta
+            m = torch.sigmoid(x / t)
+            # m exp(-x) in one exponential: their product is 0 times infinity if x is far below 0.
+            exponential = torch.exp((F.logsigmoid(x / t) - x).clamp(max=80.0))
+            return -(1 - m) * F.logsigmoid(x) + exponential
         case "nca_pair":
-            return nca_pair(u_c, u_r, beta=beta)
+            # NCA for two completions of a prompt (arXiv 2402.05369, section 4, K = 2), with rewards r = beta u:
+            # -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r).
+            return -F.logsigmoid(beta * u_c) - 0.5 * F.logsigmoid(-beta * u_c) - 0.5 * F.logsigmoid(-beta * u_r)
         case "bco_pair":
-            return bco_pair(u_c, u_r, beta=beta)
+            # BCO's bound on the DPO loss (arXiv 2404.04656, theorem 1), without the reward shift.
+            return -F.logsigmoid(beta * u_c) - F.logsigmoid(-beta * u_r)
         case "sppo_hard":
-            return sppo_hard(u_c, u_r, beta=beta)
+            # SPPO (arXiv 2405.00675, eq. 4.7) with hard labels.
+            return (u_c - 0.5 / beta) ** 2 + (u_r + 0.5 / beta) ** 2
         case "apo_zero":
-            return apo_zero(u_c, u_r, beta=beta)
+            # APO-zero (arXiv 2408.06266, eq. 7): chosen up, rejected down.
+            return 1 - torch.sigmoid(beta * u_c) + torch.sigmoid(beta * u_r)
         case "apo_down":
-            return apo_down(u_c, u_r, beta=beta)
+            # APO-down (arXiv 2408.06266, eq. 8): both down, rejected more. The paper has no 1, which has no gradient.
+            return torch.sigmoid(beta * u_c) + 1 - torch.sigmoid(beta * (u_c - u_r))
         case "aot":
-            policy = pairs.chosen_logps - pairs.rejected_logps
-            ref = pairs.ref_chosen_logps - pairs.ref_rejected_logps
-            return aot(policy, ref, beta=beta, label_smoothing=smoothing)
+            # Paired alignment by optimal transport (arXiv 2406.05882, section 3): the policy's margins, sorted over the
+            # micro-batch, should exceed the reference's. A value belongs to a place in that order, not to a pair.
+            policy, ref = pairs.chosen_logps - pairs.rejected_logps, pairs.ref_chosen_logps - pairs.ref_rejected_logps
+            return _smoothed(policy.sort().values - ref.sort().values, beta, e)
         case "aot_unpaired":
-            return aot_unpaired(u_c, u_r, beta=beta, label_smoothing=smoothing)
+            # The same on sorted log-ratios (section 3).
+            return _smoothed(u_c.sort().values - u_r.sort().values, beta, e)
         case "sft":
-            return sft(pairs.chosen_plain_logps, n_c)
+            # Cross-entropy on the chosen completions, without the reference: for every pair, the mean over all their
+            # tokens in the micro-batch. Added to `sigmoid`, the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL
+            # loss, averaged per completion there).
+            return -(pairs.chosen_plain_logps.sum() / n_c.sum()).expand(len(u_c))
+
+
+def _smoothed(delta: Tensor, beta: float, e: float) -> Tensor:
+    """Compute the DPO loss if a share e of the labels is flipped.
+
+    This is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3).
+    """
+    return -(1 - e) * F.logsigmoid(beta * delta) - e * F.logsigmoid(-beta * delta)
 
 
 def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
@@ -162,120 +184,6 @@ def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratios)
     return (torch.exp(((alpha - 1) * ratios).clamp(max=80.0)) - 1) / (alpha - 1)
-
-
-def sigmoid(delta: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta delta).
-
-    With label smoothing e, conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3), where a
-    share e of the labels is flipped: -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta delta). On scores divided
-    by their completions' lengths, `sigmoid_norm` (length-normalized DPO, arXiv 2411.15124, eq. 6).
-    """
-    return -(1 - label_smoothing) * F.logsigmoid(beta * delta) - label_smoothing * F.logsigmoid(-beta * delta)
-
-
-def hinge(delta: Tensor, *, beta: float) -> Tensor:
-    """RSO's hinge loss on the normalized likelihood (arXiv 2309.06657, eq. 10): max(0, 1 - beta delta)."""
-    return torch.relu(1 - beta * delta)
-
-
-def ipo(delta: Tensor, *, beta: float) -> Tensor:
-    """IPO (arXiv 2310.12036, eq. 17): (delta - 1/(2 beta))^2, with beta for the paper's tau.
-
-    Delta is the difference of the scores per token, as in the authors' own code (TRL pull request 1265).
-    """
-    return (delta - 1 / (2 * beta)) ** 2
-
-
-def exo_pair(delta: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """EXO for pairs (arXiv 2402.00856, eq. 16): KL of the policy's preference from the smoothed label.
-
-    The policy prefers chosen with q = sigmoid(beta delta), the label with 1 - e: q ln(q/(1-e)) + (1-q) ln((1-q)/e).
-    """
-    log_q, log_not_q = F.logsigmoid(beta * delta), F.logsigmoid(-beta * delta)
-    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_not_q.exp() * (
-        log_not_q - math.log(label_smoothing)
-    )
-
-
-def robust(delta: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (arXiv 2403.00409, section 3.1): unbiased where a share e below one half of the labels is flipped.
-
-    (-(1-e) log sigmoid(beta delta) + e log sigmoid(-beta delta)) / (1 - 2e)
-    """
-    right, flipped = -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
-    return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-
-
-def discopop(delta: Tensor, *, beta: float, tau: float) -> Tensor:
-    """DiscoPOP, the log-ratio modulated loss (arXiv 2406.08414, eq. 5).
-
-    With x = beta delta and m = sigmoid(x / tau): -(1-m) log sigmoid(x) + m exp(-x).
-    """
-    x = beta * delta
-    modulation = torch.sigmoid(x / tau)
-    # m exp(-x) in one exponential: their product is 0 times infinity if x is far below 0.
-    exponential = torch.exp((F.logsigmoid(x / tau) - x).clamp(max=80.0))
-    return -(1 - modulation) * F.logsigmoid(x) + exponential
-
-
-def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """NCA for two completions of a prompt (arXiv 2402.05369, section 4, K = 2), on log-ratios.
-
-    -log sigmoid(r_c) - 1/2 log sigmoid(-r_c) - 1/2 log sigmoid(-r_r), with rewards r = beta u.
-    """
-    return -F.logsigmoid(beta * chosen) - 0.5 * F.logsigmoid(-beta * chosen) - 0.5 * F.logsigmoid(-beta * rejected)
-
-
-def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """BCO's bound on the DPO loss (arXiv 2404.04656, theorem 1), without the reward shift.
-
-    -log sigmoid(beta u_c) - log sigmoid(-beta u_r)
-    """
-    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
-
-
-def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """SPPO (arXiv 2405.00675, eq. 4.7) with hard labels: (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2."""
-    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
-
-
-def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """APO-zero (arXiv 2408.06266, eq. 7): chosen up, rejected down: 1 - sigmoid(beta u_c) + sigmoid(beta u_r)."""
-    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
-
-
-def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """APO-down (arXiv 2408.06266, eq. 8): both down, rejected more.
-
-    sigmoid(beta u_c) + 1 - sigmoid(beta (u_c - u_r)); the paper has no 1, which changes no gradient.
-    """
-    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
-
-
-def aot(policy_margins: Tensor, ref_margins: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """Paired alignment by optimal transport (arXiv 2406.05882, section 3).
-
-    The policy's margins (chosen minus rejected logps), sorted over the micro-batch, should exceed the reference's
-    sorted margins. A value belongs to a place in that order, not to a pair, and depends on the whole micro-batch.
-    """
-    delta = policy_margins.sort().values - ref_margins.sort().values
-    return sigmoid(delta, beta=beta, label_smoothing=label_smoothing)
-
-
-def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """Unpaired alignment by optimal transport (arXiv 2406.05882, section 3), on sorted log-ratios."""
-    delta = chosen.sort().values - rejected.sort().values
-    return sigmoid(delta, beta=beta, label_smoothing=label_smoothing)
-
-
-def sft(chosen_plain_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
-    """Cross-entropy on the chosen completions: for every pair, the mean over all their tokens in the micro-batch.
-
-    Added to `sigmoid`, the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL loss, averaged per completion
-    there). The reference is not used.
-    """
-    return -(chosen_plain_logps.sum() / chosen_tokens.sum()).expand(len(chosen_plain_logps))
 
 
 def wpo_weights(token_logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -> Tensor:

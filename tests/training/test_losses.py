@@ -12,27 +12,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossConfig, LossName
 from pipeline.scoring.forward import weighted_sums
-from pipeline.training.losses import (
-    Pairs,
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    bco_pair,
-    discopop,
-    divergence_score,
-    exo_pair,
-    hinge,
-    ipo,
-    nca_pair,
-    pair_losses,
-    robust,
-    sft,
-    sigmoid,
-    sppo_hard,
-    total_loss,
-    wpo_weights,
-)
+from pipeline.training.losses import Pairs, divergence_score, pair_losses, total_loss, wpo_weights
 
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 Rows = Sequence[Sequence[float]]
@@ -201,34 +181,33 @@ def test_discopop_is_its_formula_at_any_temperature(tau: float) -> None:
     assert pair_losses("discopop", make_pairs(), settings).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def one(*values: float) -> list[torch.Tensor]:
-    return [torch.tensor([value], dtype=torch.float64) for value in values]
-
-
-def test_each_function_by_itself_on_numbers_that_can_be_checked_in_the_head() -> None:
-    ln2 = math.log(2)
-    (zero,), (u_c, u_r) = one(0.0), one(4.0, -1.0)
-    assert sigmoid(zero, beta=0.1).item() == pytest.approx(ln2)
-    assert sigmoid(zero, beta=0.1, label_smoothing=0.3).item() == pytest.approx(ln2)
-    assert hinge(u_c, beta=0.1).item() == pytest.approx(0.6)
-    assert hinge(u_c, beta=1.0).item() == 0
-    assert ipo(u_c, beta=0.1).item() == pytest.approx(1.0)  # (4 - 5)^2
-    assert exo_pair(zero, beta=0.1, label_smoothing=0.5).item() == pytest.approx(0.0, abs=1e-15)
-    assert robust(zero, beta=0.1, label_smoothing=0.1).item() == pytest.approx(ln2)
-    assert discopop(zero, beta=0.1, tau=0.05).item() == pytest.approx(0.5 * ln2 + 0.5)
-    assert nca_pair(zero, zero, beta=0.1).item() == pytest.approx(2 * ln2)
-    assert bco_pair(zero, zero, beta=0.1).item() == pytest.approx(2 * ln2)
-    assert sppo_hard(u_c, u_r, beta=0.1).item() == pytest.approx(17.0)  # (4 - 5)^2 + (-1 + 5)^2
-    assert apo_zero(zero, zero, beta=0.1).item() == pytest.approx(1.0)
-    assert apo_down(zero, zero, beta=0.1).item() == pytest.approx(1.0)
-    assert aot(zero, zero, beta=0.1, label_smoothing=0.2).item() == pytest.approx(ln2)
-    assert aot_unpaired(zero, zero, beta=0.1, label_smoothing=0.2).item() == pytest.approx(ln2)
-    nats, tokens = torch.tensor([-6.0, -2.0]), torch.tensor([3, 1])
-    assert sft(nats, tokens).tolist() == [2.0, 2.0]  # 8 nats over 4 tokens, not the mean of 2 and 2 weighed anew
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("sigmoid", math.log(2)),
+        ("sigmoid_norm", math.log(2)),
+        ("hinge", 1.0),
+        ("ipo", 25.0),  # (0 - 5)^2
+        ("discopop", 0.5 * math.log(2) + 0.5),
+        ("robust", math.log(2)),
+        ("nca_pair", 2 * math.log(2)),
+        ("bco_pair", 2 * math.log(2)),
+        ("sppo_hard", 50.0),  # (0 - 5)^2 + (0 + 5)^2
+        ("apo_zero", 1.0),
+        ("apo_down", 1.0),
+        ("aot", math.log(2)),
+        ("aot_unpaired", math.log(2)),
+        ("sft", 2.0),  # 8 nats over 4 tokens, not the mean of 2 and 2 weighed anew
+    ],
+)
+def test_losses_at_equality_can_be_checked_in_the_head(name: LossName, loss: float) -> None:
+    pairs = make_pairs([(-6.0, -5.0, -6.0, -5.0, 3, 2), (-2.0, -9.0, -2.0, -9.0, 1, 4)])
+    assert pair_losses(name, pairs, settings_for(name)).tolist() == pytest.approx([loss] * 2)
 
 
 def test_sft_is_a_mean_over_tokens_not_over_completions() -> None:
-    assert sft(torch.tensor([-12.0, -1.0]), torch.tensor([3, 10])).tolist() == [1.0, 1.0]
+    pairs = make_pairs([(-12.0, 0.0, 0.0, 0.0, 3, 1), (-1.0, 0.0, 0.0, 0.0, 10, 1)])
+    assert pair_losses("sft", pairs, LossConfig(type="sft")).tolist() == [1.0, 1.0]
 
 
 def test_aot_moves_with_the_micro_batch_and_the_others_do_not() -> None:
