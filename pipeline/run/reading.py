@@ -4,9 +4,9 @@ The run may still be training, may have been killed within a line, or may have b
 damaged is left out and named in a remark. Of steps that were done twice, the later attempt counts.
 """
 
+import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pipeline.config.reader import as_dict, load_config
 from pipeline.replies.records import GENERATIONS, Generation, read_generations
 from pipeline.run.records import INPUTS, LOG, MARGIN_COLUMNS, MARGINS
 
-__all__ = ["RECORD", "SETTINGS", "AttemptSummary", "Curve", "MarginRows", "Record", "Run", "part", "read_run"]
+__all__ = ["RECORD", "SETTINGS", "AttemptSummary", "Curve", "MarginRows", "Run", "part", "read_run"]
 
 _Content = TypeVar("_Content")
 
@@ -32,20 +32,9 @@ SETTINGS, RECORD = "refshard.yaml", "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """One line of the log that holds numbers."""
-
-    step: int
-    attempt: int
-    numbers: Mapping[str, float | None]
-    """Metric -> value; None for a value that was not finite"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttemptSummary:
     """One attempt of the run, as its log describes it."""
 
-    number: int
     step: int
     """Step that it resumed after; 0 for a fresh one"""
     last_step: int
@@ -87,8 +76,8 @@ class Run:
     folder: Path
     settings: Mapping[str, Any]
     """Settings as `config.as_dict` gives them; empty if they can't be read"""
-    records: Sequence[Record]
-    """Records that count, by step; of steps that were done twice, those of the last attempt"""
+    records: Sequence[tuple[int, Mapping[str, float | None]]]
+    """Step and metrics of each line that counts, by step; None for a value that was not finite"""
     attempts: Sequence[AttemptSummary]
     inputs: Mapping[str, Any]
     """Content of `inputs.json`; empty if it can't be read"""
@@ -105,19 +94,18 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that was logged and counts."""
-        return max((record.step for record in self.records), default=0)
+        return max((step for step, _ in self.records), default=0)
 
     def curve(self, metric: str) -> Curve:
         """Give a metric over the steps; an empty curve if it was never logged."""
-        values = {record.step: record.numbers[metric] for record in self.records if metric in record.numbers}
-        steps = sorted(values)
-        return Curve(steps, [values[step] for step in steps])
+        values = {step: numbers[metric] for step, numbers in self.records if metric in numbers}
+        return Curve(list(values), list(values.values()))
 
     def held_out(self) -> dict[str, str]:
         """Give the evaluated held-out sets, each with its metrics' prefix: `eval_` or `eval_NAME_`."""
         prefixes: dict[str, None] = {}
-        for record in self.records:
-            named = [key for key in record.numbers if key.startswith("eval_") and key.endswith("_loss")]
+        for _, numbers in self.records:
+            named = [key for key in numbers if key.startswith("eval_") and key.endswith("_loss")]
             if named:
                 # The set's aux_loss may stand beside its loss.
                 prefixes[min(named, key=len).removesuffix("loss")] = None
@@ -143,7 +131,10 @@ def read_run(folder: Path) -> Run:
         ConfigError: The folder is not a run's.
     """
     if not any((folder / name).is_file() for name in (SETTINGS, LOG, INPUTS, RECORD)):
-        raise ConfigError(_no_run(folder))
+        found = f"one without {LOG} and {SETTINGS}" if folder.is_dir() else "no folder"
+        inside = sorted({file.parent.name for name in (LOG, SETTINGS) for file in folder.glob(f"*/{name}")})
+        known = f" (runs inside: {', '.join(inside[:8])})" if inside else ""
+        raise ConfigError(f"{folder}: must be a run's folder, got {found}{known}. Name a train.output_dir")
     remarks: list[str] = []
 
     def read(name: str, reader: Callable[[Path], _Content], missing: str = "") -> _Content | None:
@@ -163,7 +154,7 @@ def read_run(folder: Path) -> Run:
         remarks.append(f"{LOG}: {num_broken:,} of {num_broken + len(lines):,} lines can't be read")
     attempts = _attempts(lines)
     records = _records(lines, attempts)
-    not_finite = sum(value is None for record in records for value in record.numbers.values())
+    not_finite = sum(value is None for _, numbers in records for value in numbers.values())
     if not_finite:
         remarks.append(f"{LOG}: {not_finite:,} values are not finite (NaN or infinite); the curves have gaps there")
     names = sorted(file.name for file in (folder / MARGINS).glob("*.parquet"))
@@ -172,7 +163,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         settings=read(SETTINGS, lambda file: as_dict(load_config(file)), "the run's settings are unknown") or {},
         records=records,
-        attempts=attempts,
+        attempts=list(attempts.values()),
         inputs=read(INPUTS, read_json, "the run's reference, policy and sets are unknown") or {},
         margins={name: rows for name, rows in margins.items() if rows is not None},
         generations=read(GENERATIONS, read_generations) or [],
@@ -183,94 +174,67 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _no_run(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: must be a run's folder, got no folder. Name a train.output_dir"
-    inside = sorted({file.parent.name for name in (LOG, SETTINGS) for file in folder.glob(f"*/{name}")})
-    known = f" (runs inside: {', '.join(inside[:8])})" if inside else ""
-    return f"{folder}: must be a run's folder, got one without {LOG} and {SETTINGS}{known}. Name a train.output_dir"
-
-
-_OF_EVERY_LINE = {"kind", "time", "attempt", "step"}
-
-
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
     """Read a log's whole lines. Also count the others: a kill, or a write in progress, leaves part of a line."""
     texts = [text for text in file.read_bytes().splitlines() if text.strip()]
-    lines = [line for text in texts if (line := _parse_line(text)) is not None]
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
     return lines, len(texts) - len(lines)
 
 
-def _parse_line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and line.keys() >= _OF_EVERY_LINE else None
-
-
-def _attempts(lines: Sequence[Mapping[str, Any]]) -> list[AttemptSummary]:
-    by_number: dict[int, list[Mapping[str, Any]]] = {}
-    for line in lines:
-        by_number.setdefault(line["attempt"], []).append(line)
-    attempts = []
-    for number, own in sorted(by_number.items()):
+def _attempts(lines: Sequence[Mapping[str, Any]]) -> dict[int, AttemptSummary]:
+    """Summarize each attempt, by number."""
+    attempts = {}
+    for number in sorted({line["attempt"] for line in lines}):
+        own = [line for line in lines if line["attempt"] == number]
         first: Mapping[str, Any] = next((line for line in own if line["kind"] == "start"), {})
         steps = [line["step"] for line in own]
-        attempts.append(
-            AttemptSummary(
-                number=number,
-                # Without its first line, an attempt began before the first step that it logged.
-                step=first.get("step", max(min(steps) - 1, 0)),
-                last_step=max(steps),
-                seconds=max(line.get("seconds") or 0.0 for line in own),
-                memory_bytes=max(line.get("memory_bytes") or 0 for line in own) or None,
-                device=first.get("device"),
-                processes=first.get("processes"),
-                versions=first.get("versions") or {},
-            )
+        attempts[number] = AttemptSummary(
+            # Without its first line, an attempt began before the first step that it logged.
+            step=first.get("step", max(min(steps) - 1, 0)),
+            last_step=max(steps),
+            seconds=max(line.get("seconds") or 0.0 for line in own),
+            memory_bytes=max(line.get("memory_bytes") or 0 for line in own) or None,
+            device=first.get("device"),
+            processes=first.get("processes"),
+            versions=first.get("versions") or {},
         )
     return attempts
 
 
-def _records(lines: Sequence[Mapping[str, Any]], attempts: Sequence[AttemptSummary]) -> list[Record]:
-    """Give the records that no later attempt has repeated, by step; within a step, by attempt."""
+def _records(
+    lines: Sequence[Mapping[str, Any]], attempts: Mapping[int, AttemptSummary]
+) -> list[tuple[int, dict[str, float | None]]]:
+    """Give step and metrics of the lines that no later attempt has repeated, by step; within a step, by attempt."""
     # An attempt resumes after its own first step, whatever earlier attempts logged beyond it.
     valid_to: dict[int, float] = {}
     limit = math.inf
-    for attempt in reversed(attempts):
-        valid_to[attempt.number] = limit
+    for number, attempt in reversed(attempts.items()):
+        valid_to[number] = limit
         limit = min(limit, attempt.step)
-    records = [
-        Record(step=line["step"], attempt=line["attempt"], numbers=_numbers(line))
-        for line in lines
-        if line["kind"] in ("log", "summary") and line["step"] <= valid_to[line["attempt"]]
-    ]
-    return sorted(records, key=lambda record: (record.step, record.attempt))
+    valid = [line for line in lines if line["kind"] in ("log", "summary") and line["step"] <= valid_to[line["attempt"]]]
+    return [(line["step"], _numbers(line)) for line in sorted(valid, key=lambda line: (line["step"], line["attempt"]))]
 
 
-_NOT_METRICS = ("time", "attempt", "step", "epoch", "seconds", "memory_bytes")
+_NOT_METRICS = ("kind", "time", "attempt", "step", "epoch", "seconds", "memory_bytes")
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float | None]:
-    numbers = {
-        key: value if value is not None and abs(value) <= sys.float_info.max else None
-        for key, value in line.items()
-        if key not in _NOT_METRICS and (value is None or type(value) in (int, float))
-    }
-    for chosen_shift in [key for key in numbers if key.endswith("logps/chosen_shift")]:
-        prefix = chosen_shift.removesuffix("logps/chosen_shift")
-        parts = (chosen_shift, *(f"{prefix}{name}" for name in ("logps/chosen", "logps/rejected", "ref/margins")))
-        shift, chosen, rejected, ref_margin = (numbers.get(key) for key in parts)
-        if shift is not None and chosen is not None and rejected is not None and ref_margin is not None:
+    numbers: dict[str, float | None] = {key: value for key, value in line.items() if key not in _NOT_METRICS}
+    for prefix in [key.removesuffix("logps/chosen_shift") for key in numbers if key.endswith("logps/chosen_shift")]:
+        names = ("logps/chosen_shift", "logps/chosen", "logps/rejected", "ref/margins")
+        parts = [value for name in names if (value := numbers.get(f"{prefix}{name}")) is not None]
+        if len(parts) == len(names):
             # The two shifts differ by the policy's margin minus the reference's.
+            shift, chosen, rejected, ref_margin = parts
             numbers[f"{prefix}logps/rejected_shift"] = shift - (chosen - rejected) + ref_margin
     return numbers
 
 
-def _read_margins(file: Path) -> MarginRows | None:
+def _read_margins(file: Path) -> MarginRows:
     # `ParquetFile` reads the file alone; `read_table` would read partition columns from the folder's name.
     table = pq.ParquetFile(file).read(columns=list(MARGIN_COLUMNS))
     columns = {name: table[name].to_numpy() for name in MARGIN_COLUMNS}
-    step = int(table.schema.metadata[b"refshard.step"])
-    return MarginRows(step=step, columns=columns) if table.num_rows else None
+    return MarginRows(step=int(table.schema.metadata[b"refshard.step"]), columns=columns)
