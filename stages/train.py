@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,19 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from pipeline.base.errors import DataError, UnfinishedError, stopped_as_asked
+from pipeline.base.errors import DataError, stopped_as_asked
 from pipeline.base.files import read_json, replace_file, sync_tree, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_other_bars
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
-from pipeline.config.reader import as_dict, settings_text
+from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt, claim_run
-from pipeline.run.card import hub_names, model_card
+from pipeline.run.card import model_card
 from pipeline.run.checkpoints import (
     delete_run,
     find_checkpoint,
@@ -39,10 +39,10 @@ from pipeline.run.checkpoints import (
     refuse_other_run,
 )
 from pipeline.run.identity import check_same_run, run_identity
-from pipeline.run.inputs import PolicyInputs, RunInputs, SetInputs, describe_adapter, describe_reference
+from pipeline.run.inputs import RunInputs, SetInputs, describe_policy, describe_reference
 from pipeline.run.outputs import guard_run
 from pipeline.run.reading import RECORD, SETTINGS
-from pipeline.run.records import RunLog, read_costs, write_inputs
+from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.store import Store, check_identity, open_store
@@ -56,7 +56,7 @@ from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.steps import order_of_run
 from pipeline.training.trainer import EvaluationLeft, PairTrainer, saving
-from pipeline.training.windows import Window, WindowCallback, check_mixable, evaluate_moved, window_at, window_config
+from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
 __all__ = ["run"]
 
@@ -98,11 +98,6 @@ class TrainingRun:
     def joined(self) -> Path:
         return self.output / _JOINED / self.attempt.name
 
-    @property
-    def store(self) -> Store:
-        """The training set's store, or a held-out one's in a window that only evaluates."""
-        return self.stores["train"] if "train" in self.stores else next(iter(self.stores.values()))
-
 
 def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None) -> None:
     """Train, resuming the run's last whole checkpoint if there is one, and save the policy.
@@ -125,14 +120,19 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     output = config.train.folder
     guard_run(config)
     router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
+    tokenizer = load_tokenizer(config)
     if config.reference.sync:
         check_mixable(config)
-    tokenizer = load_tokenizer(config)
-    stores = {} if config.reference.sync else _open_stores(config, config.data.sets, tokenizer)
-    identity = run_identity(config, _fingerprints(config, stores, tokenizer), PartialState().num_processes)
+        # The stores change with every window; the first reference does not.
+        stores, fingerprints = {}, {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
+    else:
+        stores = _open_stores(config, config.data.sets, tokenizer)
+        fingerprints = {name: store.fingerprint for name, store in stores.items()}
+    identity = run_identity(config, fingerprints, PartialState().num_processes)
 
     if not overwrite:
-        if _is_finished(output, identity):
+        if is_recorded(output):
+            check_same_run(output, read_json(output / RECORD).get("identity", {}), identity)
             _say(f"{output}: this run is finished already; nothing to do.")
             return
         refuse_other_run(output, identity)
@@ -190,13 +190,6 @@ def _while_owned(attempt: Attempt) -> Iterator[None]:
         raise
 
 
-def _is_finished(output: Path, identity: Mapping[str, Any]) -> bool:
-    if not is_recorded(output):
-        return False
-    check_same_run(output, read_json(output / RECORD).get("identity", {}), identity)
-    return True
-
-
 def _is_trained(checkpoint: Path) -> bool:
     state = read_json(checkpoint / "trainer_state.json")
     return bool(state["global_step"] >= state["max_steps"])
@@ -207,13 +200,6 @@ def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[s
     stores = {name: open_store(folder.child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))
     return stores
-
-
-def _fingerprints(config: Config, stores: Mapping[str, Store], tokenizer: Any) -> dict[str, str]:
-    if config.reference.sync is None:
-        return {name: store.fingerprint for name, store in stores.items()}
-    # The stores change with every window; the first reference does not.
-    return {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
 
 
 # Train.
@@ -230,19 +216,21 @@ def _train(run: TrainingRun) -> None:
     inputs = on_main_process(lambda: _write_inputs(run, described, scorer.model))
     if run.checkpoint is not None:
         _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, scorer.model)}")
+    finishes = run.window is None or run.window.is_last
     try:
         _run_steps(run, trainer)
-        if commit.stopped_early:
-            raise _unfinished(trainer, run.output)
-        finishes = run.window is None or run.window.is_last
-        if finishes:
+        if finishes and not commit.stopped_early:
             _finish(run, trainer, inputs, len(sets["train"]))
-    except UnfinishedError:
-        record.end(trainer.state.global_step, finished=False)
-        raise
-    record.end(trainer.state.global_step, finished=finishes)
+    except EvaluationLeft as left:
+        trainer.leave(save=left.save)
+    step = trainer.state.global_step
+    record.end(step, finished=finishes and not commit.stopped_early)
+    if commit.stopped_early:
+        saved = newest_step(run.output)
+        where = f"saved in {run.output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved"
+        raise stopped_as_asked(where, f"after step {step} of {trainer.state.max_steps}")
     if not finishes:
-        _say(f"Window {window} is done: step {trainer.state.global_step}; next the reference moves")
+        _say(f"Window {window} is done: step {step}; next the reference moves")
 
 
 def _load_policy(run: TrainingRun) -> Scorer:
@@ -285,20 +273,14 @@ def _in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
 
 
 def _write_inputs(run: TrainingRun, sets: Mapping[str, SetInputs], policy: Any) -> RunInputs:
-    parameters = list(policy.parameters())
     inputs = RunInputs(
-        reference=describe_reference(run.config, run.store),
-        policy=PolicyInputs(
-            model=run.config.policy.model,
-            adapter=describe_adapter(run.config.policy),
-            dtype=run.config.policy.dtype,
-            parameters=sum(p.numel() for p in parameters),
-            trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        ),
+        # All stores are of one reference; a window that only evaluates has none of the training set.
+        reference=describe_reference(run.config, next(iter(run.stores.values()))),
+        policy=describe_policy(run.config.policy, policy),
         sets=sets,
         stage_one=read_costs(open_folder(run.config.precompute.output)),
     )
-    write_inputs(run.output, inputs.as_dict())
+    write_json(run.output / INPUTS, asdict(inputs))
     return inputs
 
 
@@ -323,8 +305,9 @@ def _make_trainer(
     def before_training(trainer: PairTrainer) -> None:
         if gate is not None:
             run_gate(trainer, gate, _say, commit.leave_if_asked)
-        if window is not None:
-            evaluate_moved(trainer, window)
+        if window is not None and trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
+            # The library evaluated at a step's end, and could not where the reference moves right after it.
+            trainer.evaluate()
         commit.leave_if_asked()
         if run.checkpoint is not None:
             trainer.finish_evaluation(run.checkpoint)
@@ -335,7 +318,6 @@ def _make_trainer(
         loss=config.loss,
         activation_offload=config.train.activation_offload,
         attempt=run.attempt,
-        load_policy=lambda folder: load_policy(at_checkpoint(config, folder)),
         margins=margins if state.is_main_process else None,
         before_training=before_training,
         model=scorer.model,
@@ -376,17 +358,9 @@ def _run_steps(run: TrainingRun, trainer: PairTrainer) -> None:
                 trainer.finish_evaluation(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except EvaluationLeft as left:
-        trainer.leave(save=left.save)
     except pickle.UnpicklingError as error:
         # Its digests hold, so it was saved like that, and not by this program.
         raise DataError(f"{checkpoint}: holds objects other than tensors and numbers; nothing of it was run") from error
-
-
-def _unfinished(trainer: PairTrainer, output: Path) -> UnfinishedError:
-    step, saved = trainer.state.global_step, newest_step(output)
-    where = f"saved in {output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved"
-    return stopped_as_asked(where, f"after step {step} of {trainer.state.max_steps}")
 
 
 # Finish.
@@ -401,30 +375,15 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
         # Otherwise the library has loaded it.
         and (run.all_steps_are_done or trainer.is_fsdp_enabled)
     ):
-        trainer.load_best()
-    try:
-        metrics = _final_metrics(trainer)
-    except EvaluationLeft:
-        trainer.forget_evaluation()
-        if on_main_process(lambda: newest_step(output)) < trainer.state.global_step:
-            trainer.save_checkpoint()
-        raise _unfinished(trainer, output) from None
+        trainer.load_best(lambda folder: load_policy(at_checkpoint(run.config, folder)))
+    metrics = _final_metrics(trainer)
     _save_policy(run, trainer)
     if not PartialState().is_main_process:
         return
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     train_loss = sum(losses) / len(losses) if losses else None
-    options = run.config.train.options
-    card = model_card(
-        inputs,
-        name=output.name,
-        pairs=pairs,
-        loss=as_dict(run.config)["loss"],
-        hub=hub_names(run.config),
-        training={key: options[key] for key in _ON_CARD if key in options},
-        metrics=metrics,
-    )
+    card = model_card(run.config, inputs, name=output.name, pairs=pairs, metrics=metrics)
     replace_file(output / "README.md", card.encode("utf-8", errors="replace"))
     record = {"finished": True, "step": trainer.state.global_step, "identity": run.identity, "train_loss": train_loss}
     run.attempt.check()
@@ -433,16 +392,6 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
         shutil.rmtree(output / folder, ignore_errors=True)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     click.echo(f"The policy is in {output} ({trainer.state.global_step} steps{mean})")
-
-
-_ON_CARD = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)
 
 
 def _final_metrics(trainer: PairTrainer) -> dict[str, float]:

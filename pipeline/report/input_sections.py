@@ -43,7 +43,7 @@ def _data_rows(run: Run) -> list[list[object]]:
                 _counts(ledger.get("dropped")),
                 _counts(ledger.get("noted")),
                 # A window of held-out sets alone joins no training pairs.
-                None if moves and "store" not in given else given.get("matched"),
+                None if moves and not given.get("store") else given.get("matched"),
                 # All pairs outside of the window are missing, as they should be.
                 None if moves else given.get("missing"),
                 *(tokens.get(side) for side in ("prompt", "chosen", "rejected")),

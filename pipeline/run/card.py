@@ -1,11 +1,12 @@
 """The model card of a trained policy: its data, its reference, its settings."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pipeline.base.errors import one_line
 from pipeline.base.versions import library_versions
@@ -13,31 +14,31 @@ from pipeline.config.schema import Config, LossConfig
 from pipeline.data.sources import open_source
 from pipeline.run.inputs import RunInputs
 
-__all__ = ["hub_names", "model_card"]
+__all__ = ["model_card"]
+
+_SETTINGS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+)
+"""Settings of `train` on the card"""
+
+_TIMINGS = ("runtime", "per_second", "preparation_time")
 
 
-def model_card(
-    inputs: RunInputs,
-    *,
-    name: str,
-    pairs: int,
-    loss: Mapping[str, Any],
-    hub: Mapping[str, Any],
-    training: Mapping[str, Any],
-    metrics: Mapping[str, float],
-) -> str:
+def model_card(config: Config, inputs: RunInputs, *, name: str, pairs: int, metrics: Mapping[str, float]) -> str:
     """Write the card as Markdown with the hub's YAML header.
 
-    Names come from settings and data, so they are quoted: in the header as JSON strings, which YAML reads, in the
-    text as code.
+    Names come from settings and data, so the text quotes them as code.
 
     Args:
+        config: The run's settings.
         inputs: What the run's last attempt began with.
         name: Title of the card.
         pairs: Number of pairs that were trained on.
-        loss: The `loss` section.
-        hub: What `hub_names` gives.
-        training: Settings of the training to show.
         metrics: Held-out metrics by name; timings are left out.
     """
     adapter, dataset = inputs.policy.adapter, inputs.sets["train"].dataset
@@ -45,13 +46,17 @@ def model_card(
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "refshard", "preference-optimization"],
-        **hub,
     }
+    # The hub takes names of its own in these two fields, no paths.
+    if not Path(config.policy.model).exists():
+        header["base_model"] = config.policy.model
+    if open_source(config.data).format == "hub":
+        header["datasets"] = [config.data.path]
+    options = config.train.options
     metrics = {key: value for key, value in metrics.items() if not any(word in key for word in _TIMINGS)}
-    lines = ["---"]
-    lines += [f"{key}: {_quoted(value)}" for key, value in header.items()]
-    lines += [
+    lines = [
         "---",
+        yaml.safe_dump(header, sort_keys=False) + "---",
         "",
         f"# {_plain(name)}",
         "",
@@ -65,9 +70,9 @@ def model_card(
         f"| reference | {_code(inputs.reference.name)} |",
         f"| fingerprint of the reference log-probs | `{inputs.reference.fingerprint}` |",
         f"| data | {_code(dataset)}, {pairs:,} pairs |",
-        f"| loss | {_code(_named_loss(loss))}, beta {loss['beta']:g} |",
+        f"| loss | {_code(_named_loss(config.loss))}, beta {config.loss.beta:g} |",
     ]
-    lines += [f"| {_plain(key)} | {_code(value)} |" for key, value in training.items()]
+    lines += [f"| {_plain(key)} | {_code(options[key])} |" for key in _SETTINGS if key in options]
     if metrics:
         lines += ["", "## Held-out pairs", "", "| metric | value |", "|---|---|"]
         lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
@@ -75,38 +80,13 @@ def model_card(
     return "\n".join(lines)
 
 
-def hub_names(config: Config) -> dict[str, Any]:
-    """Name policy and dataset in the header's fields, which take names on the hub alone, no paths."""
-    names: dict[str, Any] = {}
-    if not Path(config.policy.model).exists():
-        names["base_model"] = config.policy.model
-    if open_source(config.data).format == "hub":
-        names["datasets"] = [config.data.path]
-    return names
-
-
-_TIMINGS = ("runtime", "per_second", "preparation_time")
-
-
-def _named_loss(loss: Mapping[str, Any]) -> str:
+def _named_loss(loss: LossConfig) -> str:
     """Name the losses with their weights, and every option that is not its default."""
-    names = loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
-    weights = loss.get("weights") or [1] * len(names)
-    text = " + ".join(
-        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
-    )
-    plain = {"type", "weights", "beta"}
-    options = [f"{key} {value}" for key, value in loss.items() if key not in plain and value != _LOSS_DEFAULTS.get(key)]
+    weighted = zip(loss.types, loss.weights_of_types, strict=True)
+    text = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weighted)
+    defaults, plain = dataclasses.asdict(LossConfig()), {"type", "weights", "beta"}
+    options = [f"{key} {value}" for key, value in vars(loss).items() if key not in plain and value != defaults[key]]
     return ", ".join([text, *options])
-
-
-_LOSS_DEFAULTS = dataclasses.asdict(LossConfig())
-
-
-def _quoted(value: Any) -> str:
-    """Give the value as JSON that is also YAML, which has no surrogate pairs: escape only unprintable characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Inputs of an attempt: one record for `inputs.json` and for the model card."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from pipeline.config.schema import Config, PolicyConfig
 from pipeline.store.store import Store
 
-__all__ = ["PolicyInputs", "ReferenceInputs", "RunInputs", "SetInputs", "describe_adapter", "describe_reference"]
+__all__ = ["PolicyInputs", "ReferenceInputs", "RunInputs", "SetInputs", "describe_policy", "describe_reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +66,24 @@ class RunInputs:
     stage_one: list[dict[str, Any]]
     """Costs of stage one, as its workers have recorded them"""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the content of `inputs.json`."""
-        content = dataclasses.asdict(self)
-        for of_set in content["sets"].values():
-            for key in ("store", "noise"):
-                if of_set[key] is None:
-                    del of_set[key]
-        return content
 
-
-def describe_adapter(policy: PolicyConfig) -> str | None:
-    """Describe the adapter that is trained; None if all weights are."""
-    if policy.lora:
-        return f"LoRA, rank {policy.lora.r}, alpha {policy.lora.alpha:g}, on {policy.lora.target_modules}"
-    if policy.ia3:
-        return f"IA3, on {policy.ia3.target_modules or 'the layers usual for its architecture'}"
-    return f"adapter {policy.adapter}" if policy.adapter else None
+def describe_policy(config: PolicyConfig, policy: Any) -> PolicyInputs:
+    """Describe the loaded policy, before it is trained."""
+    adapter = None
+    if config.lora:
+        adapter = f"LoRA, rank {config.lora.r}, alpha {config.lora.alpha:g}, on {config.lora.target_modules}"
+    elif config.ia3:
+        adapter = f"IA3, on {config.ia3.target_modules or 'the layers usual for its architecture'}"
+    elif config.adapter:
+        adapter = f"adapter {config.adapter}"
+    parameters = list(policy.parameters())
+    return PolicyInputs(
+        model=config.model,
+        adapter=adapter,
+        dtype=config.dtype,
+        parameters=sum(p.numel() for p in parameters),
+        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+    )
 
 
 def describe_reference(config: Config, store: Store) -> ReferenceInputs:

@@ -205,7 +205,7 @@ def _attempts(lines: Sequence[Mapping[str, Any]]) -> dict[int, AttemptSummary]:
 
 
 def _records(
-    lines: Sequence[Mapping[str, Any]], attempts: Mapping[int, AttemptSummary]
+    lines: Sequence[Mapping[str, Any]], attempts: dict[int, AttemptSummary]
 ) -> list[tuple[int, dict[str, float | None]]]:
     """Give step and metrics of the lines that no later attempt has repeated, by step; within a step, by attempt."""
     # An attempt resumes after its own first step, whatever earlier attempts logged beyond it.

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, StorageError
-from pipeline.base.files import make_folder, parse_json, replace_file, write_json
+from pipeline.base.files import make_folder, parse_json, replace_file
 from pipeline.base.folders import Folder
 from pipeline.base.progress import without_nan
 from pipeline.replies.records import GENERATIONS
@@ -42,7 +42,6 @@ __all__ = [
     "delete_records",
     "read_costs",
     "write_cost",
-    "write_inputs",
     "write_margins",
 ]
 
@@ -79,11 +78,6 @@ class RunLog:
             if not self._warned:
                 click.echo(f"warning: {self._file}: a line is lost ({error.strerror or error})", err=True)
             self._warned = True
-
-
-def write_inputs(run_folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Write what an attempt begins with. Raises StorageError."""
-    write_json(run_folder / INPUTS, inputs)
 
 
 def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:

@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import read_json, sync_tree, write_json
 from pipeline.config.schema import Config, ReferenceConfig
@@ -80,9 +84,6 @@ def _save_plain(config: Config, folder: Path) -> None:
 
 
 def _mix_files(policy: Path, reference: Path, target: Path, alpha: float) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     theirs = _files_by_tensor(policy)
     target.mkdir()
     for name in sorted(set(_files_by_tensor(reference).values())):
@@ -108,8 +109,6 @@ def _mix_files(policy: Path, reference: Path, target: Path, alpha: float) -> Non
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as weights:
             yield weights

@@ -19,7 +19,7 @@ from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
-from pipeline.run.checkpoints import processes_of
+from pipeline.run.checkpoints import newest_step, processes_of
 from pipeline.scoring.forward import Want, score
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
@@ -71,7 +71,6 @@ class PairTrainer(transformers.Trainer):
         loss: The `loss` section.
         activation_offload: Keep activations in the CPU's memory until backward needs them.
         attempt: The run's attempt, which saves only while it owns the run's folder.
-        load_policy: Loads the policy of a checkpoint, for the best one of a run under FSDP.
         margins: Collects each pair's margins.
         before_training: Called with the trainer once all is ready for the first step.
     """
@@ -84,16 +83,13 @@ class PairTrainer(transformers.Trainer):
         loss: LossConfig,
         activation_offload: bool = False,
         attempt: Attempt | None = None,
-        load_policy: Callable[[Path], Any] | None = None,
         margins: Margins | None = None,
         before_training: Callable[["PairTrainer"], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.add_callback(_BeforeTraining(self, before_training))
-        self._first_step = 0
         self._attempt = attempt
-        self._load_policy = load_policy
         self._margins = margins
         # Stop the loaders' workers before the interpreter exits. They ignore a SIGTERM unless this is set.
         self._closing: Any = multiprocessing.RawValue("b", 0)
@@ -144,7 +140,7 @@ class PairTrainer(transformers.Trainer):
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
         self._add_metrics(columns_of(joined, scores, pairs, objective))
-        return (loss, {"loss": objective.loss.detach()}) if return_outputs else loss
+        return loss
 
     def _real_pairs(self, count: int) -> int:
         """Give the number of real (non-padding) pairs in this rank's last evaluation batch.
@@ -201,13 +197,12 @@ class PairTrainer(transformers.Trainer):
         if self._determine_best_metric(metrics, trial=None):
             self.state.best_model_checkpoint = str(checkpoint)
 
-    def save_checkpoint(self) -> None:
-        """Save a checkpoint outside the library's own schedule."""
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+    def leave(self, *, save: bool) -> None:
+        """Drop the results of an evaluation that was left, and end training.
 
-    def forget_evaluation(self) -> None:
-        """Drop the results of a left evaluation at this step."""
+        Args:
+            save: Save a checkpoint, unless no step was taken since the last one.
+        """
         step = self.state.global_step
         self.state.log_history = [
             entry
@@ -218,20 +213,12 @@ class PairTrainer(transformers.Trainer):
         if self._margins is not None:
             self._margins.forget()
         self.model.train()
-
-    def leave(self, *, save: bool) -> None:
-        """End training during an evaluation.
-
-        Args:
-            save: Save a checkpoint, unless no step was taken since the last one.
-        """
-        self.forget_evaluation()
-        if not self.is_in_train:
-            return
-        if save and self.state.global_step > self._first_step:
+        if save and on_main_process(lambda: newest_step(Path(str(self.args.output_dir)))) < step:
             # The checkpoint holds the control, in which the evaluation is still due.
-            self.save_checkpoint()
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.is_in_train:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         def make_way(folder: Path) -> None:
@@ -293,8 +280,8 @@ class PairTrainer(transformers.Trainer):
         merged on loading, and warns of them. It is not called under DeepSpeed.
         """
 
-    def load_best(self) -> None:
-        """Load the weights of the run's best checkpoint into the policy."""
+    def load_best(self, load_policy: Callable[[Path], Any]) -> None:
+        """Load the weights of the run's best checkpoint into the policy; `load_policy` loads one from a folder."""
         if not self.is_fsdp_enabled:
             self._load_best_model()
             return
@@ -302,8 +289,7 @@ class PairTrainer(transformers.Trainer):
         weights: dict[str, torch.Tensor] = {}
 
         def read() -> None:
-            assert self._load_policy is not None
-            policy = self._load_policy(Path(str(self.state.best_model_checkpoint)))
+            policy = load_policy(Path(str(self.state.best_model_checkpoint)))
             named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
             weights.update(named if has_adapter else policy.state_dict())
 
@@ -382,7 +368,6 @@ class _BeforeTraining(transformers.TrainerCallback):
         self._action = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._first_step = state.global_step
         if self._action is not None:
             self._action(self._trainer)
 

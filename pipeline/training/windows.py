@@ -44,8 +44,6 @@ __all__ = [
     "Window",
     "WindowCallback",
     "check_mixable",
-    "evaluate_moved",
-    "make_window",
     "next_window",
     "prepare_reference",
     "window_at",
@@ -74,18 +72,12 @@ def window_at(
 ) -> Window:
     """Give the window that a run's checkpoint begins or continues; without a checkpoint, the first one."""
     assert config.reference.sync is not None
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    return make_window(config, arguments, order, step // config.reference.sync.steps)
-
-
-def make_window(config: Config, arguments: transformers.TrainingArguments, order: Order, number: int) -> Window:
-    """Give window `number`, or the last one if there are fewer."""
-    assert config.reference.sync is not None
     size, total = config.reference.sync.steps, len(order.steps)
     evaluated = _evaluated_steps(arguments, order) if config.data.eval else set()
     # If the reference moves at the very end, an evaluation there has a window of its own, without steps.
     last_number = total // size if total % size or total in evaluated else total // size - 1
-    number = min(number, last_number)
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    number = min(step // size, last_number)
     return Window(
         number=number,
         first=size * number,
@@ -98,15 +90,12 @@ def make_window(config: Config, arguments: transformers.TrainingArguments, order
 def _evaluated_steps(arguments: transformers.TrainingArguments, order: Order) -> set[int]:
     """Give the steps at which the library evaluates, and the last one, whose metrics go into the model card."""
     total = len(order.steps)
-    steps = {total}
-    if arguments.eval_on_start:
-        steps.add(0)
-    strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
-    if strategy == "steps":
+    steps = {0, total} if arguments.eval_on_start else {total}
+    if arguments.eval_strategy == "steps":
         every = arguments.eval_steps or 1
         every = math.ceil(total * every) if every < 1 else int(every)
         steps |= {step for step in range(every, total, every) if step >= arguments.eval_delay}
-    elif strategy == "epoch":
+    elif arguments.eval_strategy == "epoch":
         per_epoch = order.steps_per_epoch
         steps |= {step for step in range(per_epoch, total, per_epoch) if step / per_epoch >= arguments.eval_delay}
     return steps
@@ -162,8 +151,8 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
         with contextlib.suppress(OSError):
             target.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-    for needed in (checkpoint, previous):
-        if needed is not None and not needed.exists():
+    for needed in filter(None, (checkpoint, previous)):
+        if not needed.exists():
             raise DataError(
                 f"{needed}: missing, and the reference of step {window.first} is made from it. Restore it, or start "
                 "over with refshard train --overwrite"
@@ -183,24 +172,18 @@ def check_mixable(config: Config) -> None:
     policy = config.policy
     if not policy.has_adapter or not getattr(NamedModel.policy(config).text_config(), "tie_word_embeddings", False):
         return
-    named: list[str] = []
-    if policy.lora is not None:
-        named = [*policy.lora.modules_to_save, *_as_list(policy.lora.target_modules)]
-    elif policy.ia3 is not None:
-        named = policy.ia3.target_modules or []
-    elif policy.adapter is not None:
-        saved = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
-        named = [*_as_list(saved.get("modules_to_save")), *_as_list(saved.get("target_modules"))]
+    if policy.adapter is not None:
+        adapter = read_json(find_adapter(policy.adapter, "policy.adapter") / ADAPTER_CONFIG)
+    else:
+        adapter = vars(policy.lora or policy.ia3)
+    given = (adapter.get(key) or [] for key in ("modules_to_save", "target_modules"))
+    named = [name for names in given for name in ([names] if isinstance(names, str) else names)]
     embeddings = [name for name in named if re.search(r"emb|wte|word", name)]
     if embeddings:
         raise ConfigError(
             f"reference.sync: the adapter must not change embeddings that are tied to the head, got {embeddings[0]}. "
             "Leave it out of the adapter"
         )
-
-
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _delete_older(output: Path, size: int) -> None:
@@ -240,16 +223,6 @@ def next_window(
     return window_config(config, window, output), needed, rows
 
 
-def evaluate_moved(trainer: transformers.Trainer, window: Window) -> None:
-    """Evaluate where a window begins, if an evaluation is due at that step.
-
-    The library evaluates at a step's end. If the reference moves at that step, its log-probs do not exist until the
-    next window begins.
-    """
-    if trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
-        trainer.evaluate()
-
-
 class WindowCallback(transformers.TrainerCallback):
     """Ends training where the reference moves."""
 
@@ -257,15 +230,12 @@ class WindowCallback(transformers.TrainerCallback):
         self._window = window
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._ends(state):
+        if state.global_step != self._window.last:
             return
         control.should_log = control.should_save = control.should_training_stop = True
         control.should_evaluate = state.global_step in self._window.evaluations
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # If the step also ends an epoch, all was done at the step's end.
-        if self._ends(state):
+        if state.global_step == self._window.last:
             control.should_evaluate = control.should_save = False
-
-    def _ends(self, state: Any) -> bool:
-        return bool(state.global_step == self._window.last)

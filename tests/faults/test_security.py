@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, one_line
 from pipeline.config.reader import load_config
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.config.training import TrainSection
 from pipeline.data import layouts, pairs, tokens
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_source, read_rows
@@ -249,15 +250,13 @@ def test_the_card_holds_no_escapes_and_no_header_of_a_stranger() -> None:
         sets={"train": train},
         stage_one=[],
     )
-    card = model_card(
-        inputs,
-        name=hostile,
-        pairs=1,
-        loss={"type": "sigmoid", "beta": 0.1},
-        hub={"base_model": hostile, "datasets": [hostile]},
-        training={hostile: hostile},
-        metrics={hostile: 1.0},
+    config = Config(
+        data=DataConfig(path="pairs", format="hub"),
+        policy=PolicyConfig(model=hostile),
+        precompute=PrecomputeConfig(output="shards"),
+        train=TrainSection(output_dir="policy"),
     )
+    card = model_card(config, inputs, name=hostile, pairs=1, metrics={hostile: 1.0})
     assert all(line.isprintable() for line in card.split("\n"))
     assert card.count("\n---\n") == 1
     assert "license" not in yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))

@@ -18,7 +18,7 @@ from pipeline.store.store import open_store
 from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import mix
 from pipeline.training.steps import order_of_run
-from pipeline.training.windows import make_window
+from pipeline.training.windows import window_at
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows
 from support.trl_peer import CaptureWeights, load, trl_trainer
@@ -291,11 +291,14 @@ def test_windows_cover_every_step_and_the_last_evaluation(
     config = load_config(config_file, [] if evaluates else ["data.eval={}"])
     arguments = training_arguments(config)
     order = order_of_run(arguments, 38)
-    windows = [make_window(config, arguments, order, number) for number in range(len(expected))]
+    windows = [
+        window_at(config, arguments, order, Path(f"checkpoint-{4 * number}")) for number in range(len(expected))
+    ]
+    assert window_at(config, arguments, order, None) == windows[0]
     assert [(w.number, w.first, w.last, w.is_last) for w in windows] == expected
     evaluated = {step for w in windows for step in w.evaluations}
     assert evaluated == ({*range(3, total, 3), total} if evaluates else set())
-    assert make_window(config, arguments, order, 99) == windows[-1]
+    assert window_at(config, arguments, order, Path("checkpoint-396")) == windows[-1]
 
 
 def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path) -> None:

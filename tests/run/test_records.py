@@ -21,7 +21,6 @@ from pipeline.run.records import (
     delete_records,
     read_costs,
     write_cost,
-    write_inputs,
     write_margins,
 )
 
@@ -87,7 +86,7 @@ def test_margins_are_plain_columns_with_their_step(tmp_path: Path) -> None:
 
 def test_a_new_run_deletes_what_the_old_one_wrote_down_and_nothing_else(tmp_path: Path) -> None:
     RunLog(Attempt(tmp_path, 1)).add("start", {})
-    write_inputs(tmp_path, {"sets": {}})
+    (tmp_path / INPUTS).write_text("{}")
     write_margins(tmp_path, "train", 1, np.zeros((1, 5), np.float32))
     (tmp_path / GENERATIONS).write_text("{}\n")
     (tmp_path / "report.html").write_text("mine")
