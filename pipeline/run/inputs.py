@@ -15,11 +15,9 @@ class ReferenceInputs:
     """The reference whose log-probs are trained on."""
 
     name: str
-    """Name for people"""
     identity: Mapping[str, Any]
     """The manifest's identity of the reference"""
     fingerprint: str
-    """Fingerprint of the store"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +29,7 @@ class PolicyInputs:
     """The trained adapter, described for people; None if all weights are trained"""
     dtype: str | None
     parameters: int
-    """Number of parameters"""
     trained_parameters: int
-    """Number of parameters that are trained"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +43,6 @@ class SetInputs:
     matched: int
     """Number of pairs with reference log-probs"""
     missing: int
-    """Number of pairs without"""
     tokens: Mapping[str, int]
     """Number of tokens of all joined prompts, chosen and rejected completions"""
     store: str | None

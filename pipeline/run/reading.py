@@ -125,11 +125,7 @@ def part(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder: `train.output_dir`.
-
-    Raises:
-        ConfigError: The folder is not a run's.
-    """
+    """Read a run's folder: `train.output_dir`. Raises ConfigError if it is not a run's."""
     if not any((folder / name).is_file() for name in (SETTINGS, LOG, INPUTS, RECORD)):
         found = f"one without {LOG} and {SETTINGS}" if folder.is_dir() else "no folder"
         inside = sorted({file.parent.name for name in (LOG, SETTINGS) for file in folder.glob(f"*/{name}")})

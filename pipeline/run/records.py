@@ -81,16 +81,9 @@ class RunLog:
 
 
 def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
-    """Write the margins of a set's pairs, in place of an earlier evaluation's.
+    """Write the margins of a set's pairs, in place of an earlier evaluation's. Raises StorageError.
 
-    Args:
-        run_folder: Folder of the run.
-        name: Name of the set.
-        step: Step of the evaluation.
-        rows: Values of `MARGIN_COLUMNS`, [P, 5].
-
-    Raises:
-        StorageError: The file can't be written.
+    `step` is that of the evaluation; `rows` holds the values of `MARGIN_COLUMNS`, [P, 5].
     """
     schema = pa.schema([pa.field(column, pa.float32(), nullable=False) for column in MARGIN_COLUMNS])
     table = pa.table([rows[:, i] for i in range(rows.shape[1])], schema=schema)

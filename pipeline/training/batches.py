@@ -1,8 +1,7 @@
 """Collate joined rows to a batch: packed or padded token ids, and the reference log-probs of its pairs."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from pipeline.data.tokens import TokenizedPair, truncate
 from pipeline.scoring.packing import Batch, make_batch
 from pipeline.store.reference_table import TokenLogps
 
-__all__ = ["JoinedBatch", "make_collator"]
+__all__ = ["Collator", "JoinedBatch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,60 +44,49 @@ class JoinedBatch:
         return JoinedBatch(**changed)
 
 
-def make_collator(pad_id: int, max_length: int | None, token_logps: TokenLogps | None = None, *, packed: bool) -> Any:
-    """Make the function that collates rows of the joined set to one micro-batch.
+@dataclass(frozen=True)
+class Collator:
+    """Collates rows of the joined set to one micro-batch. Not a closure: loader processes may have to unpickle it."""
 
-    Args:
-        pad_id: Token id of padding.
-        max_length: The `data.max_length` that the pairs were joined with.
-        token_logps: File that the rows' `token_start` counts in; without it, `ref_token_logps` is None.
-        packed: Pack the pairs into one row, which the model must be able to read; otherwise pad them.
-    """
+    pad_id: int
+    max_length: int | None
+    """The `data.max_length` that the pairs were joined with"""
+    token_logps: TokenLogps | None = None
+    """File that the rows' `token_start` counts in; without it, `ref_token_logps` is None"""
+    packed: bool = field(kw_only=True)
+    """Pack the pairs into one row, which the model must be able to read; otherwise pad them"""
 
-    # Not a closure: loader processes that are not forks unpickle it.
-    return functools.partial(_collate, pad_id=pad_id, max_length=max_length, token_logps=token_logps, packed=packed)
-
-
-def _collate(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    pad_id: int,
-    max_length: int | None,
-    token_logps: TokenLogps | None,
-    packed: bool,
-) -> dict[str, Any]:
-    pairs = []
-    for row in rows:
-        whole = TokenizedPair(
-            prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        pairs = []
+        for row in rows:
+            whole = TokenizedPair(
+                prompt_ids=row["prompt_ids"], chosen_ids=row["chosen_ids"], rejected_ids=row["rejected_ids"]
+            )
+            pair = truncate(whole, self.max_length)
+            assert pair is not None, f"row {row['row']} should have been dropped: its prompt fills max_length"
+            pairs.append(pair)
+        joined = JoinedBatch(
+            batch=make_batch(pairs, self.pad_id, packed=self.packed),
+            ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
+            ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
+            truncated=torch.tensor([row["truncated"] for row in rows]),
+            ref_token_logps=self._ref_token_logps(rows, pairs),
         )
-        pair = truncate(whole, max_length)
-        if pair is None:
-            raise AssertionError(f"row {row['row']} should have been dropped: its prompt fills max_length")
-        pairs.append(pair)
-    joined = JoinedBatch(
-        batch=make_batch(pairs, pad_id, packed=packed),
-        ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
-        ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
-        truncated=torch.tensor([row["truncated"] for row in rows]),
-        ref_token_logps=(
-            _ref_token_logps(rows, pairs, token_logps) if token_logps is not None and "token_start" in rows[0] else None
-        ),
-    )
-    # The libraries take the number of pairs from the first entry.
-    return {"rows": torch.tensor([row["row"] for row in rows]), "joined": joined}
+        # The libraries take the number of pairs from the first entry.
+        return {"rows": torch.tensor([row["row"] for row in rows]), "joined": joined}
 
-
-def _ref_token_logps(
-    rows: Sequence[Mapping[str, Any]], pairs: Sequence[TokenizedPair], token_logps: TokenLogps
-) -> torch.Tensor:
-    """Read the reference's token logps, all chosen completions and then all rejected ones: [N] float32."""
-    sides: tuple[list[Any], list[Any]] = ([], [])
-    for row, pair in zip(rows, pairs, strict=True):
-        chosen, both = len(pair.chosen_ids), len(pair.chosen_ids) + len(pair.rejected_ids)
-        # An unscored pair has none. The loader may fetch it ahead; the loss refuses it.
-        unscored = row["token_start"] < 0
-        values = np.full(both, np.nan, np.float32) if unscored else token_logps.read(row["token_start"], both)
-        sides[0].append(values[:chosen])
-        sides[1].append(values[chosen:])
-    return torch.from_numpy(np.concatenate([*sides[0], *sides[1]]))
+    def _ref_token_logps(
+        self, rows: Sequence[Mapping[str, Any]], pairs: Sequence[TokenizedPair]
+    ) -> torch.Tensor | None:
+        """Read the reference's token logps, all chosen completions and then all rejected ones: [N] float32."""
+        if self.token_logps is None or "token_start" not in rows[0]:
+            return None
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        for row, pair in zip(rows, pairs, strict=True):
+            chosen, both = len(pair.chosen_ids), len(pair.chosen_ids) + len(pair.rejected_ids)
+            # An unscored pair has none. The loader may fetch it ahead; the loss refuses it.
+            unscored = row["token_start"] < 0
+            values = np.full(both, np.nan, np.float32) if unscored else self.token_logps.read(row["token_start"], both)
+            sides[0].append(values[:chosen])
+            sides[1].append(values[chosen:])
+        return torch.from_numpy(np.concatenate([*sides[0], *sides[1]]))

@@ -23,12 +23,7 @@ _SAVE, _LEAVE = 1, 2
 class CommitCallback(transformers.TrainerCallback):
     """Commits each checkpoint that the library saved, and saves a last one on a stop request.
 
-    Args:
-        identity: Identity of the run, for the marker.
-        flag: The stop request.
-        attempt: The run's attempt.
-        keep: The user's `save_total_limit`.
-        clock: Gives seconds that never jump, unlike the wall clock's.
+    `keep` is the user's `save_total_limit`. `clock` gives seconds that never jump, unlike the wall clock's.
     """
 
     # On a second SIGTERM time is short, and a checkpoint of this age is not saved again.

@@ -26,12 +26,7 @@ WHOLE, SHARE = "optimizer.pt", "optimizer-{:05d}-of-{:05d}.pt"
 
 
 def name_plugin(state: Any, plugin_settings: Mapping[str, Any]) -> None:
-    """Set FSDP in accelerate's state on processes of CPUs, where accelerate silently uses DDP.
-
-    Args:
-        state: The accelerator's `AcceleratorState`.
-        plugin_settings: `fsdp_plugin_args` of `TrainingArguments`.
-    """
+    """Set FSDP in accelerate's `AcceleratorState` on processes of CPUs, where accelerate silently uses DDP."""
     if state.distributed_type != DistributedType.MULTI_CPU:
         return
     plugin = FullyShardedDataParallelPlugin(**plugin_settings)
@@ -44,9 +39,7 @@ def name_plugin(state: Any, plugin_settings: Mapping[str, Any]) -> None:
 def whole_weights(model: Any, *, trained_only: bool) -> dict[str, torch.Tensor]:
     """Gather the weights of a model that FSDP2 has sharded, in the main process's memory; in others, nothing.
 
-    Args:
-        model: The sharded model.
-        trained_only: Leave out frozen weights, such as an adapter's base.
+    `trained_only` leaves out frozen weights, such as an adapter's base.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
@@ -59,31 +52,28 @@ def whole_weights(model: Any, *, trained_only: bool) -> dict[str, torch.Tensor]:
 
 
 def put_weights(model: Any, weights: Mapping[str, torch.Tensor], *, trained_only: bool) -> None:
-    """Load whole weights of the main process into a model that FSDP2 has sharded.
+    """Load whole weights of the main process, by name, into a model that FSDP2 has sharded.
 
-    Args:
-        model: The sharded model.
-        weights: Weights by name; those of other processes are ignored.
-        trained_only: The weights hold no frozen ones, which stay as they are.
+    With `trained_only`, the weights hold no frozen ones, which stay as they are.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not trained_only)
     set_model_state_dict(model, dict(weights), options=options)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rank: int, processes: int, *, whole: bool) -> None:
-    """Save the optimizer's state: whole by the main process, or each process its share.
+    """Save the state of a sharded model's optimizer: each process its share, or `whole` by the main process.
 
-    Args:
-        optimizer: Optimizer of a model that FSDP2 has sharded.
-        folder: Folder of the checkpoint.
-        rank: Rank of this process.
-        processes: Number of processes.
-        whole: Gather the state, tensor by tensor, in the main process's memory.
+    The whole state is gathered tensor by tensor in the main process's memory.
     """
     saved = optimizer.state_dict()
+    sharded = {
+        (index, name): value
+        for index, values in saved["state"].items()
+        for name, value in values.items()
+        if isinstance(value, DTensor)
+    }
     # On a mesh of two dimensions (hybrid sharding), a share is not a slice of rows.
-    whole = whole or any(not _is_sliced(value) for _, _, value in _sharded(saved))
-    cut = [] if whole else [[index, name] for index, name, _ in _sharded(saved)]
+    whole = whole or any(t.device_mesh.ndim != 1 or tuple(t.placements) != (Shard(0),) for t in sharded.values())
     state: dict[int, dict[str, Any]] = {}
     # All processes gather a tensor together, so they need the same order.
     for index in sorted(saved["state"]):
@@ -91,16 +81,17 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rank: int, pr
     # The main process may not have made it yet.
     folder.mkdir(parents=True, exist_ok=True)
     if not whole:
-        torch.save({**saved, "state": state, "cut": cut}, folder / SHARE.format(rank, processes))
+        torch.save(
+            {**saved, "state": state, "cut": [list(key) for key in sharded]}, folder / SHARE.format(rank, processes)
+        )
     elif rank == 0:
         torch.save({**saved, "state": state}, folder / WHOLE)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load an optimizer's state, saved in either form, into an optimizer that may be sharded or not.
+    """Load a state, saved in either form, into an optimizer that may be sharded or not.
 
-    Raises:
-        DataError: A file is missing.
+    Raises DataError if a file is missing.
     """
     shares = sorted(folder.glob("optimizer-*-of-*.pt"))
     if not shares:
@@ -133,28 +124,14 @@ def _read(file: Path) -> dict[str, Any]:
     return read
 
 
-def _sharded(saved: Mapping[str, Any]) -> list[tuple[int, str, DTensor]]:
-    """List the sharded tensors of an optimizer's state: index of the parameter, name, tensor."""
-    return [
-        (index, name, value)
-        for index, values in saved["state"].items()
-        for name, value in values.items()
-        if isinstance(value, DTensor)
-    ]
-
-
-def _is_sliced(tensor: DTensor) -> bool:
-    return tensor.device_mesh.ndim == 1 and tuple(tensor.placements) == (Shard(0),)
-
-
 def _piece(value: Any, whole: bool, rank: int) -> Any:
-    if isinstance(value, DTensor):
-        if not whole:
-            return value.to_local().cpu()
-        value = value.full_tensor()
-        # Only the main process saves it.
-        return value.cpu() if rank == 0 else None
-    return value
+    if not isinstance(value, DTensor):
+        return value
+    if not whole:
+        return value.to_local().cpu()
+    gathered = value.full_tensor()
+    # Only the main process saves it.
+    return gathered.cpu() if rank == 0 else None
 
 
 def _spread(value: Any, parameter: torch.Tensor) -> Any:

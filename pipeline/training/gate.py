@@ -6,10 +6,11 @@ and kernel. The loss is no measure: a healthy mixture of experts is far from ln 
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Gaps:
     """Policy logps minus stored logps of the sampled completions."""
 
     values: list[npt.NDArray[np.float64]]
-    """Gaps of each completion, [tokens] nats; if only sums are stored, [1]: the sum's gap over its tokens"""
+    """Gaps of each completion, from `completion_gap`"""
     parts: list[int]
     """Part of each completion"""
 
@@ -52,11 +53,11 @@ class Gate:
     """The store to compare with, and the conditions of the comparison."""
 
     store: Store
+    allowed: tuple[float, float]
+    """Mean and largest gap that the store's noise floor allows, nats a token"""
     reference_dtype: str
     policy_dtype: str
     """Dtype of the policy's products: autocast's if it is on"""
-    in_8_bits: bool
-    """True if the reference's weights are in 8 bits"""
     relation: PolicyReferenceRelation
     """States in which the policy must equal the reference"""
     start: int
@@ -65,23 +66,14 @@ class Gate:
     """Print a warning instead of stopping"""
 
     def judge(self, gaps: Gaps) -> Agreement:
-        """Compare the gaps with what the store's noise floor allows."""
-        allowed = allowed_gap(self.store.noise, self.reference_dtype, in_8_bits=self.in_8_bits)
-        return compare(gaps.values, allowed)
-
-    def passes(self, gaps: Gaps) -> bool:
-        """Return True if the gaps are allowed; NaN is not."""
-        return self.judge(gaps).agrees
+        """Compare the gaps with what is allowed."""
+        return compare(gaps.values, self.allowed)
 
 
 def make_gate(config: Config, scored: Config, store: Store, window: Window | None) -> Gate:
-    """Make the gate of a run.
+    """Make the gate of a run on the training set's store.
 
-    Args:
-        config: The run's settings.
-        scored: Settings that the store was scored with: the run's own, or the window's.
-        store: The training set's store.
-        window: With `reference.sync`, the window that is trained.
+    `scored` holds the settings that the store was scored with: the run's own, or those of its window.
     """
     relation = policy_reference_relation(scored)
     if window is not None and window.number > 0:
@@ -89,12 +81,13 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
         copied = config.reference.sync is not None and config.reference.sync.mixup_alpha == 1
         relation = PolicyReferenceRelation(at_start=copied, adapters_off=False, frozen_adapter=None)
     reference = store.manifest["identity"]["reference"]
+    # Nothing is known of a reference that is known by name alone, and nothing is compared.
+    dtype = str(reference.get("dtype", "float32"))
     return Gate(
         store=store,
-        # Nothing is known of a reference that is known by name alone, and nothing is compared.
-        reference_dtype=str(reference.get("dtype", "float32")),
+        allowed=allowed_gap(store.noise, dtype, in_8_bits=(reference.get("quantization") or {}).get("bits") == 8),
+        reference_dtype=dtype,
         policy_dtype=policy_dtype(config),
-        in_8_bits=(reference.get("quantization") or {}).get("bits") == 8,
         relation=relation,
         start=0 if window is None else window.first,
         warn_only=config.train.on_mismatch == "warn",
@@ -102,13 +95,7 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
 
 
 def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
-    """Run the gate before the first step of an attempt, on every rank alike.
-
-    Args:
-        trainer: The policy's trainer, ready for the first step.
-        gate: The comparison to make.
-        say: Prints a line.
-        leave_if_asked: Raises if a stop request has come.
+    """Run the gate before the first step of an attempt, on every rank alike; `leave_if_asked` raises at a stop request.
 
     Raises:
         RefshardError: The policy differs from the reference; the message names the likely cause.
@@ -120,24 +107,27 @@ def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_aske
     rows = choose_sample(trainer.train_dataset)
     if not rows:
         return
-    measure = _Measure(trainer, rows, leave_if_asked)
-    state: dict[str, Any] = {}
+    state: _State = contextlib.nullcontext
     if relation.at_start and fresh:
         which = "the policy before its first step"
     elif relation.adapters_off:
-        state, which = {"adapters": False}, "the policy with its adapter switched off"
-    elif _is_sharded(trainer) or _trains_biases(trainer.model):
+        state, which = _ADAPTER_OFF, "the policy with its adapter switched off"
+    elif (
+        trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled
+        or any(getattr(settings, "bias", "none") != "none" for settings in trainer.model.peft_config.values())
+    ):
         # A model that is sharded over ranks takes no second adapter, and neither does one whose adapter has biases.
         say("Parity gate: not run, since the adapter that training began with can't be put back for it")
         return
     else:
-        state, which = {"adapter": relation.frozen_adapter}, f"the policy with the adapter {relation.frozen_adapter}"
-    gaps = measure(**state)
-    if gate.passes(gaps):
-        say(
-            f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, "
-            f"{gate.judge(gaps)}"
-        )
+        state = functools.partial(_with_adapter, folder=str(relation.frozen_adapter))
+        which = f"the policy with the adapter {relation.frozen_adapter}"
+    measure = functools.partial(_measure, trainer, [trainer.train_dataset[i] for i in rows], leave_if_asked)
+    gaps = measure(state)
+    judged = gate.judge(gaps)
+    if judged.agrees:
+        say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, {judged}")
         return
     error = _explain(gate, gaps, which, measure, state, fresh)
     if not gate.warn_only:
@@ -150,7 +140,7 @@ def choose_sample(dataset: Any) -> list[int]:
 
     Rows without reference logps are left out.
     """
-    table = dataset.data.table if hasattr(dataset.data, "table") else dataset.data
+    table = dataset.data.table
     scored = np.flatnonzero(np.isfinite(table["ref_chosen_logps"].to_numpy()))
     if not len(scored):
         return []
@@ -175,62 +165,61 @@ def _spread(values: npt.NDArray[Any], count: int) -> list[int]:
     return [int(value) for value in np.unique(values[at])]
 
 
-class _Measure:
-    """Scores the sample with the policy in one of its states, and compares with the stored logps."""
+_State = Callable[[Any], contextlib.AbstractContextManager[Any]]
+"""Switches the unwrapped model to one of its states, as a context"""
 
-    def __init__(self, trainer: Any, rows: list[int], leave_if_asked: Callable[[], None]) -> None:
-        self._trainer = trainer
-        self._leave_if_asked = leave_if_asked
-        self._rows = [trainer.train_dataset[i] for i in rows]
 
-    def __call__(self, *, training: bool = True, adapters: bool = True, adapter: Path | None = None) -> Gaps:
-        trainer = self._trainer
-        model = trainer.model_wrapped
-        was_training = model.training
-        size = trainer.args.per_device_train_batch_size
-        gaps = Gaps([], [])
-        # The run's random state must not depend on whether the gate ran.
-        with torch.random.fork_rng(devices=gpus_of(trainer)), torch.no_grad(), trainer.accelerator.autocast():
-            with _active_adapter(trainer.accelerator.unwrap_model(model), adapters, adapter):
-                model.train(training)
-                _silence_adapter_dropout(model)
-                for start in range(0, len(self._rows), size):
-                    self._leave_if_asked()
-                    self._add(gaps, model, self._rows[start : start + size])
-            model.train(was_training)
-        return of_main_process(gaps)
-
-    def _add(self, gaps: Gaps, model: Any, rows: Sequence[dict[str, Any]]) -> None:
-        joined = self._trainer.data_collator(rows)["joined"]
-        scores = score(model, joined.batch.to(self._trainer.args.device), want=LOGPS)
-        tokens = scores.tokens.logps.double().cpu().numpy()
-        lengths = scores.lengths.cpu().numpy()
-        ends = np.cumsum(lengths)[:-1]
-        stored = [] if joined.ref_token_logps is None else np.split(joined.ref_token_logps.double().numpy(), ends)
-        for i, ours in enumerate(np.split(tokens, ends)):
-            row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
-            # Sums are never weighted here: ld_alpha needs token logps.
-            gaps.values.append(completion_gap(ours, stored[i] if stored else None, row[f"ref_{side}_logps"]))
-            gaps.parts.append(row["part"])
+_ADAPTER_OFF: _State = operator.methodcaller("disable_adapter")
 
 
 @contextlib.contextmanager
-def _active_adapter(model: Any, adapters: bool, adapter: Path | None) -> Iterator[None]:
-    """Activate the model's own adapter, none, or the one in a folder."""
-    if adapter is not None:
-        model.load_adapter(str(adapter), "reference", is_trainable=False)
-        active = model.active_adapter
-        model.set_adapter("reference")
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-            model.delete_adapter("reference")
-    elif not adapters:
-        with model.disable_adapter():
-            yield
-    else:
+def _with_adapter(model: Any, folder: str) -> Iterator[None]:
+    """Activate the adapter in a folder in place of the model's own."""
+    model.load_adapter(folder, "reference", is_trainable=False)
+    active = model.active_adapter
+    model.set_adapter("reference")
+    try:
         yield
+    finally:
+        model.set_adapter(active)
+        model.delete_adapter("reference")
+
+
+def _measure(
+    trainer: Any,
+    rows: Sequence[dict[str, Any]],
+    leave_if_asked: Callable[[], None],
+    state: _State,
+    *,
+    training: bool = True,
+) -> Gaps:
+    """Score the sample with the policy in one of its states, and compare with the stored logps."""
+    model = trainer.model_wrapped
+    was_training = model.training
+    size = trainer.args.per_device_train_batch_size
+    gaps = Gaps([], [])
+    # The run's random state must not depend on whether the gate ran.
+    with torch.random.fork_rng(devices=gpus_of(trainer)), torch.no_grad(), trainer.accelerator.autocast():
+        with state(trainer.accelerator.unwrap_model(model)):
+            model.train(training)
+            _silence_adapter_dropout(model)
+            for start in range(0, len(rows), size):
+                leave_if_asked()
+                _add_gaps(gaps, trainer, rows[start : start + size])
+        model.train(was_training)
+    return of_main_process(gaps)
+
+
+def _add_gaps(gaps: Gaps, trainer: Any, rows: Sequence[dict[str, Any]]) -> None:
+    joined = trainer.data_collator(rows)["joined"]
+    scores = score(trainer.model_wrapped, joined.batch.to(trainer.args.device), want=LOGPS)
+    ends = np.cumsum(scores.lengths.cpu().numpy())[:-1]
+    stored = [] if joined.ref_token_logps is None else np.split(joined.ref_token_logps.double().numpy(), ends)
+    for i, ours in enumerate(np.split(scores.tokens.logps.double().cpu().numpy(), ends)):
+        row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
+        # Sums are never weighted here: ld_alpha needs token logps.
+        gaps.values.append(completion_gap(ours, stored[i] if stored else None, row[f"ref_{side}_logps"]))
+        gaps.parts.append(row["part"])
 
 
 def _silence_adapter_dropout(model: Any) -> None:
@@ -240,33 +229,29 @@ def _silence_adapter_dropout(model: Any) -> None:
             module.train(False)
 
 
-def _is_sharded(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-def _trains_biases(model: Any) -> bool:
-    return any(getattr(settings, "bias", "none") != "none" for settings in model.peft_config.values())
-
-
 def _explain(
-    gate: Gate, gaps: Gaps, which: str, measure: _Measure, state: Mapping[str, Any], fresh: bool
+    gate: Gate, gaps: Gaps, which: str, measure: Callable[..., Gaps], state: _State, fresh: bool
 ) -> RefshardError:
     """Find the likely cause of gaps that do not pass."""
     judged = gate.judge(gaps)
     found = f"{which} is not the reference that {gate.store.folder} holds: {judged}"
-    bad = _bad_parts(gate, gaps)
-    if bad and len(bad) < len(set(gaps.parts)):
+    by_part: dict[int, list[npt.NDArray[np.float64]]] = {}
+    for part, values in zip(gaps.parts, gaps.values, strict=True):
+        by_part.setdefault(part, []).append(values)
+    bad = [part for part, values in sorted(by_part.items()) if not compare(values, gate.allowed).agrees]
+    if bad and len(bad) < len(by_part):
         names = ", ".join(part_name(part) for part in bad)
         return DataError(
             f"{found}, but only in {names}: what it holds is not what this reference gave. Delete it and index.json, "
             "then run refshard precompute again"
         )
-    if gate.relation.adapters_off and gate.relation.at_start and fresh and gate.passes(measure(adapters=False)):
+    starts_with_adapter = gate.relation.adapters_off and gate.relation.at_start and fresh
+    if starts_with_adapter and gate.judge(measure(_ADAPTER_OFF)).agrees:
         return ConfigError(
             f"{found}. With the adapter switched off it is, so the adapter, declared fresh, is not a zero change: "
             "start from one whose change is zero, or name it in policy.adapter, which puts it on the reference too"
         )
-    if gate.passes(measure(training=False, **state)):
+    if gate.judge(measure(state, training=False)).agrees:
         return ConfigError(
             f"{found}. In evaluation mode it is, so dropout, or another noise of training, is on in the policy; the "
             "reference was scored without. Set the rates in its config.json to 0"
@@ -298,15 +283,6 @@ def _explain(
         "from another checkpoint than the reference), or of other prompts (a chat template that is not this run's). "
         "Name what was scored in reference.model, or score again into another precompute.output"
     )
-
-
-def _bad_parts(gate: Gate, gaps: Gaps) -> list[int]:
-    bad = []
-    for part in sorted(set(gaps.parts)):
-        of_part = Gaps([v for v, p in zip(gaps.values, gaps.parts, strict=True) if p == part], [part])
-        if not gate.passes(of_part):
-            bad.append(part)
-    return bad
 
 
 def _share_at_edges(gaps: Gaps) -> float:

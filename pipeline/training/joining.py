@@ -32,15 +32,9 @@ def join_sets(
     *,
     window: int | None = None,
 ) -> dict[str, SetInputs]:
-    """Join every set to its store; give what became of its rows, by set.
+    """Join every set to its store, into files in `folder`; give what became of its rows, by set.
 
-    Args:
-        config: The run's settings.
-        stores: Stores by set; within a window, sets that are not used have none.
-        tokenizer: The policy's.
-        folder: Folder for the joined files.
-        flag: The stop request.
-        window: Number of the window, whose own pairs alone have reference logps; the others are kept without.
+    Within a window, sets that are not used have no store. Pairs outside of the window are kept without logps.
 
     Raises:
         DataError: Pairs have no reference logps, and `train.on_missing` is stop.

@@ -210,19 +210,17 @@ def wpo_weights(token_logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -
 def router_aux_weight(config: Any, loss: LossConfig) -> float:
     """Give the weight of the balance loss: the configured one, or the model's own; 0 for a model without experts.
 
-    Raises:
-        ConfigError: A weight is set for a model without a balance loss.
+    Raises ConfigError if one is configured for a model without experts.
     """
-    has_balance = hasattr(config, "output_router_logits")
-    if loss.router_aux_loss_coef and not has_balance:
+    if hasattr(config, "output_router_logits"):
+        own = getattr(config, "router_aux_loss_coef", 0.0)
+        return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+    if loss.router_aux_loss_coef:
         raise ConfigError(
             f"loss.router_aux_loss_coef: must be left out for a model without experts that give their router's "
             f"logits, got {loss.router_aux_loss_coef:g} for {config.model_type}. Remove it"
         )
-    if not has_balance:
-        return 0.0
-    own = getattr(config, "router_aux_loss_coef", 0.0)
-    return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
+    return 0.0
 
 
 def balance_weight(model: Any, loss: LossConfig) -> float:

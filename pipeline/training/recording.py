@@ -20,13 +20,14 @@ __all__ = ["Margins", "RecordCallback"]
 _LAST_TRAINED = 2048
 """Number of trained pairs whose margins are kept: enough for a histogram"""
 
+_SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+"""Word for people -> metric"""
+
 
 class Margins:
     """Collects the margins of pairs during training and evaluation, and writes them when a set is done.
 
-    Args:
-        attempt: The run's attempt.
-        only_set: Name of the held-out set, if there is exactly one.
+    `only_set` is the name of the held-out set, if there is exactly one.
     """
 
     def __init__(self, attempt: Attempt, only_set: str | None) -> None:
@@ -39,21 +40,14 @@ class Margins:
         """Add the pairs of a micro-batch, of all processes: each column [P]."""
         policy = columns["logps/chosen"] - columns["logps/rejected"]
         shift = columns["logps/chosen_shift"]
-        rows = torch.stack(
-            [
-                columns["ref/margins"],
-                policy,
-                columns["rewards/margins"],
-                shift,
-                # log-ratio margin = chosen shift - rejected shift = policy margin - reference margin
-                shift - (policy - columns["ref/margins"]),
-            ],
-            dim=1,
-        ).to(torch.float32)
+        # log-ratio margin = chosen shift - rejected shift = policy margin - reference margin
+        rejected_shift = shift - (policy - columns["ref/margins"])
+        values = [columns["ref/margins"], policy, columns["rewards/margins"], shift, rejected_shift]
+        rows = torch.stack(values, dim=1).float().numpy()
         if training:
-            self._trained.extend(rows.numpy())
+            self._trained.extend(rows)
         else:
-            self._held_out.append(rows.numpy())
+            self._held_out.append(rows)
 
     def finish_set(self, prefix: str, step: int) -> None:
         """Write the margins of a held-out set, which the library names by its metrics' prefix."""
@@ -83,17 +77,15 @@ class RecordCallback(transformers.TrainerCallback):
     Args:
         log: The run's log.
         margins: The margins that the trainer collects.
-        pairs: Number of pairs of each set, by name.
-        batch_pairs: Number of pairs of an optimizer step, over all processes.
+        about: Sizes of the run, for the attempt's first line.
     """
 
-    def __init__(self, log: RunLog, margins: Margins, *, pairs: Mapping[str, int], batch_pairs: int) -> None:
+    def __init__(self, log: RunLog, margins: Margins, about: Mapping[str, Any]) -> None:
         self._log = log
         self._margins = margins
-        self._pairs = pairs
-        self._batch_pairs = batch_pairs
+        self._about = about
         self._progress: Progress | None = None
-        self._step = self._tokens = self._evaluated = 0
+        self._tokens = self._evaluated = 0
 
     def _begun(self, args: Any, state: Any) -> Progress | None:
         """Give the attempt's progress, begun at the first event; None on all processes but the first.
@@ -101,20 +93,11 @@ class RecordCallback(transformers.TrainerCallback):
         If all steps were done before, the first event is one of an evaluation.
         """
         if self._progress is None and args.process_index == 0:
-            self._step, self._tokens = state.global_step, state.num_input_tokens_seen
+            self._tokens = state.num_input_tokens_seen
             self._progress = Progress("train", state.max_steps, "steps", done=state.global_step)
-            self._add(
-                "start",
-                {
-                    "step": state.global_step,
-                    "max_steps": state.max_steps,
-                    "pairs": dict(self._pairs),
-                    "processes": args.world_size,
-                    "device": name_of_device(args.device),
-                    "batch_pairs": self._batch_pairs,
-                    "versions": library_versions(),
-                },
-            )
+            steps = {"step": state.global_step, "max_steps": state.max_steps}
+            where = {"device": name_of_device(args.device), "versions": library_versions()}
+            self._add("start", {**steps, **self._about, **where})
         return self._progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,9 +106,9 @@ class RecordCallback(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is None:
             return
-        steps, tokens = state.global_step - self._step, state.num_input_tokens_seen - self._tokens
-        self._step, self._tokens = state.global_step, state.num_input_tokens_seen
-        self._progress.advance(steps, tokens=tokens, memory=peak_memory(args.device))
+        tokens = state.num_input_tokens_seen - self._tokens
+        self._tokens = state.num_input_tokens_seen
+        self._progress.advance(1, tokens=tokens, memory=peak_memory(args.device))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         progress = self._begun(args, state)
@@ -136,10 +119,11 @@ class RecordCallback(transformers.TrainerCallback):
         measured = {"seconds": progress.seconds, "memory_bytes": peak_memory(args.device)}
         self._add(kind, {"step": state.global_step, "epoch": state.epoch, **measured, **numbers})
         if "loss" in logs:
-            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-            progress.show({name: logs[key] for name, key in shown.items() if key in logs})
+            progress.show({name: logs[key] for name, key in _SHOWN.items() if key in logs})
         elif prefix := next((key[: -len("loss")] for key in logs if key.endswith("_loss") and kind == "log"), None):
-            say(_evaluation_line(prefix, logs, state.global_step))
+            shown = [f"{name} {logs[prefix + key]:.4g}" for name, key in _SHOWN.items() if prefix + key in logs]
+            name = prefix.removeprefix("eval").rstrip("_").replace("_", " ", 1)
+            say(f"step {state.global_step:,}: held-out{name} {', '.join(shown)}")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -166,13 +150,3 @@ class RecordCallback(transformers.TrainerCallback):
     def _add(self, kind: str, record: Mapping[str, Any]) -> None:
         self._log.add(kind, record)
         emit(kind, record)
-
-
-def _evaluation_line(prefix: str, logs: Mapping[str, float], step: int) -> str:
-    name = prefix.removeprefix("eval").strip("_")
-    shown = [
-        f"{word} {logs[prefix + key]:.4g}"
-        for word, key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
-        if prefix + key in logs
-    ]
-    return f"step {step:,}: held-out{f' {name}' if name else ''} {', '.join(shown)}"

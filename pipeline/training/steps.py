@@ -34,11 +34,7 @@ class Order:
 
 
 def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> Order:
-    """Give the pairs of every step of a run of one process on a training set of `num_pairs`.
-
-    Raises:
-        ConfigError: There are no steps to train.
-    """
+    """Give the pairs of every step of a run of one process. Raises ConfigError if there are no steps to train."""
     arguments = copy.copy(arguments)
     arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
     trainer = transformers.Trainer(

@@ -33,11 +33,7 @@ __all__ = ["EvaluationLeft", "PairTrainer", "gpus_of", "saving"]
 
 
 class EvaluationLeft(Exception):
-    """A stop request came during an evaluation, or before the first step.
-
-    Args:
-        save: True if a checkpoint should be saved.
-    """
+    """A stop request came during an evaluation, or before the first step; `save` asks for a checkpoint."""
 
     def __init__(self, *, save: bool) -> None:
         super().__init__()
@@ -46,11 +42,7 @@ class EvaluationLeft(Exception):
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Distinguish a failing disk from a bug, as the libraries have errors of their own for it.
-
-    Raises:
-        StorageError: The disk is full or failing.
-    """
+    """Raise StorageError if the disk is full or failing, for which the libraries have errors of their own."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -122,8 +114,7 @@ class PairTrainer(transformers.Trainer):
     ) -> Any:
         """Compute the mean loss of the micro-batch's pairs, and add up their metrics.
 
-        Raises:
-            DataError: A pair has no reference logps.
+        Raises DataError if a pair has no reference logps.
         """
         joined = cast(JoinedBatch, inputs["joined"]).to(self.args.device)
         batch = joined.batch
@@ -200,8 +191,7 @@ class PairTrainer(transformers.Trainer):
     def leave(self, *, save: bool) -> None:
         """Drop the results of an evaluation that was left, and end training.
 
-        Args:
-            save: Save a checkpoint, unless no step was taken since the last one.
+        With `save`, save a checkpoint, unless no step was taken since the last one.
         """
         step = self.state.global_step
         self.state.log_history = [

@@ -162,12 +162,9 @@ def prepare_reference(config: Config, window: Window, output: Path) -> None:
 
 
 def check_mixable(config: Config) -> None:
-    """Refuse an adapter on embeddings that are tied to the head.
+    """Raise ConfigError for an adapter on embeddings that are tied to the head.
 
     It makes two tensors of one, and no checkpoint of the architecture holds both.
-
-    Raises:
-        ConfigError: There is such an adapter.
     """
     policy = config.policy
     if not policy.has_adapter or not getattr(NamedModel.policy(config).text_config(), "tie_word_embeddings", False):

@@ -147,12 +147,12 @@ def _measure_batches(file: Path, token_logps: TokenLogps) -> dict[str, dict[str,
     """Time to fetch and collate a batch's ids and sums, and what reference columns and token logps add to it."""
     import datasets
 
-    from pipeline.training.batches import make_collator
+    from pipeline.training.batches import Collator
 
     whole = datasets.Dataset.from_file(str(file))
     references = [name for name in whole.column_names if name.startswith("ref_") or name == "token_start"]
     without = whole.remove_columns(references)
-    collate, collate_sums = (make_collator(0, None, logps, packed=True) for logps in (token_logps, None))
+    collate, collate_sums = (Collator(0, None, logps, packed=True) for logps in (token_logps, None))
     results = {}
     for size in (4, 8, 16):
         random = np.random.default_rng(3)

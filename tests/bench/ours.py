@@ -16,7 +16,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.forward import prepare
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
-from pipeline.training.batches import make_collator
+from pipeline.training.batches import Collator
 from pipeline.training.trainer import PairTrainer
 
 
@@ -74,7 +74,7 @@ def run_stage_two(workload: Workload, count: int) -> Outcome:
             loss=LossConfig(),
             model=model,
             args=arguments,
-            data_collator=make_collator(PAD_ID, workload.lengths.max_length, packed=packed),
+            data_collator=Collator(PAD_ID, workload.lengths.max_length, packed=packed),
             train_dataset=datasets.Dataset.from_list(rows),
             callbacks=[StepClock(gauge)],
         )

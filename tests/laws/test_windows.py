@@ -291,9 +291,7 @@ def test_windows_cover_every_step_and_the_last_evaluation(
     config = load_config(config_file, [] if evaluates else ["data.eval={}"])
     arguments = training_arguments(config)
     order = order_of_run(arguments, 38)
-    windows = [
-        window_at(config, arguments, order, Path(f"checkpoint-{4 * number}")) for number in range(len(expected))
-    ]
+    windows = [window_at(config, arguments, order, Path(f"checkpoint-{4 * number}")) for number in range(len(expected))]
     assert window_at(config, arguments, order, None) == windows[0]
     assert [(w.number, w.first, w.last, w.is_last) for w in windows] == expected
     evaluated = {step for w in windows for step in w.evaluations}

@@ -22,7 +22,7 @@ from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.join import join
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
-from pipeline.training.batches import make_collator
+from pipeline.training.batches import Collator
 from pipeline.training.trainer import PairTrainer
 from support.models import make_model, make_tokenizer
 from support.runs import HH, kept, logged_steps, refshard, write_config, write_jsonl
@@ -171,7 +171,7 @@ def _losses_on_weights(
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path / "captured"), remove_unused_columns=False, **_shared_arguments()
         ),
-        data_collator=make_collator(setting["tokenizer"].pad_token_id, MAX_LENGTH, packed=packed),
+        data_collator=Collator(setting["tokenizer"].pad_token_id, MAX_LENGTH, packed=packed),
         train_dataset=datasets.Dataset.from_file(str(tmp_path / "joined.arrow")),
     )
     transformers.set_seed(SEED)

@@ -202,7 +202,7 @@ def test_a_file_of_token_logps_that_ends_early_is_a_storage_error(tmp_path: Path
 def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path: Path, num_workers: int) -> None:
     import torch
 
-    from pipeline.training.batches import make_collator
+    from pipeline.training.batches import Collator
 
     values: dict[int, tuple[list[float], list[float]]] = {0: ([-1.0, -2.0], [-3.0]), 1: ([-4.0], [-5.0, -6.0])}
     store = make_store(tmp_path / "train", [[scored(key(n), *values[n]) for n in values]])
@@ -215,7 +215,7 @@ def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path:
     loader = torch.utils.data.DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=3,
-        collate_fn=make_collator(0, 64, reader, packed=True),
+        collate_fn=Collator(0, 64, reader, packed=True),
         num_workers=num_workers,
     )
     (batch,) = loader
@@ -223,10 +223,10 @@ def test_a_batch_has_all_chosen_token_logps_and_then_all_rejected_ones(tmp_path:
     # Of the pair that was not scored nothing reads as a number.
     expected = np.array([-4, nan, nan, -1, -2, -5, -6, nan, -3], np.float32)
     assert np.array_equal(batch["joined"].ref_token_logps.numpy(), expected, equal_nan=True)
-    assert make_collator(0, 64, packed=True)(rows)["joined"].ref_token_logps is None
+    assert Collator(0, 64, packed=True)(rows)["joined"].ref_token_logps is None
     for row in rows:
         del row["token_start"]
-    assert make_collator(0, 64, reader, packed=True)(rows)["joined"].ref_token_logps is None
+    assert Collator(0, 64, reader, packed=True)(rows)["joined"].ref_token_logps is None
 
 
 def test_token_logps_are_cut_as_the_sums_are(tmp_path: Path) -> None:

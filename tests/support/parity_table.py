@@ -51,7 +51,7 @@ from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.join import join
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import open_store
-from pipeline.training.batches import make_collator
+from pipeline.training.batches import Collator
 from pipeline.training.losses import balance_weight
 from pipeline.training.trainer import PairTrainer
 from support.models import CORPUS, make_model, make_tokenizer
@@ -213,7 +213,7 @@ class Bench:
             args=transformers.TrainingArguments(
                 remove_unused_columns=False, label_names=[], **self._arguments(optimizer)
             ),
-            data_collator=make_collator(self.tokenizer.pad_token_id, MAX_LENGTH, packed=packed),
+            data_collator=Collator(self.tokenizer.pad_token_id, MAX_LENGTH, packed=packed),
             train_dataset=self._joined(config, case.model),
         )
         return _history(trainer)

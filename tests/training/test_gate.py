@@ -19,7 +19,7 @@ from pipeline.config.reader import load_config
 from pipeline.models import loading
 from pipeline.models.identity import PolicyReferenceRelation
 from pipeline.scoring import scorer
-from pipeline.scoring.agreement import NoiseFloor
+from pipeline.scoring.agreement import NoiseFloor, allowed_gap
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import score
 from pipeline.store.store import Store, open_store, read_parts
@@ -361,9 +361,9 @@ def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
     nothing = PolicyReferenceRelation(at_start=True, adapters_off=False, frozen_adapter=None)
     return Gate(
         store=store,
+        allowed=allowed_gap(noise, dtype),
         reference_dtype=dtype,
         policy_dtype=dtype,
-        in_8_bits=False,
         relation=nothing,
         start=0,
         warn_only=False,
@@ -388,7 +388,7 @@ def gaps(*values: float) -> Gaps:
     ],
 )
 def test_what_passes_is_judged_by_the_noise_floor(noise: NoiseFloor, dtype: str, found: Gaps, passes: bool) -> None:
-    assert make_gate(noise, dtype).passes(found) == passes
+    assert make_gate(noise, dtype).judge(found).agrees == passes
 
 
 def test_the_sample_has_every_part_and_every_length_and_no_unscored_row() -> None:

@@ -15,7 +15,7 @@ from pipeline.config.schema import LossConfig
 from pipeline.scoring.forward import prepare
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.training import offload
-from pipeline.training.batches import make_collator
+from pipeline.training.batches import Collator
 from pipeline.training.offload import ActivationOffload
 from pipeline.training.trainer import PairTrainer
 from support.models import GROUPED, VOCABULARY
@@ -108,7 +108,7 @@ def train(
         activation_offload=offloaded,
         model=model,
         args=transformers.TrainingArguments(output_dir=str(folder), **settings),
-        data_collator=make_collator(0, None, packed=packed),
+        data_collator=Collator(0, None, packed=packed),
         train_dataset=make_pairs(5 * STEPS),
     )
     passes = 0
