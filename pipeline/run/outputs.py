@@ -38,7 +38,9 @@ def guard_shards(config: Config, *, overwrite: bool = False) -> None:
         ConfigError: A store would be, hold or lie in a folder of the user's; the message names both.
     """
     output = open_folder(config.precompute.output)
-    for name in config.data.sets if isinstance(output, LocalFolder) else ():
+    if not isinstance(output, LocalFolder):
+        return
+    for name in config.data.sets:
         store = output.path / name
         guard_output("precompute.output", store, config, ours="a store")
         for reused in config.precompute.reuse if overwrite else ():
