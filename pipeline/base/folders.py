@@ -21,7 +21,6 @@ __all__ = ["LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_
 LEFTOVERS = (".tmp-", ".probe-")
 """Prefixes of the names that a killed process may leave behind; nobody reads them"""
 
-
 _AN_ERROR = object()
 
 

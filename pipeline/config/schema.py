@@ -259,7 +259,6 @@ LossName = Literal[
 ]
 # fmt: on
 
-
 # The losses that take each option. An option that no named loss takes is refused, not ignored.
 _WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 _WITH_SMOOTHING = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")

@@ -26,9 +26,10 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
     named = [name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns]
     for name in (*named, "chosen", "rejected"):
         if columns.get(name, name) not in row:
+            there = ", ".join(map(repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
             raise BadRow(
                 "missing_column",
-                f"{place}: no column {columns.get(name, name)!r}; there are {_names(row)}. Rename with data.columns",
+                f"{place}: no column {columns.get(name, name)!r}; there are {there}. Rename with data.columns",
             )
     if _size(values, LARGEST_ROW) > LARGEST_ROW:
         raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
@@ -147,11 +148,6 @@ def _conversation(
 def _clean(messages: list[Message]) -> list[Message]:
     """Drop keys that are null: Arrow adds them to messages that never had them, and templates ask `is defined`."""
     return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
-
-
-def _names(row: Mapping[str, Any], most: int = 20) -> str:
-    more = f" and {len(row) - most} more" if len(row) > most else ""
-    return ", ".join(map(repr, list(row)[:most])) + more
 
 
 def _size(value: Any, most: int) -> int:

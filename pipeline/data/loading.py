@@ -197,8 +197,7 @@ class UnitQueue:
                 yield row
 
 
-_END = object()
-"""Stands for the end of a queue's items."""
+_END = object()  # of a queue's items
 
 
 class _ClosingError(Exception):
@@ -227,10 +226,7 @@ class _LoaderStream(IterableDataset[Any]):
 def load_pairs(
     source: Source, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, ledger: Ledger
 ) -> Iterator[KeptPair]:
-    """Yield the kept pairs of a whole source as `kept_pairs` does, tokenized in loader processes.
-
-    The ledger takes a unit at a time, so it is complete once the last pair was given.
-    """
+    """Yield the kept pairs of a whole source, tokenized in loader processes; the ledger is complete after the last."""
     num_loaders = count_loaders(source, count_rows(source), _ROWS_PER_UNIT, most=_MOST_LOADERS)
     with UnitQueue(source, tokenizer, data, rows_per_unit=_ROWS_PER_UNIT, num_loaders=num_loaders) as units:
         for unit in units:

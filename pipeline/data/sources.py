@@ -50,9 +50,7 @@ def open_source(data: DataConfig, name: str = "train") -> Source:
 def read_rows(source: Source) -> Iterator[Row]:
     """Yield the rows of the source in order, from `start` to `stop`.
 
-    Raises:
-        DataError: A whole file is damaged (a broken gzip stream, not Parquet), or there is no row to read.
-        StorageError: A file can't be read, the hub can't be reached.
+    Raises DataError if a whole file is damaged or has no row to read, StorageError if a file or the hub can't be read.
     """
     number = 0
     for row in READERS[source.format](source):

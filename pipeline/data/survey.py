@@ -40,7 +40,6 @@ REASONS = {
 """Meaning of each remark, for people."""
 
 _MOST_EXAMPLES = 3
-
 _SHOWN = 60
 """Most characters of an example's text."""
 
@@ -65,10 +64,8 @@ class Survey:
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """First few rows by remark or reason of a drop."""
     lengths: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    """Number of pairs by length in tokens.
-
-    `prompt`, `chosen`, `rejected`, and `total` (prompt and longer completion) count every tokenized pair before
-    truncation. `pair` counts kept pairs as scored: the prompt and both completions."""
+    """Number of pairs by length in tokens: `prompt`, `chosen`, `rejected` and `total` (prompt and longer completion) of
+    every tokenized pair before truncation, `pair` (prompt and both completions) of kept pairs as scored."""
     scored: Counter[str] = field(default_factory=Counter)
     """Tokens of kept pairs after truncation: prompt, chosen, rejected."""
     shared_tokens: int = 0

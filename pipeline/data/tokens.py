@@ -46,9 +46,8 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
     Plain text ends in one EOS if the tokenizer has one, a conversation's turn in what its chat template writes. The ids
     are not truncated.
 
-    Raises:
-        BadRow: The template refuses the messages, or the prompt or a completion has no token.
-        ConfigError: The pair is a conversation and the tokenizer has no chat template.
+    Raises BadRow if the template refuses the messages, or the prompt or a completion has no token; ConfigError if a
+    conversation meets a tokenizer without a chat template.
     """
     if isinstance(pair.prompt, str):
         prompt, chosen, rejected = _tokenize_text(pair, tokenizer)

@@ -155,8 +155,7 @@ def _no_safetensors(model: NamedModel) -> ConfigError:
 def reference_sources(config: Config) -> tuple[NamedModel, Path | None]:
     """Give the reference's model, and the folder of its adapter if it has one. Fetches no weights.
 
-    If the settings name no reference, it is the policy before training: its model, and the adapter in
-    `policy.adapter` unless `disable_adapters` is set.
+    If the settings name no reference, it is the policy before training, with its adapter unless `disable_adapters`.
     """
     reference, policy = config.reference, config.policy
     if reference.model is not None:
@@ -265,10 +264,7 @@ def at_checkpoint(config: Config, folder: Path) -> Config:
 
 
 def in_one_process(config: Config) -> Config:
-    """Give settings with which one process loads the whole reference, even if stage one's processes share it.
-
-    It is spread over all GPUs if it was before, or if there are several, since it may be larger than one of them.
-    """
+    """Give settings with which one process loads the whole reference, spread over all GPUs if it was or can be."""
     import torch
 
     before = config.precompute
