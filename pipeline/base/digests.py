@@ -1,4 +1,9 @@
-"""SHA-256 of files, cached on request so that a relaunch does not read gigabytes of weights again."""
+"""SHA-256 of files, cached so that a relaunch does not read gigabytes of weights again; changes of files in use.
+
+The cache knows a file by path, size, inode, times of change (ctime too, which no program can set back), and a digest of
+sixteen blocks spread over it. It can't notice a change outside of these blocks that leaves size, inode and all times as
+they were: a write through a mapping that the system has not yet stamped, or a file server that sets back its clock.
+"""
 
 import contextlib
 import hashlib
@@ -8,10 +13,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import DataError, StorageError
+from pipeline.base.errors import DataError, IdentityError, StorageError
 from pipeline.base.files import make_folder, read_json, replace_file, storage_errors
 
-__all__ = ["read_sha256", "sha256_of_file", "sha256_of_files"]
+__all__ = ["WatchedFiles", "read_sha256", "sha256_of_file", "sha256_of_files", "stamp_of"]
+
+Stamp = tuple[int, int, int, int]
+"""Size, time of change of the content, of content or name (both in ns), inode"""
+
+_BLOCKS, _BLOCK_BYTES = 16, 4096
+
+
+def stamp_of(file: Path) -> Stamp:
+    """Return a file's size, times of change and inode. Raises StorageError."""
+    with storage_errors(file):
+        status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def read_sha256(file: Path) -> str:
@@ -21,16 +38,15 @@ def read_sha256(file: Path) -> str:
 
 
 def sha256_of_file(file: Path) -> str:
-    """Return a file's SHA-256 in hex, cached by path, size, time of change and inode. Raises StorageError."""
+    """Return a file's SHA-256 in hex, from the cache if the file is as it was. Raises StorageError."""
     cache_file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / "digests.json"
-    with storage_errors(file):
-        status = file.stat()
-    entry = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    if isinstance(cached := _read_cache(cache_file).get(entry), str):
-        return cached
+    entry = "|".join(map(str, (file.resolve(), *stamp_of(file))))
+    digest, _, sample = str(_read_cache(cache_file).get(entry, "")).partition(" ")
+    if sample and sample == _sample(file):
+        return digest
     digest = read_sha256(file)
     # Other processes may have added to the cache. If it can't be written, that costs time, never correctness.
-    entries = [*_read_cache(cache_file).items(), (entry, digest)]
+    entries = [*_read_cache(cache_file).items(), (entry, f"{digest} {_sample(file)}")]
     with contextlib.suppress(StorageError):
         make_folder(cache_file.parent)
         replace_file(cache_file, json.dumps(dict(entries[-1000:]), indent=0).encode())
@@ -40,6 +56,57 @@ def sha256_of_file(file: Path) -> str:
 def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
     """Return the cached SHA-256 of each file by its name; the names must differ. Raises StorageError."""
     return {file.name: sha256_of_file(file) for file in files}
+
+
+class WatchedFiles:
+    """Files that are in use: their digests, and checks that they are still what was digested.
+
+    Args:
+        files: Files to read for their digests.
+        remedy: Sentence that ends the error's message.
+    """
+
+    def __init__(self, files: Iterable[Path], remedy: str = "Restore it and run the same command again") -> None:
+        self._remedy = remedy
+        # The stamp first: a change while the digest is taken must be noticed.
+        self._known = {file: (stamp_of(file), sha256_of_file(file)) for file in files}
+
+    def check_untouched(self) -> None:
+        """Refuse what was loaded if a file was touched since its digest was taken, even if it was put back.
+
+        Raises:
+            IdentityError: A file was touched.
+        """
+        for file, (stamp, _) in self._known.items():
+            if stamp_of(file) != stamp:
+                raise self._changed(file)
+
+    def check(self) -> None:
+        """Refuse to continue if a file holds something else by now. A file that is gone is no longer read.
+
+        Raises:
+            IdentityError: A file's content has changed.
+        """
+        for file, (stamp, digest) in self._known.items():
+            if file.exists() and (now := stamp_of(file)) != stamp:
+                # A backup's hard link changes the time, not the content.
+                if read_sha256(file) != digest:
+                    raise self._changed(file)
+                self._known[file] = (now, digest)
+
+    def _changed(self, file: Path) -> IdentityError:
+        return IdentityError(f"{file}: changed while it was in use. {self._remedy}")
+
+
+def _sample(file: Path) -> str:
+    """Return a digest of blocks from the file's beginning to its end. Raises StorageError."""
+    digest = hashlib.sha256()
+    with storage_errors(file), file.open("rb") as stream:
+        last = max(0, stream.seek(0, os.SEEK_END) - _BLOCK_BYTES)
+        for number in range(_BLOCKS):
+            stream.seek(last * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def _read_cache(file: Path) -> dict[str, Any]:

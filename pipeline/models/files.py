@@ -20,6 +20,7 @@ __all__ = [
     "NamedModel",
     "at_checkpoint",
     "declared_reference",
+    "files_of_model",
     "find_adapter",
     "in_one_process",
     "load_tokenizer",
@@ -59,8 +60,23 @@ class NamedModel:
         if weights:
             if not any(folder.glob("*.safetensors")):
                 raise _no_safetensors(self)
-            _check_weight_index(folder / "model.safetensors.index.json", self.key)
+            self._check_files(folder)
         return folder
+
+    def _check_files(self, folder: Path) -> None:
+        """Refuse what the library would load besides the folder's safetensors, whose digests are taken."""
+        if (folder / ADAPTER_CONFIG).exists():
+            raise ConfigError(
+                f"{self.key}: must be a model without an adapter, got {folder}, which holds config.json and "
+                f"{ADAPTER_CONFIG}. Move the adapter to a folder of its own"
+            )
+        named = read_json(folder / "config.json").get("transformers_weights")
+        if named is not None and not (isinstance(named, str) and _is_weight_file(named)):
+            raise ConfigError(
+                f"{self.key}: {folder}: transformers_weights in its config.json must be a safetensors file beside it, "
+                f"got {named!r}. Take it out"
+            )
+        _check_weight_index(folder / "model.safetensors.index.json", self.key)
 
     def text_config(self, *, weights: bool = True) -> Any:
         """Read the text model's part of config.json, as the library does. Raises ConfigError as `folder` does."""
@@ -93,16 +109,49 @@ def policy_dtype(config: Config) -> str:
     return resolve_dtype(config.policy.dtype, read_json(NamedModel.policy(config).folder() / "config.json"))
 
 
+def _is_weight_file(name: str) -> bool:
+    return name.endswith(".safetensors") and Path(name).name == name
+
+
 def _check_weight_index(index: Path, key: str) -> None:
-    """Refuse an index that names other files than the folder's safetensors, whose digests are taken."""
+    """Refuse an index that does not leave one way to read the folder's safetensors, whose digests are taken."""
     if not index.exists():
         return
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise DataError(f"{key}: {index}: damaged, it has no weight_map")
     for name in files.values():
-        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+        if not (isinstance(name, str) and _is_weight_file(name)):
             raise ConfigError(f"{key}: {index}: names {name!r}; weights must be safetensors files beside it")
+    if (index.parent / "model.safetensors").exists():
+        # The library reads that file and no index.
+        return
+    found: dict[str, str] = {}
+    for file in sorted(index.parent.glob("*.safetensors")):
+        for weight in _weights_in(file) & files.keys():
+            if weight in found:
+                raise ConfigError(
+                    f"{key}: {index.parent}: must hold each weight once, got {weight} in {found[weight]} and in "
+                    f"{file.name}. Remove the file that is not used"
+                )
+            found[weight] = file.name
+
+
+def _weights_in(file: Path) -> set[str]:
+    """Give the names of the weights in a file; none if it is damaged, which loading reports."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError):
+        return set()
+
+
+def files_of_model(folder: Path, adapter: Path | None = None) -> list[Path]:
+    """List the files that a model and its adapter are loaded from."""
+    files = [file for pattern in ("config.json", "*.index.json", "*.safetensors") for file in folder.glob(pattern)]
+    return sorted(files) + ([] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS])
 
 
 def find_adapter(name: str, key: str) -> Path:

@@ -219,10 +219,22 @@ def _load(
         # gradient through them, and DoRA's norms are wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if quantization is None:
+        _own_weights(model)
     disable_dropout(model)
     # An adapter records this as its base; a snapshot's folder in a cache has no meaning elsewhere.
     model.name_or_path = named.name
     return model
+
+
+def _own_weights(model: Any) -> None:
+    """Copy the weights on the CPU, which are views of the mapped file.
+
+    They would change with the file, and if it were cut, the process would end by a SIGBUS.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.digests import sha256_of_files
+from pipeline.base.digests import WatchedFiles, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag, watch_signals
@@ -21,7 +21,13 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
 from pipeline.data.sources import data_files, describe, open_source
-from pipeline.models.files import NamedModel, declared_reference, load_tokenizer
+from pipeline.models.files import (
+    NamedModel,
+    declared_reference,
+    files_of_model,
+    load_tokenizer,
+    reference_sources,
+)
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
 from pipeline.run.outputs import guard_run, guard_shards
@@ -32,7 +38,7 @@ from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
 from pipeline.training.windows import next_window
-from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer, stamps_of
+from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
 
 __all__ = ["run"]
 
@@ -112,12 +118,15 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         if window is None:
             return
         config, sources, rows = window
+    model, adapter = reference_sources(config)
+    # Before the identity takes their digests, for the same reason as with the data.
+    files = WatchedFiles(files_of_model(model.folder(), adapter))
     identity = identity_of_run(config, tokenizer)
     worker = Worker(
         config=config,
         share=share,
         tokenizer=tokenizer,
-        reference=Reference(config, tokenizer, ensemble),
+        reference=Reference(config, tokenizer, files, ensemble),
         reusable=open_reusable(config.precompute.reuse, identity),
         flag=flag,
         costs_in=costs_in,
@@ -142,14 +151,18 @@ def _make_job(
     config = worker.config
     folder = open_folder(config.precompute.output).child(name)
     # Before the plan takes the data's digest: a change in between must be noticed.
-    stamps = stamps_of(source)
+    files = WatchedFiles(
+        data_files(source),
+        "Parts written before are kept. Restore the file and run the same command again, or score the new one into "
+        "another precompute.output (precompute.reuse copies)",
+    )
     plan = _plan(config, source, worker.reusable, rows)
     header = PartHeader(
         fingerprint=create_store(folder, identity, plan, _declared(config, source)),
         token_logps=config.precompute.token_logps,
         provenance=_provenance(config),
     )
-    return ScoringJob(name=name, source=source, stamps=stamps, rows=rows, folder=folder, header=header)
+    return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 
 
 def _report_finished(job: ScoringJob) -> None:

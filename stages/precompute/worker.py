@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, stopped_as_asked
+from pipeline.base.digests import WatchedFiles
+from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.folders import Folder
 from pipeline.base.progress import Progress, emit
 from pipeline.base.signals import StopFlag
@@ -23,7 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import Unit, UnitQueue, count_loaders
 from pipeline.data.rows import Source
-from pipeline.data.sources import count_rows, data_files
+from pipeline.data.sources import count_rows
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import pick_device
 from pipeline.run.records import write_cost
@@ -39,7 +40,7 @@ from pipeline.store.store import PartHeader, finish_store, is_finished, part_exi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer", "stamps_of"]
+__all__ = ["Reference", "ScoringJob", "Worker", "load_reference_scorer"]
 
 
 _MOST_LOADERS = 4
@@ -54,8 +55,8 @@ class ScoringJob:
 
     name: str
     source: Source
-    stamps: list[tuple[int, int]]
-    """Result of `stamps_of` when the data's digest was taken"""
+    files: WatchedFiles
+    """Files of the dataset"""
     rows: frozenset[int] | None
     """Rows to score; None for all"""
     folder: Folder
@@ -116,9 +117,9 @@ class Worker:
                 if self.flag:
                     raise stopped_as_asked("finished units are saved")
                 scored, noise = self._score_unit(unit, account)
-                _check_unchanged(job)
+                job.files.check()
                 writer.put(unit, scored, noise)
-        _check_unchanged(job)
+        job.files.check()
         return len(finish_store(job.folder, queue.num_units))
 
     def _score_unit(self, unit: Unit, account: "_Account") -> tuple[list[ScoredPair], NoiseFloor]:
@@ -143,23 +144,6 @@ class Worker:
         there = parts_there(job.folder)
         mine = range(self.share[0], -(-total // size), self.share[1])
         return sum(min(size, total - unit * size) for unit in mine if unit not in there)
-
-
-def stamps_of(source: Source) -> list[tuple[int, int]]:
-    """Give the size and the modification time of each file. Raises StorageError."""
-    try:
-        return [((status := file.stat()).st_size, status.st_mtime_ns) for file in data_files(source)]
-    except OSError as error:
-        raise StorageError(f"{source.path}: can't be read ({error.strerror})") from error
-
-
-def _check_unchanged(job: ScoringJob) -> None:
-    """Refuse to commit rows that may differ from those whose digest is in the manifest."""
-    if stamps_of(job.source) != job.stamps:
-        raise IdentityError(
-            f"{job.source.path}: changed while it was scored. Parts written before are kept. Restore the file and run "
-            "the same command again, or score the new one into another precompute.output (precompute.reuse copies)"
-        )
 
 
 class _Account:
@@ -218,8 +202,14 @@ class _Account:
 class Reference:
     """The reference model. The first unit that needs it loads it, so a rerun with nothing to do loads nothing."""
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", ensemble: Ensemble | None = None) -> None:
-        self._config, self._tokenizer, self._ensemble = config, tokenizer, ensemble
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: "PreTrainedTokenizerBase",
+        files: WatchedFiles,
+        ensemble: Ensemble | None = None,
+    ) -> None:
+        self._config, self._tokenizer, self._files, self._ensemble = config, tokenizer, files, ensemble
         self._scorer: Scorer | None = None
 
     def score_unit(
@@ -246,6 +236,7 @@ class Reference:
             for i, other in zip(again, second, strict=True)
             for side in ("chosen_token_logps", "rejected_token_logps")
         ]
+        self._files.check()
         return scored, NoiseFloor.of(gaps)
 
     def _score(

@@ -251,15 +251,15 @@ MUTATIONS = [
     Mutation(
         "weights as safetensors alone",
         "pipeline/models/files.py",
-        "    _check_weight_index(folder",
-        "    str(folder",
+        "        _check_weight_index(folder",
+        "        str(folder",
         "tests/faults/test_damage.py -k model",
     ),
     Mutation(
         "the data file unchanged while it is scored",
         "stages/precompute/worker.py",
-        "    if stamps_of(job.source) != job.stamps:",
-        "    if False:",
+        "                job.files.check()\n                writer",
+        "                writer",
         "tests/faults/test_stage_one_faults.py -k changes",
     ),
     Mutation(

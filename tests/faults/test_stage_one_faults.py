@@ -172,9 +172,39 @@ def test_a_dataset_that_changes_while_it_is_scored_gets_no_index(make_run: MakeR
     with (tmp_path / "pairs.jsonl").open("a") as file:
         file.write("\n")
     assert command.finish() == 78, command.err
-    assert "changed while it was scored" in command.err
+    assert "changed while it was in use" in command.err
     assert not (store / "index.json").exists()
     tally("the dataset changed while it was scored", 1, outcome="78, no index")
+
+
+def test_a_reference_that_is_replaced_before_it_is_loaded_or_while_it_scores_gets_no_part(
+    make_run: MakeRun, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.base.errors import IdentityError
+    from pipeline.config.reader import load_config
+    from stages.precompute import command, worker
+
+    reference = shutil.copytree(model_folder, tmp_path / "reference")
+    weights = reference / "model.safetensors"
+    config = load_config(make_run(rows=simple_rows(24), reference={"model": str(reference)}), ())
+
+    def replace() -> None:
+        other = {name: tensor + 1 for name, tensor in safetensors.torch.load_file(weights).items()}
+        safetensors.torch.save_file(other, tmp_path / "new.safetensors", metadata={"format": "pt"})
+        (tmp_path / "new.safetensors").replace(weights)
+
+    load, score = worker.load_reference_scorer, worker.Reference._score
+    for name, changed in (
+        ("load_reference_scorer", lambda *given: (replace(), load(*given))[1]),
+        ("Reference._score", lambda *given: (replace(), score(*given))[1]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stages.precompute.worker.{name}", changed)
+            with pytest.raises(IdentityError, match=r"model\.safetensors: changed while it was in use"):
+                command.run(config)
+        assert [file.name for file in (tmp_path / "shards" / "train").iterdir()] == ["manifest.json"]
+        shutil.rmtree(tmp_path / "shards")
+    tally("the reference replaced between its digest and its loading, or while it scores", 2, outcome="78, no part")
 
 
 def _run_both_stages_on_a_jumping_clock(config: Path, output: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -515,3 +517,57 @@ def test_weights_that_stay_on_the_hub_have_the_digests_of_a_local_copy(
     on_hub = reference_weights(NamedModel("org/name", "v1", "reference.model"))
     assert on_hub == reference_weights(NamedModel(str(model_folder), None, "reference.model"))
     assert list(on_hub[1]) == ["model.safetensors"]
+
+
+# What is loaded is what was digested.
+
+
+def test_a_model_with_an_adapter_beside_its_weights_is_refused_by_both_names(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "both")
+    shutil.copy(adapter_folder / "adapter_config.json", folder)
+    with pytest.raises(ConfigError, match=r"^policy\.model: .* holds config\.json and adapter_config\.json"):
+        load_policy(settings(PolicyConfig(model=str(folder))))
+
+
+@pytest.mark.parametrize("named", ["sub/w.safetensors", "../w.safetensors", "/w.safetensors", "w.bin", 5])
+def test_weights_that_config_json_names_elsewhere_are_refused(model_folder: Path, tmp_path: Path, named: Any) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "elsewhere")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    with pytest.raises(
+        ConfigError, match=r"transformers_weights in its config\.json must be a safetensors file beside"
+    ):
+        NamedModel(str(folder), None, "policy.model").folder()
+
+
+def test_an_index_that_can_be_switched_to_another_file_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "two")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = safetensors.torch.load_file(folder / "a.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "a.safetensors")}))
+    assert NamedModel(str(folder), None, "policy.model").folder() == folder
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"must hold each weight once, got \S+ in a\.safetensors and in b\.safetensors"
+    ):
+        NamedModel(str(folder), None, "policy.model").folder()
+
+
+def test_a_loaded_model_does_not_change_with_its_file(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "overwritten")
+    for load in (load_policy, lambda config: load_reference(config, torch.device("cpu"))):
+        model = load(settings(PolicyConfig(model=str(folder))))
+        prepare(model)
+        expected = logps(model)
+        whole = (folder / "model.safetensors").read_bytes()
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(len(whole) // 2)
+            file.write(bytes(len(whole) // 4))
+        assert torch.equal(logps(model), expected)
+        # Read from a mapped file that is cut, a weight would end the process.
+        os.truncate(folder / "model.safetensors", 100)
+        assert torch.equal(logps(model), expected)
+        (folder / "model.safetensors").write_bytes(whole)
