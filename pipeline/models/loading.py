@@ -5,7 +5,10 @@ run code when loaded.
 """
 
 import contextlib
+import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -234,7 +237,17 @@ def _own_weights(model: Any) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
+            mapped = tensor.data
+            tensor.data = mapped.clone()
+            _leave_memory(mapped.data_ptr(), mapped.nbytes)
+
+
+def _leave_memory(address: int, size: int) -> None:
+    """Advise Linux to take pages out of memory that are copied and on the disk, so that no model is held twice."""
+    begin, end = (-(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE)
+    if sys.platform == "linux" and begin < end:
+        pageout = 21  # MADV_PAGEOUT of madvise(2), which loses no content
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), pageout)
 
 
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
