@@ -89,5 +89,5 @@ def test_a_file_that_was_replaced_and_put_back_while_it_was_loaded_is_noticed(fi
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"missing: can't be read"):
+    with pytest.raises(StorageError, match="missing: can't be written or read"):
         sha256_of_file(tmp_path / "missing")
