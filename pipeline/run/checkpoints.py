@@ -195,6 +195,8 @@ def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
         return f"{MARKER} is of step {marker['step']}"
     for name, expected in marker["files"].items():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return f"{name} leads out of the folder"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:

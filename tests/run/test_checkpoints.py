@@ -143,6 +143,18 @@ def _edit_marker(folder: Path, change: Callable[[dict[str, Any]], Any], *, seale
     (folder / MARKER).write_text(json.dumps(marker))
 
 
+def _move_out(file: Path) -> None:
+    """Put a link to a file, or to a folder, in its place."""
+    real = file.parent.parent / f"real-{file.name}"
+    file.rename(real)
+    file.symlink_to(real)
+
+
+def _name_file(name: str) -> Callable[[Path], None]:
+    """Have the marker name another file, which is there, with the right size and digest."""
+    return lambda f: _edit_marker(f, lambda m: m["files"].update({name.format(f.parent): m["files"]["empty.txt"]}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), f"no {MARKER}"),
     "only the model": (
@@ -175,6 +187,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: ((f / "optimizer.pt").unlink(), (f / "optimizer.pt").mkdir()),
         "optimizer.pt is missing",
     ),
+    "a link to a file outside": (lambda f: _move_out(f / "optimizer.pt"), "optimizer.pt leads out of the folder"),
+    "a link to a folder outside": (lambda f: _move_out(f / "adapter"), "leads out of the folder"),
+    "a name that leads out": (_name_file("../x"), "../x leads out of the folder"),
+    "a name from the root": (_name_file("{}/x"), "leads out of the folder"),
     "grown": (lambda f: (f / "empty.txt").write_bytes(b"x"), "empty.txt has 1 bytes, not 0"),
     "marker missing": (lambda f: (f / MARKER).unlink(), f"no {MARKER}"),
     "marker cut": (lambda f: (f / MARKER).write_bytes((f / MARKER).read_bytes()[:50]), f"{MARKER}: damaged, not JSON"),
@@ -206,10 +222,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_damage_is_named_and_the_checkpoint_before_taken(tmp_path: Path, kind: str) -> None:
     damage, named = DAMAGE[kind]
     before = make_checkpoint(tmp_path, 5)
+    (tmp_path / "x").write_bytes(b"")
     damage(make_checkpoint(tmp_path, 10))
     found, warnings = find(tmp_path)
     assert found == before
-    assert names(tmp_path) == {"checkpoint-5", "broken-checkpoint-10-0"}
+    there = {name for name in names(tmp_path) if not name.startswith("real-")}
+    assert there == {"checkpoint-5", "broken-checkpoint-10-0", "x"}
     assert len(warnings) == 1
     assert "checkpoint-10: damaged" in warnings[0] or "checkpoint-10: cut short" in warnings[0]
     assert named in warnings[0]
