@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.base.errors import BadRow
 from pipeline.config.schema import PAIR_COLUMNS, SPOKEN_COLUMNS
-from pipeline.data.pairs import Message, Pair, Text, check_text, is_conversational, kind_of, make_pair
+from pipeline.data.pairs import Message, Pair, Text, check_text, is_conversational, kind_of, make_pair, without_nulls
 from pipeline.data.rows import LARGEST_ROW
 
 __all__ = ["split_shared_prompt", "to_pair"]
@@ -33,6 +33,11 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
             )
     if _size(values, LARGEST_ROW) > LARGEST_ROW:
         raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
+    try:
+        values = {name: without_nulls(value) for name, value in values.items()}
+    except RecursionError as error:
+        raise BadRow("too_large", f"{place}: nested deeper than any message or tool is") from error
+    values |= {name: _plain(values[name], name, place) for name in ("prompt", "chosen", "rejected")}
     for name in ("chosen", "rejected"):
         check_text(values[name], name, place)
     prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
@@ -45,7 +50,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
         check_text(prompt, "prompt", place)
 
     if is_conversational(chosen):
-        prompt, chosen, rejected = _conversation(prompt, _clean(chosen), _clean(rejected), place)
+        prompt, chosen, rejected = _conversation(prompt, chosen, rejected, place)
     elif prompt is None:
         try:
             prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
@@ -131,7 +136,7 @@ def _conversation(
     prompt: Text | None, chosen: list[Message], rejected: list[Message], place: str
 ) -> tuple[list[Message], list[Message], list[Message]]:
     if isinstance(prompt, list):
-        return _clean(prompt), chosen, rejected
+        return prompt, chosen, rejected
     if isinstance(prompt, str) and all(m["role"] == "assistant" for m in (chosen[0], rejected[0])):
         return [{"role": "user", "content": prompt}], chosen, rejected
     # Without a prompt, or with a text that the conversations repeat (UltraFeedback), their shared messages are it.
@@ -145,9 +150,30 @@ def _conversation(
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _clean(messages: list[Message]) -> list[Message]:
-    """Drop keys that are null: Arrow adds them to messages that never had them, and templates ask `is defined`."""
-    return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+def _plain(value: Any, name: str, place: str) -> Any:
+    """Replace each message's content that is a list of text parts by their text. Raises BadRow for other parts."""
+    if not is_conversational(value):
+        return value
+    plain = []
+    for number, message in enumerate(value):
+        content, where = message.get("content"), f"{place}: {name}[{number}].content"
+        if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
+            # Templates that read parts write one after the other, without a space.
+            content = "".join(_text_of_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+            message = {**message, "content": content}
+        elif not isinstance(content, str | None) and message["role"] in ("system", "developer", "user", "assistant"):
+            # A tool's result may be an object, which templates write as JSON. A speaker's would be Python's notation.
+            kind = kind_of(content)
+            raise BadRow("not_text", f"{where} must be text or a list of text parts, got {kind}. Take the row out")
+        plain.append(message)
+    return plain
+
+
+def _text_of_part(part: Mapping[str, Any], where: str) -> str:
+    if part["type"] == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = f"a part of type {part['type']!r}" if part["type"] != "text" else "a text part without text"
+    raise BadRow("not_text", f"{where} must be a text part, got {kind}. Take the row out, only text can be trained on")
 
 
 def _size(value: Any, most: int) -> int:

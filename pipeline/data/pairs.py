@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.base.errors import BadRow
 
-__all__ = ["Message", "Pair", "Text", "check_text", "is_conversational", "kind_of", "make_pair"]
+__all__ = ["Message", "Pair", "Text", "check_text", "is_conversational", "kind_of", "make_pair", "without_nulls"]
 
 Message = dict[str, Any]
 """A message of a conversation, with at least a `role`."""
@@ -59,6 +59,13 @@ def make_pair(prompt: Text, chosen: Text, rejected: Text, tools: Any, template_k
     )
 
 
+def without_nulls(value: Any) -> Any:
+    """Drop the keys that are null, at every depth: Arrow gives each mapping the keys of all rows' mappings."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def is_conversational(value: Any) -> bool:
     """Return True if a column's value is a list of messages, each with at least a role."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
@@ -106,8 +113,8 @@ def _tools(value: Any, place: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
             # CSV has no null, so empty text stands for none.
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
+            value = without_nulls(json.loads(value)) if value.strip() else None
+        except (ValueError, RecursionError) as error:
             raise BadRow("wrong_type", f"{place}: tools is text but not JSON: {error}") from error
     if value is None or isinstance(value, list):
         return value
@@ -119,8 +126,6 @@ def _template_kwargs(value: Any, place: str) -> Mapping[str, Any] | None:
         return None
     if not isinstance(value, Mapping):
         raise BadRow("wrong_type", f"{place}: chat_template_kwargs must be a mapping, found {kind_of(value)}")
-    # Arrow gives every row the keys of all rows. Null means that this row did not set it.
-    kwargs = {k: v for k, v in value.items() if v is not None}
-    if refused := sorted(kwargs.keys() & _NO_TEMPLATE_KWARGS):
+    if refused := sorted(value.keys() & _NO_TEMPLATE_KWARGS):
         raise BadRow("wrong_type", f"{place}: chat_template_kwargs must not hold {', '.join(refused)}")
-    return kwargs
+    return value

@@ -1,17 +1,23 @@
 """Every form of a preference row becomes the same pair, and what can't be one says why."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow
+from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import split_shared_prompt, to_pair
 from pipeline.data.pairs import Pair, is_conversational
+from pipeline.data.sources import open_source, read_rows
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -136,17 +142,43 @@ def test_other_columns_are_ignored() -> None:
     assert read({**TEXT, "score": float("nan"), "id": "\ud83d"}) == Pair(**TEXT)
 
 
-def test_null_keys_that_arrow_adds_to_messages_are_dropped_but_for_the_content() -> None:
-    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": None}}}]
+def test_null_keys_that_arrow_adds_are_dropped_at_every_depth() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": {"c": [{"d": 2}, 3]}}}}
+    nulls = {"type": "function", "id": None}
+    nulls["function"] = {"name": "add", "arguments": {"a": 1, "city": None, "b": {"x": None, "c": [{"d": 2, "e": None}, 3]}}}
+    tool = {"name": "add", "parameters": {"a": {"type": "int"}}}
+    tool_with_nulls = {"name": "add", "parameters": {"a": {"type": "int", "enum": None}, "city": None}}
     row = {
         "prompt": [{**user("Two plus two?"), "tool_calls": None, "name": None}],
-        "chosen": [{"role": "assistant", "content": None, "tool_calls": call}],
+        "chosen": [{"role": "assistant", "content": None, "tool_calls": [nulls]}],
         "rejected": [{**assistant("Five."), "tool_calls": None}],
+        "chat_template_kwargs": {"documents": [{"title": "a", "url": None}]},
     }
-    pair = read(row)
-    assert pair.prompt == CHAT["prompt"]
-    assert pair.chosen == [{"role": "assistant", "content": None, "tool_calls": call}]
-    assert pair.rejected == CHAT["rejected"]
+    for tools in ([tool_with_nulls], json.dumps([tool_with_nulls])):
+        assert read({**row, "tools": tools}) == Pair(
+            prompt=CHAT["prompt"],
+            chosen=[{"role": "assistant", "tool_calls": [call]}],
+            rejected=CHAT["rejected"],
+            tools=[tool],
+            chat_template_kwargs={"documents": [{"title": "a"}]},
+        )
+
+
+def test_rows_are_the_same_pairs_from_json_lines_and_parquet(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "add", "arguments": {"a": 1, "b": 2}}]
+    rows = [
+        {**CHAT, "chosen": [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]} for call in calls
+    ]
+    # Without content beside messages with one, and a call without arguments.
+    rows.append({**CHAT, "chosen": [{"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = []
+    for name in ("rows.jsonl", "rows.parquet"):
+        data = DataConfig(path=str(tmp_path / name))
+        found.append([to_pair(row.load(), {}, "row") for row in read_rows(open_source(data))])
+    assert found[0] == found[1]
+    assert found[0][0].chosen[0]["tool_calls"] == [{"function": calls[0]}]
 
 
 def test_messages_that_differ_in_null_keys_alone_are_shared() -> None:
@@ -156,9 +188,19 @@ def test_messages_that_differ_in_null_keys_alone_are_shared() -> None:
     assert pair.prompt == [user("Hi")]
 
 
-def test_content_may_be_a_list_of_parts() -> None:
-    parts = [{"type": "text", "text": "Four."}]
-    assert read({**CHAT, "chosen": [assistant(parts)]}).chosen == [assistant(parts)]
+def test_text_parts_are_their_text() -> None:
+    parts = [{"type": "text", "text": "Fo", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "ur."}]
+    spoken = [{"type": "text", "text": "Two plus two?", "image_url": None}]
+    pair = read({"prompt": [user(spoken)], "chosen": [assistant(parts)], "rejected": [assistant("Five.")]})
+    assert pair == Pair(**CHAT)
+    shared = {"chosen": [user(spoken), assistant(parts)], "rejected": [user("Two plus two?"), assistant("Five.")]}
+    assert read(shared) == Pair(**CHAT)
+
+
+def test_a_tools_result_may_be_an_object_which_templates_write_as_json() -> None:
+    for result in ({"sum": 4}, 4, [1, 2]):
+        prompt = [user("Two plus two?"), {"role": "tool", "content": result}]
+        assert read({**CHAT, "prompt": prompt}).prompt == prompt
 
 
 @pytest.mark.parametrize("tools", [[{"name": "add"}], json.dumps([{"name": "add"}])], ids=["list", "JSON"])
@@ -306,7 +348,19 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("wrong_type", "prompt must be text .* found dict", {**TEXT, "prompt": user("a")}),
     ("wrong_type", "one of chosen and rejected is text", {**CHAT, "rejected": "Five."}),
     ("wrong_type", "prompt is a list of messages, chosen and rejected are text", {**TEXT, "prompt": CHAT["prompt"]}),
-    ("wrong_type", "rejected holds a message whose role", {**CHAT, "rejected": [{"role": None, "content": "a"}]}),
+    ("wrong_type", "rejected holds a message whose role", {**CHAT, "rejected": [{"role": 5, "content": "a"}]}),
+    ("wrong_type", "rejected must be text .* found list", {**CHAT, "rejected": [{"role": None, "content": "a"}]}),
+    (
+        "not_text",
+        r"prompt\[0\]\.content\[1\] must be a text part, got a part of type 'image_url'",
+        {**CHAT, "prompt": [user([{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": "a"}])]},
+    ),
+    ("not_text", "got a part of type 'pizza'", {**CHAT, "chosen": [assistant([{"type": "pizza", "text": "a"}])]}),
+    ("not_text", "got a text part without text", {**CHAT, "chosen": [assistant([{"type": "text"}])]}),
+    ("not_text", r"chosen\[0\]\.content must be text .* got dict", {**CHAT, "chosen": [assistant({"text": "a"})]}),
+    ("not_text", r"chosen\[0\]\.content must be text .* got list", {**CHAT, "chosen": [assistant(["Four."])]}),
+    ("not_utf8", "half a surrogate", {**CHAT, "chosen": [assistant([{"type": "text", "text": "\ud83d"}])]}),
+    ("too_large", "nested deeper", {**CHAT, "tools": functools.reduce(lambda inner, _: [inner], range(9000), [])}),
     ("wrong_type", "tools is text but not JSON", {**CHAT, "tools": "[{"}),
     ("wrong_type", "tools must be a list .* found dict", {**CHAT, "tools": {"name": "add"}}),
     ("wrong_type", "tools must be a list .* found dict", {**CHAT, "tools": '{"name": "add"}'}),
