@@ -44,10 +44,13 @@ class DataError(RefshardError):
 
 
 class BadRow(DataError):
-    """A preference row that can't be a pair. `reason` is the short name under which drops are counted."""
+    """A preference row that can't be a pair. `reason` is the short name under which drops are counted.
+
+    Its message quotes the row, and is cut: a store's parts hold the messages of skipped rows.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,9 +89,13 @@ class FencedError(RefshardError):
 
 def one_line(text: str, most: int = 2000) -> str:
     """Make text safe to show: one line, shortened in its middle, without control characters."""
-    line = printable(" ".join(text.split()))
+    # Cut first: a row has megabytes. Escapes make it longer again.
+    return _cut(printable(_cut(" ".join(text.split()), most)), most)
+
+
+def _cut(line: str, most: int) -> str:
     # The end says what to do.
-    return line if len(line) <= most else f"{line[: most * 3 // 4]} ... {line[-most // 4 :]}"
+    return line if len(line) <= most else f"{line[: most * 3 // 4 - 5]} ... {line[-most // 4 :]}"
 
 
 def printable(text: str) -> str:

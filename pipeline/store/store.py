@@ -10,6 +10,7 @@ module needs pyarrow and numpy only.
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,10 @@ __all__ = [
     "read_parts",
     "write_part",
 ]
+
+
+_MOST_LISTED = 16 * 2**20
+"""Most bytes of the skipped rows in a part's footer; readers refuse one of 100 MB"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +193,7 @@ def write_part(
         "refshard.fingerprint": header.fingerprint,
         "refshard.unit": str(unit),
         "refshard.ledger": json.dumps(ledger.as_dict()),
-        "refshard.skipped": json.dumps(ledger.skipped),
+        "refshard.skipped": _listed(ledger.skipped),
         "refshard.provenance": json.dumps(header.provenance, sort_keys=True),
         "refshard.noise": json.dumps(vars(noise or NoiseFloor())),
     }
@@ -204,6 +209,12 @@ def write_part(
             f"{folder.place(part_name(unit))}: does not read back as written; nothing was committed. Run again"
         )
     return folder.put_if_absent(part_name(unit), content)
+
+
+def _listed(skipped: Sequence[Mapping[str, Any]]) -> str:
+    """List skipped rows as JSON, as many as leave a footer that every reader takes. The ledger counts all."""
+    size = itertools.accumulate(len(json.dumps(entry)) for entry in skipped)
+    return json.dumps([entry for entry, end in zip(skipped, size, strict=True) if end <= _MOST_LISTED])
 
 
 def finish_store(where: Where, num_units: int) -> list[int]:

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.base.errors import DataError, IdentityError, RefshardError, StorageError, UnfinishedError
+from pipeline.base.errors import BadRow, DataError, IdentityError, RefshardError, StorageError, UnfinishedError
 from pipeline.base.folders import LocalFolder
-from pipeline.data.intake import Ledger
+from pipeline.data.intake import Ledger, Outcome
+from pipeline.data.rows import Row
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.format import ScoredPair, SummedPair, part_name, schema, sealed
 from pipeline.store.store import (
@@ -263,6 +264,22 @@ def test_the_index_adds_up_its_parts_and_lists_what_was_skipped(tmp_path: Path) 
 
 
 # Rows of which only the sums are known.
+
+
+def test_no_skipped_row_makes_a_footer_that_readers_refuse(tmp_path: Path) -> None:
+    ledger = Ledger()
+    for row in range(9000):
+        place = "folder/" * 500 + f"pairs.jsonl:{row}"
+        error = BadRow("missing_column", f"{place}: no column 'chosen'; there are {'x' * 9000}. Rename it")
+        ledger.take(Outcome(row=Row(row, place, dict), dropped=error.reason, error=error))
+    assert max(len(entry["message"]) for entry in ledger.skipped) <= 2000
+    assert ledger.skipped[0]["message"].endswith("Rename it")
+    fingerprint = create_store(tmp_path, IDENTITY, {}, {})
+    write_part(tmp_path, 0, [], ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+    assert finish_store(tmp_path, 1) == []
+    footer = pq.read_schema(tmp_path / part_name(0)).metadata
+    assert 2000 < len(json.loads(footer[b"refshard.skipped"])) < 9000
+    assert open_store(tmp_path).index["totals"]["dropped"] == {"missing_column": 9000}
 
 
 def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Path) -> None:
