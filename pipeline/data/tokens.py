@@ -28,8 +28,8 @@ __all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "renders_prompt_
 TOKENIZATION_VERSION = 1
 """Part of every identity. Raise it with any change here, in layouts.py or in pairs.py that changes a token.
 
-It stayed when nulls inside messages and lists of text parts became plain messages: those rows alone have other keys now,
-so that their old log-probs are missed by name, and no other pair must be scored again.
+It stayed when nulls inside messages and lists of text parts became plain messages. Those rows alone have other keys
+now, so their old log-probs are missed, never read, and no other pair must be scored again.
 """
 
 

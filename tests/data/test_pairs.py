@@ -144,8 +144,8 @@ def test_other_columns_are_ignored() -> None:
 
 def test_null_keys_that_arrow_adds_are_dropped_at_every_depth() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": {"c": [{"d": 2}, 3]}}}}
-    nulls = {"type": "function", "id": None}
-    nulls["function"] = {"name": "add", "arguments": {"a": 1, "city": None, "b": {"x": None, "c": [{"d": 2, "e": None}, 3]}}}
+    arguments = {"a": 1, "city": None, "b": {"x": None, "c": [{"d": 2, "e": None}, 3]}}
+    nulls = {"type": "function", "id": None, "function": {"name": "add", "arguments": arguments}}
     tool = {"name": "add", "parameters": {"a": {"type": "int"}}}
     tool_with_nulls = {"name": "add", "parameters": {"a": {"type": "int", "enum": None}, "city": None}}
     row = {
