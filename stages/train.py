@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import DataError, stopped_as_asked
 from pipeline.base.files import read_json, replace_file, sync_tree, write_json
 from pipeline.base.folders import open_folder
@@ -25,12 +26,13 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
-from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
+from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt, claim_run
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import (
+    best_checkpoint,
     delete_run,
     find_checkpoint,
     is_recorded,
@@ -75,6 +77,8 @@ class TrainingRun:
     arguments: transformers.TrainingArguments
     """The `train` section, as the user has set it"""
     tokenizer: Any
+    base: WatchedFiles
+    """Files of the policy's model before training"""
     identity: Mapping[str, Any]
     """Identity that a checkpoint must have"""
     attempt: Attempt
@@ -120,6 +124,8 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     output = config.train.folder
     guard_run(config)
     router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
+    # Before any identity takes their digests.
+    base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
     tokenizer = load_tokenizer(config)
     if config.reference.sync:
         check_mixable(config)
@@ -150,6 +156,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
                 config=config,
                 arguments=arguments,
                 tokenizer=tokenizer,
+                base=base,
                 identity=identity,
                 attempt=attempt,
                 flag=flag,
@@ -243,6 +250,8 @@ def _load_policy(run: TrainingRun) -> Scorer:
     transformers.set_seed(arguments.seed)
     with _in_one_piece(arguments):
         policy = load_policy(config)
+    if NamedModel.policy(config) == NamedModel.policy(run.config):
+        run.base.check_untouched()
     scorer = Scorer.check(policy, run.tokenizer, "policy.model")
     if not scorer.packed:
         _say(f"warning: {not_packed(policy)}")
@@ -290,7 +299,14 @@ def _make_trainer(
     config, arguments, window = run.config, run.arguments, run.window
     state = PartialState()
     held_out = {name: rows for name, rows in sets.items() if name != "train"}
-    commit = CommitCallback(run.identity, run.flag, attempt=run.attempt, keep=arguments.save_total_limit)
+    commit = CommitCallback(
+        run.identity,
+        run.flag,
+        attempt=run.attempt,
+        keep=arguments.save_total_limit,
+        # Other checkpoints are whole models.
+        base=run.base if config.policy.has_adapter else None,
+    )
     margins = Margins(run.attempt, next(iter(held_out)) if len(held_out) == 1 else None)
     micro_batches = arguments.gradient_accumulation_steps * state.num_processes
     about = {
@@ -302,6 +318,10 @@ def _make_trainer(
     gate = make_gate(config, run.scored, run.stores["train"], window) if "train" in run.stores else None
 
     def before_training(trainer: PairTrainer) -> None:
+        if run.checkpoint is not None:
+            # The library forgets a best checkpoint that is not where it was saved.
+            saved = read_json(run.checkpoint / "trainer_state.json")
+            trainer.state.best_model_checkpoint = saved["best_model_checkpoint"]
         if gate is not None:
             run_gate(trainer, gate, _say, commit.leave_if_asked)
         if window is not None and trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
@@ -368,13 +388,10 @@ def _run_steps(run: TrainingRun, trainer: PairTrainer) -> None:
 def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: int) -> None:
     """Evaluate, save the policy and its card, and record that the run is finished."""
     output = run.output
-    if (
-        run.arguments.load_best_model_at_end
-        and trainer.state.best_model_checkpoint is not None
-        # Otherwise the library has loaded it.
-        and (run.all_steps_are_done or trainer.is_fsdp_enabled)
-    ):
-        trainer.load_best(lambda folder: load_policy(at_checkpoint(run.config, folder)))
+    saved_as = trainer.state.best_model_checkpoint
+    if run.arguments.load_best_model_at_end and saved_as is not None:
+        best = on_main_process(lambda: best_checkpoint(output, saved_as))
+        trainer.load_best(best, lambda folder: load_policy(at_checkpoint(run.config, folder)))
     metrics = _final_metrics(trainer)
     _save_policy(run, trainer)
     if not PartialState().is_main_process:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, StorageError, first_line
+from pipeline.base.files import read_json
 from pipeline.config.schema import PAIR_COLUMNS
 from pipeline.data.rows import LARGEST_ROW, Row, Source
 
-__all__ = ["READERS", "is_json_array", "json_lines", "load_saved", "open_parquet"]
+__all__ = ["READERS", "is_json_array", "json_lines", "load_saved", "open_parquet", "saved_folder"]
 
 _LARGEST_ARRAY = 2**30
 """Most bytes of a JSON array. It is held as a whole, and takes some ten times the memory once it is parsed."""
@@ -289,15 +290,25 @@ def load_saved(source: Source) -> Any:
     """Open a `save_to_disk` folder. Return the split as a datasets.Dataset without media columns."""
     import datasets
 
+    folder = saved_folder(source)
     try:
-        loaded = datasets.load_from_disk(source.path)
+        loaded = datasets.load_from_disk(folder)
     except Exception as error:  # the library trusts the folder's files, and fails anywhere if they are damaged
-        raise DataError(f"{source.path}: not a readable save_to_disk folder ({first_line(error)})") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if source.split not in loaded:
-            raise ConfigError(f"data.split: {source.path} has no split {source.split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[source.split]
+        raise DataError(f"{folder}: not a readable save_to_disk folder ({first_line(error)})") from error
     return _without_media(loaded.with_format(None))
+
+
+def saved_folder(source: Source) -> Path:
+    """Give the folder of a `save_to_disk` source's split. Raises ConfigError without such a split."""
+    folder = Path(source.path)
+    if (folder / "state.json").exists():
+        return folder
+    splits = read_json(folder / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+        raise DataError(f"{folder}: not a readable save_to_disk folder (its dataset_dict.json names no splits)")
+    if source.split not in splits:
+        raise ConfigError(f"data.split: {source.path} has no split {source.split!r}; it has {', '.join(splits)}")
+    return folder / source.split
 
 
 def _without_media(dataset: Any) -> Any:

@@ -5,17 +5,32 @@ worker that skips another worker's rows pays for finding them, not for parsing t
 """
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.digests import sha256_of_file, sha256_of_files
+from pipeline.base.errors import ConfigError, DataError, first_line
+from pipeline.base.files import read_json
 from pipeline.config.schema import DataConfig, EvalSetConfig
-from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet
+from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet, saved_folder
 from pipeline.data.rows import Row, Source
 
-__all__ = ["count_rows", "data_files", "describe", "find_set", "open_source", "read_rows"]
+__all__ = [
+    "as_recorded",
+    "count_rows",
+    "data_files",
+    "describe",
+    "digests_of_data",
+    "find_set",
+    "open_source",
+    "read_rows",
+]
 
+_STATE = "state.json"
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -79,7 +94,40 @@ def count_rows(source: Source) -> int | None:
 
 def data_files(source: Source) -> tuple[Path, ...]:
     """Return the local files that hold the rows; none for a hub dataset."""
-    return tuple(sorted(Path(source.path).rglob("*.arrow"))) if source.format == "disk" else source.files
+    if source.format != "disk":
+        return source.files
+    folder = saved_folder(source)
+    return folder / _STATE, folder / "dataset_info.json", *(folder / name for name in _saved_names(folder))
+
+
+def digests_of_data(source: Source) -> dict[str, str]:
+    """Return the SHA-256 of what decides the rows of local data, by file name; nothing for a hub dataset.
+
+    Names of a `save_to_disk` folder are relative to it. `state.json` stands for the order of its files and their types.
+    """
+    if source.format != "disk":
+        return sha256_of_files(source.files)
+    folder = saved_folder(source)
+    within, names = folder.relative_to(source.path), _saved_names(folder)
+    state = json.dumps([names, read_json(folder / "dataset_info.json").get("features")], sort_keys=True)
+    digests = {(within / name).as_posix(): sha256_of_file(folder / name) for name in names}
+    return {**digests, (within / _STATE).as_posix(): hashlib.sha256(state.encode()).hexdigest()}
+
+
+def as_recorded(stored: Any, now: Any) -> Any:
+    """Complete stored digests by what earlier versions did not record of a `save_to_disk` folder: splits and state."""
+    if not isinstance(now, dict) or not isinstance(stored, dict):
+        return stored
+    has_state = [any(Path(name).name == _STATE for name in digests) for digests in (stored, now)]
+    return {name: stored.get(name, digest) for name, digest in now.items()} if has_state == [False, True] else stored
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """Return the names of the files that a `save_to_disk` folder is read from, in their order."""
+    try:
+        return [str(file["filename"]) for file in read_json(folder / _STATE)["_data_files"]]
+    except (DataError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not a readable save_to_disk folder ({first_line(error)})") from error
 
 
 def describe(source: Source) -> str:

@@ -24,6 +24,7 @@ from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import delete_records
 
 __all__ = [
+    "best_checkpoint",
     "checkpoint_folders",
     "commit_checkpoint",
     "delete_older",
@@ -96,6 +97,21 @@ def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
             if _is_intact(marker):
                 check_same_run(folder, marker["identity"], identity)
                 return
+
+
+def best_checkpoint(run_folder: Path, saved_as: str) -> Path:
+    """Give the best checkpoint after a check; `saved_as` is its path before the run's folder may have moved.
+
+    Raises DataError if it is damaged or gone.
+    """
+    folder = run_folder / Path(saved_as).name
+    problem = _problem(folder, int(folder.name.rpartition("-")[2])) if folder.exists() else "it is gone"
+    if problem is not None:
+        raise DataError(
+            f"{folder}: must be the run's best checkpoint as it was saved, but {problem}. Restore it from a backup, or "
+            "set train.load_best_model_at_end: false to keep the last step's policy; the same command then ends the run"
+        )
+    return folder
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:

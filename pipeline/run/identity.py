@@ -8,12 +8,11 @@ from typing import Any
 
 import transformers
 
-from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import IdentityError
 from pipeline.config.reader import as_dict
-from pipeline.config.schema import Config
-from pipeline.data.sources import data_files, open_source
-from pipeline.models.identity import describe_differences
+from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.data.sources import as_recorded, digests_of_data, open_source
+from pipeline.models.identity import describe_differences, identity_of_reference
 
 __all__ = ["check_same_run", "run_identity"]
 
@@ -64,12 +63,33 @@ _FREE_KINDS = (
 
 def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Raise IdentityError, which names each difference, if a run with other settings has saved it."""
-    found = describe_differences(stored, run, "saved")
+    found = describe_differences(_as_recorded(stored, run), run, "saved")
     if found:
         raise IdentityError(
             f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. "
             "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
         )
+
+
+def _as_recorded(stored: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a stored identity by what earlier versions did not record, and by held-out sets that were added."""
+    data, now = dict(stored.get("data", {})), run.get("held_out", {})
+    sets = {**data.pop("eval", {}), **stored.get("held_out", {})}
+    for name, settings in sets.items():
+        sets[name] = {"dataset": now.get(name, {}).get("dataset"), **_unplaced(settings, now.get(name, {}))}
+    completed = {
+        "data": _unplaced(data, run.get("data", {})),
+        "dataset": as_recorded(stored.get("dataset"), run.get("dataset")),
+        "fingerprints": {**run.get("fingerprints", {}), **stored.get("fingerprints", {})},
+        "held_out": {**now, **sets},
+        "policy_base": stored.get("policy_base", run.get("policy_base")),
+    }
+    return {**stored, **{key: value for key, value in completed.items() if key in run}}
+
+
+def _unplaced(settings: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the path of local data, which earlier versions recorded."""
+    return {key: value for key, value in settings.items() if key != "path" or key in of_run}
 
 
 def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int) -> dict[str, Any]:
@@ -88,19 +108,29 @@ def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int
         for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
-    run, source = as_dict(config), open_source(config.data)
-    files = data_files(source)
+    run, contents = as_dict(config), {}
+    held_out = run["data"].pop("eval")
+    for name, settings in {"train": run["data"], **held_out}.items():
+        contents[name] = digests_of_data(open_source(config.data, name))
+        if contents[name]:
+            # Data that has moved is the same data.
+            del settings["path"]
     identity = {
         "fingerprints": dict(fingerprints),
         "data": run["data"],
         # The order of local rows decides the pairs of a step. Hub data has a revision.
-        "dataset": sha256_of_files(files) if files else source.revision,
+        "dataset": contents["train"] or config.data.revision,
+        "held_out": {name: {**settings, "dataset": contents[name]} for name, settings in held_out.items()},
         "policy": run["policy"],
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
         "train": fixed,
         "processes x gradient_accumulation_steps": processes * options.get("gradient_accumulation_steps", 1),
     }
+    if config.policy.has_adapter:
+        # Checkpoints hold the adapter alone.
+        base = ReferenceConfig(dtype=config.policy.dtype, disable_adapters=True)
+        identity["policy_base"] = identity_of_reference(dataclasses.replace(config, reference=base))
     if options.get("deepspeed"):
         # DeepSpeed's shares can be loaded only by as many processes.
         identity["processes"] = processes

@@ -23,6 +23,7 @@ from pipeline.base.errors import DataError, IdentityError, UnfinishedError
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
+from pipeline.data.sources import as_recorded
 from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import format
@@ -153,7 +154,8 @@ def create_store(
     stored = read_manifest(folder)
     found = differences(stored["identity"], identity, joining=False)
     # Compare the plan as JSON gives it back.
-    found += describe_differences(stored["plan"], json.loads(json.dumps(plan)))
+    recorded = {**stored["plan"], "dataset": as_recorded(stored["plan"].get("dataset"), plan.get("dataset"))}
+    found += describe_differences(recorded, json.loads(json.dumps(plan)))
     if found:
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "

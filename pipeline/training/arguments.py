@@ -84,8 +84,8 @@ def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers
     arguments.save_total_limit = None
     # A resumed run was measured at its start.
     arguments.eval_on_start = False
-    # The library knows sharded weights in a form of its own alone.
-    arguments.load_best_model_at_end &= not arguments.fsdp
+    # The library would load a damaged checkpoint, and ignore one that is gone.
+    arguments.load_best_model_at_end = False
     return arguments
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.signals import StopFlag
 from pipeline.run.attempts import Attempt
 from pipeline.run.checkpoints import commit_checkpoint, delete_older
@@ -23,7 +24,8 @@ _SAVE, _LEAVE = 1, 2
 class CommitCallback(transformers.TrainerCallback):
     """Commits each checkpoint that the library saved, and saves a last one on a stop request.
 
-    `keep` is the user's `save_total_limit`. `clock` gives seconds that never jump, unlike the wall clock's.
+    `keep` is the user's `save_total_limit`. `base` holds the files that checkpoints of an adapter are loaded with.
+    `clock` gives seconds that never jump, unlike the wall clock's.
     """
 
     # On a second SIGTERM time is short, and a checkpoint of this age is not saved again.
@@ -36,12 +38,14 @@ class CommitCallback(transformers.TrainerCallback):
         *,
         attempt: Attempt,
         keep: int | None = None,
+        base: WatchedFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._flag = flag
         self._attempt = attempt
         self._keep = keep
+        self._base = base
         self._clock = clock
         self._committed_at: float | None = None
         self.stopped_early = False
@@ -82,6 +86,8 @@ class CommitCallback(transformers.TrainerCallback):
 
     def _commit(self, run_folder: Path, state: Any) -> None:
         step = state.global_step
+        if self._base is not None:
+            self._base.check()
         self._attempt.check()
         commit_checkpoint(run_folder / f"checkpoint-{step}", step, self._identity, self._attempt.number)
         if self._keep:

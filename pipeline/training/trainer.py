@@ -270,21 +270,29 @@ class PairTrainer(transformers.Trainer):
         merged on loading, and warns of them. It is not called under DeepSpeed.
         """
 
-    def load_best(self, load_policy: Callable[[Path], Any]) -> None:
-        """Load the weights of the run's best checkpoint into the policy; `load_policy` loads one from a folder."""
-        if not self.is_fsdp_enabled:
+    def load_best(self, folder: Path, load_policy: Callable[[Path], Any]) -> None:
+        """Load the weights of a checkpoint into the policy; `load_policy` loads one from a folder."""
+        self.state.best_model_checkpoint = str(folder)
+        model: Any = self.model
+        engine: Any = self.deepspeed
+        has_adapter = hasattr(model, "peft_config")
+        if engine is not None:
             self._load_best_model()
-            return
-        has_adapter = hasattr(self.model, "peft_config")
-        weights: dict[str, torch.Tensor] = {}
+        elif self.is_fsdp_enabled:
+            weights: dict[str, torch.Tensor] = {}
 
-        def read() -> None:
-            policy = load_policy(Path(str(self.state.best_model_checkpoint)))
-            named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-            weights.update(named if has_adapter else policy.state_dict())
+            def read() -> None:
+                policy = load_policy(folder)
+                named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+                weights.update(named if has_adapter else policy.state_dict())
 
-        on_main_process(read)
-        put_weights(self.model, weights, trained_only=has_adapter)
+            on_main_process(read)
+            put_weights(model, weights, trained_only=has_adapter)
+        elif has_adapter:
+            model.load_adapter(str(folder), model.active_adapter)
+        else:
+            # The library's method leaves weights out that are renamed or merged on loading.
+            model.load_state_dict(load_policy(folder).state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.digests import WatchedFiles, sha256_of_files
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag, watch_signals
@@ -20,7 +20,7 @@ from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
-from pipeline.data.sources import data_files, describe, open_source
+from pipeline.data.sources import data_files, describe, digests_of_data, open_source
 from pipeline.models.files import (
     NamedModel,
     declared_reference,
@@ -184,7 +184,6 @@ def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[in
         digest = hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
         of_window = {"window": f"{len(rows)} pairs in the order of training ({digest[:12]})"}
     remote = {"path": source.path, "name": source.name, "revision": source.revision}
-    files = data_files(source)
     return {
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
@@ -193,7 +192,7 @@ def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[in
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
-        "dataset": sha256_of_files(files) if files else remote,
+        "dataset": digests_of_data(source) or remote,
         "split": source.split,
     }
 

@@ -22,7 +22,16 @@ from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, 
 from pipeline.config.schema import DataConfig, EvalSetConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
-from pipeline.data.sources import count_rows, describe, find_set, open_source, read_rows
+from pipeline.data.sources import (
+    as_recorded,
+    count_rows,
+    data_files,
+    describe,
+    digests_of_data,
+    find_set,
+    open_source,
+    read_rows,
+)
 from support.runs import simple_rows, write_jsonl
 
 # Everything that a cell of a CSV file or a line of JSON could stumble over.
@@ -292,6 +301,43 @@ def test_split_that_a_saved_dict_lacks_is_refused_with_those_it_has(tmp_path: Pa
     source = source_of(_save_dataset_dict(tmp_path), split="validation")
     with pytest.raises(ConfigError, match="no split 'validation'; it has test, train"):
         list(read_rows(source))
+
+
+def test_saved_data_is_known_by_its_split_and_all_that_decides_its_rows_wherever_it_lies(tmp_path: Path) -> None:
+    def save(folder: str, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
+        splits = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", train), ("test", test))}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / folder, num_shards={"train": 2, "test": 2})
+        return tmp_path / folder
+
+    rows = simple_rows(8)
+    saved = save("a", rows, rows[:4])
+    digests = digests_of_data(source_of(saved))
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow", "state.json"]
+    assert sorted(digests) == [f"train/{name}" for name in names]
+    assert digests_of_data(source_of(save("b", rows, rows[4:]))) == digests
+    # Both splits have files of the same names.
+    assert digests_of_data(source_of(save("c", rows[::-1], rows[:4]))) != digests
+    state = json.loads((saved / "train" / "state.json").read_text())
+    state["_fingerprint"] = "of another session"
+    (saved / "train" / "state.json").write_text(json.dumps(state))
+    assert digests_of_data(source_of(saved)) == digests
+    # The state alone decides the order of the files.
+    (saved / "train" / "state.json").write_text(json.dumps({**state, "_data_files": state["_data_files"][::-1]}))
+    assert values(source_of(saved)) == rows[4:] + rows[:4]
+    changed = digests_of_data(source_of(saved))
+    assert [name for name in digests if changed[name] != digests[name]] == ["train/state.json"]
+    assert {file.name for file in data_files(source_of(saved))} == {*names, "dataset_info.json"}
+
+
+def test_digests_of_saved_data_that_an_earlier_version_recorded_are_completed() -> None:
+    now = {"data-0.arrow": "a", "state.json": "s"}
+    assert as_recorded({"data-0.arrow": "a"}, now) == now
+    assert as_recorded({"data-0.arrow": "b", "data-1.arrow": "c"}, now) == {**now, "data-0.arrow": "b"}
+    # It recorded the digest of one of the splits, and not of which.
+    split = {f"train/{name}": digest for name, digest in now.items()}
+    assert as_recorded({"data-0.arrow": "b"}, split) == split
+    for stored, other in (({**now, "state.json": "t"}, now), ({"p.jsonl": "a"}, {"p.jsonl": "b"}), ("v1", now)):
+        assert as_recorded(stored, other) == stored
 
 
 def test_source_is_described_with_its_range() -> None:
@@ -634,6 +680,14 @@ def test_gzip_cut_in_its_middle_gives_the_rows_before_the_cut(tmp_path: Path) ->
         read.extend(dict(row.load()) for row in read_rows(source_of(tmp_path / "p.jsonl.gz")))
     assert 0 < len(read) < 200
     assert read == simple_rows(len(read))
+
+
+@pytest.mark.parametrize("content", ["{", '{"_data_files": [{}]}', '{"_data_files": 3}'])
+def test_a_saved_dataset_whose_state_is_damaged_has_no_digests(content: str, tmp_path: Path) -> None:
+    folder = _save_dataset(tmp_path)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(DataError, match=rf"{folder}: not a readable save_to_disk folder"):
+        digests_of_data(source_of(folder))
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "data-00000-of-00002.arrow"])

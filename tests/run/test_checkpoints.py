@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import transformers
 
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import DataError, FencedError, IdentityError
 from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
@@ -19,13 +21,14 @@ from pipeline.run import attempts, checkpoints
 from pipeline.run.attempts import Attempt, claim_run
 from pipeline.run.checkpoints import (
     MARKER,
+    best_checkpoint,
     commit_checkpoint,
     delete_older,
     delete_run,
     find_checkpoint,
     refuse_other_run,
 )
-from pipeline.run.identity import run_identity
+from pipeline.run.identity import check_same_run, run_identity
 from pipeline.training.commit import CommitCallback
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from support.runs import simple_rows, write_jsonl
@@ -233,6 +236,23 @@ def test_damage_is_named_and_the_checkpoint_before_taken(tmp_path: Path, kind: s
     assert named in warnings[0]
     assert "broken-checkpoint-10-0" in warnings[0]
     tally("a checkpoint damaged in one of many ways", 1, outcome="named, set aside, the one before taken")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_best_checkpoint_is_checked_before_its_weights_are_used(tmp_path: Path, kind: str) -> None:
+    damage, named = DAMAGE[kind]
+    # The run's folder has moved since the path was recorded.
+    recorded = "/a/run/before/checkpoint-10"
+    best = make_checkpoint(tmp_path, 10)
+    assert best_checkpoint(tmp_path, recorded) == best
+    damage(best)
+    with pytest.raises(DataError, match=f"^{best}: .*{re.escape(named)}.*load_best_model_at_end: false"):
+        best_checkpoint(tmp_path, recorded)
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"checkpoint-10: .* it is gone"):
+        best_checkpoint(tmp_path, "/a/run/before/checkpoint-10")
 
 
 def test_files_added_later_do_no_harm(tmp_path: Path) -> None:
@@ -497,6 +517,22 @@ def test_a_start_that_was_overtaken_commits_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-5" / MARKER).exists()
 
 
+def test_no_checkpoint_counts_once_the_model_below_its_adapter_has_changed(tmp_path: Path) -> None:
+    weights = tmp_path / "base.safetensors"
+    weights.write_bytes(b"before")
+    callback = CommitCallback(IDENTITY, StopFlag(), attempt=claim_run(tmp_path, IDENTITY), base=WatchedFiles([weights]))
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step, commit=False)
+    state = SimpleNamespace(global_step=5)
+    callback.on_save(arguments, state, transformers.TrainerControl())
+    weights.write_bytes(b"behind")
+    state.global_step = 10
+    with pytest.raises(IdentityError, match=r"base\.safetensors: changed while it was in use"):
+        callback.on_save(arguments, state, transformers.TrainerControl())
+    assert [step for step in (5, 10) if (tmp_path / f"checkpoint-{step}" / MARKER).exists()] == [5]
+
+
 def test_a_start_that_was_overtaken_in_the_middle_of_a_save_writes_no_further_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,4 +693,62 @@ def test_what_is_trained_and_how_is_part_of_the_run(
     identity_of: Callable[..., dict[str, Any]], override: str, field: str
 ) -> None:
     before, after = identity_of(), identity_of((override,))
-    assert [key for key, value in after.items() if value != before[key]] == [field]
+    assert [key for key, value in before.items() if value != after[key]] == [field]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_the_model_below_an_adapter_is_part_of_the_run(
+    tmp_path: Path, model_folder: Path, identity_of: Callable[..., dict[str, Any]], file: str
+) -> None:
+    own = Path(shutil.copytree(model_folder, tmp_path / "own"))
+    changes = ("policy.lora.r=4", f"policy.model={own}", "reference.declared=another")
+    before = identity_of(changes)
+    content = (own / file).read_bytes()
+    (own / file).write_bytes(content[:-1] + b"\x01" if file != "config.json" else content.replace(b"1e-06", b"1e-01"))
+    with pytest.raises(IdentityError, match="policy_base") as caught:
+        check_same_run(tmp_path, before, identity_of(changes))
+    assert str(caught.value).count(", this run ") == 1
+    # An earlier version recorded nothing of it.
+    del before["policy_base"]
+    check_same_run(tmp_path, before, identity_of(changes))
+
+
+HELD_OUT = ("data.eval.one.path=one.jsonl",)
+
+
+def test_data_that_has_moved_is_the_same_run_and_so_is_one_with_another_held_out_set(
+    tmp_path: Path, identity_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "one.jsonl", simple_rows(4))
+    before = identity_of(HELD_OUT)
+    (tmp_path / "moved").mkdir()
+    for name in ("pairs", "one"):
+        shutil.move(tmp_path / f"{name}.jsonl", tmp_path / "moved" / f"{name}.jsonl")
+    moved = ("data.path=moved/pairs.jsonl", "data.eval.one.path=moved/one.jsonl")
+    after = identity_of(moved)
+    assert after == before
+    more = identity_of((*moved, "data.eval.two.split=train[:3]"))
+    more["fingerprints"]["two"] = "f" * 64
+    check_same_run(tmp_path, before, more)
+    with pytest.raises(IdentityError, match=r"held_out\.two"):
+        check_same_run(tmp_path, more, after)
+    write_jsonl(tmp_path / "moved" / "one.jsonl", simple_rows(4)[::-1])
+    with pytest.raises(IdentityError, match=r"held_out\.one\.dataset"):
+        check_same_run(tmp_path, before, identity_of(moved))
+
+
+def test_a_run_of_an_earlier_version_is_compared_in_what_it_recorded(
+    tmp_path: Path, identity_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "one.jsonl", simple_rows(4))
+    now = identity_of(HELD_OUT)
+    sets = {"one": {"path": "elsewhere.jsonl", "name": None, "split": None}}
+    before = {key: value for key, value in now.items() if key != "held_out"}
+    before["data"] = {**now["data"], "path": "elsewhere/pairs.jsonl", "eval": sets}
+    check_same_run(tmp_path, before, now)
+    for key, value in (("dataset", {"pairs.jsonl": "0" * 64}), ("data", {**before["data"], "max_length": 7})):
+        with pytest.raises(IdentityError, match=f"differs in {key}") as caught:
+            check_same_run(tmp_path, {**before, key: value}, now)
+        assert str(caught.value).count(", this run ") == 1
