@@ -267,6 +267,7 @@ class Reference:
             self._ensemble.broadcast(("load", None))
         click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
         scorer = load_reference_scorer(self._config, self._tokenizer, self._ensemble)
+        self._files.check_untouched()
         elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")
         if elsewhere:
             click.echo(

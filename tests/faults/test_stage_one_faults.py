@@ -193,8 +193,17 @@ def test_a_reference_that_is_replaced_before_it_is_loaded_or_while_it_scores_get
         safetensors.torch.save_file(other, tmp_path / "new.safetensors", metadata={"format": "pt"})
         (tmp_path / "new.safetensors").replace(weights)
 
+    def load_another_and_put_back(*given: Any) -> Any:
+        weights.rename(tmp_path / "aside")
+        shutil.copy(tmp_path / "aside", weights)
+        replace()
+        scorer = load(*given)
+        (tmp_path / "aside").replace(weights)
+        return scorer
+
     load, score = worker.load_reference_scorer, worker.Reference._score
     for name, changed in (
+        ("load_reference_scorer", load_another_and_put_back),
         ("load_reference_scorer", lambda *given: (replace(), load(*given))[1]),
         ("Reference._score", lambda *given: (replace(), score(*given))[1]),
     ):
@@ -204,7 +213,7 @@ def test_a_reference_that_is_replaced_before_it_is_loaded_or_while_it_scores_get
                 command.run(config)
         assert [file.name for file in (tmp_path / "shards" / "train").iterdir()] == ["manifest.json"]
         shutil.rmtree(tmp_path / "shards")
-    tally("the reference replaced between its digest and its loading, or while it scores", 2, outcome="78, no part")
+    tally("the reference replaced between its digest and its loading, or while it scores", 3, outcome="78, no part")
 
 
 def _run_both_stages_on_a_jumping_clock(config: Path, output: Path) -> None:
