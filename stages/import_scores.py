@@ -27,7 +27,7 @@ from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_shards
 from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import PartHeader, create_store, delete_store, finish_store, is_finished, write_part
+from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
 
 __all__ = ["run"]
 
@@ -72,12 +72,11 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         "imported": {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected},
     }
     declared = {**declared_reference(config), "dataset": str(scores), "imported": True}
-    fingerprint = create_store(folder, identity_of_run(config, tokenizer), plan, declared)
+    provenance = {"imported": str(scores), "versions": library_versions()}
+    header = create_store(folder, identity_of_run(config, tokenizer), plan, declared, provenance)
     if is_finished(folder):
         click.echo(f"{folder}: imported already; nothing to do.")
         return
-    provenance = {"imported": str(scores), "versions": library_versions()}
-    header = PartHeader(fingerprint=fingerprint, token_logps=token_logps, provenance=provenance)
     unit, written = 0, Ledger()
     while pairs:
         ledger_copy = copy.deepcopy(ledger)

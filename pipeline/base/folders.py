@@ -7,6 +7,7 @@ finished bytes.
 
 import contextlib
 import functools
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class LocalFolder:
         with files.storage_errors(self.path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(entry.name for entry in self.path.iterdir())
         return []
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of each file in it, by one listing; none if the folder is missing."""
+        with files.storage_errors(self.path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
+        return {}
 
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes, None if it is missing. Raises StorageError."""
@@ -111,6 +118,11 @@ class ObjectFolder:
         found = self._ask("", lambda fs, path: [(path, name) for name in fs.ls(path, detail=False)], missing=[])
         # Consoles put an empty object for the folder itself.
         return sorted(filter(None, (name.removeprefix(path).strip("/") for path, name in found)))
+
+    def sizes(self) -> dict[str, int]:
+        found = self._ask("", lambda fs, path: [(path, info) for info in fs.ls(path, detail=True)], missing=[])
+        files = ((path, info) for path, info in found if info["type"] == "file")
+        return {info["name"].removeprefix(path).strip("/"): int(info["size"]) for path, info in files}
 
     def size(self, name: str) -> int | None:
         info = self._ask(name, lambda fs, path: fs.info(path), missing={})

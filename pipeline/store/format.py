@@ -41,6 +41,7 @@ __all__ = [
     "is_sealed",
     "pair_keys",
     "part_name",
+    "plan_digest",
     "schema",
     "sealed",
     "to_table",
@@ -91,7 +92,7 @@ class CheckedPart:
 PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
 DELETE_PART = "Delete this part, then run refshard precompute again: it scores this unit only"
 DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
-DELETE_INDEX = "Delete it and run refshard precompute again: it scores nothing twice"
+DELETE_INDEX = "Delete it and run refshard precompute again: it scores one pair of each part twice"
 MAX_BYTES = 2**32
 """Largest part, manifest, or index. Parts of the default size have some megabytes"""
 
@@ -192,7 +193,15 @@ def check_part(
             found = footer.get("refshard.fingerprint", "none")
             if found != fingerprint:
                 raise IdentityError(
-                    f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part"
+                    f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part. "
+                    f"{remedy}"
+                )
+            plan, own = footer.get("refshard.plan"), plan_digest(manifest["plan"])
+            # Parts and manifests of earlier versions do not say it.
+            if plan != own and (plan is not None or "plan_digest" in manifest):
+                raise IdentityError(
+                    f"{place}: of the plan {str(plan)[:12].lower()}, the manifest's is {own[:12]}: another run's part, "
+                    f"of other data or other settings. {remedy}"
                 )
             if footer.get("refshard.unit") != str(unit):
                 raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
@@ -248,6 +257,11 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
     return content.get("sha256") == _seal({key: value for key, value in content.items() if key != "sha256"})
 
 
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """Give the SHA-256, in hex, of a store's plan, which each part carries in its footer."""
+    return _seal(plan)
+
+
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -275,7 +289,12 @@ _RANGE = {
     "rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"),
     "rows_per_shard": lambda value: _is_count(value) and value > 0,
 }
-MANIFEST_SHAPE = {"identity": _IDENTITY, "plan": ({"rows": NoneType}, _RANGE), "declared": dict}
+MANIFEST_SHAPE = {
+    "identity": _IDENTITY,
+    "plan": ({"rows": NoneType}, _RANGE),
+    "plan_digest": str | None,
+    "declared": dict,
+}
 _INDEX_SHAPE = {
     "parts": [{"file": str, "rows": _is_count, "bytes": _is_count}],
     "totals": {"rows": _is_count, "kept": _is_count, "dropped": _are_counts, "noted": _are_counts},

@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "finish_store",
     "is_finished",
     "load_store",
+    "longest_pair",
     "open_store",
     "part_exists",
     "parts_there",
@@ -47,6 +48,7 @@ __all__ = [
     "read_manifest",
     "read_part",
     "read_parts",
+    "reopen_store",
     "write_part",
 ]
 
@@ -126,10 +128,27 @@ def delete_store(where: Where) -> None:
         folder.delete(name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartHeader:
+    """Footer entries that all parts of a store share."""
+
+    fingerprint: str
+    plan: str
+    """Digest of the store's plan"""
+    token_logps: bool
+    """Parts hold token logps, not sums alone"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, device, and versions that wrote the part; recorded for people"""
+
+
 def create_store(
-    where: Where, identity: Mapping[str, Any], plan: Mapping[str, Any], declared: Mapping[str, Any]
-) -> str:
-    """Write the manifest, or check that the one that is there is this run's. Return the fingerprint.
+    where: Where,
+    identity: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    declared: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> PartHeader:
+    """Write the manifest, or check that the one that is there is this run's. Give what its parts carry.
 
     The identity is everything that a log-prob depends on. The plan is everything else that must be equal to continue a
     store: rows per shard, dataset, rules for dropping. `declared` is recorded for people, and compared with nothing.
@@ -139,17 +158,20 @@ def create_store(
         StorageError: The folder can't be made, or is in an object store without conditional writes.
     """
     folder = open_folder(where)
-    folder.make()
     fingerprint = fingerprint_of(identity)
-    manifest = {
-        "format": "refshard",
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": fingerprint,
-        "identity": identity,
-        "plan": plan,
-        "declared": declared,
-    }
-    folder.put_if_absent(format.MANIFEST, format.sealed(manifest))
+    # A store that is there needs no permission to write.
+    if folder.size(format.MANIFEST) is None:
+        folder.make()
+        manifest = {
+            "format": "refshard",
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint,
+            "identity": identity,
+            "plan": plan,
+            "plan_digest": format.plan_digest(plan),
+            "declared": declared,
+        }
+        folder.put_if_absent(format.MANIFEST, format.sealed(manifest))
     # Read back: another worker may have been first.
     stored = read_manifest(folder)
     found = differences(stored["identity"], identity, joining=False)
@@ -161,18 +183,12 @@ def create_store(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
             "Set precompute.output to a new folder, or pass --overwrite to refshard precompute to delete these shards"
         )
-    return fingerprint
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartHeader:
-    """Footer entries that all parts of a store share."""
-
-    fingerprint: str
-    token_logps: bool
-    """Parts hold token logps, not sums alone"""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Settings, device, and versions that wrote the part; recorded for people"""
+    return PartHeader(
+        fingerprint=fingerprint,
+        plan=format.plan_digest(stored["plan"]),
+        token_logps=bool(identity["tokenization"]["token_logps"]),
+        provenance=provenance or {},
+    )
 
 
 def write_part(
@@ -193,6 +209,7 @@ def write_part(
     folder = open_folder(where)
     footer = {
         "refshard.fingerprint": header.fingerprint,
+        "refshard.plan": header.plan,
         "refshard.unit": str(unit),
         "refshard.ledger": json.dumps(ledger.as_dict()),
         "refshard.skipped": _listed(ledger.skipped),
@@ -219,12 +236,16 @@ def _listed(skipped: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps([entry for entry, end in zip(skipped, size, strict=True) if end <= _MOST_LISTED])
 
 
-def finish_store(where: Where, num_units: int) -> list[int]:
+def finish_store(
+    where: Where, num_units: int, approve: Callable[[Mapping[int, pa.Table], NoiseFloor], None] | None = None
+) -> list[int]:
     """Write the index if every unit's part is there. Return the missing units.
+
+    `approve` gets the longest pair of each part by its unit, and the noise floor; its error keeps the index unwritten.
 
     Raises:
         DataError: A part is damaged.
-        IdentityError: A part carries another fingerprint.
+        IdentityError: A part carries another fingerprint or plan.
         StorageError: A part can't be read, or the index can't be written.
     """
     folder = open_folder(where)
@@ -233,7 +254,7 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     if missing or is_finished(folder):
         return missing
     manifest = read_manifest(folder)
-    totals, noise, parts, skipped = Ledger(), NoiseFloor(), [], []
+    totals, noise, parts, skipped, samples = Ledger(), NoiseFloor(), [], [], {}
     for unit in range(num_units):
         # Check all bytes once: from here on the index vouches for them.
         content = read_content(folder, part_name(unit), format.DELETE_PART)
@@ -241,6 +262,8 @@ def finish_store(where: Where, num_units: int) -> list[int]:
         totals.add(part.ledger.as_dict())
         noise += part.noise
         skipped += part.skipped
+        if approve is not None:
+            samples[unit] = longest_pair(part.table)
         parts.append(
             {
                 "file": part_name(unit),
@@ -249,6 +272,8 @@ def finish_store(where: Where, num_units: int) -> list[int]:
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
+    if approve is not None:
+        approve(samples, noise)
     if skipped:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
         folder.replace(format.SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
@@ -256,6 +281,29 @@ def finish_store(where: Where, num_units: int) -> list[int]:
     index = {"fingerprint": fingerprint, "parts": parts, "totals": totals.as_dict(), "noise": vars(noise)}
     folder.put_if_absent(format.INDEX, format.sealed(index))
     return []
+
+
+def longest_pair(part: pa.Table) -> pa.Table:
+    """Give the row of a part whose completions have most tokens; none of an empty part."""
+    tokens = part["chosen_tokens"].to_numpy() + part["rejected_tokens"].to_numpy()
+    return part.take([int(tokens.argmax())] if len(tokens) else [])
+
+
+def reopen_store(where: Where) -> list[str]:
+    """Make a finished store unfinished if parts are gone or have another size than its index says. Return their names.
+
+    The index is deleted first, then parts of another size.
+
+    Raises:
+        DataError: The index is damaged.
+        StorageError: A file can't be deleted.
+    """
+    store = load_store(where)
+    sizes = store.folder.sizes()
+    lost = [part["file"] for part in store.index.get("parts", ()) if sizes.get(part["file"]) != part["bytes"]]
+    for name in [format.INDEX, *lost] if lost else ():
+        store.folder.delete(name)
+    return lost
 
 
 def load_store(where: Where) -> Store:

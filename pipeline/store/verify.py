@@ -1,13 +1,14 @@
 """Check all of a store, and report everything that is wrong with it, not only the first problem.
 
     manifest -> its own digest, the fingerprint of its identity
-    index    -> its own digest, every unit, the totals
+    index    -> its own digest, every unit; the parts' counts and noise add up to its totals
     part     -> size and SHA-256 of the index, page checksums, content digest, fingerprint, schema
     rows     -> in their unit's range, once each, finite, sums those of their tokens; equal keys, equal values
 
 Needs pyarrow and numpy only. Parts of an unfinished store are checked without an index.
 """
 
+import math
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,10 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import RefshardError, UnfinishedError
 from pipeline.base.folders import LEFTOVERS, Folder
-from pipeline.store.format import INDEX, MANIFEST, SKIPPED, pair_keys, part_name
+from pipeline.data.intake import Ledger
+from pipeline.models.identity import differing_fields
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import DELETE_INDEX, INDEX, MANIFEST, SKIPPED, pair_keys, part_name
 from pipeline.store.store import Store, load_store, parts_there, read_checked_part, read_manifest
 
 __all__ = ["Findings", "delete_leftovers", "verify_store"]
@@ -92,24 +96,50 @@ def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
 def _check_parts(store: Store, findings: Findings) -> None:
     keys: list[npt.NDArray[np.bytes_]] = []
     sums: list[npt.NDArray[np.float32]] = []
-    last = -1
+    last, totals, noise = -1, Ledger(), NoiseFloor()
     for unit in store.units:
         try:
-            table = read_checked_part(store, unit, thorough=True).table
+            part = read_checked_part(store, unit, thorough=True)
         except RefshardError as error:
             findings.problems.append(error)
             continue
+        table = part.table
         findings.parts += 1
+        totals.add(part.ledger.as_dict())
+        noise += part.noise
         place = store.folder.place(part_name(unit))
-        problems = _problems_of_rows(unit, table, store.manifest["plan"], last)
+        problems = [*_problems_of_rows(unit, table, store.manifest["plan"], last)]
+        if unit < len(store.index.get("parts", ())) - 1:
+            problems += _problems_of_unit(part.ledger, store.manifest["plan"])
         findings.problems += [f"{place}: {problem}" for problem in problems]
         last = int(table["row"].to_numpy().max(initial=last))
         keys.append(pair_keys(table))
         sums.append(np.stack([table[f"ref_{side}_logps"].to_numpy() for side in _SIDES], axis=1))
         findings.pairs += table.num_rows
         findings.token_logps += sum(int(table[f"{side}_tokens"].to_numpy().sum()) for side in _SIDES)
+    if store.index and findings.parts == len(store.units):
+        findings.problems += (
+            f"{store.folder.place(INDEX)}: {name} is {stored}, its parts add up to {found}. {DELETE_INDEX}"
+            for name, stored, found in _differing_counts(store.index, totals, noise)
+        )
     if keys:
         _check_duplicates(np.concatenate(keys), np.concatenate(sums), findings)
+
+
+def _differing_counts(index: Mapping[str, Any], totals: Ledger, noise: NoiseFloor) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, value and sum over the parts of each count of the index that is not what its parts say."""
+    yield from differing_fields(index["totals"], totals.as_dict(), "totals.")
+    for name, found in vars(noise).items():
+        if not math.isclose(index["noise"][name], found, rel_tol=1e-9):
+            yield f"noise.{name}", index["noise"][name], found
+
+
+def _problems_of_unit(ledger: Ledger, plan: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the rows that a part counts; the last part alone may count fewer than a unit has."""
+    size = plan.get("rows_per_shard")
+    # Units of an imported store count kept pairs.
+    if isinstance(plan.get("rows"), str) and ledger.rows != size:
+        yield f"it counts {ledger.rows:,} rows, a unit has {size:,}"
 
 
 def _problems_of_rows(unit: int, table: pa.Table, plan: Mapping[str, Any], last: int) -> Iterator[str]:
@@ -121,6 +151,8 @@ def _problems_of_rows(unit: int, table: pa.Table, plan: Mapping[str, Any], last:
         start = int(plan["rows"].partition(":")[0] or 0)
         size = int(plan["rows_per_shard"])
         first, end = start + unit * size, start + (unit + 1) * size
+        stop = plan["rows"].partition(":")[2]
+        end = min(end, int(stop)) if stop else end
         if ((rows < first) | (rows >= end)).any():
             yield f"it holds rows {rows.min()} to {rows.max()}, its unit's are {first} to {end - 1}"
     if (table["prompt_tokens"].to_numpy() < 1).any():

@@ -103,7 +103,8 @@ def _check_matched(report: JoinReport, kept: int, dataset: str, store: Store, on
         raise DataError(
             f"{report.missing:,} of {kept:,} pairs of {dataset} have no reference logps in {store.folder} (first: "
             f"{report.first_missing}). If the dataset has changed since they were scored, run refshard precompute "
-            "into a new precompute.output. To train without these pairs, set train.on_missing: drop"
+            "into a new precompute.output; if it has not, run refshard precompute --overwrite, which scores all again. "
+            "To train without these pairs, set train.on_missing: drop"
         )
     if report.matched == 0:
         raise DataError(f"{dataset}: none of its {kept:,} pairs is in {store.folder}; nothing to train on")

@@ -35,7 +35,7 @@ from pipeline.run.records import delete_costs
 from pipeline.scoring.memory import free_memory, is_out_of_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.reuse import Reusable, open_reusable
-from pipeline.store.store import PartHeader, create_store, delete_store, is_finished, open_store
+from pipeline.store.store import create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
 from pipeline.training.windows import next_window
 from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
@@ -157,11 +157,7 @@ def _make_job(
         "another precompute.output (precompute.reuse copies)",
     )
     plan = _plan(config, source, worker.reusable, rows)
-    header = PartHeader(
-        fingerprint=create_store(folder, identity, plan, _declared(config, source)),
-        token_logps=config.precompute.token_logps,
-        provenance=_provenance(config),
-    )
+    header = create_store(folder, identity, plan, _declared(config, source), _provenance(config))
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 
 

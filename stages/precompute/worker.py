@@ -35,7 +35,16 @@ from pipeline.scoring.selfcheck import not_packed
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel
 from pipeline.store.format import ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored
-from pipeline.store.store import PartHeader, finish_store, is_finished, part_exists, parts_there, write_part
+from pipeline.store.store import (
+    PartHeader,
+    finish_store,
+    is_finished,
+    part_exists,
+    parts_there,
+    reopen_store,
+    write_part,
+)
+from stages.precompute.canary import StoredPairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +101,11 @@ class Worker:
             Number of units that other workers still owe.
         """
         if is_finished(job.folder):
-            return 0
+            lost = reopen_store(job.folder)
+            if not lost:
+                return 0
+            click.echo(f"{job.folder}: {len(lost)} parts are gone or cut short and are made again, first {lost[0]}")
+        check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
         to_do = self._rows_to_do(job)
         size = self.config.precompute.rows_per_shard
         queue = UnitQueue(
@@ -116,16 +129,18 @@ class Worker:
                     continue
                 if self.flag:
                     raise stopped_as_asked("finished units are saved")
-                scored, noise = self._score_unit(unit, account)
+                scored, noise = self._score_unit(unit, account, check)
                 job.files.check()
                 writer.put(unit, scored, noise)
         job.files.check()
-        return len(finish_store(job.folder, queue.num_units))
+        return len(finish_store(job.folder, queue.num_units, functools.partial(check.each, written=writer.written)))
 
-    def _score_unit(self, unit: Unit, account: "_Account") -> tuple[list[ScoredPair], NoiseFloor]:
+    def _score_unit(self, unit: Unit, account: "_Account", check: StoredPairs) -> tuple[list[ScoredPair], NoiseFloor]:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
         copied = copy_scored(self.reusable, unit.pairs)
         new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
+        if new:
+            check.before_first_unit()
         fresh, noise = self.reference.score_unit(new, self.flag, account.add) if new else ([], NoiseFloor())
         unread = iter(fresh)
         scored = [copied[i] if i in copied else next(unread) for i in range(len(unit.pairs))]
@@ -224,13 +239,11 @@ class Reference:
         Raises:
             UnfinishedError: The process is asked to stop; the whole unit is dropped.
         """
-        scorer = self._scorer = self._scorer or self._load()
-        self._check_vocabulary(scorer, pairs)
-        scored = self._score(scorer, pairs, flag, count)
+        scored = self.score(pairs, flag, count)
         # A single pair has no other batch.
         twice = -(-len(pairs) // _PAIRS_PER_SECOND_SCORING) if len(pairs) > 1 else 0
         again = [i * len(pairs) // twice for i in range(twice)]
-        second = self._score(scorer, [pairs[i] for i in again], flag, None)
+        second = self.score([pairs[i] for i in again], flag)
         gaps = [
             getattr(scored[i], side).astype(np.float64) - getattr(other, side)
             for i, other in zip(again, second, strict=True)
@@ -239,10 +252,12 @@ class Reference:
         self._files.check()
         return scored, NoiseFloor.of(gaps)
 
-    def _score(
-        self, scorer: Scorer, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None
+    def score(
+        self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None = None
     ) -> list[ScoredPair]:
-        """Score pairs in batches of similar length; give them in the order of `pairs`."""
+        """Score pairs in batches of similar length; give them in the order of `pairs`. Raises as `score_unit`."""
+        scorer = self._scorer = self._scorer or self._load()
+        self._check_vocabulary(scorer, pairs)
         scored: dict[int, ScoredPair] = {}
         for i, chosen, rejected in scorer.logps([p.pair for p in pairs]):
             scored[i] = ScoredPair(
@@ -318,9 +333,11 @@ class _Writer:
     _MOST_PENDING = 2
 
     def __init__(self, folder: Folder, header: PartHeader) -> None:
-        self._write = functools.partial(write_part, folder, header=header)
+        self._write_part = functools.partial(write_part, folder, header=header)
+        self.written: set[int] = set()
+        """Units whose part is this writer's"""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._pending: deque[Future[bool]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> "_Writer":
         return self
@@ -329,7 +346,11 @@ class _Writer:
         """Write a part in the thread; wait while too many are pending."""
         while self._pending and (len(self._pending) >= self._MOST_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, unit.number, scored, unit.ledger, noise))
+        self._pending.append(self._thread.submit(self._write, unit, scored, noise))
+
+    def _write(self, unit: Unit, scored: list[ScoredPair], noise: NoiseFloor) -> None:
+        if self._write_part(unit.number, scored, unit.ledger, noise):
+            self.written.add(unit.number)
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()

@@ -130,6 +130,13 @@ MUTATIONS = [
         "tests/store/test_store.py tests/faults/test_store_faults.py",
     ),
     Mutation(
+        "the plan in a part's footer",
+        "pipeline/store/format.py",
+        "if plan != own and (plan is not None",
+        "if False and (plan is not None",
+        "tests/store/test_store.py",
+    ),
+    Mutation(
         "the unit in a part's footer",
         "pipeline/store/format.py",
         'if footer.get("refshard.unit") != str(unit):',

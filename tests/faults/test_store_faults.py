@@ -73,11 +73,11 @@ def test_a_disk_that_is_full_at_any_point_keeps_whole_parts_and_no_rests_and_the
 
 def test_a_read_only_disk_is_a_storage_error_and_stays_as_it_is(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "1m") as disk:
-        fingerprint = create_store(disk / "train", IDENTITY, PLAN, {})
+        header = create_store(disk / "train", IDENTITY, PLAN, {})
         remount(disk, "ro")
         before = contents(disk / "train")
         with pytest.raises(StorageError, match="Read-only file system"):
-            write_unit(disk / "train", 0, [], fingerprint)
+            write_unit(disk / "train", 0, [], header)
         with pytest.raises(StorageError, match="Read-only file system"):
             create_store(disk / "other", IDENTITY, PLAN, {})
         assert contents(disk / "train") == before
@@ -111,10 +111,10 @@ def test_a_part_cut_at_every_page_boundary_is_refused(store: Path) -> None:
 
 def _large_part(folder: Path) -> bytes:
     """A part of about a megabyte."""
-    fingerprint = create_store(folder, IDENTITY, PLAN, {})
+    header = create_store(folder, IDENTITY, PLAN, {})
     values = np.random.default_rng(0).exponential(size=(500, 300)).astype(np.float32)
     pairs = [pair_of(row, -values[row], -values[row] - 1) for row in range(500)]
-    write_unit(folder, 0, pairs, fingerprint, provenance={"a": 1})
+    write_unit(folder, 0, pairs, header, provenance={"a": 1})
     assert finish_store(folder, 1) == []
     return (folder / part_name(0)).read_bytes()
 
@@ -190,8 +190,8 @@ def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
 def _of_another_run(store: Path, unit: int) -> None:
     other = store.parent / "other"
     identity = {**IDENTITY, "reference": {"weights": "b" * 64, "dtype": "float32", "adapter": None}}
-    fingerprint = create_store(other, identity, PLAN, {})
-    write_unit(other, unit, [], fingerprint)
+    header = create_store(other, identity, PLAN, {})
+    write_unit(other, unit, [], header)
     shutil.copy(other / part_name(unit), store / part_name(unit))
 
 
@@ -313,11 +313,11 @@ def test_verify_names_everything_that_is_wrong_and_not_only_the_first(store: Pat
 
 def _write_noisy(folder: Path, noise: float, barrier: Any) -> None:
     """A worker on all units whose numbers are its own, as another GPU's would be."""
-    fingerprint = create_store(folder, IDENTITY, PLAN, {})
+    header = create_store(folder, IDENTITY, PLAN, {})
     barrier.wait(60)
     for unit in range(20):
         pairs = [pair_of(row, [-1 - noise] * 3, [-2 - noise] * 3) for row in (2 * unit, 2 * unit + 1)]
-        write_unit(folder, unit, pairs, fingerprint, provenance={"w": noise})
+        write_unit(folder, unit, pairs, header, provenance={"w": noise})
     assert finish_store(folder, 20) == []
 
 
@@ -431,9 +431,9 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes]
     """The files of one store, and the parts of it as a worker with other noise would write them."""
     ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
     for folder, noise in ((ours, 0.0), (theirs, 0.1)):
-        fingerprint = create_store(folder, IDENTITY, PLAN, {})
+        header = create_store(folder, IDENTITY, PLAN, {})
         for unit in range(3):
-            write_unit(folder, unit, [pair_of(2 * unit, [-1 - noise], [-2 - noise])], fingerprint)
+            write_unit(folder, unit, [pair_of(2 * unit, [-1 - noise], [-2 - noise])], header)
     return contents(ours), contents(theirs)
 
 

@@ -26,7 +26,7 @@ from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import Batch
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.format import ScoredPair
-from pipeline.store.store import PartHeader, create_store, finish_store, write_part
+from pipeline.store.store import create_store, finish_store, write_part
 from stages.check.estimate import MEMORY_BAND, Lengths, estimate
 from stages.check.hardware import Hardware
 from stages.check.shapes import shapes_of
@@ -194,9 +194,7 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
     noise = np.random.default_rng(0).standard_normal((2, rows_per_part, tokens), np.float32)
     for count in (1024, 10240):
         folder = tmp_path / f"store-{count}"
-        fingerprint = create_store(
-            folder, {"reference": {"declared": "a"}, "tokenization": {"token_logps": True}}, {}, {}
-        )
+        header = create_store(folder, {"reference": {"declared": "a"}, "tokenization": {"token_logps": True}}, {}, {})
         for unit in range(count // rows_per_part):
             numbers = range(unit * rows_per_part, (unit + 1) * rows_per_part)
             noise[0, :, 0] = numbers
@@ -211,7 +209,7 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
                 for n in numbers
             ]
             ledger = Ledger(rows=len(pairs), kept=len(pairs))
-            write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+            write_part(folder, unit, pairs, ledger, header=header)
         assert finish_store(folder, count // rows_per_part) == []
         work = tmp_path / f"work-{count}"
         [peaks[count]] = _measure(

@@ -28,7 +28,7 @@ from pipeline.store.reference_table import (
     TokenLogps,
     load_reference_table,
 )
-from pipeline.store.store import PartHeader, Store, check_identity, create_store, finish_store, open_store, write_part
+from pipeline.store.store import Store, check_identity, create_store, finish_store, open_store, write_part
 from support.stores import IDENTITY, forge_part
 
 
@@ -55,14 +55,14 @@ def asked(key: bytes, row: int = 0, chosen: int = 2, rejected: int = 1, *, trunc
 
 
 def make_store(folder: Path, parts: Sequence[Sequence[ScoredPair]], stored: Mapping[str, Any] = IDENTITY) -> Store:
-    fingerprint = create_store(folder, stored, {}, {})
+    header = create_store(folder, stored, {}, {})
     for unit, pairs in enumerate(parts):
         write_part(
             folder,
             unit,
             pairs,
             Ledger(rows=len(pairs), kept=len(pairs)),
-            header=PartHeader(fingerprint=fingerprint, token_logps=stored["tokenization"]["token_logps"]),
+            header=header,
         )
     assert finish_store(folder, len(parts)) == []
     return open_store(folder)

@@ -32,10 +32,12 @@ from pipeline.store.store import (
     delete_store,
     finish_store,
     is_finished,
+    load_store,
     open_store,
     part_exists,
     read_part,
     read_parts,
+    reopen_store,
     write_part,
 )
 from support.stores import DECLARED, IDENTITY, forge_part
@@ -85,29 +87,28 @@ def put_part(
     folder: Path,
     unit: int,
     pairs: Sequence[ScoredPair] | Sequence[SummedPair],
-    fingerprint: str,
+    header: PartHeader,
     *,
-    token_logps: bool = True,
     ledger: Ledger | None = None,
     noise: NoiseFloor | None = None,
 ) -> bool:
-    header = PartHeader(fingerprint=fingerprint, token_logps=token_logps, provenance={"device": "cpu"})
+    header = dataclasses.replace(header, provenance={"device": "cpu"})
     return write_part(folder, unit, pairs, ledger or Ledger(rows=len(pairs), kept=len(pairs)), noise, header=header)
 
 
 def make_store(
     folder: Path, units: int = 3, *, seed: int = 0, identity: Mapping[str, Any] = IDENTITY, finish: bool = True
-) -> str:
-    """A store of random log-probs, three pairs to a unit. Gives its fingerprint."""
-    fingerprint = create_store(folder, identity, PLAN, DECLARED)
+) -> PartHeader:
+    """A store of random log-probs, three pairs to a unit. Gives what its parts carry."""
+    header = create_store(folder, identity, PLAN, DECLARED)
     random = np.random.default_rng(seed)
     for unit in range(units):
         rows = range(3 * unit, 3 * unit + 3)
         pairs = [scored(row, -random.exponential(size=row + 1), -random.exponential(size=5)) for row in rows]
-        put_part(folder, unit, pairs, fingerprint)
+        put_part(folder, unit, pairs, header)
     if finish:
         assert finish_store(folder, units) == []
-    return fingerprint
+    return header
 
 
 @pytest.fixture
@@ -175,8 +176,8 @@ def test_what_is_written_is_read_back(
         for key, row, prompt, chosen, rejected in pairs
     ]
     with tempfile.TemporaryDirectory() as name:
-        fingerprint = create_store(Path(name), IDENTITY if token_logps else SUMS_ALONE, PLAN, DECLARED)
-        put_part(Path(name), 0, given_pairs, fingerprint, token_logps=token_logps)
+        header = create_store(Path(name), IDENTITY if token_logps else SUMS_ALONE, PLAN, DECLARED)
+        put_part(Path(name), 0, given_pairs, header)
         finish_store(Path(name), 1)
         table = read_part(open_store(Path(name)), 0)
     assert table.schema.equals(schema(token_logps=token_logps))
@@ -193,8 +194,8 @@ def test_what_is_written_is_read_back(
 def test_sums_are_added_in_float64_and_rounded_once(tmp_path: Path) -> None:
     # In float32 the many small terms vanish beside the large one.
     values = np.array([-(2.0**24), *[-0.5] * 1001], np.float32)
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
-    put_part(tmp_path, 0, [scored(0, values, values[::-1])], fingerprint)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    put_part(tmp_path, 0, [scored(0, values, values[::-1])], header)
     row = pq.read_table(tmp_path / part_name(0)).to_pylist()[0]
     assert row["ref_chosen_logps"] == row["ref_rejected_logps"] == np.float32(-(2.0**24) - 500.5)
     assert row["ref_chosen_logps"] != values.cumsum(dtype=np.float32)[-1]
@@ -209,17 +210,17 @@ def test_sums_are_added_in_float64_and_rounded_once(tmp_path: Path) -> None:
 def test_a_log_prob_that_is_missing_or_not_finite_is_never_written(
     tmp_path: Path, side: str, values: list[float]
 ) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     bad = scored(7, **{side: values})
     with pytest.raises(DataError, match=f"row 7: a {side} log-prob is missing or not finite"):
-        put_part(tmp_path, 0, [scored(6), bad], fingerprint)
+        put_part(tmp_path, 0, [scored(6), bad], header)
     assert set(contents(tmp_path)) == {"manifest.json"}
 
 
 def test_a_sum_that_overflows_float32_is_never_written(tmp_path: Path) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     with pytest.raises(DataError, match="row 7"):
-        put_part(tmp_path, 0, [scored(7, chosen=[-3e38, -3e38])], fingerprint)
+        put_part(tmp_path, 0, [scored(7, chosen=[-3e38, -3e38])], header)
     assert set(contents(tmp_path)) == {"manifest.json"}
 
 
@@ -231,15 +232,15 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 def test_the_second_writer_of_a_unit_discards_its_own(folder: Path) -> None:
     before = contents(folder)
-    fingerprint = open_store(folder).fingerprint
-    assert put_part(folder, 1, [scored(3, chosen=[-9.0])], fingerprint) is False
+    header = create_store(folder, IDENTITY, PLAN, DECLARED)
+    assert put_part(folder, 1, [scored(3, chosen=[-9.0])], header) is False
     assert contents(folder) == before
 
 
 def test_a_unit_whose_every_row_was_dropped_has_an_empty_part(tmp_path: Path) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
-    put_part(tmp_path, 0, [], fingerprint, ledger=Ledger(rows=3, dropped=Counter(prompt_too_long=3)))
-    put_part(tmp_path, 1, [scored(3)], fingerprint)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    put_part(tmp_path, 0, [], header, ledger=Ledger(rows=3, dropped=Counter(prompt_too_long=3)))
+    put_part(tmp_path, 1, [scored(3)], header)
     finish_store(tmp_path, 2)
     store = open_store(tmp_path)
     assert [table.num_rows for table in read_parts(store)] == [0, 1]
@@ -247,11 +248,11 @@ def test_a_unit_whose_every_row_was_dropped_has_an_empty_part(tmp_path: Path) ->
 
 
 def test_the_index_adds_up_its_parts_and_lists_what_was_skipped(tmp_path: Path) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     skipped = [{"row": 2, "place": "é.jsonl:3", "reason": "not_json", "message": "half a pair \ud800"}]
     ledger = Ledger(rows=3, kept=2, dropped=Counter(not_json=1), noted=Counter(identical=1), skipped=skipped)
-    put_part(tmp_path, 0, [scored(0), scored(1)], fingerprint, ledger=ledger)
-    put_part(tmp_path, 1, [scored(3)], fingerprint)
+    put_part(tmp_path, 0, [scored(0), scored(1)], header, ledger=ledger)
+    put_part(tmp_path, 1, [scored(3)], header)
     finish_store(tmp_path, 2)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["totals"] == {"rows": 4, "kept": 3, "dropped": {"not_json": 1}, "noted": {"identical": 1}}
@@ -284,8 +285,8 @@ def test_no_skipped_row_makes_a_footer_that_readers_refuse(tmp_path: Path) -> No
 
 def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Path) -> None:
     for name, pair in (("summed", summed), ("scored", scored)):
-        fingerprint = create_store(tmp_path / name, SUMS_ALONE, PLAN, DECLARED)
-        put_part(tmp_path / name, 0, [pair(row) for row in range(3)], fingerprint, token_logps=False)
+        header = create_store(tmp_path / name, SUMS_ALONE, PLAN, DECLARED)
+        put_part(tmp_path / name, 0, [pair(row) for row in range(3)], header)
         assert finish_store(tmp_path / name, 1) == []
     assert contents(tmp_path / "summed") == contents(tmp_path / "scored")
     (table,) = read_parts(open_store(tmp_path / "summed"))
@@ -296,10 +297,10 @@ def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Pat
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e39])
 def test_a_sum_that_is_no_float32_number_is_never_written(tmp_path: Path, value: float) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, SUMS_ALONE, PLAN, DECLARED)
     for bad in (summed(7, chosen=value), summed(7, rejected=value), summed(7, chosen_tokens=0)):
         with pytest.raises(DataError, match=r"row 7: a (chosen|rejected) log-prob is missing or not finite"):
-            put_part(tmp_path, 0, [summed(6), bad], fingerprint, token_logps=False)
+            put_part(tmp_path, 0, [summed(6), bad], header)
     assert set(contents(tmp_path)) == {"manifest.json"}
 
 
@@ -321,10 +322,10 @@ def test_noise_floors_of_parts_add_up_to_that_of_all_tokens(parts: list[list[flo
 
 
 def test_the_footer_has_a_parts_noise_and_the_index_that_of_all(tmp_path: Path) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     floors = [NoiseFloor(tokens=3, mean=0.5, largest=1.0), None, NoiseFloor(tokens=1, mean=0.25, largest=0.25)]
     for unit, noise in enumerate(floors):
-        put_part(tmp_path, unit, [scored(unit)], fingerprint, noise=noise)
+        put_part(tmp_path, unit, [scored(unit)], header, noise=noise)
     footers = [pq.read_schema(tmp_path / part_name(unit)).metadata[b"refshard.noise"] for unit in range(3)]
     nothing = {"tokens": 0, "mean": 0.0, "largest": 0.0}
     assert [json.loads(footer) for footer in footers] == [
@@ -372,8 +373,8 @@ def test_a_store_without_its_index_is_unfinished_not_empty(tmp_path: Path) -> No
 
 
 def test_finishing_tells_the_missing_units_and_writes_no_index(tmp_path: Path) -> None:
-    fingerprint = make_store(tmp_path, 1, finish=False)
-    put_part(tmp_path, 3, [scored(9)], fingerprint)
+    header = make_store(tmp_path, 1, finish=False)
+    put_part(tmp_path, 3, [scored(9)], header)
     assert finish_store(tmp_path, 5) == [1, 2, 4]
     assert not is_finished(tmp_path)
 
@@ -385,11 +386,11 @@ def test_a_folder_without_a_store_is_a_data_error(tmp_path: Path) -> None:
 
 
 def test_a_file_under_a_temporary_name_is_never_read(tmp_path: Path) -> None:
-    fingerprint = make_store(tmp_path, 2, finish=False)
+    header = make_store(tmp_path, 2, finish=False)
     part = (tmp_path / part_name(1)).rename(tmp_path / ".tmp-0123")
     assert not part_exists(tmp_path, 1)
     assert finish_store(tmp_path, 2) == [1]
-    put_part(tmp_path, 1, [scored(3)], fingerprint)
+    put_part(tmp_path, 1, [scored(3)], header)
     assert finish_store(tmp_path, 2) == []
     part.write_bytes(b"torn")
     assert [table.num_rows for table in read_parts(open_store(tmp_path))] == [3, 1]
@@ -432,7 +433,7 @@ def test_a_deletion_cut_short_leaves_an_unfinished_store(folder: Path, monkeypat
 def test_the_same_run_goes_on_with_its_store(folder: Path) -> None:
     before = contents(folder)
     again = create_store(folder, IDENTITY, PLAN, {"reference": "moved/elsewhere"})
-    assert again == open_store(folder).fingerprint
+    assert again.fingerprint == open_store(folder).fingerprint
     assert contents(folder) == before
 
 
@@ -493,6 +494,75 @@ def test_a_part_of_another_run_is_refused(tmp_path: Path) -> None:
         finish_store(tmp_path / "train", 3)
     assert caught.value.exit_status == 78
     assert not is_finished(tmp_path / "train")
+
+
+OTHER_DATA = {**PLAN, "dataset": {"pairs.jsonl": "e" * 64}}
+
+
+def test_a_part_of_another_plan_is_never_indexed_nor_read(tmp_path: Path) -> None:
+    """Of the same reference and tokenization: a worker of an older dataset has lived on."""
+    theirs = create_store(tmp_path / "other", IDENTITY, OTHER_DATA, DECLARED)
+    make_store(tmp_path, finish=False)
+    (tmp_path / part_name(1)).unlink()
+    put_part(tmp_path, 1, [scored(3)], theirs)
+    message = r"part-00001\.parquet: of the plan .* another run's part, of other data .* Delete this part, then run"
+    for read in (lambda: finish_store(tmp_path, 3), lambda: read_part(load_store(tmp_path), 1)):
+        with pytest.raises(IdentityError, match=message) as caught:
+            read()
+        assert caught.value.exit_status == 78
+    assert not is_finished(tmp_path)
+    (tmp_path / part_name(1)).unlink()
+    assert finish_store(tmp_path, 3) == [1]
+
+
+def test_a_part_without_a_plan_is_read_in_a_store_that_never_had_one(tmp_path: Path) -> None:
+    """Versions before this one wrote no digest of the plan."""
+    header = make_store(tmp_path, finish=False)
+    table = pq.read_table(tmp_path / part_name(1))
+    without = {key: value for key, value in table.schema.metadata.items() if key != b"refshard.plan"}
+    forge_part(tmp_path / part_name(1), table.replace_schema_metadata(without))
+    with pytest.raises(IdentityError, match=r"part-00001\.parquet: of the plan none"):
+        finish_store(tmp_path, 3)
+    rewrite_json(tmp_path / "manifest.json", lambda manifest: manifest.pop("plan_digest"))
+    assert create_store(tmp_path, IDENTITY, PLAN, DECLARED) == header
+    assert finish_store(tmp_path, 3) == []
+    assert read_part(open_store(tmp_path), 1).num_rows == 3
+
+
+def test_parts_that_are_gone_or_of_another_size_are_asked_for_again(folder: Path) -> None:
+    before = contents(folder)
+    assert reopen_store(folder) == []
+    assert contents(folder) == before
+    (folder / part_name(0)).unlink()
+    (folder / part_name(2)).write_bytes(before[part_name(2)][:-1])
+    assert reopen_store(folder) == [part_name(0), part_name(2)]
+    assert contents(folder).keys() == {"manifest.json", part_name(1)}
+    assert finish_store(folder, 3) == [0, 2]
+
+
+def test_a_store_that_is_there_is_opened_without_a_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("read-only")
+
+    for name in ("make", "put_if_absent", "replace", "delete"):
+        monkeypatch.setattr(LocalFolder, name, refuse)
+    create_store(folder, IDENTITY, PLAN, DECLARED)
+    assert reopen_store(folder) == []
+
+
+def test_the_index_is_written_once_a_pair_of_each_part_is_approved(tmp_path: Path) -> None:
+    make_store(tmp_path, finish=False)
+    seen: dict[int, list[int]] = {}
+
+    def refuse(samples: Mapping[int, pa.Table], noise: NoiseFloor) -> None:
+        seen.update({unit: sample["row"].to_pylist() for unit, sample in samples.items()})
+        raise IdentityError("another kernel")
+
+    with pytest.raises(IdentityError, match="another kernel"):
+        finish_store(tmp_path, 3, refuse)
+    # The longest of each.
+    assert seen == {0: [2], 1: [5], 2: [8]}
+    assert not is_finished(tmp_path)
 
 
 def test_a_part_of_another_run_is_refused_though_the_index_vouches_for_it(tmp_path: Path) -> None:
@@ -607,14 +677,14 @@ def test_a_column_whose_name_was_damaged_stops_the_index(tmp_path: Path) -> None
 
 
 def test_a_part_with_other_rows_than_its_footer_counts_stops_the_index(tmp_path: Path) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
-    put_part(tmp_path, 0, [scored(0)], fingerprint, ledger=Ledger(rows=2, kept=2))
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    put_part(tmp_path, 0, [scored(0)], header, ledger=Ledger(rows=2, kept=2))
     with pytest.raises(DataError, match="its 1 rows are not what its footer counts"):
         finish_store(tmp_path, 1)
 
 
 def test_a_part_that_would_not_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fingerprint = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    header = create_store(tmp_path, IDENTITY, PLAN, DECLARED)
     write_table = pq.write_table
 
     def write_wrong(table: pa.Table, sink: io.BytesIO, **options: Any) -> None:
@@ -624,7 +694,7 @@ def test_a_part_that_would_not_read_back_is_not_committed(tmp_path: Path, monkey
 
     monkeypatch.setattr(pq, "write_table", write_wrong)
     with pytest.raises(DataError, match="does not read back as written; nothing was committed"):
-        put_part(tmp_path, 0, [scored(0)], fingerprint)
+        put_part(tmp_path, 0, [scored(0)], header)
     assert set(contents(tmp_path)) == {"manifest.json"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger
-from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import PartHeader, create_store, finish_store, write_part
+from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.format import ScoredPair, SummedPair, sealed
+from pipeline.store.store import create_store, finish_store, write_part
 from pipeline.store.verify import verify_store
 from support.models import make_model
 from support.runs import refshard, simple_rows, write_jsonl
@@ -32,10 +34,11 @@ def pair(row: int, key: int | None = None, logp: float = -1.0) -> ScoredPair:
 
 
 def store_of(folder: Path, units: list[list[Any]], plan: dict[str, Any] = PLAN) -> LocalFolder:
-    fingerprint = create_store(folder, IDENTITY, plan, {})
+    header = create_store(folder, IDENTITY, plan, {})
     for unit, pairs in enumerate(units):
-        ledger = Ledger(rows=len(pairs), kept=len(pairs))
-        write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+        rows = max(len(pairs), plan["rows_per_shard"])
+        ledger = Ledger(rows=rows, kept=len(pairs), dropped=Counter(identical=rows - len(pairs)))
+        write_part(folder, unit, pairs, ledger, NoiseFloor(tokens=4, mean=0.1, largest=0.2), header=header)
     finish_store(folder, len(units))
     return LocalFolder(folder)
 
@@ -65,10 +68,35 @@ def test_rows_must_be_their_units_and_be_there_once(tmp_path: Path, units: list[
     assert bool(found) == bool(problem)
 
 
+def test_the_index_counts_what_its_parts_count(tmp_path: Path) -> None:
+    folder = store_of(tmp_path, [[pair(0), pair(1)], [pair(2)]])
+    index = json.loads(folder.read("index.json"))
+    index["totals"]["dropped"] = {"identical": 3}
+    index["totals"]["noted"] = {"truncated": 1}
+    index["noise"]["tokens"] = 9
+    del index["sha256"]
+    folder.replace("index.json", sealed(index))
+    found = problems_of(folder)
+    assert "totals.dropped.identical is 3, its parts add up to 1" in found
+    assert "totals.noted.truncated is 1, its parts add up to None" in found
+    assert "noise.tokens is 9, its parts add up to 8" in found
+    assert len(found.splitlines()) == 3
+
+
+def test_each_part_but_the_last_counts_the_rows_of_a_unit(tmp_path: Path) -> None:
+    header = create_store(tmp_path, IDENTITY, PLAN, {})
+    for unit in range(2):
+        write_part(tmp_path, unit, [pair(2 * unit)], Ledger(rows=1, kept=1), header=header)
+    finish_store(tmp_path, 2)
+    assert problems_of(LocalFolder(tmp_path)) == f"{tmp_path}/part-00000.parquet: it counts 1 rows, a unit has 2"
+
+
 def test_rows_of_a_range_are_counted_from_its_start(tmp_path: Path) -> None:
     plan = {**PLAN, "rows": "100:104"}
     assert not problems_of(store_of(tmp_path / "right", [[pair(100), pair(101)], [pair(103)]], plan))
     assert "its unit's are 100 to 101" in problems_of(store_of(tmp_path / "wrong", [[pair(0), pair(1)]], plan))
+    plan = {**PLAN, "rows": "100:101"}
+    assert "its unit's are 100 to 100" in problems_of(store_of(tmp_path / "past", [[pair(100), pair(101)]], plan))
 
 
 def test_equal_keys_may_differ_by_noise_alone(tmp_path: Path) -> None:
@@ -100,11 +128,11 @@ def test_sums_and_token_counts_must_be_those_of_the_token_logps(
 
 def test_sums_alone_are_checked_too(tmp_path: Path) -> None:
     identity = {**IDENTITY, "tokenization": {**IDENTITY["tokenization"], "token_logps": False}}
-    fingerprint = create_store(tmp_path, identity, PLAN, {})
+    header = create_store(tmp_path, identity, PLAN, {})
     summed = SummedPair(
         key=bytes(16), row=0, prompt_tokens=2, chosen_tokens=2, rejected_tokens=1, chosen_logps=-1, rejected_logps=-2
     )
-    write_part(tmp_path, 0, [summed], Ledger(1, 1), header=PartHeader(fingerprint=fingerprint, token_logps=False))
+    write_part(tmp_path, 0, [summed], Ledger(1, 1), header=header)
     finish_store(tmp_path, 1)
     found = verify_store(LocalFolder(tmp_path))
     assert (found.pairs, found.token_logps, found.problems) == (1, 3, [])
@@ -179,7 +207,7 @@ def _forge(values: Path, identity: Path, target: Path) -> None:
     from pipeline.store.store import open_store, read_parts
 
     source, manifest = open_store(values), json.loads((identity / "manifest.json").read_text())
-    fingerprint = create_store(target, manifest["identity"], manifest["plan"], manifest["declared"])
+    header = create_store(target, manifest["identity"], manifest["plan"], manifest["declared"])
     for unit, part in enumerate(read_parts(source)):
         pairs = [
             ScoredPair(
@@ -192,5 +220,5 @@ def _forge(values: Path, identity: Path, target: Path) -> None:
             for row in part.to_pylist()
         ]
         ledger = Ledger(rows=len(pairs), kept=len(pairs))
-        write_part(target, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+        write_part(target, unit, pairs, ledger, header=header)
     finish_store(target, len(source.units))

@@ -191,7 +191,7 @@ def measure() -> Measured:
     from pipeline.data.intake import Ledger
     from pipeline.data.sources import count_rows, open_source
     from pipeline.store.format import ScoredPair, check_part, part_name
-    from pipeline.store.store import PartHeader, create_store, finish_store, read_manifest, write_part
+    from pipeline.store.store import create_store, finish_store, read_manifest, write_part
     from support.models import make_model, make_tokenizer
     from support.object_store import CREDENTIALS, environment, faulty, s3_server
     from support.runs import simple_rows, write_config, write_jsonl
@@ -220,12 +220,12 @@ def measure() -> Measured:
             ]
             ledger = Ledger()
             ledger.rows = ledger.kept = rows
-            write_part(store, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+            write_part(store, unit, pairs, ledger, header=header)
             return (store / part_name(unit)).stat().st_size
 
         store = folder / "store"
         plan = {"rows_per_shard": 1024, "on_identical": "keep", "rows": "0:"}
-        fingerprint = create_store(store, IDENTITY, plan, {})
+        header = create_store(store, IDENTITY, plan, {})
         short, long = part_bytes(0, 1024, 100), part_bytes(1, 1024, 500)
         per_token = (long - short) / (1024 * 2 * 400)
         per_pair = short / 1024 - 200 * per_token

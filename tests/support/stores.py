@@ -3,6 +3,7 @@
 And what stores are compared by: their bytes and digests.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,15 +41,15 @@ def pair_of(row: int, chosen: Sequence[float], rejected: Sequence[float]) -> Sco
 
 def write_store(folder: Path) -> None:
     """What a worker does: the manifest, the units that are missing, the index."""
-    fingerprint = create_store(folder, IDENTITY, PLAN, {})
+    header = create_store(folder, IDENTITY, PLAN, {})
     for unit in range(UNITS):
         pairs = [pair_of(row, [-1.0 - row, -0.5], [-2.0 - row]) for row in (2 * unit, 2 * unit + 1)]
         ledger = Ledger(rows=2, kept=2)
-        if unit == 1:
+        if unit == UNITS - 1:
             ledger.rows += 1
             ledger.dropped["empty"] += 1
             ledger.skipped.append({"row": 9, "reason": "empty"})
-        write_part(folder, unit, pairs, ledger, header=PartHeader(fingerprint=fingerprint, token_logps=True))
+        write_part(folder, unit, pairs, ledger, header=header)
     assert finish_store(folder, UNITS) == []
 
 
@@ -105,14 +106,14 @@ def made_pairs(count: int, *, seed: int = 0, tokens: float = 40.0, start: int = 
     ]
 
 
-def start_store(folder: Path, rows_per_shard: int = 1024) -> str:
-    """Write the manifest; gives the fingerprint."""
+def start_store(folder: Path, rows_per_shard: int = 1024) -> PartHeader:
+    """Write the manifest; gives what the parts carry."""
     plan: dict[str, Any] = {"rows_per_shard": rows_per_shard, "rows": "0:"}
     return create_store(folder, IDENTITY, plan, DECLARED)
 
 
 def write_unit(
-    folder: Path, unit: int, pairs: Sequence[ScoredPair], fingerprint: str, noise: float = 0.0, **header: Any
+    folder: Path, unit: int, pairs: Sequence[ScoredPair], header: PartHeader, noise: float = 0.0, **changes: Any
 ) -> None:
     write_part(
         folder,
@@ -120,25 +121,25 @@ def write_unit(
         pairs,
         Ledger(rows=len(pairs), kept=len(pairs)),
         NoiseFloor(tokens=100, mean=noise, largest=4 * noise),
-        header=PartHeader(fingerprint=fingerprint, token_logps=True, **header),
+        header=dataclasses.replace(header, **changes),
     )
 
 
 def make_store(folder: Path, units: Sequence[Sequence[ScoredPair]], *, noise: float = 0.0, finish: bool = True) -> Path:
-    fingerprint = start_store(folder, max(map(len, units)))
+    header = start_store(folder, max(map(len, units)))
     for unit, pairs in enumerate(units):
-        write_unit(folder, unit, pairs, fingerprint, noise)
+        write_unit(folder, unit, pairs, header, noise)
     if finish:
         finish_store(folder, len(units))
     return folder
 
 
 def make_large_store(folder: Path, pairs: int, rows_per_shard: int = 1024) -> Path:
-    fingerprint = start_store(folder, rows_per_shard)
+    header = start_store(folder, rows_per_shard)
     units = -(-pairs // rows_per_shard)
     for unit in range(units):
         start = unit * rows_per_shard
         count = min(rows_per_shard, pairs - start)
-        write_unit(folder, unit, made_pairs(count, seed=unit, start=start), fingerprint)
+        write_unit(folder, unit, made_pairs(count, seed=unit, start=start), header)
     finish_store(folder, units)
     return folder
