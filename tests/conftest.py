@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.base import signals
 from support.models import make_model, make_tokenizer
 from support.runs import simple_rows, write_config, write_jsonl
 
@@ -24,6 +25,11 @@ def pytest_collection_finish() -> None:
     """Keep what is imported by now out of the garbage collections that every trainer asks for; each takes long."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_request_to_stop_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_watched", None)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A request to stop, as a flag that a signal or a time sets. The program leaves at its next safe point."""
 
+import mmap
 import os
 import signal
 import sys
@@ -9,7 +10,15 @@ from multiprocessing import connection, get_context, parent_process
 from types import FrameType
 from typing import Any
 
-__all__ = ["STOP_SIGNALS", "StopFlag", "leave_with_parent", "process_context", "watch_signals", "work_unsignalled"]
+__all__ = [
+    "STOP_SIGNALS",
+    "StopFlag",
+    "is_stop_requested",
+    "leave_with_parent",
+    "process_context",
+    "watch_signals",
+    "work_unsignalled",
+]
 
 # SIGTERM and SIGINT come from people and schedulers; USR1 and USR2 are what batch systems send ahead of the end.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
@@ -20,17 +29,18 @@ class StopFlag:
 
     def __init__(self, stop_at: float | None = None) -> None:
         self._stop_at = stop_at
-        self._requested = False
+        # Shared with the forks of this process, in which loaders wait for a template.
+        self._requested = mmap.mmap(-1, 1)
         self._terminations = 0
 
     def request(self, *, terminate: bool = False) -> None:
-        self._requested = True
+        self._requested[0] = 1
         self._terminations += terminate
 
     def __bool__(self) -> bool:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
-            self._requested = True
-        return self._requested
+            self._requested[0] = 1
+        return self._requested[0] == 1
 
     @property
     def is_urgent(self) -> bool:
@@ -38,9 +48,18 @@ class StopFlag:
         return self._terminations > 1
 
 
+_watched: StopFlag | None = None
+
+
+def is_stop_requested() -> bool:
+    """Return True if this process, or the one that it is a fork of, watches signals and was asked to stop."""
+    return bool(_watched)
+
+
 def watch_signals(stop_at: float | None = None) -> StopFlag:
     """Turn SIGTERM, SIGUSR1, SIGUSR2, SIGINT and a time into a flag. A second Ctrl-C interrupts at once, as usual."""
-    flag = StopFlag(stop_at)
+    global _watched
+    flag = _watched = StopFlag(stop_at)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.data.intake import KeptPair, Outcome
 from pipeline.data.pairs import Pair
 from pipeline.data.rows import Row
-from pipeline.data.tokens import TokenizedPair, renders_prompt_alike
+from pipeline.data.tokens import TokenizedPair
 
 __all__ = ["PERCENTILES", "REASONS", "Example", "Survey", "percentiles"]
 
@@ -98,7 +98,7 @@ class Survey:
         if outcome.kept is None:
             self._add_example(outcome.dropped, outcome.row, text)
             return
-        found = _remarks(outcome, outcome.kept.pair, pair, whole, tokenizer)
+        found = _remarks(outcome, outcome.kept.pair, whole, tokenizer)
         self.found.update(found)
         for remark in found:
             self._add_example(remark, outcome.row, text)
@@ -177,7 +177,7 @@ def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
     return {f"p{percent}": int(length) for percent, length in zip(PERCENTILES, found, strict=True)}
 
 
-def _remarks(outcome: Outcome, cut: TokenizedPair, pair: Pair, whole: TokenizedPair, tokenizer: Any) -> list[str]:
+def _remarks(outcome: Outcome, cut: TokenizedPair, whole: TokenizedPair, tokenizer: Any) -> list[str]:
     """Return the outcome's remarks and those that only a survey looks for."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     sides = [(whole.chosen_ids, cut.chosen_ids), (whole.rejected_ids, cut.rejected_ids)]
@@ -190,7 +190,7 @@ def _remarks(outcome: Outcome, cut: TokenizedPair, pair: Pair, whole: TokenizedP
         "no_bos": bos is not None and 0 in beginnings,
         "several_bos": bos is not None and max(beginnings) > 1,
     }
-    if whole.merged and not isinstance(pair.prompt, str) and not renders_prompt_alike(pair, tokenizer):
+    if whole.merged and whole.template_differs:
         # The template is the cause, not the tokenizer.
         found |= {"merged_at_the_prompt's_end": False, "template_differs": True}
     return [remark for remark, holds in found.items() if holds]

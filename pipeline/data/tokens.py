@@ -5,13 +5,9 @@ from a tokenizer that adds its own, a second BOS if the prompt already starts wi
 (`intake` counts them).
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import signal
 import struct
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +15,12 @@ import numpy as np
 
 from pipeline.base.errors import BadRow, ConfigError
 from pipeline.data.pairs import Pair
+from pipeline.data.rendering import Rendered, TemplateError, apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "renders_prompt_alike", "tokenize", "truncate"]
+__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "tokenize", "truncate"]
 
 TOKENIZATION_VERSION = 1
 """Part of every identity. Raise it with any change here, in layouts.py or in pairs.py that changes a token.
@@ -42,6 +39,8 @@ class TokenizedPair:
     rejected_ids: list[int]
     merged: bool = False
     """True if tokens merged across the prompt's end, so that the completions start a little before their texts."""
+    template_differs: bool = False
+    """True if the template writes the prompt differently when an answer follows: the rest is scored as its part."""
 
 
 def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
@@ -51,12 +50,14 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
     are not truncated.
 
     Raises BadRow if the template refuses the messages, or the prompt or a completion has no token; ConfigError if a
-    conversation meets a tokenizer without a chat template.
+    conversation meets a tokenizer without a chat template; UnfinishedError as `apply_template` does.
     """
+    template_differs = False
     if isinstance(pair.prompt, str):
         prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
     else:
-        prompt, chosen, rejected = _tokenize_messages(pair, tokenizer, place)
+        texts, (prompt, chosen, rejected) = zip(*_render(pair, tokenizer, place), strict=True)
+        template_differs = not all(text.startswith(texts[0]) for text in texts)
     three = enumerate(zip(prompt, chosen, rejected, strict=False))
     length = next((i for i, (a, b, c) in three if not a == b == c), min(map(len, (prompt, chosen, rejected))))
     if length == 0:
@@ -69,6 +70,7 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
         chosen_ids=chosen[length:],
         rejected_ids=rejected[length:],
         merged=length < len(prompt),
+        template_differs=template_differs,
     )
 
 
@@ -117,60 +119,14 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
     return three[0], three[1], three[2]
 
 
-def _tokenize_messages(pair: Pair, tokenizer: Any, place: str) -> tuple[list[int], list[int], list[int]]:
+def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
             "use a chat model, or save a template with its tokenizer"
         )
-    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
-    ids = []
+    messages = [([*pair.prompt, *completion], not completion) for completion in ([], pair.chosen, pair.rejected)]
     try:
-        with _time_limit():
-            for completion in ([], pair.chosen, pair.rejected):
-                messages = [*pair.prompt, *completion]
-                encoded = tokenizer.apply_chat_template(
-                    messages, tokenize=True, return_dict=True, add_generation_prompt=not completion, **arguments
-                )
-                ids.append(encoded["input_ids"])
-    except Exception as error:  # a template is a program and may raise anything
-        reason = str(error) or type(error).__name__
-        raise BadRow("template_error", f"{place}: the chat template refuses it: {reason}") from error
-    return ids[0], ids[1], ids[2]
-
-
-def renders_prompt_alike(pair: Pair, tokenizer: Any) -> bool:
-    """Return True if both whole conversations, as text, begin with the conversation's prompt.
-
-    If the template writes the prompt differently when an answer follows, the rest is scored as part of the answer.
-    """
-    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {}), "tokenize": False}
-    with _time_limit():
-        prompt = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True, **arguments)
-        return all(
-            tokenizer.apply_chat_template([*pair.prompt, *completion], **arguments).startswith(prompt)
-            for completion in (pair.chosen, pair.rejected)
-        )
-
-
-_MOST_SECONDS = 60
-"""Time limit for the conversations of one pair, which take milliseconds."""
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Stop a template that runs forever by a signal; without limit in other threads or without interval timers."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it runs for more than {_MOST_SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        return apply_template(tokenizer, messages, {"tools": pair.tools, **(pair.chat_template_kwargs or {})})
+    except TemplateError as error:
+        raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error

@@ -8,6 +8,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.data.pairs import Message
+from pipeline.data.rendering import TemplateError, apply_template
 from pipeline.models.files import NamedModel
 
 __all__ = ["load_reward_model"]
@@ -56,7 +57,13 @@ def _encode(tokenizer: Any, prompt: str | list[Message], reply: str) -> Any:
     if tokenizer.chat_template is not None:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [*asked, {"role": "assistant", "content": reply}]
-        return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        try:
+            ((text, _),) = apply_template(tokenizer, [(messages, False)], {})
+        except TemplateError as error:
+            raise ConfigError(
+                f"--reward-model: must have a chat template that takes the prompts, got {error}"
+            ) from error
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt")
     text = prompt if isinstance(prompt, str) else "\n\n".join(str(message.get("content")) for message in prompt)
     if tokenizer.sep_token is not None:
         return tokenizer(text, reply, return_tensors="pt")

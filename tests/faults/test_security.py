@@ -9,7 +9,6 @@ import json
 import pickle
 import re
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,18 +90,6 @@ def test_a_template_that_breaks_out_is_refused_and_nothing_runs(template: str, m
     with pytest.raises(BadRow, match=r"row 1: the chat template refuses it: \S"):
         tokenize_chat(template.replace("MARK", str(mark)))
     assert not mark.exists()
-
-
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
-
-def test_a_template_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_MOST_SECONDS", 0.2)
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(BadRow, match=r"it runs for more than 0\.2 seconds"):
-        tokenize_chat(ENDLESS)
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_template_works_in_a_thread_too() -> None:
