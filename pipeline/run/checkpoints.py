@@ -29,9 +29,11 @@ __all__ = [
     "commit_checkpoint",
     "delete_older",
     "delete_run",
+    "digests_of_weights",
     "find_checkpoint",
     "is_recorded",
     "newest_step",
+    "problem_of",
     "processes_of",
     "refuse_other_run",
     "saved_policy",
@@ -41,7 +43,9 @@ __all__ = [
 MARKER = "refshard-commit.json"
 
 
-def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], attempt: int = 0) -> None:
+def commit_checkpoint(
+    folder: Path, step: int, identity: Mapping[str, Any], attempt: int = 0, *, marker_name: str = MARKER
+) -> None:
     """Write the marker of a complete checkpoint: sizes and SHA-256 of its files, step, identity, its own digest.
 
     All files are synced to the disk before the marker is written.
@@ -50,11 +54,11 @@ def commit_checkpoint(folder: Path, step: int, identity: Mapping[str, Any], atte
         StorageError: The disk is full or failing; the checkpoint stays uncommitted.
     """
     files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != marker_name):
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": read_sha256(file)}
     sync_tree(folder)
     marker = {"step": step, "attempt": attempt, "identity": identity, "files": files}
-    write_json(folder / MARKER, {**marker, "digest": _digest(marker)})
+    write_json(folder / marker_name, {**marker, "digest": _digest(marker)})
 
 
 def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> Path | None:
@@ -70,7 +74,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
     """
     unfit: dict[Path, str] = {}
     for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
-        problem = _problem(folder, step)
+        problem = problem_of(folder, step)
         if problem is None:
             check_same_run(folder, read_json(folder / MARKER)["identity"], identity)
             break
@@ -105,7 +109,7 @@ def best_checkpoint(run_folder: Path, saved_as: str) -> Path:
     Raises DataError if it is damaged or gone.
     """
     folder = run_folder / Path(saved_as).name
-    problem = _problem(folder, int(folder.name.rpartition("-")[2])) if folder.exists() else "it is gone"
+    problem = problem_of(folder, int(folder.name.rpartition("-")[2])) if folder.exists() else "it is gone"
     if problem is not None:
         raise DataError(
             f"{folder}: must be the run's best checkpoint as it was saved, but {problem}. Restore it from a backup, or "
@@ -135,7 +139,7 @@ def saved_policy(run_folder: Path) -> tuple[int, Path]:
     if is_recorded(run_folder):
         return int(read_json(run_folder / RECORD)["step"]), run_folder
     for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
-        if _problem(folder, step) is None:
+        if problem_of(folder, step) is None:
             return step, folder
     raise UnfinishedError(f"{run_folder}: neither finished nor a whole checkpoint in it. Run: refshard train")
 
@@ -186,7 +190,7 @@ def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
     age.
     """
     folders = checkpoint_folders(run_folder)
-    whole = sorted(step for step, folder in folders.items() if _problem(folder, step, digests=False) is None)
+    whole = sorted(step for step, folder in folders.items() if problem_of(folder, step, digests=False) is None)
     kept = whole[-max(keep, 2) :]
     if len(kept) < max(keep, 2):
         return
@@ -197,18 +201,18 @@ def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _problem(folder: Path, step: int, *, digests: bool = True) -> str | None:
-    """Describe what is wrong with a checkpoint; None if nothing is."""
-    if not (folder / MARKER).exists():
-        return f"it has no {MARKER}"
+def problem_of(folder: Path, step: int, *, digests: bool = True, marker_name: str = MARKER) -> str | None:
+    """Describe what is wrong with a committed folder; None if nothing is."""
+    if not (folder / marker_name).exists():
+        return f"it has no {marker_name}"
     try:
-        marker = read_json(folder / MARKER)
+        marker = read_json(folder / marker_name)
     except (DataError, StorageError) as error:
         return str(error)
     if not _is_intact(marker):
-        return f"{MARKER} is not as refshard wrote it"
+        return f"{marker_name} is not as refshard wrote it"
     if marker["step"] != step:
-        return f"{MARKER} is of step {marker['step']}"
+        return f"{marker_name} is of step {marker['step']}"
     for name, expected in marker["files"].items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
@@ -230,6 +234,16 @@ def _is_intact(marker: Mapping[str, Any]) -> bool:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digests_of_weights(checkpoint: Path) -> dict[str, str]:
+    """Give the SHA-256 of weight files that a checkpoint's marker has recorded; nothing without an intact marker."""
+    with contextlib.suppress(DataError, StorageError):
+        marker = read_json(checkpoint / MARKER)
+        if _is_intact(marker):
+            files = marker["files"].items()
+            return {name: file["sha256"] for name, file in files if name.endswith(".safetensors")}
+    return {}
 
 
 def processes_of(checkpoint: Path) -> int:

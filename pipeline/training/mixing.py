@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.base.errors import ConfigError, DataError, StorageError
-from pipeline.base.files import read_json, sync_tree, write_json
+from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.models.files import ADAPTER_WEIGHTS
 from pipeline.models.loading import load_plain
+from pipeline.run.checkpoints import commit_checkpoint
 
 __all__ = ["MARKER", "mix"]
 
@@ -39,7 +40,7 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
         checkpoint: Folder of the policy's full weights or of its adapter.
         previous: Folder of the previous reference, written by this function; None for the run's first one.
         target: Folder to write.
-        made_from: Inputs that determine the result, recorded beside it.
+        made_from: Inputs that determine the result, `step` among them, recorded beside it with the files' digests.
 
     Raises:
         ConfigError: Policy and reference do not have the same weights by name and shape.
@@ -61,8 +62,7 @@ def mix(config: Config, *, checkpoint: Path, previous: Path | None, target: Path
             _save_plain(dataclasses.replace(config, policy=adapted, reference=ReferenceConfig()), policy)
         mixed = work / "mixed"
         _mix_files(policy, previous, mixed, config.reference.sync.mixup_alpha)
-        write_json(mixed / MARKER, made_from)
-        sync_tree(mixed)
+        commit_checkpoint(mixed, made_from["step"], made_from, marker_name=MARKER)
         try:
             mixed.rename(target)
         except OSError:

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import transformers
 
-from pipeline.base.digests import sha256_of_files
-from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.intake import Ledger
@@ -31,7 +30,7 @@ from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
 from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter, reference_dtype
 from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
-from pipeline.run.checkpoints import checkpoint_folders, find_checkpoint, is_recorded
+from pipeline.run.checkpoints import checkpoint_folders, digests_of_weights, find_checkpoint, is_recorded, problem_of
 from pipeline.run.identity import run_identity
 from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
@@ -118,47 +117,60 @@ def _reference_folder(output: Path, step: int) -> Path:
     return output / "references" / f"step-{step:08d}"
 
 
-def prepare_reference(config: Config, window: Window, output: Path) -> None:
-    """Make the window's reference unless it exists: the previous one, moved toward the window's first checkpoint.
+def prepare_reference(config: Config, step: int, output: Path) -> Path | None:
+    """Make the reference after a step, unless it is there and whole: the previous one, moved toward the checkpoint.
 
     A run that went back to an older checkpoint may reach this step with other weights. Then the reference is made
-    again, and its log-probs are deleted.
+    again, and its log-probs are deleted. All files are read for their digests before they are used.
+
+    Returns:
+        The reference's folder; None after step 0, since the run's first reference is not moved.
 
     Raises:
-        DataError: The checkpoint or the previous reference is gone.
+        DataError: It must be made, and the checkpoint or the previous reference is damaged or gone.
     """
     assert config.reference.sync is not None
-    if window.number == 0:
-        return
-    target = _reference_folder(output, window.first)
-    checkpoint = output / f"checkpoint-{window.first}"
-    before = window.first - config.reference.sync.steps
-    previous = _reference_folder(output, before) if before > 0 else None
+    if step == 0:
+        return None
+    target, checkpoint = _reference_folder(output, step), output / f"checkpoint-{step}"
     made_from = {
-        "step": window.first,
+        "step": step,
         "sync": dataclasses.asdict(config.reference.sync),
-        "policy": sha256_of_files(checkpoint.glob("*.safetensors")),
+        "policy": digests_of_weights(checkpoint),
         # The previous reference may be deleted by now. The first one's identity stands for all that followed.
         "first": identity_of_reference(config),
     }
+    problem = _problem_of_reference(target, made_from) if target.exists() else "it is not there"
+    if problem is None:
+        return target
+    damage = problem_of(checkpoint, step)
+    if damage is not None:
+        raise DataError(
+            f"{target}: must be a whole moved reference, but {problem}; nor is {checkpoint} whole, which it is made "
+            f"from: {damage}. Restore one of the two, or start over with refshard train --overwrite"
+        )
+    previous = prepare_reference(config, step - config.reference.sync.steps, output)
     if target.exists():
-        found = read_json(target / MARKER)
-        if not checkpoint.exists():
-            made_from["policy"] = found.get("policy")
-        if found == made_from:
-            return
         aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             target.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-    for needed in filter(None, (checkpoint, previous)):
-        if not needed.exists():
-            raise DataError(
-                f"{needed}: missing, and the reference of step {window.first} is made from it. Restore it, or start "
-                "over with refshard train --overwrite"
-            )
     mix(config, checkpoint=checkpoint, previous=previous, target=target, made_from=made_from)
     _delete_older(output, config.reference.sync.steps)
+    return target
+
+
+def _problem_of_reference(folder: Path, made_from: Mapping[str, Any]) -> str | None:
+    """Describe why a moved reference can't be used; None if it can."""
+    try:
+        marker = read_json(folder / MARKER)
+    except (DataError, StorageError) as error:
+        return str(error)
+    # Earlier versions recorded no digests.
+    found = marker if "sync" in marker else marker.get("identity", {})
+    if any(found.get(key) != value for key, value in made_from.items() if key != "policy" or value):
+        return "it was made from something else"
+    return None if found is marker else problem_of(folder, made_from["step"], marker_name=MARKER)
 
 
 def check_mixable(config: Config) -> None:
@@ -212,7 +224,7 @@ def next_window(
     # Refuses another run's checkpoints too, before the reference is moved to them.
     checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)
-    prepare_reference(config, window, output)
+    prepare_reference(config, window.first, output)
     rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
     steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
     click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")

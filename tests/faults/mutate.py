@@ -195,7 +195,7 @@ MUTATIONS = [
     Mutation(
         "the marker of a checkpoint",
         "pipeline/run/checkpoints.py",
-        '        return f"it has no {MARKER}"',
+        '        return f"it has no {marker_name}"',
         "        return None",
         "tests/run/test_checkpoints.py",
     ),

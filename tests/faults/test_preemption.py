@@ -19,7 +19,7 @@ from pipeline.base.errors import UnfinishedError
 from pipeline.base.signals import StopFlag
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import load_config
-from pipeline.run.checkpoints import MARKER, _problem, checkpoint_folders, commit_checkpoint, newest_step
+from pipeline.run.checkpoints import MARKER, checkpoint_folders, commit_checkpoint, newest_step, problem_of
 from stages import train as stages_train
 from support.disks import remount, tmpfs
 from support.runs import refshard
@@ -67,7 +67,7 @@ def history(output: Path) -> list[dict[str, float]]:
 def whole(output: Path) -> bool:
     """Whether every committed checkpoint holds."""
     return all(
-        _problem(folder, step) is None
+        problem_of(folder, step) is None
         for step, folder in checkpoint_folders(output).items()
         if (folder / MARKER).exists()
     )

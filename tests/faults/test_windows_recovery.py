@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.run.checkpoints import commit_checkpoint
 from support.runs import refshard
 from support.watched import Watched
 from support.windows import ALPHA, EVERY, STEPS, history, losses, write_inputs, write_run
@@ -23,6 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_halves(config: Path) -> None:
     refshard("precompute", "--config", config)
     refshard("train", "--config", config, "--one-window")
+
+
+def seal_again(marker: Path, **changes: Any) -> None:
+    """Change what a moved reference says that it was made from, as if it had been."""
+    made_from = {**json.loads(marker.read_text())["identity"], **changes}
+    shutil.rmtree(marker.parent / "shards")
+    commit_checkpoint(marker.parent, made_from["step"], made_from, marker_name=marker.name)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -75,11 +85,10 @@ def test_a_reference_made_from_another_training_is_made_again(folder: Path, tmp_
     two_halves(config)
     refshard("precompute", "--config", config)
     marker = tmp_path / "policy" / "references" / "step-00000002" / "refshard-reference.json"
-    stale = json.loads(marker.read_text())
-    stale["policy"] = {"model.safetensors": "0" * 64}
-    marker.write_text(json.dumps(stale))
+    right = marker.read_bytes()
+    seal_again(marker, policy={"model.safetensors": "0" * 64})
     refshard("precompute", "--config", config)
-    assert json.loads(marker.read_text())["policy"] != stale["policy"]
+    assert marker.read_bytes() == right
 
 
 def test_a_refused_command_with_other_settings_moves_nothing(folder: Path, tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_a_reference_moved_otherwise_is_not_taken_for_this_runs(folder: Path, tm
     marker = tmp_path / "policy" / "references" / "step-00000002" / "refshard-reference.json"
     right = marker.read_bytes()
     for change in ({"sync": {"steps": 2, "mixup_alpha": 0.1}}, {"first": {"weights": "0" * 64}}):
-        marker.write_text(json.dumps({**json.loads(right), **change}))
+        seal_again(marker, **change)
         refshard("precompute", "--config", config)
         assert marker.read_bytes() == right
 

@@ -192,7 +192,7 @@ def test_under_adamw_the_losses_on_captured_weights_are_trls(folder: Path, tmp_p
                 p.copy_(capture.weights[step][name])
         model.save_pretrained(tmp_path / f"policy-{step}")
         target = tmp_path / f"reference-{step}"
-        mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, made_from={})
+        mix(config, checkpoint=tmp_path / f"policy-{step}", previous=previous, target=target, made_from={"step": step})
         references.append(load(target))
         previous = target
 
