@@ -19,6 +19,7 @@ from pipeline.data.sources import describe, open_source, read_rows
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_output
+from pipeline.store.dating import with_template_date
 from pipeline.store.reference_table import load_reference_table
 from pipeline.store.store import Store, check_identity, open_store
 
@@ -42,6 +43,7 @@ def run(config: Config, output: Path) -> None:
         raise DataError(f"{output}: must be a new folder, it exists already. Name another one")
     guard_output("--output", output, config)
     tokenizer = load_tokenizer(config)
+    config = with_template_date(config, tokenizer)
     names = config.data.sets
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
     check_identity(list(stores.values()), identity_of_run(config, tokenizer))

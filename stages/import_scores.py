@@ -26,6 +26,7 @@ from pipeline.data.sources import find_set, open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_shards
+from pipeline.store.dating import with_template_date
 from pipeline.store.format import ScoredPair, SummedPair
 from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
 
@@ -48,6 +49,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         raise ConfigError(f"{scores}: no such file")
     guard_shards(config, overwrite=overwrite)
     tokenizer = load_tokenizer(config)
+    config = with_template_date(config, tokenizer, overwrite=overwrite)
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
     if source.format not in ("jsonl", "parquet"):

@@ -47,6 +47,7 @@ from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
+from pipeline.store.dating import with_template_date
 from pipeline.store.store import Store, check_identity, open_store
 from pipeline.training.arguments import arguments_of_loop, training_arguments
 from pipeline.training.batches import Collator
@@ -127,6 +128,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     # Before any identity takes their digests.
     base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
     tokenizer = load_tokenizer(config)
+    config = with_template_date(config, tokenizer)
     if config.reference.sync:
         check_mixable(config)
         # The stores change with every window; the first reference does not.

@@ -125,6 +125,7 @@ def _config(store: Store, model: str) -> Config:
         data=DataConfig(
             **declared["data"],
             max_length=tokenization["max_length"],
+            template_date=tokenization.get("template_date"),
             on_bad_row="skip",
             on_identical=store.manifest["plan"].get("on_identical", "keep"),
         ),

@@ -1,5 +1,7 @@
 """The settings of a run: one frozen dataclass for each section, with the values that it refuses."""
 
+import contextlib
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,6 +60,9 @@ class DataConfig:
     of `prompt`, make a conversation of texts: `{system: system, user: question}`."""
     max_length: int | None = 1024
     """Largest number of tokens of prompt and completion together; the end is cut. Null: no cut."""
+    template_date: str | None = None
+    """Date that a chat template is told if it asks for today's, as YYYY-MM-DD; the date on which the store was created
+    if left out."""
     streaming: bool = False
     """Stream a hub dataset instead of downloading it. Local files are always streamed by stage one."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -69,6 +74,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, max_length=2)  # one token of the prompt and one of the completion
+        if self.template_date is not None:
+            require(_is_date(self.template_date), "template_date", "a date as YYYY-MM-DD", self.template_date)
         for name in self.eval:
             is_name = name not in ("train", "costs") and name.replace("-", "").replace("_", "").isalnum()
             rule = "named by letters, digits, - and _, and not train or costs, for it names a folder"
@@ -86,6 +93,12 @@ class DataConfig:
     def sets(self) -> tuple[str, ...]:
         """Names of all sets: `train`, then the held-out ones."""
         return ("train", *self.eval)
+
+
+def _is_date(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")

@@ -124,7 +124,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
     try:
         values = row.load()
         pair = to_pair(values, data.columns, row.place)
-        whole = tokenize(pair, tokenizer, row.place)
+        whole = tokenize(pair, tokenizer, row.place, data.template_date)
     except BadRow as error:
         return Outcome(row=row, values=values, pair=pair, dropped=error.reason, error=error)
     key, scored = pair_key(whole), truncate(whole, data.max_length)

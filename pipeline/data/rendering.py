@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import UnfinishedError, one_line, stopped_as_asked
 from pipeline.base.signals import STOP_SIGNALS, is_stop_requested
+from pipeline.data.dates import fix_date
 from pipeline.data.pairs import Message
 
 if TYPE_CHECKING:
@@ -44,14 +45,17 @@ def apply_template(
     tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[tuple[list[Message], bool]],
     arguments: Mapping[str, Any],
+    date: str | None = None,
 ) -> list[Rendered]:
     """Give each conversation's text and token ids, True: with the beginning of an answer after it.
+
+    `date` is what the template is told if it asks for today's; without one, it is told today's.
 
     Raises:
         TemplateError: The template fails, or takes more than its time, memory or text.
         UnfinishedError: This process is asked to stop, or the template's was ended from outside.
     """
-    request = (conversations, arguments)
+    request = (conversations, arguments, date)
     process: _Process | None = getattr(_of_thread, "process", None)
     if process is None or not process.serves(tokenizer):
         process = _of_thread.process = _Process(tokenizer) if hasattr(os, "fork") else None
@@ -158,11 +162,12 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + _MOST_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _answer(tokenizer: Any, request: tuple[Sequence[tuple[list[Message], bool]], Mapping[str, Any]]) -> Any:
+def _answer(tokenizer: Any, request: tuple[Sequence[tuple[list[Message], bool]], Mapping[str, Any], str | None]) -> Any:
     """Give what `apply_template` returns, or the reason why the template fails."""
-    conversations, arguments = request
+    conversations, arguments, date = request
     rendered: list[Rendered] = []
     try:
+        fix_date(tokenizer, arguments.get("tools"), date)
         for messages, begin in conversations:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin, **arguments)
             if len(text) > _MOST_CHARACTERS:

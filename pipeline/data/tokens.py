@@ -43,7 +43,9 @@ class TokenizedPair:
     """True if the template writes the prompt differently when an answer follows: the rest is scored as its part."""
 
 
-def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> TokenizedPair:
+def tokenize(
+    pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, template_date: str | None = None
+) -> TokenizedPair:
     """Tokenize prompt, prompt+chosen and prompt+rejected as wholes; the ids that all three share are the prompt.
 
     Plain text ends in one EOS if the tokenizer has one, a conversation's turn in what its chat template writes. The ids
@@ -56,7 +58,7 @@ def tokenize(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> To
     if isinstance(pair.prompt, str):
         prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
     else:
-        texts, (prompt, chosen, rejected) = zip(*_render(pair, tokenizer, place), strict=True)
+        texts, (prompt, chosen, rejected) = zip(*_render(pair, tokenizer, place, template_date), strict=True)
         template_differs = not all(text.startswith(texts[0]) for text in texts)
     three = enumerate(zip(prompt, chosen, rejected, strict=False))
     length = next((i for i, (a, b, c) in three if not a == b == c), min(map(len, (prompt, chosen, rejected))))
@@ -119,14 +121,15 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
     return three[0], three[1], three[2]
 
 
-def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str) -> list[Rendered]:
+def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, template_date: str | None) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
             "use a chat model, or save a template with its tokenizer"
         )
     messages = [([*pair.prompt, *completion], not completion) for completion in ([], pair.chosen, pair.rejected)]
+    arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
     try:
-        return apply_template(tokenizer, messages, {"tools": pair.tools, **(pair.chat_template_kwargs or {})})
+        return apply_template(tokenizer, messages, arguments, template_date)
     except TemplateError as error:
         raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error

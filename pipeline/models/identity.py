@@ -18,6 +18,7 @@ from pipeline.base.digests import sha256_of_file
 from pipeline.base.errors import ConfigError
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.data.dates import asks_for_date
 from pipeline.data.tokens import TOKENIZATION_VERSION
 from pipeline.models import files
 
@@ -63,6 +64,7 @@ _IRRELEVANT_CONFIG = frozenset(
 
 def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Collect everything that a log-prob of this run's reference depends on. Reads files, loads no weights."""
+    dated = config.data.template_date is not None and asks_for_date(tokenizer)
     return {
         "schema": SCHEMA_VERSION,
         "reference": identity_of_reference(config),
@@ -71,6 +73,7 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dic
             "tokenizer": _digest_of_tokenizer(tokenizer),
             "chat_template": _digest(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
             "eos": tokenizer.eos_token,
+            **({"template_date": config.data.template_date} if dated else {}),
             "max_length": config.data.max_length,
             "token_logps": config.precompute.token_logps,
         },

@@ -206,6 +206,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
     found |= {
         "dataset": f"{declared.get('dataset', 'unknown')}",
         "fingerprint": entry["fingerprint"],
+        **({"template date": tokenization["template_date"]} if "template_date" in tokenization else {}),
         "max_length": f"{tokenization['max_length']}, token logps {stored}",
         "noise floor": measured,
         "rows": totals.summary(),

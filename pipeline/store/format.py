@@ -283,7 +283,7 @@ _IDENTITY = {
         {"declared": str},
         {"weights": str, "dtype": str, "adapter": str | None, "quantization": (NoneType, {"bits": _is_count})},
     ),
-    "tokenization": {"token_logps": bool, "max_length": int | None},
+    "tokenization": {"token_logps": bool, "max_length": int | None, "template_date": str | None},
 }
 _RANGE = {
     "rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"),

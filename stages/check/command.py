@@ -15,10 +15,12 @@ import torch
 
 from pipeline.base.errors import ConfigError, DataError, RefshardError
 from pipeline.config.schema import Config
+from pipeline.data.dates import asks_for_date
 from pipeline.data.sources import describe
 from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
+from pipeline.store.dating import with_template_date
 from pipeline.store.store import check_identity, load_store
 from stages.check.estimate import Estimate, estimate
 from stages.check.findings import Findings, add_up, look_at_set, look_at_stores
@@ -59,10 +61,12 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
         check_dtypes(config)
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
+    config = with_template_date(config, tokenizer)
     batch_pairs = int(config.train.options.get("per_device_train_batch_size", 8))
     sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.sets}
     stores = {} if config.reference.sync is not None else look_at_stores(config, sets, tokenizer)
-    found = Findings(sets=sets, stores=stores)
+    date = config.data.template_date if asks_for_date(tokenizer) else None
+    found = Findings(sets=sets, stores=stores, template_date=date)
     if sets["train"].ledger.kept:
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
         host = this_hardware(torch.device("cpu")).memory if planned is None else None

@@ -74,6 +74,8 @@ class Findings:
 
     sets: Mapping[str, PairSet]
     stores: Mapping[str, StoreState]
+    template_date: str | None = None
+    """Date that the chat template is told; None if it asks for none, or if a store of an earlier version fixes none."""
     estimate: Estimate | None = None
     """None if no training pair was kept."""
     host_memory: int | None = None

@@ -26,6 +26,7 @@ from pipeline.models.identity import identity_of_run
 from pipeline.report import pages
 from pipeline.run.checkpoints import trained_weights
 from pipeline.scoring.agreement import allowed_gap
+from pipeline.store.dating import with_template_date
 from stages.explain.row import Explanation, explain_row, find_row, with_logps
 from stages.explain.shown import Findings, as_json, as_page, as_text
 from stages.explain.stored import compare, find_stored, with_stored
@@ -62,6 +63,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
         policy = trained_weights(config, policy, "--policy")
         trained = policy_as_reference(in_one_process(config), policy)
     tokenizer = load_tokenizer(config)
+    config = with_template_date(config, tokenizer)
     pair = explain_row(find_row(source, row), tokenizer, config.data, set_name)
     named = config.reference.declared or reference_sources(config)[0].name
     found = Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)

@@ -34,6 +34,7 @@ from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
 from pipeline.scoring.memory import free_memory, is_out_of_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
+from pipeline.store.dating import with_template_date
 from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import create_store, delete_store, is_finished, open_store
 from pipeline.training.losses import router_aux_weight
@@ -114,13 +115,15 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     costs_in = open_folder(config.precompute.output)
     rows = None
     if config.reference.sync is not None:
-        window = next_window(config, sources, tokenizer)
+        window = next_window(with_template_date(config, tokenizer, overwrite=overwrite), sources, tokenizer)
         if window is None:
             return
         config, sources, rows = window
     model, adapter = reference_sources(config)
     # Before the identity takes their digests, for the same reason as with the data.
     files = WatchedFiles(files_of_model(model.folder(), adapter))
+    # Late, so that workers that start together at midnight hardly disagree.
+    config = with_template_date(config, tokenizer, overwrite=overwrite)
     identity = identity_of_run(config, tokenizer)
     worker = Worker(
         config=config,
