@@ -29,6 +29,7 @@ DEFAULTS = {
         "streaming": False,
         "on_bad_row": "stop",
         "on_identical": "keep",
+        "template_date": None,
         "eval": {},
     },
     "policy": {
@@ -241,6 +242,8 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("precompute.output=", "precompute.output: must be text, got nothing"),
         ("data.split=~", "data.split: must be text, got nothing"),
         ("data.columns=prompt", "data.columns: must be a mapping, got 'prompt'"),
+        ("data.template_date=28 Nov 2026", "data.template_date: must be a date as YYYY-MM-DD, got '28 Nov 2026'"),
+        ("data.template_date=2026-02-30", "data.template_date: must be a date as YYYY-MM-DD, got '2026-02-30'"),
         ("data.columns={system: s}", "data.columns.system: must be set together with columns.user"),
         ("data.columns={user: q, prompt: p}", "data.columns.user: must be left out if columns.prompt is set"),
         ("data.columns.prompt=", "data.columns.prompt: must be text, got nothing"),
