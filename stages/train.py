@@ -18,10 +18,10 @@ import transformers
 from accelerate import PartialState
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import DataError, stopped_as_asked
-from pipeline.base.files import read_json, replace_file, sync_tree, write_json
+from pipeline.base.errors import DataError, interruption_of, stopped_as_asked
+from pipeline.base.files import read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
-from pipeline.base.progress import say, without_other_bars
+from pipeline.base.progress import say, without_nan, without_other_bars
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import settings_text
@@ -52,21 +52,21 @@ from pipeline.store.store import Store, check_identity, open_store
 from pipeline.training.arguments import arguments_of_loop, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
+from pipeline.training.ending import STAGING, check_metric, metrics_of, rehearse_saving, save_policy
+from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
+from pipeline.training.hub import Hub, HubCallback
 from pipeline.training.joining import count_pairs, join_sets, joined_token_logps, open_joined
 from pipeline.training.losses import balance_weight, router_aux_weight
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.steps import order_of_run
-from pipeline.training.trainer import EvaluationLeft, PairTrainer, saving
+from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
 
 __all__ = ["run"]
 
 _JOINED = "joined"
-
-_STAGING = ".saving-"
-"""Prefix of the folder that a policy is saved in first; the attempt's number follows"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +140,12 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
 
     if not overwrite:
         if is_recorded(output):
-            check_same_run(output, read_json(output / RECORD).get("identity", {}), identity)
-            _say(f"{output}: this run is finished already; nothing to do.")
+            record = read_json(output / RECORD)
+            check_same_run(output, record.get("identity", {}), identity)
+            if arguments.push_to_hub and "pushed_to" not in record:
+                on_main_process(lambda: _push(output, Hub(arguments), record))
+            else:
+                _say(f"{output}: this run is finished already; nothing to do.")
             return
         refuse_other_run(output, identity)
     attempt = on_main_process(lambda: claim_run(output, identity))
@@ -179,7 +183,7 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
     output = attempt.run_folder
     if overwrite:
         delete_run(output)
-    for leftover in (output / _JOINED, *output.glob(f"{_STAGING}*")):
+    for leftover in (output / _JOINED, *output.glob(f"{STAGING}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
     # Save the settings, defaults filled in, before anything runs. Access tokens are left out.
@@ -190,12 +194,17 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
 
 @contextlib.contextmanager
 def _while_owned(attempt: Attempt) -> Iterator[None]:
-    """Report that another attempt has taken over, if so, in place of any error: the error is a consequence of it."""
+    """Report that another attempt has taken over, if so, in place of any error: the error is a consequence of it.
+
+    Of other errors, a killed loader and memory that ran out become UnfinishedError.
+    """
     try:
         yield
-    except Exception:
+    except Exception as error:
         with contextlib.suppress(OSError):
             attempt.check()
+        if (interruption := interruption_of(error)) is not None:
+            raise interruption from error
         raise
 
 
@@ -223,13 +232,15 @@ def _train(run: TrainingRun) -> None:
     scorer = _load_policy(run)
     trainer, record, commit = _make_trainer(run, sets, scorer)
     inputs = on_main_process(lambda: _write_inputs(run, described, scorer.model))
+    hub = Hub(run.arguments) if run.arguments.push_to_hub else None
+    on_main_process(lambda: _rehearse(run, trainer, inputs, sets, hub))
     if run.checkpoint is not None:
         _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, scorer.model)}")
     finishes = run.window is None or run.window.is_last
     try:
         _run_steps(run, trainer)
         if finishes and not commit.stopped_early:
-            _finish(run, trainer, inputs, len(sets["train"]))
+            _finish(run, trainer, inputs, len(sets["train"]), hub)
     except EvaluationLeft as left:
         trainer.leave(save=left.save)
     step = trainer.state.global_step
@@ -335,11 +346,13 @@ def _make_trainer(
         elif arguments.eval_on_start:
             trainer.evaluate()
 
+    finite = FiniteWatch(run.output, _say, go_on=config.train.on_nonfinite == "continue")
     trainer = PairTrainer(
         loss=config.loss,
         activation_offload=config.train.activation_offload,
         attempt=run.attempt,
         margins=margins if state.is_main_process else None,
+        finite=finite,
         before_training=before_training,
         model=scorer.model,
         args=arguments_of_loop(arguments),
@@ -351,11 +364,23 @@ def _make_trainer(
         eval_dataset=(held_out if len(held_out) > 1 else next(iter(held_out.values()), None)),
         processing_class=run.tokenizer,
         # A stop request comes last, since it overrules what the others want done at a step's end.
-        callbacks=[record, *([] if window is None else [WindowCallback(window)]), commit],
+        callbacks=[finite, record, *([] if window is None else [WindowCallback(window)]), commit],
     )
     for librarys_own in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(librarys_own)
     return trainer, record, commit
+
+
+def _rehearse(
+    run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, sets: Mapping[str, datasets.Dataset], hub: Hub | None
+) -> None:
+    """Try what the run's end needs, before its first step."""
+    held_out = {name: rows for name, rows in sets.items() if name != "train"}
+    check_metric(run.arguments, held_out, balanced=balance_weight(trainer.model, run.config.loss) != 0)
+    rehearse_saving(trainer, run.attempt, lambda: _card(run, inputs, len(sets["train"]), {}, 0, 0))
+    if hub is not None:
+        hub.open()
+        trainer.add_callback(HubCallback(hub))
 
 
 def _with_other_processes(checkpoint: Path, policy: Any) -> str:
@@ -387,63 +412,47 @@ def _run_steps(run: TrainingRun, trainer: PairTrainer) -> None:
 # Finish.
 
 
-def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: int) -> None:
+def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: int, hub: Hub | None) -> None:
     """Evaluate, save the policy and its card, and record that the run is finished."""
     output = run.output
+    step = last = trainer.state.global_step
     saved_as = trainer.state.best_model_checkpoint
     if run.arguments.load_best_model_at_end and saved_as is not None:
         best = on_main_process(lambda: best_checkpoint(output, saved_as))
         trainer.load_best(best, lambda folder: load_policy(at_checkpoint(run.config, folder)))
-    metrics = _final_metrics(trainer)
-    _save_policy(run, trainer)
+        step = int(best.name.removeprefix("checkpoint-"))
+    metrics = metrics_of(trainer, step)
+    save_policy(trainer, run.attempt)
     if not PartialState().is_main_process:
         return
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     train_loss = sum(losses) / len(losses) if losses else None
-    card = model_card(run.config, inputs, name=output.name, pairs=pairs, metrics=metrics)
-    replace_file(output / "README.md", card.encode("utf-8", errors="replace"))
-    record = {"finished": True, "step": trainer.state.global_step, "identity": run.identity, "train_loss": train_loss}
+    replace_file(output / "README.md", _card(run, inputs, pairs, metrics, step, last))
+    record: dict[str, Any] = {"finished": True, "step": step, "trained_steps": last, "train_loss": train_loss}
+    record |= {"identity": run.identity, "metrics": without_nan(metrics), "versions": library_versions()}
     run.attempt.check()
-    write_json(output / RECORD, {**record, "metrics": metrics, "versions": library_versions()})
+    write_json(output / RECORD, without_nan(record))
     for folder in (_JOINED, "references"):
         shutil.rmtree(output / folder, ignore_errors=True)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
-    click.echo(f"The policy is in {output} ({trainer.state.global_step} steps{mean})")
+    best = "" if step == last else f"; its weights are those of step {step}, the best"
+    click.echo(f"The policy is in {output} ({last} steps{mean}){best}")
+    if hub is not None:
+        _push(output, hub, without_nan(record))
 
 
-def _final_metrics(trainer: PairTrainer) -> dict[str, float]:
-    """Give the finished policy's held-out metrics: those of an evaluation at the last step, or of one now."""
-    if trainer.eval_dataset is None:
-        return {}
-    last = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.global_step]
-    held_out = {key: value for entry in last for key, value in entry.items() if key.startswith("eval_")}
-    return held_out or dict(trainer.evaluate())
+def _card(run: TrainingRun, inputs: RunInputs, pairs: int, metrics: Mapping[str, float], step: int, last: int) -> bytes:
+    """Write the model card; `step` is that of the weights, `last` the run's last one."""
+    card = model_card(run.config, inputs, name=run.output.name, pairs=pairs, metrics=metrics, steps=(step, last))
+    return card.encode("utf-8", errors="replace")
 
 
-def _save_policy(run: TrainingRun, trainer: PairTrainer) -> None:
-    """Save the policy in a folder of this attempt, then rename each file to its place.
-
-    The files of two attempts that save at once thus never mix.
-    """
-    output, staging = run.output, run.output / f"{_STAGING}{run.attempt.name}"
-    with saving(f"{output}: the policy"):
-        trainer.save_model(str(staging), _internal_call=True)
-    trainer.accelerator.wait_for_everyone()
-
-    def put() -> None:
-        sync_tree(staging)
-        run.attempt.check()
-        with saving(f"{output}: the policy"):
-            for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-                target = output / file.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-            shutil.rmtree(staging)
-
-    on_main_process(put)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+def _push(output: Path, hub: Hub, record: Mapping[str, Any]) -> None:
+    """Push a finished run's policy, and record where it is."""
+    name = hub.push(output, "Model save")
+    write_json(output / RECORD, {**record, "pushed_to": name})
+    click.echo(f"The policy is on the hub, in {name}")
 
 
 def _say(text: str) -> None:

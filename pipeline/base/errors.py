@@ -5,6 +5,7 @@ quote untrusted data, so it is shown through `one_line`.
 """
 
 import difflib
+import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = [
     "UnfinishedError",
     "did_you_mean",
     "first_line",
+    "interruption_of",
+    "is_out_of_memory",
     "one_line",
     "printable",
     "stopped_as_asked",
@@ -101,6 +104,29 @@ def _cut(line: str, most: int) -> str:
 def printable(text: str) -> str:
     """Escape characters that do not print: control characters, direction marks, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory ran out: a GPU has a class for it, a CPU mostly only words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
+    return getattr(error, "errno", None) == errno.ENOMEM or any(word in str(error) for word in words)
+
+
+def interruption_of(error: BaseException) -> UnfinishedError | None:
+    """Make the error of a command whose loader was killed or whose memory ran out; None for any other cause."""
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return UnfinishedError(
+            f"a process that reads the data was ended from outside ({first_line(error)}), maybe for lack of memory; "
+            "what is finished is saved. Run the same command again"
+        )
+    if is_out_of_memory(error):
+        return UnfinishedError(
+            f"memory ran out ({first_line(error)}); what is finished is saved. Run the same command again with more "
+            "memory, or with less to hold (train.gradient_checkpointing: true; a smaller precompute.tokens_per_batch)"
+        )
+    return None
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ def _refuse_passwords(value: Any, where: str) -> None:
     """Refuse credentials in URLs: settings are saved beside shards and policy, and shown in messages."""
     if isinstance(value, Mapping):
         for key, item in value.items():
+            if where == "train" and key.endswith("_token"):
+                raise ConfigError(f"train.{key}: must not be in the settings, which are saved. Set HF_TOKEN instead")
             _refuse_passwords(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for i, item in enumerate(value):
@@ -68,10 +70,8 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def settings_text(config: Config) -> str:
-    """Give the settings, with their defaults but without access tokens, as a YAML file for `load_config`."""
-    settings = as_dict(config)
-    settings["train"] = {key: value for key, value in settings["train"].items() if not key.endswith("_token")}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    """Give the settings, with their defaults, as a YAML file for `load_config`."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
 
 
 _TYPES = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value", "merge")

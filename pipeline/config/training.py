@@ -22,6 +22,7 @@ FIXED_TRAIN_FIELDS = {
     "enable_jit_checkpoint": "can't be set: signals are handled by refshard, which saves and exits with 75",
     "do_train": "can't be set: `refshard train` trains",
     "do_predict": "can't be set: there is nothing to predict",
+    "logging_nan_inf_filter": "can't be set: it would hide a loss that is not finite; see train.on_nonfinite",
     "label_smoothing_factor": "can't be set: it belongs to cross-entropy, not to DPO",
     "use_liger_kernel": "can't be set: refshard scores through its own head",
     "auto_find_batch_size": "can't be set: it would change the batches between two runs of one configuration",
@@ -40,6 +41,8 @@ class TrainSection:
     """Stop at pairs that have no reference log-probs, or drop them."""
     on_mismatch: Literal["stop", "warn"] = "stop"
     """Stop or warn if a policy should start as its reference and does not."""
+    on_nonfinite: Literal["stop", "continue"] = "stop"
+    """Stop at the first step whose loss, gradient norm or weights are not finite, or warn of it."""
     activation_offload: bool = False
     """Keep the activations that backward needs in CPU memory."""
     given: Mapping[str, object] = field(default_factory=dict, metadata={"rest": True})
@@ -78,6 +81,7 @@ class TrainSection:
             "logging_steps": 10,
             "report_to": "none",
             "ddp_timeout": 6 * 3600,
+            "logging_nan_inf_filter": False,
         }
         for key, value in self.given.items():
             if key not in known:

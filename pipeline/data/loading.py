@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.base.errors import UnfinishedError
+from pipeline.base.errors import interruption_of
 from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import DataConfig
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs, outcomes
@@ -125,12 +125,9 @@ class UnitQueue:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
-        # DataLoader raises this in the consumer, whatever it is doing, when a loader dies.
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            raise UnfinishedError(
-                f"a process that reads and tokenizes was ended from outside ({error}), maybe for lack of memory; "
-                "finished units are saved. Run the same command again"
-            ) from error
+        # DataLoader raises an error in the consumer, whatever it is doing, when a loader dies.
+        if error is not None and (interruption := interruption_of(error)) is not None:
+            raise interruption from error
 
     def close(self) -> None:
         """Stop the loaders at the end of their current row."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.base.errors import ConfigError, DataError, first_line, one_line
+from pipeline.base.errors import ConfigError, DataError, first_line, is_out_of_memory, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
 from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources, resolve_dtype
@@ -225,9 +225,30 @@ def _load(
     if quantization is None:
         _own_weights(model)
     disable_dropout(model)
+    _keep_generation_config(model, folder)
     # An adapter records this as its base; a snapshot's folder in a cache has no meaning elsewhere.
     model.name_or_path = named.name
     return model
+
+
+def _keep_generation_config(model: Any, folder: Path) -> None:
+    """Let a generation config that the library refuses to save be saved as its file came."""
+    from transformers import GenerationConfig
+
+    config = getattr(model, "generation_config", None)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError:
+        file = folder / "generation_config.json"
+        content = file.read_bytes() if file.is_file() else None
+
+        class AsItCame(GenerationConfig):
+            def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+                if content is not None:
+                    (Path(save_directory) / file.name).write_bytes(content)
+
+        config.__class__ = AsItCame
 
 
 def _own_weights(model: Any) -> None:
@@ -260,16 +281,15 @@ def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
 @contextlib.contextmanager
 def _loading(place: str, fault: str) -> Iterator[None]:
     """Turn the libraries' errors for damaged weights and unusable models into ours."""
-    import torch
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
         raise DataError(f"{place}: damaged weight file: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the library fails anywhere on what it can't use: weights of another shape, ...
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"{place}: {fault}: {first_line(error)}") from error
 
 

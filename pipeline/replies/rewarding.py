@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError, one_line
+from pipeline.base.errors import ConfigError, is_out_of_memory, one_line
 from pipeline.data.pairs import Message
 from pipeline.data.rendering import TemplateError, apply_template
 from pipeline.models.files import NamedModel
@@ -32,9 +32,9 @@ def load_reward_model(name: str, device: torch.device) -> Callable[[str | list[M
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = one_line(str(error))
         raise ConfigError(f"--reward-model: must be a sequence classifier, got {name} ({reason})") from error
     model, report = model

@@ -63,7 +63,7 @@ def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
     for name in sets:
         prefix = run.held_out().get(name)
         for word, metric in _HELD_OUT.items():
-            figures[f"{name}: {word}"] = None if prefix is None else run.curve(prefix + metric).last
+            figures[f"{name}: {word}"] = None if prefix is None else run.figure(prefix + metric)
     figures["KL, nats per reply"] = estimate_kl(run.generations) if run.generations else None
     figures["reward of replies before"] = estimate_reward(run.generations, "reference")
     figures["reward of replies"] = estimate_reward(run.generations, "policy")
@@ -90,7 +90,8 @@ def _figures_of_all(shown: Sequence[Shown]) -> Markup:
 
 def _state(run: Run) -> str:
     if run.finished:
-        return f"finished, {run.step:,} steps"
+        best = "" if run.policy_step in (None, run.step) else f"; the policy is that of step {run.policy_step:,}"
+        return f"finished, {run.step:,} steps{best}"
     if not run.records or run.last_written is None:
         return "nothing logged yet"
     total = "" if run.max_steps is None else f" of {run.max_steps:,}"

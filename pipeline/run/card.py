@@ -29,7 +29,15 @@ _SETTINGS = (
 _TIMINGS = ("runtime", "per_second", "preparation_time")
 
 
-def model_card(config: Config, inputs: RunInputs, *, name: str, pairs: int, metrics: Mapping[str, float]) -> str:
+def model_card(
+    config: Config,
+    inputs: RunInputs,
+    *,
+    name: str,
+    pairs: int,
+    metrics: Mapping[str, float],
+    steps: tuple[int, int],
+) -> str:
     """Write the card as Markdown with the hub's YAML header.
 
     Names come from settings and data, so the text quotes them as code.
@@ -39,7 +47,8 @@ def model_card(config: Config, inputs: RunInputs, *, name: str, pairs: int, metr
         inputs: What the run's last attempt began with.
         name: Title of the card.
         pairs: Number of pairs that were trained on.
-        metrics: Held-out metrics by name; timings are left out.
+        metrics: Held-out metrics of the saved weights by name; timings are left out.
+        steps: Step of the saved weights, and the run's last one.
     """
     adapter, dataset = inputs.policy.adapter, inputs.sets["train"].dataset
     header = {
@@ -70,6 +79,7 @@ def model_card(config: Config, inputs: RunInputs, *, name: str, pairs: int, metr
         f"| reference | {_code(inputs.reference.name)} |",
         f"| fingerprint of the reference log-probs | `{inputs.reference.fingerprint}` |",
         f"| data | {_code(dataset)}, {pairs:,} pairs |",
+        f"| weights | of step {steps[0]:,}, of {steps[1]:,} that were trained |",
         f"| loss | {_code(_named_loss(config.loss))}, beta {config.loss.beta:g} |",
     ]
     lines += [f"| {_plain(key)} | {_code(options[key])} |" for key in _SETTINGS if key in options]

@@ -85,6 +85,8 @@ class Run:
     """Set -> margins; `train` holds the last pairs that were trained on"""
     generations: Sequence[Generation]
     finished: bool
+    policy_step: int | None
+    """Step of the saved policy; None if the run has not finished"""
     max_steps: int | None
     last_written: float | None
     """Unix time of the newest line of the log"""
@@ -100,6 +102,11 @@ class Run:
         """Give a metric over the steps; an empty curve if it was never logged."""
         values = {step: numbers[metric] for step, numbers in self.records if metric in numbers}
         return Curve(list(values), list(values.values()))
+
+    def figure(self, metric: str) -> float | None:
+        """Give a metric of the saved policy if it was measured, else its last value."""
+        curve = self.curve(metric)
+        return dict(zip(curve.steps, curve.values, strict=True)).get(self.policy_step or 0, curve.last)
 
     def held_out(self) -> dict[str, str]:
         """Give the evaluated held-out sets, each with its metrics' prefix: `eval_` or `eval_NAME_`."""
@@ -155,6 +162,7 @@ def read_run(folder: Path) -> Run:
         remarks.append(f"{LOG}: {not_finite:,} values are not finite (NaN or infinite); the curves have gaps there")
     names = sorted(file.name for file in (folder / MARGINS).glob("*.parquet"))
     margins = {Path(name).stem: read(f"{MARGINS}/{name}", _read_margins) for name in names}
+    record = read(RECORD, read_json) or {}
     return Run(
         folder=folder,
         settings=read(SETTINGS, lambda file: as_dict(load_config(file)), "the run's settings are unknown") or {},
@@ -163,7 +171,8 @@ def read_run(folder: Path) -> Run:
         inputs=read(INPUTS, read_json, "the run's reference, policy and sets are unknown") or {},
         margins={name: rows for name, rows in margins.items() if rows is not None},
         generations=read(GENERATIONS, read_generations) or [],
-        finished=(read(RECORD, read_json) or {}).get("finished") is True,
+        finished=record.get("finished") is True,
+        policy_step=record.get("step"),
         max_steps=next((line["max_steps"] for line in reversed(lines) if "max_steps" in line), None),
         last_written=max((line["time"] for line in lines), default=None),
         remarks=remarks,

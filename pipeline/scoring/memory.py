@@ -12,7 +12,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.packing import make_batch
 
-__all__ = ["free_memory", "is_out_of_memory", "name_of_device", "peak_memory", "tokens_for", "tokens_that_fit"]
+__all__ = ["free_memory", "name_of_device", "peak_memory", "tokens_for", "tokens_that_fit"]
 
 # More tokens at once leave a CPU's caches and are slower. A constant makes every run the same to the bit.
 _ON_CPU = 2048
@@ -57,11 +57,6 @@ def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device
     with torch.inference_mode():
         score(model, batch, want=LOGPS)
     return [int(torch.cuda.max_memory_allocated(device)) for device in devices]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error says that memory ran out: a GPU has a class for it, a CPU only words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def free_memory() -> None:

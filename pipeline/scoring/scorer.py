@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, is_out_of_memory
 from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.scoring.forward import LOGPS, input_device, prepare, score
-from pipeline.scoring.memory import free_memory, is_out_of_memory, tokens_that_fit
+from pipeline.scoring.memory import free_memory, tokens_that_fit
 from pipeline.scoring.packing import make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.base.errors import ConfigError, one_line
+from pipeline.base.errors import ConfigError, is_out_of_memory, one_line
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
@@ -54,9 +54,9 @@ def _check_padded(model: Any, key: str) -> None:
     try:
         ours, ours_later = _logps_of(model, batch), _logps_of(model, later)
         logits = model(input_ids=there.input_ids, attention_mask=there.attention_mask, use_cache=False).logits
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"{key}: {name} can't be run as a causal language model ({one_line(str(error))}); "
             "this architecture is not supported"
@@ -102,9 +102,9 @@ def _reads_packed(model: Any) -> bool:
         if not switch_attention(model):
             return False
         found, other_found, misplaced = (_logps_of(model, batch) for batch in (packed, other_batch, unplaced))
-    except torch.OutOfMemoryError:
-        raise
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         # Attention raises NotImplementedError, a RuntimeError, for keywords and masks that it does not support.
         reads = False
     else:

@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError
+from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError, is_out_of_memory
 from pipeline.base.signals import StopFlag
 from pipeline.models.loading import pick_device
-from pipeline.scoring.memory import is_out_of_memory
 
 __all__ = ["Ensemble", "LeaderModel", "Order", "processes_of_launch", "share_of_process"]
 

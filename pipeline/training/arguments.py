@@ -67,6 +67,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             raise ConfigError(
                 "train.save_strategy: must be no, steps or epoch with reference.sync, got best. Change it"
             )
+        if config.train.on_nonfinite == "continue":
+            raise ConfigError("train.on_nonfinite: must be stop with reference.sync, got continue. Leave it out")
         if made.world_size > 1:
             raise ConfigError(
                 f"reference.sync: must run in one process, got {made.world_size}. Start it without a launcher"
@@ -84,6 +86,8 @@ def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers
     arguments.save_total_limit = None
     # A resumed run was measured at its start.
     arguments.eval_on_start = False
+    # The library would push the joined data and its own arguments; see `hub`.
+    arguments.push_to_hub = False
     # The library would load a damaged checkpoint, and ignore one that is gone.
     arguments.load_best_model_at_end = False
     return arguments

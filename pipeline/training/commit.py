@@ -79,6 +79,8 @@ class CommitCallback(transformers.TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir():
+            return  # Its weights are not finite, and were not saved.
         # Every rank saves its own random state. The marker must follow the last of them.
         PartialState().wait_for_everyone()
         on_main_process(lambda: self._commit(Path(args.output_dir), state))

@@ -10,7 +10,15 @@ from pipeline.scoring.forward import Scores, weighted_sums
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
 
-__all__ = ["averages_of", "columns_of", "first_pairs", "pairs_of"]
+__all__ = ["averages_of", "columns_of", "evaluated_metrics", "first_pairs", "pairs_of"]
+
+_OF_PAIRS = (
+    *("logps/chosen", "logps/rejected", "logps/chosen_shift", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("rewards/accuracies", "ref/margins", "ref/accuracies", "lengths/chosen", "lengths/rejected", "lengths/truncated"),
+)
+_OF_TOKENS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+_OF_REFERENCE_TOKENS = ("kl/chosen", "kl/rejected")
+_OF_EVALUATION = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens")
 
 
 def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
@@ -80,6 +88,15 @@ def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: Pai
 def _share_above_zero(margins: torch.Tensor) -> torch.Tensor:
     # A tie counts as half right, so a policy equal to its reference has an accuracy of 0.5, not 0.
     return (margins > 0).float() + 0.5 * (margins == 0).float()
+
+
+def evaluated_metrics(*, token_logps: bool, balanced: bool) -> tuple[str, ...]:
+    """Name the metrics of a held-out set, without their prefix.
+
+    `token_logps` says that the set has reference token log-probs, `balanced` that the loss has a balance loss.
+    """
+    optional = _OF_REFERENCE_TOKENS * token_logps + ("aux_loss",) * balanced
+    return (*_OF_PAIRS, *_OF_TOKENS, *_OF_EVALUATION, *optional)
 
 
 def averages_of(totals: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ overridden; the contract test names them and all else here that the library does
 """
 
 import functools
+import math
 import multiprocessing.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,13 +16,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from pipeline.base.errors import ConfigError, DataError, StorageError
+from pipeline.base.errors import ConfigError, DataError, RefshardError, StorageError, first_line, is_out_of_memory
 from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
 from pipeline.run.checkpoints import newest_step, processes_of
 from pipeline.scoring.forward import Want, score
 from pipeline.training.batches import JoinedBatch
+from pipeline.training.finite import FiniteWatch
 from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
 from pipeline.training.metrics import averages_of, columns_of, first_pairs, pairs_of
@@ -46,6 +48,8 @@ def saving(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         # torch.save's words for a write that failed. Any other RuntimeError is something else.
         words = ("PytorchStreamWriter", "unexpected pos")
         if type(error) is RuntimeError and not any(word in str(error) for word in words):
@@ -53,6 +57,20 @@ def saving(what: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(
             f"{what} can't be saved ({reason}). Free some space and run the same command again"
+        ) from error
+
+
+@contextmanager
+def _building(field: str, what: str, value: Any, options: str) -> Iterator[None]:
+    """Raise ConfigError for what the settings ask for and the library can't build."""
+    try:
+        yield
+    except Exception as error:  # it raises errors of any type
+        if isinstance(error, RefshardError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"train.{field}: must be {what} that can be built here, got {value} ({first_line(error)}). Choose another, "
+            f"or correct train.{options}"
         ) from error
 
 
@@ -64,6 +82,7 @@ class PairTrainer(transformers.Trainer):
         activation_offload: Keep activations in the CPU's memory until backward needs them.
         attempt: The run's attempt, which saves only while it owns the run's folder.
         margins: Collects each pair's margins.
+        finite: Watches that each step is finite.
         before_training: Called with the trainer once all is ready for the first step.
     """
 
@@ -76,11 +95,15 @@ class PairTrainer(transformers.Trainer):
         activation_offload: bool = False,
         attempt: Attempt | None = None,
         margins: Margins | None = None,
+        finite: FiniteWatch | None = None,
         before_training: Callable[["PairTrainer"], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.add_callback(_BeforeTraining(self, before_training))
+        self._finite = finite
+        if finite is not None:
+            finite.attach(self.accelerator)
         self._attempt = attempt
         self._margins = margins
         # Stop the loaders' workers before the interpreter exits. They ignore a SIGTERM unless this is set.
@@ -104,6 +127,14 @@ class PairTrainer(transformers.Trainer):
                 "train.deepspeed: accelerate, started for CPUs (ACCELERATE_USE_CPU, accelerate launch --cpu), runs DDP "
                 "in its place. Start with torchrun and set train.use_cpu: true"
             )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        with _building("optim", "an optimizer", self.args.optim, "optim_args"):
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        with _building("lr_scheduler_type", "a schedule", self.args.lr_scheduler_type, "lr_scheduler_kwargs"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,
@@ -131,6 +162,8 @@ class PairTrainer(transformers.Trainer):
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
         self._add_metrics(columns_of(joined, scores, pairs, objective))
+        if self._finite is not None and self.model.training:
+            self._finite.take_loss(loss)
         return loss
 
     def _real_pairs(self, count: int) -> int:
@@ -211,6 +244,9 @@ class PairTrainer(transformers.Trainer):
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._finite is not None and not self._finite.weights_are_finite:
+            return
+
         def make_way(folder: Path) -> None:
             self._check_owner()
             if folder.exists():
@@ -334,6 +370,9 @@ class PairTrainer(transformers.Trainer):
             logs.update({f"{prefix}{name}": value for name, value in averages_of(totals).items()})
             logs[f"{prefix}num_tokens"] = float(self.state.num_input_tokens_seen)
             totals.clear()
+        if not math.isfinite(logs.get("loss", 0.0)):
+            # The library subtracts the sum from itself, which leaves NaN in all later entries.
+            self._tr_loss.zero_()
         super().log(logs, start_time)
 
     def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.errors import ConfigError, DataError, is_out_of_memory
 from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
@@ -32,7 +32,7 @@ from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
 from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
-from pipeline.scoring.memory import free_memory, is_out_of_memory
+from pipeline.scoring.memory import free_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.dating import with_template_date
 from pipeline.store.reuse import Reusable, open_reusable

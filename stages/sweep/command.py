@@ -213,17 +213,17 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
 
 
 def _row(name: str, run: Run) -> dict[str, str]:
-    """Give a run's last figures on its first held-out set, or on its last training pairs if it has none."""
+    """Give a run's figures on its first held-out set, or on its last training pairs if it has none."""
     pairs, prefix = next(iter(run.held_out().items()), ("train", ""))
 
     def last(metric: str) -> str:
-        value = run.curve(prefix + metric).last
+        value = run.figure(prefix + metric)
         return "" if value is None else f"{value:.4g}"
 
     reward = estimate_reward(run.generations, "policy")
     return {
         "run": name,
-        "steps": f"{run.step:,}",
+        "steps": f"{run.step:,}" if run.policy_step in (None, run.step) else f"{run.policy_step:,} of {run.step:,}",
         "pairs of": pairs,
         "loss": last("loss"),
         "accuracy": last("rewards/accuracies"),

@@ -161,6 +161,7 @@ def test_the_defaults_of_our_own_train_options_are_the_frozen_ones(load: Load) -
         "output_dir": None,
         "on_missing": "stop",
         "on_mismatch": "stop",
+        "on_nonfinite": "stop",
         "activation_offload": False,
         "given": {},
     }
@@ -611,6 +612,7 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         "logging_steps": 10,
         "report_to": "none",
         "ddp_timeout": 21600,
+        "logging_nan_inf_filter": False,
     }
 
 
@@ -625,6 +627,8 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("seed: [1]", "train.seed: must be a whole number, got a list"),
         ("on_missing: ignore", "train.on_missing: must be one of stop, drop, got 'ignore'"),
         ("on_mismatch: drop", "train.on_mismatch: must be one of stop, warn, got 'drop'"),
+        ("on_nonfinite: go", "train.on_nonfinite: must be one of stop, continue, got 'go'"),
+        ("hub_token: hf_x", "train.hub_token: must not be in the settings, which are saved. Set HF_TOKEN instead"),
         ("activation_offload: some", "train.activation_offload: "),
         ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
     ],

@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, Any] = {
     "pairs": 12345,
     "adapter": None,
     "metrics": {"eval_loss": 0.65432, "eval_runtime": 3.0},
+    "steps": (4, 10),
 }
 
 

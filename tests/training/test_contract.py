@@ -61,6 +61,8 @@ PARAMETERS = {
     "get_eval_dataloader": ["eval_dataset"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "save_model": ["output_dir", "_internal_call"],
+    "create_optimizer": ["model"],
+    "create_scheduler": ["num_training_steps", "optimizer"],
     "log": ["logs", "start_time"],
 }
 
@@ -70,6 +72,8 @@ CALLERS = {
     "_load_from_checkpoint": "train",
     "_load_optimizer_and_scheduler": "_prepare_for_training",
     "save_model": "_save_checkpoint",
+    "create_optimizer": "create_optimizer_and_scheduler",
+    "create_scheduler": "create_optimizer_and_scheduler",
     "prediction_step": "evaluation_loop",
     "get_train_dataloader": "_inner_training_loop",
     "get_eval_dataloader": "evaluate",
