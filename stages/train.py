@@ -49,7 +49,7 @@ from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.dating import with_template_date
 from pipeline.store.store import Store, check_identity, open_store
-from pipeline.training.arguments import arguments_of_loop, training_arguments
+from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
 from pipeline.training.ending import STAGING, check_metric, metrics_of, rehearse_saving, save_policy
@@ -261,7 +261,7 @@ def _load_policy(run: TrainingRun) -> Scorer:
         config = at_checkpoint(config, run.checkpoint)
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
-    with _in_one_piece(arguments):
+    with in_one_piece(arguments):
         policy = load_policy(config)
     if NamedModel.policy(config) == NamedModel.policy(run.config):
         run.base.check_untouched()
@@ -277,21 +277,6 @@ def _load_policy(run: TrainingRun) -> Scorer:
         trained, total = policy.get_nb_trainable_parameters()
         _say(f"Training {trained:,} of {total:,} parameters")
     return scorer
-
-
-@contextlib.contextmanager
-def _in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
-    """Load the policy whole under DeepSpeed too, whose ZeRO-3 would give each process a share of it at once.
-
-    The policy is checked before it is trained. DeepSpeed gathers weights for a forward only once training has begun.
-    """
-    library: Any = transformers.integrations.deepspeed
-    library.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if arguments.deepspeed:
-            library.set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def _write_inputs(run: TrainingRun, sets: Mapping[str, SetInputs], policy: Any) -> RunInputs:
@@ -436,8 +421,8 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     for folder in (_JOINED, "references"):
         shutil.rmtree(output / folder, ignore_errors=True)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
-    best = "" if step == last else f"; its weights are those of step {step}, the best"
-    click.echo(f"The policy is in {output} ({last} steps{mean}){best}")
+    which = "" if step == last else f"; its weights are those of step {step}, the best"
+    click.echo(f"The policy is in {output} ({last} steps{mean}){which}")
     if hub is not None:
         _push(output, hub, without_nan(record))
 

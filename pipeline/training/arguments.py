@@ -1,8 +1,9 @@
 """Make TrainingArguments from the `train` section, and refuse what stage two can't do."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import transformers
@@ -11,7 +12,7 @@ from transformers.integrations import integration_utils
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.config.schema import Config
 
-__all__ = ["arguments_of_loop", "training_arguments"]
+__all__ = ["arguments_of_loop", "in_one_piece", "training_arguments"]
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:
@@ -91,6 +92,21 @@ def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers
     # The library would load a damaged checkpoint, and ignore one that is gone.
     arguments.load_best_model_at_end = False
     return arguments
+
+
+@contextlib.contextmanager
+def in_one_piece(arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Load the policy whole under DeepSpeed too, whose ZeRO-3 would give each process a share of it at once.
+
+    The policy is checked before it is trained. DeepSpeed gathers weights for a forward only once training has begun.
+    """
+    library: Any = transformers.integrations.deepspeed
+    library.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.deepspeed:
+            library.set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def _check_launcher(settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 
 from pipeline.base.errors import ConfigError, RefshardError, StorageError, first_line
@@ -85,23 +85,16 @@ class Hub:
         if strategy == "end" or (busy and not self._arguments.hub_always_push):
             return
         message = f"Training in progress, {folder.name}"
-        self._running.append(self._upload(folder, _POLICY, message, run_as_future=True))
+        self._running.append(self._api.run_as_future(self._upload, folder, _POLICY, message))
         if strategy in ("checkpoint", "all_checkpoints"):
-            into = "last-checkpoint" if strategy == "checkpoint" else folder.name
-            self._running.append(
-                self._upload(folder, (*_POLICY, *_STATE), message, path_in_repo=into, run_as_future=True)
-            )
+            into = "last-checkpoint/" if strategy == "checkpoint" else f"{folder.name}/"
+            self._running.append(self._api.run_as_future(self._upload, folder, (*_POLICY, *_STATE), message, into))
 
-    def _upload(self, folder: Path, patterns: Sequence[str], message: str, **options: Any) -> Any:
-        files = {file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern)}
-        return self._api.upload_folder(
-            repo_id=self._repo,
-            folder_path=folder,
-            commit_message=message,
-            revision=self._arguments.hub_revision,
-            allow_patterns=sorted(files),
-            **options,
-        )
+    def _upload(self, folder: Path, patterns: Sequence[str], message: str, into: str = "") -> None:
+        """Upload the files of the patterns in one commit, under the prefix `into`."""
+        files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+        added = [CommitOperationAdd(into + file.relative_to(folder).as_posix(), file) for file in files]
+        self._api.create_commit(self._repo, added, commit_message=message, revision=self._arguments.hub_revision)
 
 
 class HubCallback(transformers.TrainerCallback):

@@ -270,8 +270,9 @@ def test_no_secret_is_written_or_shown_and_no_checkpoint_is_unpickled(
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     config = make_run(train={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3})
-    shown = command("precompute", "--config", config)
-    shown += command("train", "--config", config)
+    words = ["--config", config]
+    shown = command("precompute", *words)
+    shown += command("train", *words)
     assert "canary" not in shown
     written = [f for name in ("shards", "policy") for f in (tmp_path / name).rglob("*") if f.is_file()]
     assert len(written) > 20

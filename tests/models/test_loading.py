@@ -571,3 +571,16 @@ def test_a_loaded_model_does_not_change_with_its_file(model_folder: Path, tmp_pa
         os.truncate(folder / "model.safetensors", 100)
         assert torch.equal(logps(model), expected)
         (folder / "model.safetensors").write_bytes(whole)
+
+
+def test_a_generation_config_that_the_library_refuses_to_save_is_saved_as_it_came(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    content = b'{"temperature": 0.9,  "top_p": 0.6}'
+    (folder / "generation_config.json").write_bytes(content)
+    model = load_policy(settings(PolicyConfig(model=str(folder))))
+    # The Trainer gives it the tokenizer's special tokens.
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").read_bytes() == content

@@ -1,0 +1,30 @@
+"""Which errors of the libraries are no fault of the settings: the same command may well succeed."""
+
+import errno
+
+import pytest
+import torch
+
+from pipeline.base.errors import UnfinishedError, interruption_of
+
+KILLED = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. It is possible that ...")
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("unable to mmap 512 bytes from file <x>: Cannot allocate memory (12)"),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", [KILLED, *OUT_OF_MEMORY], ids=str)
+def test_a_killed_loader_and_memory_that_runs_out_are_unfinished_with_advice(error: Exception) -> None:
+    made = interruption_of(error)
+    assert isinstance(made, UnfinishedError)
+    assert ("memory ran out" in str(made)) == (error is not KILLED)
+    assert "Run the same command again" in str(made)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("x")])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    assert interruption_of(error) is None

@@ -1,0 +1,129 @@
+"""What a run needs at its end is tried before its first step; what it leaves is said of the weights that it saved."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
+from pipeline.models.loading import load_policy
+from pipeline.run.attempts import Attempt
+from pipeline.run.reading import read_run
+from pipeline.training.ending import check_metric, rehearse_saving
+from stages.sweep.command import _row
+from support.runs import refshard, simple_rows, write_jsonl
+
+MakeRun = Callable[..., Path]
+HELD_OUT = datasets.Dataset.from_dict({"row": [1]})
+WITH_TOKENS = datasets.Dataset.from_dict({"token_start": [1]})
+
+
+def arguments(**options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(output_dir="unused", use_cpu=True, eval_strategy="steps", **options)
+
+
+@pytest.mark.parametrize(
+    ("metric", "held_out", "balanced"),
+    [
+        (None, {"a": HELD_OUT}, False),
+        ("loss", {"a": HELD_OUT}, False),
+        ("eval_rewards/margins", {"a": HELD_OUT}, False),
+        ("b_rewards/accuracies", {"a": HELD_OUT, "b": HELD_OUT}, False),
+        ("kl/chosen", {"a": WITH_TOKENS}, False),
+        ("aux_loss", {"a": HELD_OUT}, True),
+    ],
+)
+def test_a_metric_that_is_measured_is_taken(metric: str | None, held_out: dict[str, Any], balanced: bool) -> None:
+    check_metric(arguments(metric_for_best_model=metric), held_out, balanced=balanced)
+
+
+@pytest.mark.parametrize(
+    ("metric", "held_out"),
+    [
+        ("eval_los", {"a": HELD_OUT}),
+        # Several sets have metrics of their own alone.
+        ("loss", {"a": HELD_OUT, "b": HELD_OUT}),
+        ("kl/chosen", {"a": HELD_OUT}),
+        ("aux_loss", {"a": HELD_OUT}),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_refused(metric: str, held_out: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^train\.metric_for_best_model: must be a metric .*, got {metric}\. "):
+        check_metric(arguments(metric_for_best_model=metric), held_out, balanced=False)
+
+
+class Unsaveable:
+    def save_pretrained(self, folder: Path) -> None:
+        raise ValueError("temperature is not for greedy search")
+
+
+@pytest.fixture
+def trainer(model_folder: Path, make_run: MakeRun, tokenizer: Any) -> Any:
+    return SimpleNamespace(model=load_policy(load_config(make_run())), processing_class=tokenizer)
+
+
+def test_all_but_the_weights_is_saved_and_deleted(trainer: Any, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def card() -> bytes:
+        found.extend(sorted(file.name for file in (tmp_path / ".saving-0001").iterdir()))
+        return b"card"
+
+    rehearse_saving(trainer, Attempt(tmp_path, 1), card)
+    assert found == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert not (tmp_path / ".saving-0001").exists()
+
+
+def test_what_can_not_be_saved_is_named(trainer: Any, tmp_path: Path) -> None:
+    trainer.model.generation_config = Unsaveable()
+    with pytest.raises(
+        ConfigError, match=r"^policy\.model: its generation configuration .* got temperature is not for"
+    ):
+        rehearse_saving(trainer, Attempt(tmp_path, 1), lambda: b"card")
+    assert not (tmp_path / ".saving-0001").exists()
+
+
+@pytest.mark.slow
+def test_the_step_and_the_metrics_are_those_of_the_weights_that_were_saved(make_run: MakeRun, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", simple_rows(6, start=100))
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        # The loss is largest at first.
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    config = make_run(data={"eval": {"test": {"path": str(held_out)}}}, train=best)
+    refshard("precompute", "--config", config)
+    for field, wrong in (("optim", "adamw_apex_fused"), ("lr_scheduler_type", "cosine_with_min_lr")):
+        refused = refshard("train", "--config", config, "-o", f"train.{field}={wrong}", check=2)
+        assert f"refshard: train.{field}: must be " in refused.stderr
+    done = refshard("train", "--config", config)
+    output = tmp_path / "policy"
+    record = json.loads((output / "run.json").read_text())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    step = max(losses, key=lambda step: losses[step])
+    assert step < 4
+    assert (record["step"], record["trained_steps"], record["metrics"]["eval_loss"]) == (step, 4, losses[step])
+    assert (output / "model.safetensors").read_bytes() == (output / f"checkpoint-{step}/model.safetensors").read_bytes()
+    assert f"its weights are those of step {step}, the best" in done.stdout
+    card = (output / "README.md").read_text()
+    assert f"| weights | of step {step}, of 4 that were trained |" in card
+    assert f"| `eval_loss` | {losses[step]:.4g} |" in card
+    row = _row("run", read_run(output))
+    assert (row["steps"], row["loss"]) == (f"{step} of 4", f"{losses[step]:.4g}")
+    refshard("report", output)
+    page = (output / "report.html").read_text()
+    assert f"the policy is that of step {step}" in page
+    said = refshard("generate", output, "--prompts", 1, "--max-tokens", 2).stdout
+    assert f"policy after step {step}:" in said
