@@ -104,7 +104,7 @@ def test_the_step_and_the_metrics_are_those_of_the_weights_that_were_saved(make_
     }
     config = make_run(data={"eval": {"test": {"path": str(held_out)}}}, train=best)
     refshard("precompute", "--config", config)
-    for field, wrong in (("optim", "adamw_apex_fused"), ("lr_scheduler_type", "cosine_with_min_lr")):
+    for field, wrong in (("optim", "apollo_adamw"), ("lr_scheduler_type", "cosine_with_min_lr")):
         refused = refshard("train", "--config", config, "-o", f"train.{field}={wrong}", check=2)
         assert f"refshard: train.{field}: must be " in refused.stderr
     done = refshard("train", "--config", config)
