@@ -56,7 +56,7 @@ from pipeline.training.ending import STAGING, check_metric, metrics_of, rehearse
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
-from pipeline.training.joining import count_pairs, join_sets, joined_token_logps, open_joined
+from pipeline.training.joining import count_pairs, join_sets, joined_files, joined_token_logps, open_joined
 from pipeline.training.losses import balance_weight, router_aux_weight
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins, RecordCallback
@@ -240,6 +240,7 @@ def _train(run: TrainingRun) -> None:
     try:
         _run_steps(run, trainer)
         if finishes and not commit.stopped_early:
+            on_main_process(commit.check_files)
             _finish(run, trainer, inputs, len(sets["train"]), hub)
     except EvaluationLeft as left:
         trainer.leave(save=left.save)
@@ -297,14 +298,12 @@ def _make_trainer(
     config, arguments, window = run.config, run.arguments, run.window
     state = PartialState()
     held_out = {name: rows for name, rows in sets.items() if name != "train"}
-    commit = CommitCallback(
-        run.identity,
-        run.flag,
-        attempt=run.attempt,
-        keep=arguments.save_total_limit,
+    watched = [WatchedFiles(joined_files(run.joined), "Run the same command again, which joins the sets anew")]
+    if config.policy.has_adapter:
         # Other checkpoints are whole models.
-        base=run.base if config.policy.has_adapter else None,
-    )
+        watched.append(run.base)
+    keep = arguments.save_total_limit
+    commit = CommitCallback(run.identity, run.flag, attempt=run.attempt, keep=keep, watched=watched)
     margins = Margins(run.attempt, next(iter(held_out)) if len(held_out) == 1 else None)
     micro_batches = arguments.gradient_accumulation_steps * state.num_processes
     about = {

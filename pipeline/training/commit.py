@@ -1,7 +1,7 @@
 """Commit checkpoints after each save, and answer stop requests at the end of a step."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ _SAVE, _LEAVE = 1, 2
 class CommitCallback(transformers.TrainerCallback):
     """Commits each checkpoint that the library saved, and saves a last one on a stop request.
 
-    `keep` is the user's `save_total_limit`. `base` holds the files that checkpoints of an adapter are loaded with.
-    `clock` gives seconds that never jump, unlike the wall clock's.
+    `keep` is the user's `save_total_limit`. A checkpoint is committed only if none of the files in `watched` has
+    changed. `clock` gives seconds that never jump, unlike the wall clock's.
     """
 
     # On a second SIGTERM time is short, and a checkpoint of this age is not saved again.
@@ -38,17 +38,22 @@ class CommitCallback(transformers.TrainerCallback):
         *,
         attempt: Attempt,
         keep: int | None = None,
-        base: WatchedFiles | None = None,
+        watched: Sequence[WatchedFiles] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._flag = flag
         self._attempt = attempt
         self._keep = keep
-        self._base = base
+        self._watched = watched
         self._clock = clock
         self._committed_at: float | None = None
         self.stopped_early = False
+
+    def check_files(self) -> None:
+        """Raise IdentityError if a file in use has changed."""
+        for files in self._watched:
+            files.check()
 
     def leave_if_asked(self) -> None:
         """Raise EvaluationLeft if any process was asked to stop, at a point where there is nothing to save."""
@@ -88,8 +93,7 @@ class CommitCallback(transformers.TrainerCallback):
 
     def _commit(self, run_folder: Path, state: Any) -> None:
         step = state.global_step
-        if self._base is not None:
-            self._base.check()
+        self.check_files()
         self._attempt.check()
         commit_checkpoint(run_folder / f"checkpoint-{step}", step, self._identity, self._attempt.number)
         if self._keep:

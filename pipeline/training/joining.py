@@ -8,7 +8,9 @@ import click
 import datasets
 import pyarrow.compute as pc
 
+from pipeline.base.digests import read_sha256, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
+from pipeline.base.files import read_json, write_json
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
@@ -20,7 +22,9 @@ from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.store import Store
 
-__all__ = ["count_pairs", "join_sets", "joined_token_logps", "open_joined"]
+__all__ = ["count_pairs", "join_sets", "joined_files", "joined_token_logps", "open_joined"]
+
+_DIGESTS = "digests.json"
 
 
 def join_sets(
@@ -59,7 +63,7 @@ def join_sets(
             assert store is not None
             click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
             _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
-        columns = open_joined(folder, name).data.table
+        columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
         joined[name] = SetInputs(
             dataset=describe(source),
             ledger=ledger.as_dict(),
@@ -72,17 +76,35 @@ def join_sets(
             store=None if store is None else str(store.folder),
             noise=None if store is None else dict(store.index["noise"]),
         )
+    write_json(folder / _DIGESTS, sha256_of_files(joined_files(folder)))
     return joined
 
 
+def joined_files(folder: Path) -> list[Path]:
+    """List the files of the joined sets and of their token logps, which are in use until training ends."""
+    return sorted(file for file in folder.iterdir() if file.suffix in (".arrow", ".f32"))
+
+
 def open_joined(folder: Path, name: str) -> datasets.Dataset:
-    """Open a joined set, memory-mapped."""
-    return datasets.Dataset.from_file(str(_joined_file(folder, name)))
+    """Open a joined set, memory-mapped, after a check of its digest. Raises DataError."""
+    return datasets.Dataset.from_file(str(_checked(_joined_file(folder, name))))
 
 
 def joined_token_logps(folder: Path) -> TokenLogps:
-    """Give the reference token logps that the joined sets' `token_start` counts in."""
-    return TokenLogps(_token_file(folder))
+    """Give the reference token logps that the joined sets' `token_start` counts in. Raises DataError as `open_joined`.
+
+    A run without losses that need them has none.
+    """
+    file = _token_file(folder)
+    return TokenLogps(_checked(file) if file.exists() else file)
+
+
+def _checked(file: Path) -> Path:
+    if read_sha256(file) != read_json(file.parent / _DIGESTS).get(file.name):
+        raise DataError(
+            f"{file}: must hold what was joined, got other bytes. Check the disk, and run the command again"
+        )
+    return file
 
 
 def count_pairs(config: Config, tokenizer: Any, flag: StopFlag) -> int:

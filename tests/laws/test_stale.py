@@ -17,11 +17,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from pipeline.base.errors import RefshardError
+from pipeline.base.errors import DataError, RefshardError
 from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.models.files import load_tokenizer
-from pipeline.training.joining import join_sets, open_joined
+from pipeline.training.joining import join_sets, joined_token_logps, open_joined
 from stages import train
 from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
@@ -86,6 +86,18 @@ def scored(original: Path, tmp_path: Path) -> Iterator[Scored]:
     yield Scored(shutil.copytree(original, tmp_path / "run"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "token-logps.f32"])
+def test_a_joined_set_that_is_damaged_before_it_is_opened_is_named(scored: Scored, name: str) -> None:
+    scored.stage_two("loss.ld_alpha=0.5")
+    joined = scored.folder / "policy" / "joined"
+    content = bytearray((joined / name).read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (joined / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{joined / name}: must hold what was joined"):
+        open_joined(joined, "train")
+        joined_token_logps(joined)
 
 
 def change_json(file: Path, **values: Any) -> None:

@@ -520,7 +520,9 @@ def test_a_start_that_was_overtaken_commits_nothing(tmp_path: Path) -> None:
 def test_no_checkpoint_counts_once_the_model_below_its_adapter_has_changed(tmp_path: Path) -> None:
     weights = tmp_path / "base.safetensors"
     weights.write_bytes(b"before")
-    callback = CommitCallback(IDENTITY, StopFlag(), attempt=claim_run(tmp_path, IDENTITY), base=WatchedFiles([weights]))
+    callback = CommitCallback(
+        IDENTITY, StopFlag(), attempt=claim_run(tmp_path, IDENTITY), watched=[WatchedFiles([weights])]
+    )
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     for step in (5, 10):
         make_checkpoint(tmp_path, step, commit=False)
