@@ -26,6 +26,7 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
+from pipeline.models.adapters import check_adapters
 from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.loading import load_policy
@@ -125,6 +126,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     output = config.train.folder
     guard_run(config)
     router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
+    check_adapters(config)
     # Before any identity takes their digests.
     base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
     tokenizer = load_tokenizer(config)

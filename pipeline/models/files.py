@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.base.digests import sha256_of_files
-from pipeline.base.errors import ConfigError, DataError, first_line
+from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, Quantization, ReferenceConfig
 
@@ -19,6 +19,7 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "NamedModel",
     "at_checkpoint",
+    "check_base",
     "declared_reference",
     "files_of_model",
     "find_adapter",
@@ -160,10 +161,34 @@ def find_adapter(name: str, key: str) -> Path:
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).exists():
             raise ConfigError(f"{key}: {name}: no {file} in it, so no PEFT adapter in safetensors")
-    if read_json(folder / ADAPTER_CONFIG).get("megatron_config"):
+    settings = read_json(folder / ADAPTER_CONFIG)
+    if settings.get("megatron_config"):
         # Older versions of the library import any module that such a config names.
         raise ConfigError(f"{key}: {name}: an adapter of Megatron's layers, which can't be loaded here")
+    kind = str(settings.get("peft_type"))
+    if "PROMPT" in kind or kind in ("P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"):
+        raise ConfigError(
+            f"{key}: must be an adapter that changes layers, like LoRA, got {kind} in {name}: prompt learning puts "
+            "tokens of its own before each text, which packed rows do not have. Name another adapter"
+        )
     return folder
+
+
+def check_base(model: NamedModel, adapter: Path, key: str) -> None:
+    """Refuse an adapter that was trained on other weights than the model's. Says nothing if they are not here."""
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or base == model.name:
+        return
+    try:
+        named = NamedModel(base, None, key)
+        weights = reference_weights(named)[1] if _expanded(named).is_dir() or _is_cached(named) else None
+    except RefshardError:
+        return
+    if weights is not None and weights != reference_weights(model)[1]:
+        raise ConfigError(
+            f"{key}: must be an adapter of {model.name}, got {adapter}, which was trained on {base}: its weights are "
+            f"others. Name that model, or, if both are the same, correct base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
 
 
 def _find(model: NamedModel, patterns: list[str]) -> Path:

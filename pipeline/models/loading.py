@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.base.errors import ConfigError, DataError, first_line, is_out_of_memory, one_line
+from pipeline.base.errors import ConfigError, DataError, did_you_mean, is_out_of_memory, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
 from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources, resolve_dtype
@@ -21,7 +21,15 @@ from pipeline.models.files import NamedModel, find_adapter, reference_quantizati
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["disable_dropout", "empty_model", "load_plain", "load_policy", "load_reference", "pick_device"]
+__all__ = [
+    "disable_dropout",
+    "empty_model",
+    "load_plain",
+    "load_policy",
+    "load_reference",
+    "loading_errors",
+    "pick_device",
+]
 
 
 def pick_device() -> "torch.device":
@@ -137,7 +145,7 @@ def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[
     from transformers import AutoModelForCausalLM
 
     library: Any = AutoModelForCausalLM
-    with _loading("policy.model", "can't be made from its config.json"), torch.device("meta"):
+    with loading_errors("policy.model", "can't be made from its config.json"), torch.device("meta"):
         model = library.from_config(model_config, trust_remote_code=False)
     if policy is None or not policy.has_adapter:
         return model, None
@@ -200,7 +208,7 @@ def _load(
         placement["device_map"] = {"": device}
     if quantization is not None:
         placement["quantization_config"] = _bitsandbytes(quantization, dtype, section)
-    with _loading(f"{key}: {folder}", "can't be loaded as a causal language model"):
+    with loading_errors(f"{key}: {folder}", "can't be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -274,13 +282,13 @@ def _leave_memory(address: int, size: int) -> None:
 def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
     from peft import PeftModel
 
-    with _loading(f"adapter {adapter}", "does not fit the model"):
+    with loading_errors(f"adapter {adapter}", "does not fit the model"):
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
 
 
 @contextlib.contextmanager
-def _loading(place: str, fault: str) -> Iterator[None]:
-    """Turn the libraries' errors for damaged weights and unusable models into ours."""
+def loading_errors(place: str, fault: str) -> Iterator[None]:
+    """Turn the libraries' errors for damaged weights and unusable models into ours: DataError and ConfigError."""
     from safetensors import SafetensorError
 
     try:
@@ -290,7 +298,8 @@ def _loading(place: str, fault: str) -> Iterator[None]:
     except Exception as error:  # the library fails anywhere on what it can't use: weights of another shape, ...
         if is_out_of_memory(error):
             raise
-        raise ConfigError(f"{place}: {fault}: {first_line(error)}") from error
+        # The first line alone says "Error(s) in loading".
+        raise ConfigError(f"{place}: {fault}: {one_line(str(error), most=600)}") from error
 
 
 def _bitsandbytes(settings: Quantization, dtype: str, section: str) -> Any:
@@ -345,8 +354,24 @@ def _adapter_config(policy: PolicyConfig) -> Any:
 def _with_fresh_adapter(model: Any, policy: PolicyConfig, adapter: Any) -> Any:
     from peft import get_peft_model
 
+    key = next(key for key in ("adapter", "lora", "ia3") if getattr(policy, key) is not None)
+    if policy.adapter is None:
+        _check_modules(model, getattr(policy, key), f"policy.{key}")
     try:
         return get_peft_model(model, adapter)
     except ValueError as error:
-        key = next(key for key in ("adapter", "lora", "ia3") if getattr(policy, key) is not None)
         raise ConfigError(f"policy.{key}: {one_line(str(error))}") from error
+
+
+def _check_modules(model: Any, settings: Any, key: str) -> None:
+    """Refuse names of modules that the model lacks: the library passes over them if it finds another of the list."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for setting in ("target_modules", "modules_to_save", "feedforward_modules"):
+        named = getattr(settings, setting, None)
+        for name in named if isinstance(named, list) else ():
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                hint = did_you_mean(name, sorted({module.rpartition(".")[2] for module in modules}))
+                raise ConfigError(
+                    f"{key}.{setting}: must name modules of the model, got {name!r}, of which {type(model).__name__} "
+                    f"has none{hint}. Correct the name, or take it out"
+                )

@@ -17,6 +17,7 @@ from pipeline.base.errors import ConfigError, DataError, RefshardError
 from pipeline.config.schema import Config
 from pipeline.data.dates import asks_for_date
 from pipeline.data.sources import describe
+from pipeline.models.adapters import check_adapters
 from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.loading import pick_device
@@ -82,6 +83,7 @@ def _estimate(config: Config, found: Findings, planned: Hardware | None, device:
     """Estimate the cost on the planned hardware, or on this machine, whose speed is then measured."""
     lengths = add_up({"train": found.sets["train"]}, found.stores)
     assert lengths is not None
+    check_adapters(config)
     policy_model, reference_model = model_settings(config)
     shapes = shapes_of(policy_model, config.policy)
     dtype: Any = resolve_dtype(config.reference.dtype, reference_model.to_dict())

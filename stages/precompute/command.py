@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
 from pipeline.data.sources import data_files, describe, digests_of_data, open_source
+from pipeline.models.adapters import check_adapters
 from pipeline.models.files import (
     NamedModel,
     declared_reference,
@@ -109,6 +110,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         _ = config.train.options
         check_dtypes(config)
         router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
+    check_adapters(config)
     sources = {name: open_source(config.data, name) for name in config.data.sets}
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.
