@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import DataError, IdentityError, StorageError
-from pipeline.base.files import make_folder, read_json, replace_file, storage_errors
+from pipeline.base.files import make_folder, open_file, read_json, replace_file, storage_errors
 
 __all__ = ["WatchedFiles", "read_sha256", "sha256_of_file", "sha256_of_files", "stamp_of"]
 
@@ -33,7 +33,7 @@ def stamp_of(file: Path) -> Stamp:
 
 def read_sha256(file: Path) -> str:
     """Read a file and return its SHA-256 in hex. Raises StorageError."""
-    with storage_errors(file), file.open("rb") as stream:
+    with storage_errors(file), open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -101,7 +101,7 @@ class WatchedFiles:
 def _sample(file: Path) -> str:
     """Return a digest of blocks from the file's beginning to its end. Raises StorageError."""
     digest = hashlib.sha256()
-    with storage_errors(file), file.open("rb") as stream:
+    with storage_errors(file), open_file(file) as stream:
         last = max(0, stream.seek(0, os.SEEK_END) - _BLOCK_BYTES)
         for number in range(_BLOCKS):
             stream.seek(last * number // (_BLOCKS - 1))

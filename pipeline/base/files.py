@@ -9,19 +9,25 @@ import ctypes
 import errno
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import DataError, StorageError
 
 __all__ = [
+    "find_special",
     "make_folder",
+    "open_file",
     "parse_json",
     "put_if_absent",
+    "read_file",
     "read_json",
     "replace_file",
+    "special_kind",
     "storage_errors",
     "sync_tree",
     "write_json",
@@ -79,10 +85,56 @@ def sync_tree(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises DataError if it is damaged, StorageError if it can't be read."""
+    """Read a JSON object. Raises DataError if it is damaged or no regular file, StorageError if it can't be read."""
     with storage_errors(file):
-        content = file.read_bytes()
+        content = read_file(file, most=_LARGEST_JSON)
     return parse_json(str(file), content)
+
+
+def read_file(file: Path, *, most: int) -> bytes:
+    """Read a whole file of at most so many bytes. Raises DataError for a larger one, and as `open_file` does."""
+    with open_file(file) as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > most:
+            raise DataError(f"{file}: must have at most {most:,} bytes, got {size:,}. Put the right file there")
+        return stream.read()
+
+
+def open_file(file: Path) -> BufferedReader:
+    """Open a regular file to read its bytes.
+
+    Nothing else is opened: a FIFO would wait for its writer for ever, and a device may never end. Raises DataError for
+    such a file, OSError if it can't be opened.
+    """
+    if (kind := special_kind(file)) is not None:
+        raise DataError(f"{file}: must be a regular file, got {kind}. Put the right file there")
+    # Should it become a FIFO in between, opening it does not wait.
+    return open(file, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+def special_kind(file: Path) -> str | None:
+    """Name what is under a path, links followed, if that is no regular file. Raises OSError."""
+    mode = file.stat().st_mode
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def find_special(folder: Path) -> str | None:
+    """Describe a FIFO, device or socket in a folder, or a text file too large to be one; None without.
+
+    Libraries open the files of models and datasets by name.
+    """
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a link to nothing
+            kind = special_kind(path)
+            if kind not in (None, "a folder"):
+                return f"{path}, {kind}"
+            if kind is None and path.suffix in _TEXT and (size := path.stat().st_size) > _LARGEST_JSON:
+                return f"{path}, {size:,} bytes"
+    return None
+
+
+_LARGEST_JSON = 2**30
+_TEXT = (".json", ".jinja", ".txt", ".model")
 
 
 def parse_json(place: str, content: bytes) -> dict[str, Any]:
@@ -168,7 +220,7 @@ def _rename_if_absent(temporary: Path, file: Path, no_link: OSError) -> bool:
 
 def _sync(path: Path) -> None:
     """Sync a folder's names, or a file's content, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         os.fsync(descriptor)
     finally:

@@ -17,10 +17,13 @@ from typing import Any
 from pipeline.base import files
 from pipeline.base.errors import ConfigError, StorageError, first_line
 
-__all__ = ["LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_folder"]
+__all__ = ["LARGEST_FILE", "LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_folder"]
 
 LEFTOVERS = (".tmp-", ".probe-")
 """Prefixes of the names that a killed process may leave behind; nobody reads them"""
+
+LARGEST_FILE = 2**32
+"""Most bytes of a file in such a folder. Parts of the default size have some megabytes"""
 
 _AN_ERROR = object()
 
@@ -70,9 +73,15 @@ class LocalFolder:
         return None
 
     def read(self, name: str) -> bytes:
-        """Read a whole file. Raises FileNotFoundError if it is missing, StorageError if it can't be read."""
+        """Read a whole file.
+
+        Raises:
+            FileNotFoundError: It is missing.
+            DataError: It is no regular file, or larger than any of ours.
+            StorageError: It can't be read.
+        """
         with files.storage_errors(self.path / name, FileNotFoundError):
-            return (self.path / name).read_bytes()
+            return files.read_file(self.path / name, most=LARGEST_FILE)
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """Write a new file, durably and whole. Returns False if the name is taken. Raises StorageError."""

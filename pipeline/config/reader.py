@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.base.errors import ConfigError, one_line
+from pipeline.base.errors import ConfigError, DataError, one_line
+from pipeline.base.files import read_file
 from pipeline.config.convert import NULL_WORDS, convert, kind_of
 from pipeline.config.schema import Config
 
@@ -23,14 +24,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`). Raises ConfigError."""
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            content = stream.read(_LARGEST_CONFIG + 1)
-        text = content.decode("utf-8")
-    except (OSError, ValueError) as error:
+        text = read_file(path, most=_LARGEST_CONFIG).decode("utf-8")
+    except (OSError, ValueError, DataError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error))
         raise ConfigError(f"--config {path}: can't be read ({reason})") from error
-    if len(content) > _LARGEST_CONFIG:
-        raise ConfigError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes; is it the right file?")
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections like `data:` and `policy:`, got {kind_of(tree)}")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, StorageError, first_line
-from pipeline.base.files import read_json
+from pipeline.base.files import find_special, open_file, read_json
 from pipeline.config.schema import PAIR_COLUMNS
 from pipeline.data.rows import LARGEST_ROW, Row, Source
 
@@ -34,7 +34,11 @@ _ROWS_CHECKED_AT_ONCE = 1000
 
 def _open_bytes(file: Path) -> IO[bytes]:
     try:
-        return cast(IO[bytes], gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb"))
+        stream = open_file(file)
+        if file.suffix.lower() != ".gz":
+            return stream
+        stream.close()
+        return cast(IO[bytes], gzip.open(file, "rb"))
     except OSError as error:
         raise StorageError(f"{file}: can't be read ({error.strerror})") from error
 
@@ -223,7 +227,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 def _footer_alone(file: Path) -> bytes:
     """Return a Parquet file of the footer alone, without its writer's Arrow schema, whose extension types run code."""
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, size - 8))
         end = stream.read()
@@ -291,6 +295,8 @@ def load_saved(source: Source) -> Any:
     import datasets
 
     folder = saved_folder(source)
+    if (found := find_special(folder)) is not None:
+        raise DataError(f"{folder}: must hold regular files, got {found}. Take it out")
     try:
         loaded = datasets.load_from_disk(folder)
     except Exception as error:  # the library trusts the folder's files, and fails anywhere if they are damaged

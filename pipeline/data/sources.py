@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.base.digests import sha256_of_file, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, first_line
-from pipeline.base.files import read_json
+from pipeline.base.files import read_json, special_kind
 from pipeline.config.schema import DataConfig, EvalSetConfig
 from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet, saved_folder
 from pipeline.data.rows import Row, Source
@@ -166,6 +166,8 @@ def _find_files(path: str, split: str, format: str | None) -> tuple[str, tuple[P
         return "disk", ()
     if format == "disk":
         raise ConfigError(f"data.path: must be a folder made by save_to_disk, got {path}")
+    if not local.is_dir() and (found := special_kind(local)) is not None:
+        raise ConfigError(f"data.path: must be a regular file or a folder, got {found}, {path}. Name a file")
     files = _files_of_split(local, split, format) if local.is_dir() else (local,)
     kinds = {format or _ending(file) for file in files}
     if len(kinds) > 1:

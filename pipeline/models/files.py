@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line
-from pipeline.base.files import read_json
+from pipeline.base.files import find_special, read_json
 from pipeline.config.schema import Config, Dtype, Quantization, ReferenceConfig
 
 if TYPE_CHECKING:
@@ -194,6 +194,9 @@ def check_base(model: NamedModel, adapter: Path, key: str) -> None:
 def _find(model: NamedModel, patterns: list[str]) -> Path:
     name, local = model.name, _expanded(model)
     if name and local.is_dir():
+        for folder in (local, local / "additional_chat_templates"):
+            if (found := find_special(folder)) is not None:
+                raise ConfigError(f"{model.key}: {name}: must hold regular files, got {found}. Take it out")
         return local
     if not name or local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{model.key}: {name!r}: no such model folder")

@@ -373,5 +373,5 @@ def _check_modules(model: Any, settings: Any, key: str) -> None:
                 hint = did_you_mean(name, sorted({module.rpartition(".")[2] for module in modules}))
                 raise ConfigError(
                     f"{key}.{setting}: must name modules of the model, got {name!r}, of which {type(model).__name__} "
-                    f"has none{hint}. Correct the name, or take it out"
+                    f"has none. Correct the name, or take it out{hint}"
                 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.base.errors import DataError, first_line
-from pipeline.base.files import replace_file
+from pipeline.base.files import read_file, replace_file
 
 __all__ = ["GENERATIONS", "Generation", "Reply", "read_generations", "write_generations"]
 
@@ -61,7 +61,7 @@ def write_generations(run_folder: Path, generations: Iterable[Generation]) -> No
 def read_generations(file: Path) -> list[Generation]:
     """Read what `write_generations` wrote. Raises DataError for any other content, OSError if it can't be read."""
     generations: list[Generation] = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_file(file, most=2**32).splitlines(), start=1):
         try:
             generations.append(_record(Generation, json.loads(line)))
         except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

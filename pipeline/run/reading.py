@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import ConfigError, RefshardError, first_line
-from pipeline.base.files import read_json
+from pipeline.base.files import open_file, read_file, read_json
 from pipeline.config.reader import as_dict, load_config
 from pipeline.replies.records import GENERATIONS, Generation, read_generations
 from pipeline.run.records import INPUTS, LOG, MARGIN_COLUMNS, MARGINS
@@ -181,7 +181,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
     """Read a log's whole lines. Also count the others: a kill, or a write in progress, leaves part of a line."""
-    texts = [text for text in file.read_bytes().splitlines() if text.strip()]
+    texts = [text for text in read_file(file, most=2**32).splitlines() if text.strip()]
     lines = []
     for text in texts:
         with contextlib.suppress(ValueError):
@@ -240,6 +240,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _read_margins(file: Path) -> MarginRows:
     # `ParquetFile` reads the file alone; `read_table` would read partition columns from the folder's name.
-    table = pq.ParquetFile(file).read(columns=list(MARGIN_COLUMNS))
+    with open_file(file) as stream:
+        table = pq.ParquetFile(stream).read(columns=list(MARGIN_COLUMNS))
     columns = {name: table[name].to_numpy() for name in MARGIN_COLUMNS}
     return MarginRows(step=int(table.schema.metadata[b"refshard.step"]), columns=columns)

@@ -1,9 +1,12 @@
 """Files are whole or absent: what a second writer, a failing disk and a damaged file lead to."""
 
+import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -15,8 +18,16 @@ from typing import Any
 import pytest
 
 from pipeline.base import files
-from pipeline.base.errors import DataError, StorageError
+from pipeline.base.digests import read_sha256
+from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import make_folder, put_if_absent, read_json, replace_file
+from pipeline.base.folders import LocalFolder
+from pipeline.config.reader import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.data.readers import open_parquet
+from pipeline.data.sources import open_source, read_rows
+from pipeline.models.files import NamedModel
+from pipeline.replies.records import read_generations
 from support.processes import ROOT
 
 Write = Callable[[Path, bytes], Any]
@@ -261,3 +272,50 @@ def test_damaged_json_is_a_data_error_that_names_the_file(tmp_path: Path, conten
 def test_json_that_cannot_be_read_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"missing\.json: can't be written or read"):
         read_json(tmp_path / "missing.json")
+
+
+def _make(kind: str, path: Path) -> None:
+    match kind:
+        case "a FIFO":
+            os.mkfifo(path)
+        case "a socket":
+            with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(path.parent):
+                opened.bind(path.name)
+        case "a device":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device", "a folder"])
+def test_regular_files_alone_are_opened_anywhere(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    _make(kind, path)
+    readers: list[tuple[type[Exception], Callable[[], Any]]] = [
+        (DataError, lambda: read_json(path)),
+        (DataError, lambda: read_sha256(path)),
+        (DataError, lambda: LocalFolder(tmp_path).read(path.name)),
+        (DataError, lambda: read_generations(path)),
+        (DataError, lambda: open_parquet(path)),
+        (ConfigError, lambda: load_config(path)),
+    ]
+    if kind != "a folder":
+        source = open_source(DataConfig(path=str(ROOT / "README.md"), format="jsonl"))
+        readers += [
+            (ConfigError, lambda: open_source(DataConfig(path=str(path)))),
+            (DataError, lambda: list(read_rows(dataclasses.replace(source, files=(path,))))),
+            (ConfigError, lambda: NamedModel(str(tmp_path), None, "policy.model").folder()),
+        ]
+    for error, read in readers:
+        with pytest.raises(error, match=rf"must (be a|hold) regular file.*, got .*{kind}"):
+            read()
+
+
+def test_no_more_is_read_than_a_file_may_hold(tmp_path: Path) -> None:
+    (tmp_path / "large.json").write_bytes(b"{}")
+    os.truncate(tmp_path / "large.json", 2**40)
+    for read in (lambda: read_json(tmp_path / "large.json"), lambda: LocalFolder(tmp_path).read("large.json")):
+        with pytest.raises(DataError, match=r"large\.json: must have at most .* bytes, got 1,099,511,627,776"):
+            read()
+    with pytest.raises(ConfigError, match=r"policy\.model: .*must hold regular files, got .*large\.json, 1,099"):
+        NamedModel(str(tmp_path), None, "policy.model").folder()

@@ -200,10 +200,10 @@ def test_a_footer_that_can_not_be_true_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_disk_that_fails_under_parquet_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(make_table(), tmp_path / "p.parquet")
 
-    def refuse(self: Path, *_: Any) -> Any:
-        raise OSError(5, "Input/output error", str(self))
+    def refuse(file: Path) -> Any:
+        raise OSError(5, "Input/output error", str(file))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(readers, "open_file", refuse)
     error = refused(tmp_path / "p.parquet")
     assert error.exit_status == 74
     assert "Input/output error" in str(error)

@@ -338,7 +338,7 @@ def test_rslora_scales_by_the_root_of_the_rank(model_folder: Path) -> None:
 def test_an_adapter_on_layers_that_are_not_there_is_refused_by_its_key(
     model_folder: Path, adapter: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key}: .*no_such_layer"):
+    with pytest.raises(ConfigError, match=rf"^{key}.target_modules: .*no_such_layer"):
         load_policy(settings(PolicyConfig(model=str(model_folder), **adapter)))
 
 

@@ -178,7 +178,8 @@ def row_cases() -> Iterator[tuple[str, Any, str]]:
     yield "unknown role", {**CHAT, "chosen": [{**YES, "role": "robot"}]}, "template_error"
     yield "roles do not alternate", {**CHAT, "chosen": [NO]}, "template_error"
     for name, value in {"int": 1, "null": None, "list": ["a"], "object": {"a": "b"}}.items():
-        yield f"content is {name}", {**CHAT, "rejected": [{**YES, "content": value}, NO, YES]}, "template_error"
+        reason = "template_error" if value is None else "not_text"
+        yield f"content is {name}", {**CHAT, "rejected": [{**YES, "content": value}, NO, YES]}, reason
     yield "half a pair in a role", {**CHAT, "chosen": [{**YES, "role": "\ud83d"}]}, "template_error"
 
 
