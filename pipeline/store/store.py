@@ -286,7 +286,7 @@ def finish_store(
 def longest_pair(part: pa.Table) -> pa.Table:
     """Give the row of a part whose completions have most tokens; none of an empty part."""
     tokens = part["chosen_tokens"].to_numpy() + part["rejected_tokens"].to_numpy()
-    return part.take([int(tokens.argmax())] if len(tokens) else [])
+    return part.slice(int(tokens.argmax()) if len(tokens) else 0, 1)
 
 
 def reopen_store(where: Where) -> list[str]:
