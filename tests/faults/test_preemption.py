@@ -451,6 +451,16 @@ def test_checkpoints_are_kept_as_the_settings_say_and_the_best_besides(scenario:
         (output / name).unlink()
     refshard(*words(scenario, output, **settings))
     assert (output / "model.safetensors").read_bytes() == weights
+    # A damaged one is named, and the last step's policy can be had instead.
+    (output / "run.json").unlink()
+    damaged = output / f"checkpoint-{first}" / "model.safetensors"
+    damaged.write_bytes(weights[:-2] + b"\0\0")
+    assert (
+        f"{damaged.parent}: must be the run's best" in refshard(*words(scenario, output, **settings), check=65).stderr
+    )
+    assert not (output / "run.json").exists()
+    refshard(*words(scenario, output, **{**settings, "load_best_model_at_end": "false"}))
+    assert (output / "model.safetensors").read_bytes() == (output / "checkpoint-10/model.safetensors").read_bytes()
 
 
 # Workers

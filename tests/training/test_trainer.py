@@ -1,0 +1,52 @@
+"""The best checkpoint's weights replace all of the policy's, whatever the policy is."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from pipeline.training.trainer import PairTrainer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def make_policy(kind: str) -> Any:
+    if kind == "experts":
+        # Their weights are saved one by one, and merged on loading.
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=2))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied"))
+    if kind == "adapter":
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "experts", "adapter"])
+def test_all_weights_of_the_best_checkpoint_are_loaded(kind: str, tmp_path: Path) -> None:
+    policy = make_policy(kind)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_()
+    best = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.save_pretrained(tmp_path / "checkpoint-2")
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1.0)
+
+    trainer: Any = object.__new__(PairTrainer)
+    trainer.model, trainer.deepspeed, trainer.is_fsdp_enabled = policy, None, False
+    trainer.state = SimpleNamespace(best_model_checkpoint="where it was saved/checkpoint-2")
+    trainer.load_best(tmp_path / "checkpoint-2", transformers.AutoModelForCausalLM.from_pretrained)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert all(torch.equal(value, best[name]) for name, value in policy.state_dict().items())
