@@ -333,7 +333,7 @@ def digests_of(file: Path, name: str) -> dict[str, str]:
         return {name: digest_of_json([without_times(entry) for entry in state["log_history"]])}
     if file.name in ("manifest.json", "index.json") and "shards" in file.parts:
         content = json.loads(file.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in content.items() if key not in ("declared", "sha256")}
+        kept = {key: value for key, value in content.items() if key not in ("declared", "plan_digest", "sha256")}
         for part in kept.get("parts", []):
             # The parts' own digests are beside this one.
             del part["bytes"], part["sha256"]
@@ -348,7 +348,8 @@ def digest_of_table(table: pa.Table) -> str:
     """Hash columns, values and footer; of the footer neither versions nor paths."""
     footer = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     said = {key: value for key, value in footer.items() if key.startswith("refshard.")}
-    for key in ("refshard.provenance", "refshard.digest"):
+    # The plan is in the manifest.
+    for key in ("refshard.plan", "refshard.provenance", "refshard.digest"):
         said.pop(key, None)
     if "refshard.skipped" in said:
         said["refshard.skipped"] = json.dumps(without_folders(json.loads(said["refshard.skipped"])))
