@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pipeline.base.errors import ConfigError, RefshardError, one_line
-from pipeline.base.progress import emit
+from pipeline.base.progress import emit, say
 from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
@@ -412,13 +412,14 @@ def run() -> None:
     try:
         status = main.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(shown := io.StringIO())
+        say(shown.getvalue().rstrip("\n"), err=True)
         status = error.exit_code
         emit("error", {"text": one_line(error.format_message()), "status": status})
     except click.exceptions.Exit as error:
         status = error.exit_code
     except click.exceptions.Abort:
-        click.echo("refshard: interrupted", err=True)
+        say("refshard: interrupted", err=True)
         status = 130
     except Exception as error:
         if debug:
@@ -428,7 +429,7 @@ def run() -> None:
         else:
             bug = f"{type(error).__name__}: {one_line(str(error), most=500)}"
             status, text = 1, f"this is a bug: {bug}. Run again with refshard --debug for the traceback"
-        click.echo(f"refshard: {text}", err=True)
+        say(f"refshard: {text}", err=True)
         emit("error", {"text": text, "status": status})
     _leave(status if isinstance(status, int) else 0)
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-
 from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError
 from pipeline.base.folders import open_folder
+from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_rows
 from pipeline.data.rows import Source
@@ -55,7 +54,7 @@ def run(config: Config, output: Path) -> None:
             source = dataclasses.replace(open_source(config.data, name), all_columns=True)
             rows = _Rows(config, source, tokenizer, stores[name], work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
-            click.echo(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
+            say(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
         (work / "sets").rename(output)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -67,7 +66,7 @@ def run(config: Config, output: Path) -> None:
         raise StorageError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    click.echo(f"In {output}; read it with datasets.load_from_disk")
+    say(f"In {output}; read it with datasets.load_from_disk")
 
 
 @dataclasses.dataclass

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 from pipeline.base.errors import ConfigError, IdentityError
 from pipeline.base.files import read_json
+from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
@@ -96,7 +95,7 @@ def _settings_of(run_folder: Path) -> Config:
 def _check_reference(config: Config, run_folder: Path) -> None:
     """Compare the reference with the one in the run's `inputs.json`, if that exists."""
     if config.reference.sync is not None:
-        click.echo("The reference moved in training (reference.sync); these replies use the initial reference")
+        say("The reference moved in training (reference.sync); these replies use the initial reference")
         return
     if not (run_folder / INPUTS).exists():
         return
@@ -113,7 +112,7 @@ def _rewarded(
     reward_model: str, prompts: Sequence[Prompt], replies: Sequence[tuple[Reply, Reply]], flag: StopFlag
 ) -> list[tuple[Reply, Reply]]:
     """Give the replies with the reward model's rewards."""
-    click.echo(f"Loading the reward model {reward_model} ...")
+    say(f"Loading the reward model {reward_model} ...")
     reward = load_reward_model(reward_model, pick_device())
     rewarded = []
     for prompt, (reference, policy) in zip(prompts, replies, strict=True):
@@ -132,5 +131,5 @@ def _print_result(generations: Sequence[Generation], run_folder: Path, step: int
     before, after = (estimate_reward(generations, side) for side in ("reference", "policy"))
     if after is not None:
         text += f"; mean reward {before} before, {after} after"
-    click.echo(text)
-    click.echo(f"Replies are in {run_folder / GENERATIONS}; refshard report {run_folder} shows them")
+    say(text)
+    say(f"Replies are in {run_folder / GENERATIONS}; refshard report {run_folder} shows them")

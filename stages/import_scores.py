@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.folders import open_folder
+from pipeline.base.progress import say
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger, kept_rows
@@ -77,7 +77,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     provenance = {"imported": str(scores), "versions": library_versions()}
     header = create_store(folder, identity_of_run(config, tokenizer), plan, declared, provenance)
     if is_finished(folder):
-        click.echo(f"{folder}: imported already; nothing to do.")
+        say(f"{folder}: imported already; nothing to do.")
         return
     unit, written = 0, Ledger()
     while pairs:
@@ -89,7 +89,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         pairs, written, unit = following, ledger_copy, unit + 1
     finish_store(folder, unit)
     kind = "a log-prob for each token" if token_logps else "sums"
-    click.echo(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
+    say(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
 
 
 def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> bool:

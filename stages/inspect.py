@@ -13,6 +13,7 @@ import click
 
 from pipeline.base import statistics
 from pipeline.base.errors import UnfinishedError, printable
+from pipeline.base.progress import say
 from pipeline.base.tables import aligned
 from pipeline.store import ranking
 from pipeline.store.contents import (
@@ -53,14 +54,14 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
     if as_json:
         click.echo(json.dumps(described, indent=1))
     else:
-        click.echo("\n\n".join(_as_text(entry, store) for entry, store in zip(described, stores, strict=True)))
+        say("\n\n".join(_as_text(entry, store) for entry, store in zip(described, stores, strict=True)))
     if page is not None:
         from pipeline.report.pages import write_page
         from pipeline.report.store_page import store_page
 
         write_page(page, store_page(where, stores, described))
         if not as_json:
-            click.echo(f"\nPictures: {printable(str(page))}")
+            say(f"\nPictures: {page}")
     if unfinished := [str(found.store.unfinished) for found in stores if found.store.unfinished is not None]:
         raise UnfinishedError("; ".join(unfinished))
 

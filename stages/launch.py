@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from pipeline.base.errors import ConfigError, UnfinishedError
+from pipeline.base.progress import say
 from pipeline.base.signals import STOP_SIGNALS, leave_with_parent, process_context
 from stages.subprocesses import import_libraries
 
@@ -106,7 +107,7 @@ class _Processes:
         if process.exitcode == 0:
             return
         if process.exitcode < 0 and self._deadline is None:
-            click.echo(
+            say(
                 f"refshard: process {process.pid} was ended by {signal.Signals(-process.exitcode).name}; the others "
                 "are asked to stop",
                 err=True,

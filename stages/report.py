@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
+from pipeline.base.progress import say
 from pipeline.report.comparison import common_folder
 from pipeline.report.pages import check_charts, write_page
 from pipeline.report.run_page import report_page
@@ -28,4 +27,4 @@ def run(folders: Sequence[Path], *, output: Path | None = None) -> None:
     named = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     num_remarks = sum(len(one.remarks) for one in runs)
     remarks = f"; {num_remarks} remarks, under Summary" if num_remarks else ""
-    click.echo(f"{named} in {file} ({len(text.encode()) / 1e6:.1f} MB; it opens without a network){remarks}")
+    say(f"{named} in {file} ({len(text.encode()) / 1e6:.1f} MB; it opens without a network){remarks}")

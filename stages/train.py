@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import datasets
 import torch
 import transformers
@@ -187,7 +186,7 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
         delete_run(output)
     for leftover in (output / _JOINED, *output.glob(f"{STAGING}*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
+    checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
     # Save the settings, defaults filled in, before anything runs. Access tokens are left out.
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / SETTINGS, settings_text(config).encode())
@@ -423,7 +422,7 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
         shutil.rmtree(output / folder, ignore_errors=True)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     which = "" if step == last else f"; its weights are those of step {step}, the best"
-    click.echo(f"The policy is in {output} ({last} steps{mean}){which}")
+    say(f"The policy is in {output} ({last} steps{mean}){which}")
     if hub is not None:
         _push(output, hub, without_nan(record))
 
@@ -438,7 +437,7 @@ def _push(output: Path, hub: Hub, record: Mapping[str, Any]) -> None:
     """Push a finished run's policy, and record where it is."""
     name = hub.push(output, "Model save")
     write_json(output / RECORD, {**record, "pushed_to": name})
-    click.echo(f"The policy is on the hub, in {name}")
+    say(f"The policy is on the hub, in {name}")
 
 
 def _say(text: str) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import click
 import numpy as np
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, one_line, printable
+from pipeline.base.progress import say
 from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
 from pipeline.store.store import Store, find_stores, open_store, read_part
 from pipeline.store.verify import Findings, delete_leftovers, verify_store
@@ -27,15 +27,15 @@ def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
     unfinished = None
     for folder in find_stores(where):
         findings = verify_store(folder)
-        click.echo(_as_text(findings))
+        say(_as_text(findings))
         for problem in findings.problems:
-            click.echo(f"  problem     {one_line(str(problem))}", err=True)
+            say(f"  problem     {one_line(str(problem))}", err=True)
         if clean:
-            click.echo(f"  deleted     {delete_leftovers(folder)} temporary files, of more than an hour ago")
+            say(f"  deleted     {delete_leftovers(folder)} temporary files, of more than an hour ago")
         problems += findings.problems
         unfinished = unfinished or findings.unfinished
         if model is not None and not findings.problems and findings.unfinished is None:
-            click.echo(_score_again(open_store(folder), model, sample))
+            say(_score_again(open_store(folder), model, sample))
     if problems:
         kind = IdentityError if all(isinstance(problem, IdentityError) for problem in problems) else DataError
         first = str(problems[0])

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
 
-import click
 from tqdm import tqdm
+
+from pipeline.base.errors import printable
 
 __all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "say", "start_json", "without_nan", "without_other_bars"]
 
@@ -65,9 +66,12 @@ def emit(kind: str, record: Mapping[str, Any]) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line for people, above the progress line if there is one."""
+    """Print lines for people, above the progress line if there is one. Escape what a terminal would obey.
+
+    Paths, names and texts of the data are anybody's.
+    """
     file = sys.stderr if err else sys.stdout
-    tqdm.write(text, file=file)
+    tqdm.write("\n".join(map(printable, text.split("\n"))), file=file)
     file.flush()
 
 
@@ -102,7 +106,7 @@ class Progress:
     """Progress of a stage or of its set: the number of units, named by `unit`; `done` by earlier attempts."""
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0) -> None:
-        self._name, self._total, self._unit = name, total, unit
+        self._name, self._total, self._unit = printable(name), total, unit
         self._start = self._latest = _Point(time.monotonic(), done, 0)
         # Rates count from the end of the first piece, which also pays for threads, kernels and caches.
         self._first = self._start
@@ -112,7 +116,7 @@ class Progress:
         self._last_said: int | None = None
         self._rewrites = sys.stderr.isatty() and not isinstance(sys.stdout, JsonLines) and total != done
         self._bar = tqdm(
-            total=total, initial=done, desc=name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
+            total=total, initial=done, desc=self._name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
         )
 
     @property
@@ -175,7 +179,7 @@ class Progress:
             parts.append(f"{tqdm.format_interval(left)} left")
         if doing:
             parts.append(doing)
-        click.echo(f"{self._name}: {', '.join(parts)}", err=True)
+        say(f"{self._name}: {', '.join(parts)}", err=True)
 
 
 def _shown(values: Mapping[str, float]) -> list[str]:

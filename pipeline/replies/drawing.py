@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from pipeline.base.errors import DataError
-from pipeline.base.progress import Progress, without_other_bars
+from pipeline.base.progress import Progress, say, without_other_bars
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.models.files import policy_as_reference, reference_dtype
@@ -91,7 +89,7 @@ def draw_both(
 def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Scorer:
     """Load the reference that the settings name, and check its weights. A `with` block releases it."""
     named = config.reference
-    click.echo(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
+    say(f"Loading the {what} {named.adapter or named.model or config.policy.model} ...")
     with without_other_bars():
         model: Any = load_reference(config, pick_device())
     # Quantized weights and weights on the meta device have no values to look at.

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.base.errors import DataError, StorageError
 from pipeline.base.files import make_folder, parse_json, replace_file
 from pipeline.base.folders import Folder
-from pipeline.base.progress import without_nan
+from pipeline.base.progress import say, without_nan
 from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import Attempt
 
@@ -76,7 +75,7 @@ class RunLog:
                 log.write(line.encode() + b"\n")
         except OSError as error:
             if not self._warned:
-                click.echo(f"warning: {self._file}: a line is lost ({error.strerror or error})", err=True)
+                say(f"warning: {self._file}: a line is lost ({error.strerror or error})", err=True)
             self._warned = True
 
 
@@ -108,7 +107,7 @@ def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:
         folder.make()
         folder.put_if_absent(f"{cost['set']}-{uuid.uuid4().hex[:12]}.json", json.dumps(cost).encode())
     except StorageError as error:
-        click.echo(f"warning: {error}; what scoring {cost['set']} took is not written down", err=True)
+        say(f"warning: {error}; what scoring {cost['set']} took is not written down", err=True)
 
 
 def delete_costs(output: Folder, name: str) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.base.errors import ConfigError, is_out_of_memory
+from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
@@ -105,7 +105,7 @@ class Scorer:
                 "Use a larger device, a narrower dtype or a smaller data.max_length"
             )
         self.tokens_per_batch = self.fit() // 2
-        click.echo(
+        say(
             f"Out of memory: resuming with {self.tokens_per_batch} tokens in a batch "
             f"(precompute.tokens_per_batch: {self.tokens_per_batch} avoids this)",
             err=True,

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import datasets
 import pyarrow.compute as pc
 
 from pipeline.base.digests import read_sha256, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.files import read_json, write_json
+from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
@@ -58,10 +58,10 @@ def join_sets(
         )
         report = join(pairs, table, _joined_file(folder, name), keep_missing=window is not None)
         if window is not None:
-            click.echo(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window}")
+            say(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window}")
         else:
             assert store is not None
-            click.echo(f"{name}: {ledger.summary()}; {report.summary()}")
+            say(f"{name}: {ledger.summary()}; {report.summary()}")
             _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
         columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
         joined[name] = SetInputs(

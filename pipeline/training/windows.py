@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import transformers
 
 from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import read_json
+from pipeline.base.progress import say
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import load_pairs
@@ -214,7 +214,7 @@ def next_window(
     arguments = training_arguments(config)
     output = config.train.folder
     if is_recorded(output):
-        click.echo(f"{output}: this run is finished already; nothing to score.")
+        say(f"{output}: this run is finished already; nothing to score.")
         return None
     kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
@@ -222,12 +222,12 @@ def next_window(
     fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
     identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
     # Refuses another run's checkpoints too, before the reference is moved to them.
-    checkpoint = find_checkpoint(output, identity, lambda text: click.echo(f"warning: {text}", err=True))
+    checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)
     prepare_reference(config, window.first, output)
     rows = frozenset(kept[i] for i in order.pairs_of(window.first, window.last))
     steps = f"steps {window.first + 1} to {window.last} of {len(order.steps)}" if rows else "held-out sets alone"
-    click.echo(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
+    say(f"Window {window.number}: {steps}, {len(rows):,} of {len(kept):,} pairs")
     needed = {name: source for name, source in sources.items() if window.uses(name)}
     return window_config(config, window, output), needed, rows
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import click
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.files import read_json, replace_file, write_json
-from pipeline.base.progress import without_other_bars
+from pipeline.base.progress import say, without_other_bars
 from pipeline.base.signals import StopFlag
 from pipeline.base.tables import aligned
 from pipeline.config.schema import Config
@@ -70,7 +69,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
     digest = _digest(seed)
     files = ("model/model.safetensors", "model/tokenizer.json", "train.jsonl", "heldout.jsonl", marker.name)
     if all((folder / name).exists() for name in files) and read_json(marker)["digest"] == digest:
-        click.echo(f"{folder} is prepared already.")
+        say(f"{folder} is prepared already.")
         return
     if not marker.exists() and (
         there := [folder / name for name in ("model", *files[2:4]) if (folder / name).exists()]
@@ -97,7 +96,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
         pairs, drawn = _draw_pairs(model, tokenizer, asked, num_pairs, rng)
         rewards.update(drawn)
         replace_file(folder / name, "".join(json.dumps(pair) + "\n" for pair in pairs).encode())
-        click.echo(f"{num_pairs} pairs of the reference's own reviews, labelled by a noisy judge: {folder / name}")
+        say(f"{num_pairs} pairs of the reference's own reviews, labelled by a noisy judge: {folder / name}")
     # The optimum follows from the rewards of all replies, ties included.
     counts = {str(reward): count for reward, count in sorted(rewards.items())}
     write_json(marker, {"digest": digest, "reference_rewards": counts})
@@ -141,7 +140,7 @@ def summary(folder: Path, config: Config) -> None:
     figures = _figures(folder, margins.columns["reward_margin"].tolist(), generations)
     write_generations(run_folder, generations)
     write_json(run_folder / "demo.json", figures)
-    click.echo(_as_text(figures, generations, config))
+    say(_as_text(figures, generations, config))
 
 
 def _figures(folder: Path, margins: Sequence[float], generations: Sequence[Generation]) -> dict[str, float]:
@@ -258,7 +257,7 @@ def _train_reference(corpus: Sequence[reviews.Review], tokenizer: Any, seed: int
     order = rng.sample(range(len(rows)), len(rows))
     num_steps = len(rows) // _BATCH_REVIEWS
     num_millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    click.echo(f"Training the reference: {num_millions:.2f} M parameters, {num_steps} steps on generated reviews")
+    say(f"Training the reference: {num_millions:.2f} M parameters, {num_steps} steps on generated reviews")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -275,7 +274,7 @@ def _train_reference(corpus: Sequence[reviews.Review], tokenizer: Any, seed: int
         optimizer.zero_grad()
         schedule.step()
         if step % 125 == 0 or step == num_steps - 1:
-            click.echo(f"  step {step:4d}  loss {loss.item():.3f}")
+            say(f"  step {step:4d}  loss {loss.item():.3f}")
     return model.eval()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from pipeline.base.errors import printable
 from pipeline.base.folders import open_folder
+from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.models.files import (
@@ -77,7 +77,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
     colors = _is_colorful() if view.colors is None else view.colors
     click.echo("\n".join(as_text(found, full=view.full, colors=colors)), color=True)
     if view.html is not None:
-        click.echo(f"\nThe page is {printable(str(view.html))}")
+        say(f"\nThe page is {view.html}")
 
 
 def _is_colorful() -> bool:
@@ -120,7 +120,7 @@ def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: st
     # It imports torch, which explaining without a model does without.
     from pipeline.scoring.scorer import load_scorer
 
-    click.echo(f"Loading {printable(name)} ...", err=True)
+    say(f"Loading {name} ...", err=True)
     with load_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
         ((_, *logps),) = scorer.logps([pair.scored_ids])
     return [values.tolist() for values in logps]

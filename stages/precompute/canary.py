@@ -8,11 +8,11 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
 import pyarrow as pa
 
 from pipeline.base.errors import IdentityError
 from pipeline.base.folders import Folder
+from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair
@@ -96,7 +96,7 @@ class StoredPairs:
                     f"{entry['place']}: row {row} scored again: {agreement}. Another library, kernel or flag computes "
                     "here than has written this part. Restore it, or set precompute.output to a new folder"
                 )
-        click.echo(f"{len(stored)} stored pairs, scored again, are as they were")
+        say(f"{len(stored)} stored pairs, scored again, are as they were")
 
     def _compare(self, scored: ScoredPair, stored: Mapping[str, Any], noise: NoiseFloor) -> Agreement:
         gaps = [

@@ -15,6 +15,7 @@ import click
 from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import ConfigError, DataError, is_out_of_memory
 from pipeline.base.folders import open_folder
+from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
@@ -146,7 +147,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         if is_finished(job.folder):
             _report_finished(job)
     if missing:
-        click.echo(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
+        say(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
 
 
 def _make_job(
@@ -170,7 +171,7 @@ def _report_finished(job: ScoringJob) -> None:
     store = open_store(job.folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
-    click.echo(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.units)} parts)")
+    say(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.units)} parts)")
     if totals.kept == 0:
         raise DataError(f"{job.folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
 

@@ -12,13 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 
 from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.folders import Folder
-from pipeline.base.progress import Progress, emit
+from pipeline.base.progress import Progress, emit, say
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
@@ -104,7 +103,7 @@ class Worker:
             lost = reopen_store(job.folder)
             if not lost:
                 return 0
-            click.echo(f"{job.folder}: {len(lost)} parts are gone or cut short and are made again, first {lost[0]}")
+            say(f"{job.folder}: {len(lost)} parts are gone or cut short and are made again, first {lost[0]}")
         check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
         to_do = self._rows_to_do(job)
         size = self.config.precompute.rows_per_shard
@@ -280,18 +279,18 @@ class Reference:
         if self._ensemble is not None:
             where = f"{self._ensemble.num_processes} processes"
             self._ensemble.broadcast(("load", None))
-        click.echo(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
+        say(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
         scorer = load_reference_scorer(self._config, self._tokenizer, self._ensemble)
         self._files.check_untouched()
         elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")
         if elsewhere:
-            click.echo(
+            say(
                 f"warning: {elsewhere:,} of the reference's weights do not fit the devices' memory and are fetched for "
                 "every batch, which is slow; use more GPUs or a narrower reference.dtype",
                 err=True,
             )
         if not scorer.packed:
-            click.echo(f"warning: {not_packed(scorer.model)}", err=True)
+            say(f"warning: {not_packed(scorer.model)}", err=True)
         if self._ensemble is not None:
             scorer.model = LeaderModel(scorer.model, self._ensemble)
         return scorer

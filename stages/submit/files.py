@@ -15,11 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import click
 import jinja2
 
 from pipeline.base.errors import ConfigError, StorageError
 from pipeline.base.files import replace_file
+from pipeline.base.progress import say
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
@@ -146,9 +146,9 @@ def write_and_submit(
         raise StorageError(
             f"{folder}: the job files can't be written there ({error.strerror}). Name another folder with --into"
         ) from error
-    click.echo(f"Job files: {folder}")
+    say(f"Job files: {folder}")
     if submit is None:
-        click.echo(f"Submit them with: sh {shlex.quote(str(folder / SUBMIT))}")
+        say(f"Submit them with: sh {shlex.quote(str(folder / SUBMIT))}")
     else:
         submit(folder / SUBMIT)
 

@@ -10,10 +10,10 @@ import posixpath
 import re
 from pathlib import Path
 
-import click
 import yaml
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from stages.submit import files
 
@@ -146,7 +146,7 @@ def _time_to_work(limit: str, grace: int, where: str) -> str:
 
 
 def _submit(script: Path) -> None:
-    click.echo("Waiting for stage one; stage two starts after it. If this is interrupted, run the same command again.")
+    say("Waiting for stage one; stage two starts after it. If this is interrupted, run the same command again.")
     done = files.run_script(script, "kubectl")
     if done.returncode:
         raise ConfigError(f"Kubernetes, {script.parent}: {done.stderr.strip()}. See kubectl logs; then run this again")

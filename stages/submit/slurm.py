@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
-
 from pipeline.base.errors import ConfigError
+from pipeline.base.progress import say
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.schema import Config
 from pipeline.run.reading import RECORD
@@ -104,4 +103,4 @@ def _submit(script: Path) -> None:
     if done.returncode:
         there = f". Cancel with scancel what was submitted before that: {submitted}" if submitted else ""
         raise ConfigError(f"sbatch refused a job of {script.parent}: {done.stderr.strip()}{there}")
-    click.echo(f"Submitted: {submitted}")
+    say(f"Submitted: {submitted}")

@@ -17,7 +17,7 @@ import click
 from pipeline.base.errors import ConfigError, StorageError, UnfinishedError
 from pipeline.base.files import read_json
 from pipeline.base.folders import open_folder
-from pipeline.base.progress import emit
+from pipeline.base.progress import emit, say
 from pipeline.base.tables import aligned
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
@@ -81,7 +81,7 @@ def run(sweep: Sweep, commands: Commands) -> None:
         # Now, instead of after days.
         check_charts()
     except ConfigError as error:
-        click.echo(f"warning: there will be no page, only a table: {error}", err=True)
+        say(f"warning: there will be no page, only a table: {error}", err=True)
         drawn = False
     import_libraries()
     # A reference that moves has shards of each window.
@@ -93,7 +93,7 @@ def run(sweep: Sweep, commands: Commands) -> None:
     trained: list[_OneRun] = []
     failures: dict[str, int] = {}
     for number, one in enumerate(runs, start=1):
-        click.echo(f"\nRun {number} of {len(runs)}: {one.values}, in {one.folder}")
+        say(f"\nRun {number} of {len(runs)}: {one.values}, in {one.folder}")
         status = commands.run("train", *sweep.words(one.overrides))
         if status == 0:
             trained.append(one)
@@ -101,15 +101,15 @@ def run(sweep: Sweep, commands: Commands) -> None:
             if sweep.num_prompts and one.config.reference.declared is None:
                 status = _generate(one, sweep, commands)
         if status in _ENDS_ALL or (status and commands.flag):
-            click.echo(f"The sweep ends with {one.folder.name}; the same command resumes with it", err=True)
+            say(f"The sweep ends with {one.folder.name}; the same command resumes with it", err=True)
             raise click.exceptions.Exit(status)
         if status:
-            click.echo(f"{one.folder.name} failed with exit status {status}; the next run follows", err=True)
+            say(f"{one.folder.name} failed with exit status {status}; the next run follows", err=True)
             failures[one.folder.name] = status
     _compare([read_run(one.folder) for one in trained], parent, drawn=drawn)
     if failures:
         names = ", ".join(f"{name} (exit status {status})" for name, status in failures.items())
-        click.echo(f"{len(failures)} of {len(runs)} failed: {names}. Run the same command to try them again", err=True)
+        say(f"{len(failures)} of {len(runs)} failed: {names}. Run the same command to try them again", err=True)
         raise click.exceptions.Exit(next(iter(failures.values())))
 
 
@@ -205,11 +205,11 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
     # Columns that no run fills are left out.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
     table = aligned([header, *([row[name] for name in header] for row in rows)])
-    click.echo("\n".join(["", *table, ""]))
+    say("\n".join(["", *table, ""]))
     if drawn:
         page = parent / "sweep.html"
         write_page(page, report_page(runs))
-        click.echo(f"{len(runs)} runs in {page}")
+        say(f"{len(runs)} runs in {page}")
 
 
 def _row(name: str, run: Run) -> dict[str, str]:

@@ -126,6 +126,16 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     assert "of 16 steps" not in said
 
 
+def test_no_line_holds_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    say("pairs\x1b[31m\x9b2J\u202egnp.jsonl:\n  two")
+    say("warning: \x1b]0;title\x07", err=True)
+    Progress("a\x1b[1m", None, "steps").pulse("\x07")
+    shown = capsys.readouterr()
+    assert shown.out == "pairs\\x1b[31m\\x9b2J\\u202egnp.jsonl:\n  two\n"
+    assert shown.err.startswith("warning: \\x1b]0;title\\x07\n")
+    assert not set("\x1b\x07") & set(shown.err)
+
+
 def json_out(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What stdout gets from here on. (No fixture: pytest changes stdout between a test and its fixtures.)"""
     out = io.StringIO()

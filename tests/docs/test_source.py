@@ -54,3 +54,14 @@ def test_a_function_takes_at_most_seven_parameters_unless_click_calls_it() -> No
 def test_every_test_module_lies_in_a_folder() -> None:
     assert sorted(path.name for path in (ROOT / "tests").glob("*.py")) == ["conftest.py"]
     assert Path(ROOT / "tests" / "support" / "__init__.py").exists()
+
+
+def test_what_is_printed_goes_through_say_which_escapes_it() -> None:
+    printed = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in SOURCES
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "click.echo(" in line or line.strip().startswith("print(")
+    }
+    # JSON escapes by itself; colors are a terminal's commands, and what is colored was escaped before.
+    assert all("json" in line or "color=True" in line for line in printed), printed
