@@ -87,7 +87,8 @@ def test_a_damaged_part_of_an_unfinished_store_is_named(tmp_path: Path) -> None:
     store = make_store(tmp_path / "train", [made_pairs(4), made_pairs(4, start=4, seed=1)], finish=False)
     part = store / "part-00001.parquet"
     content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 0x40
+    # In a page: without an index, nothing covers the copy of the schema in the footer, which no reader uses.
+    content[100] ^= 0x40
     part.write_bytes(content)
     assert str(part) in refshard("inspect", store, check=65).stderr
 
