@@ -245,7 +245,7 @@ def finish_store(
 
     Raises:
         DataError: A part is damaged.
-        IdentityError: A part carries another fingerprint or plan.
+        IdentityError: Parts carry another fingerprint or plan; the message names all of them.
         StorageError: A part can't be read, or the index can't be written.
     """
     folder = open_folder(where)
@@ -255,10 +255,15 @@ def finish_store(
         return missing
     manifest = read_manifest(folder)
     totals, noise, parts, skipped, samples = Ledger(), NoiseFloor(), [], [], {}
+    foreign: dict[str, IdentityError] = {}
     for unit in range(num_units):
         # Check all bytes once: from here on the index vouches for them.
         content = read_content(folder, part_name(unit), format.DELETE_PART)
-        part = format.check_part(folder, unit, content, manifest)
+        try:
+            part = format.check_part(folder, unit, content, manifest)
+        except IdentityError as error:
+            foreign[part_name(unit)] = error
+            continue
         totals.add(part.ledger.as_dict())
         noise += part.noise
         skipped += part.skipped
@@ -271,6 +276,15 @@ def finish_store(
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
+        )
+    if foreign:
+        first = next(iter(foreign.values()))
+        raise (
+            first
+            if len(foreign) == 1
+            else IdentityError(
+                f"{len(foreign)} parts are another run's. {first}. The same holds for {', '.join(list(foreign)[1:])}"
+            )
         )
     if approve is not None:
         approve(samples, noise)

@@ -201,11 +201,11 @@ def test_a_reference_that_is_replaced_before_it_is_loaded_or_while_it_scores_get
         (tmp_path / "aside").replace(weights)
         return scorer
 
-    load, score = worker.load_reference_scorer, worker.Reference._score
+    load, score = worker.load_reference_scorer, worker.Reference.score
     for name, changed in (
         ("load_reference_scorer", load_another_and_put_back),
         ("load_reference_scorer", lambda *given: (replace(), load(*given))[1]),
-        ("Reference._score", lambda *given: (replace(), score(*given))[1]),
+        ("Reference.score", lambda *given: (replace(), score(*given))[1]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"stages.precompute.worker.{name}", changed)

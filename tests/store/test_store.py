@@ -509,9 +509,14 @@ def test_a_part_of_another_plan_is_never_indexed_nor_read(tmp_path: Path) -> Non
         with pytest.raises(IdentityError, match=message) as caught:
             read()
         assert caught.value.exit_status == 78
+    (tmp_path / part_name(2)).unlink()
+    put_part(tmp_path, 2, [scored(6)], theirs)
+    with pytest.raises(IdentityError, match=r"^2 parts are another run's\. .*The same holds for part-00002\.parquet$"):
+        finish_store(tmp_path, 3)
     assert not is_finished(tmp_path)
-    (tmp_path / part_name(1)).unlink()
-    assert finish_store(tmp_path, 3) == [1]
+    for unit in (1, 2):
+        (tmp_path / part_name(unit)).unlink()
+    assert finish_store(tmp_path, 3) == [1, 2]
 
 
 def test_a_part_without_a_plan_is_read_in_a_store_that_never_had_one(tmp_path: Path) -> None:
