@@ -2,8 +2,11 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.files import read_file, read_json
+from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel, check_base, find_adapter, reference_sources
 from pipeline.models.loading import empty_model, loading_errors
@@ -21,7 +24,14 @@ def check_adapters(config: Config) -> None:
     if config.policy.lora is not None or config.policy.ia3 is not None:
         empty_model(policy.text_config(weights=False), config.policy)
     if config.policy.adapter is not None:
-        _check_saved(policy, find_adapter(config.policy.adapter, "policy.adapter"), "policy.adapter")
+        folder = find_adapter(config.policy.adapter, "policy.adapter")
+        _check_saved(policy, folder, "policy.adapter")
+        if _template_in(folder) not in (None, _template_in(policy.folder(weights=False))):
+            say(
+                f"warning: policy.adapter: {folder} holds another chat template than policy.model, whose is used and "
+                "saved. Put the adapter's into the model's folder if it was trained with that",
+                err=True,
+            )
     if config.reference.adapter is not None and config.reference.declared is None:
         model, adapter = reference_sources(config)
         if adapter is not None:
@@ -49,3 +59,11 @@ def _check_saved(model: NamedModel, adapter: Path, key: str) -> None:
                 f"{key}: must be an adapter of {model.name}, got {adapter}, whose weights are another model's: {found} "
                 f"{names[0]} (and {len(names) - 1} more). Name an adapter that was trained on this model"
             )
+
+
+def _template_in(folder: Path) -> Any:
+    """Give the chat template that is saved in a folder, None if there is none."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.exists():
+        return read_file(file, most=2**24).decode(errors="replace")
+    return read_json(settings).get("chat_template") if settings.exists() else None

@@ -126,3 +126,15 @@ def test_prompt_learning_is_refused_as_such(settings: Any, model_folder: Path, t
     adapter = save_adapter(model_folder, tmp_path / "adapter", settings)
     with refused("policy.adapter", "must be an adapter that changes layers.*prompt learning"):
         check(model_folder, adapter=str(adapter))
+
+
+def test_a_template_beside_an_adapter_is_said_not_to_be_used(
+    model_folder: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter(model_folder, tmp_path / "adapter")
+    tokenizer.save_pretrained(adapter)
+    check(model_folder, adapter=str(adapter))
+    assert "warning" not in capsys.readouterr().err
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    check(model_folder, adapter=str(adapter))
+    assert "holds another chat template than policy.model" in capsys.readouterr().err
