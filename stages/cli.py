@@ -3,6 +3,7 @@
 import atexit
 import io
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.errors import ConfigError, RefshardError, one_line
+from pipeline.base.errors import ConfigError, one_line, status_and_text
 from pipeline.base.progress import emit, say
 from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
@@ -422,13 +423,11 @@ def run() -> None:
         say("refshard: interrupted", err=True)
         status = 130
     except Exception as error:
+        # While a loader is dead, torch's handler raises an error whenever another process ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if debug:
             traceback.print_exc()
-        if isinstance(error, RefshardError):
-            status, text = error.exit_status, one_line(str(error))
-        else:
-            bug = f"{type(error).__name__}: {one_line(str(error), most=500)}"
-            status, text = 1, f"this is a bug: {bug}. Run again with refshard --debug for the traceback"
+        status, text = status_and_text(error)
         say(f"refshard: {text}", err=True)
         emit("error", {"text": text, "status": status})
     _leave(status if isinstance(status, int) else 0)

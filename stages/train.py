@@ -17,7 +17,7 @@ import transformers
 from accelerate import PartialState
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import DataError, interruption_of, stopped_as_asked
+from pipeline.base.errors import DataError, stopped_as_asked
 from pipeline.base.files import read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_nan, without_other_bars
@@ -195,17 +195,12 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
 
 @contextlib.contextmanager
 def _while_owned(attempt: Attempt) -> Iterator[None]:
-    """Report that another attempt has taken over, if so, in place of any error: the error is a consequence of it.
-
-    Of other errors, a killed loader and memory that ran out become UnfinishedError.
-    """
+    """Report that another attempt has taken over, if so, in place of any error: the error is a consequence of it."""
     try:
         yield
-    except Exception as error:
+    except Exception:
         with contextlib.suppress(OSError):
             attempt.check()
-        if (interruption := interruption_of(error)) is not None:
-            raise interruption from error
         raise
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "is_out_of_memory",
     "one_line",
     "printable",
+    "status_and_text",
     "stopped_as_asked",
 ]
 
@@ -116,6 +117,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def interruption_of(error: BaseException) -> UnfinishedError | None:
     """Make the error of a command whose loader was killed or whose memory ran out; None for any other cause."""
+    if isinstance(error, RefshardError):
+        return None
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return UnfinishedError(
             f"a process that reads the data was ended from outside ({first_line(error)}), maybe for lack of memory; "
@@ -127,6 +130,15 @@ def interruption_of(error: BaseException) -> UnfinishedError | None:
             "memory, or with less to hold (train.gradient_checkpointing: true; a smaller precompute.tokens_per_batch)"
         )
     return None
+
+
+def status_and_text(error: Exception) -> tuple[int, str]:
+    """Give the exit status of an error that ends a command, and its line for the user."""
+    error = interruption_of(error) or error
+    if isinstance(error, RefshardError):
+        return error.exit_status, one_line(str(error))
+    bug = f"{type(error).__name__}: {one_line(str(error), most=500)}"
+    return 1, f"this is a bug: {bug}. Run again with refshard --debug for the traceback"
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:

@@ -253,8 +253,11 @@ def _keep_generation_config(model: Any, folder: Path) -> None:
 
         class AsItCame(GenerationConfig):
             def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-                if content is not None:
-                    (Path(save_directory) / file.name).write_bytes(content)
+                target = Path(save_directory) / file.name
+                if content is None:  # The library has taken it out of config.json.
+                    self.to_json_file(target)
+                else:
+                    target.write_bytes(content)
 
         config.__class__ = AsItCame
 

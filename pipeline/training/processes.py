@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 
-from pipeline.base.errors import RefshardError
+from pipeline.base.errors import RefshardError, interruption_of
 
 __all__ = ["largest", "of_main_process", "on_main_process"]
 
@@ -29,7 +29,8 @@ def on_main_process(action: Callable[[], T]) -> T:
         except Exception as error:
             # It may not be picklable. The other processes leave as well, and this one raises it.
             bug = error
-            outcome = [(None, RefshardError(f"the main process failed: {type(error).__name__}"))]
+            failed = RefshardError(f"the main process failed: {type(error).__name__}")
+            outcome = [(None, interruption_of(error) or failed)]
     result, failure = broadcast_object_list(outcome)[0]
     if bug is not None:
         raise bug

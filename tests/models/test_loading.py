@@ -573,14 +573,18 @@ def test_a_loaded_model_does_not_change_with_its_file(model_folder: Path, tmp_pa
         (folder / "model.safetensors").write_bytes(whole)
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_a_generation_config_that_the_library_refuses_to_save_is_saved_as_it_came(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, file: str
 ) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    content = b'{"temperature": 0.9,  "top_p": 0.6}'
-    (folder / "generation_config.json").write_bytes(content)
+    (folder / "generation_config.json").unlink()
+    there = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps({**there, "temperature": 0.9, "top_p": 0.6}, indent=7))
     model = load_policy(settings(PolicyConfig(model=str(folder))))
     # The Trainer gives it the tokenizer's special tokens.
     model.generation_config.pad_token_id = 1
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "generation_config.json").read_bytes() == content
+    saved = tmp_path / "saved" / "generation_config.json"
+    assert json.loads(saved.read_text())["temperature"] == 0.9
+    assert file == "config.json" or saved.read_bytes() == (folder / file).read_bytes()

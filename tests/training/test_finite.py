@@ -14,6 +14,7 @@ from pipeline.run.checkpoints import MARKER, checkpoint_folders
 from pipeline.training import finite as finite_module
 from pipeline.training.finite import FiniteWatch
 from support.runs import refshard
+from support.tally import tally
 
 NAN, INF = float("nan"), float("inf")
 
@@ -109,7 +110,12 @@ def test_a_run_that_turns_nan_keeps_its_last_finite_checkpoint_and_says_the_step
     assert "since step 2 of 4: gradient, weights; checkpoint-1 is the last finite one" in left.stderr
     assert checkpoint_folders(output).keys() == {1}
     assert not (output / "run.json").exists()
-    went_on = refshard("train", "--config", config, "-o", "train.on_nonfinite=continue")
+    two = ("--processes", 2, "--overwrite", "-o", "train.per_device_train_batch_size=2")
+    left = refshard("train", "--config", config, *two, check=65)
+    assert "since step 2 of 4: gradient, weights; checkpoint-1 is the last finite one" in left.stderr
+    assert checkpoint_folders(output).keys() == {1}
+    tally("training that turns NaN or infinite", 2, outcome="65, the step named, the last finite checkpoint kept")
+    went_on = refshard("train", "--config", config, "--overwrite", "-o", "train.on_nonfinite=continue")
     assert "warning: training is not finite since step 2 of 4" in went_on.stdout + went_on.stderr
     assert "training loss nan" in went_on.stdout
     assert checkpoint_folders(output).keys() == {1}

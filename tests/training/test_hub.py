@@ -17,6 +17,7 @@ from pipeline.training.hub import Hub
 from support.hub import LocalHub, local_hub
 from support.processes import ROOT
 from support.runs import refshard
+from support.tally import tally
 
 POLICY = {
     *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -110,6 +111,7 @@ def test_a_run_is_pushed_once_it_is_whole_and_tries_before_its_first_step(
         hub.is_open = True
         assert train().returncode == 0
         assert hub.files.keys() == POLICY
+        tally("what a run pushes to the hub, read there", 1, outcome="the policy, its card and settings, nothing else")
         output = tmp_path / "policy"
         assert hub.files["README.md"] == (output / "README.md").read_bytes()
         record = output / "run.json"
