@@ -6,6 +6,7 @@ quote untrusted data, so it is shown through `one_line`.
 
 import difflib
 import errno
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +120,12 @@ def interruption_of(error: BaseException) -> UnfinishedError | None:
     """Make the error of a command whose loader was killed or whose memory ran out; None for any other cause."""
     if isinstance(error, RefshardError):
         return None
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+    # A process that dies while it sends a batch cuts the connection; a DataLoader notices the others.
+    frames = traceback.walk_tb(error.__traceback__)
+    is_cut = isinstance(error, ConnectionError | EOFError) and any(
+        "multiprocessing" in frame.f_code.co_filename for frame, _ in frames
+    )
+    if is_cut or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
         return UnfinishedError(
             f"a process that reads the data was ended from outside ({first_line(error)}), maybe for lack of memory; "
             "what is finished is saved. Run the same command again"

@@ -126,7 +126,10 @@ class UnitQueue:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
         # DataLoader raises this in the consumer, whatever it is doing, when a loader dies.
-        if isinstance(error, RuntimeError) and (interruption := interruption_of(error)) is not None:
+        if (
+            isinstance(error, RuntimeError | OSError | EOFError)
+            and (interruption := interruption_of(error)) is not None
+        ):
             raise interruption from error
 
     def close(self) -> None:

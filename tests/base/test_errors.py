@@ -1,6 +1,7 @@
 """Which errors of the libraries are no fault of the settings: the same command may well succeed."""
 
 import errno
+import multiprocessing
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def test_a_killed_loader_and_memory_that_runs_out_are_unfinished_with_advice(err
     assert isinstance(made, UnfinishedError)
     assert ("memory ran out" in str(made)) == (error is not KILLED)
     assert "Run the same command again" in str(made)
+
+
+def test_a_connection_to_a_process_that_died_is_told_from_one_to_a_server() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(EOFError) as caught:
+        ours.recv()
+    assert isinstance(interruption_of(caught.value), UnfinishedError)
+    assert interruption_of(ConnectionResetError(104, "Connection reset by peer")) is None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("x")])

@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 FILES = {
     "Killed": ("faults/test_kills", "faults/test_preemption", "faults/test_crashes"),
     "Disks, networks, workers": ("faults/test_store_faults", "faults/test_stage_one_faults", "scoring/test_memory"),
-    "Ends": ("training/test_finite", "training/test_hub"),
+    "Ends": ("faults/test_ends", "training/test_finite", "training/test_hub"),
     "Checkpoints": ("run/test_checkpoints",),
     "Stale": ("laws/test_stale",),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),

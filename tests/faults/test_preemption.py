@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 import signal
 import time
@@ -21,8 +20,6 @@ from pipeline.base.signals import StopFlag
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import load_config
 from pipeline.run.checkpoints import MARKER, checkpoint_folders, commit_checkpoint, newest_step, problem_of
-from pipeline.training.trainer import PairTrainer
-from stages import cli
 from stages import train as stages_train
 from support.disks import remount, tmpfs
 from support.runs import refshard
@@ -499,43 +496,6 @@ def test_workers_of_the_loader_leave_with_a_killed_run(scenario: Scenario, outpu
     command.signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(children, 3)
     assert not alive
-
-
-def test_a_worker_of_the_loader_that_is_killed_is_no_end(scenario: Scenario, output: Path) -> None:
-    command = Watched(*words(scenario, output, **WORKERS))
-    assert command.wait_until((output / "checkpoint-2" / MARKER).exists), command.err
-    psutil.Process(command.pid).children(recursive=True)[0].kill()
-    assert command.finish(60) == 75, command.err
-    assert "a process that reads the data was ended from outside" in command.err
-    refshard(*words(scenario, output))
-    assert digest(output) == scenario.weights
-    tally("a process that reads the data killed in stage two", 1, outcome=f"75; {SAME}")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["GPU", "CPU"],
-)
-def test_memory_that_runs_out_is_no_end(
-    scenario: Scenario,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(PairTrainer, "compute_loss", fail)
-    monkeypatch.setattr("sys.argv", ["refshard", *words(scenario, output)])
-    with pytest.raises(SystemExit) as left:
-        cli.run()
-    assert left.value.code == 75
-    assert re.search(
-        r"refshard: memory ran out .* Run the same command again with more memory", capsys.readouterr().err
-    )
-    tally("memory that runs out in stage two", 1, outcome="75, with advice")
 
 
 # Bit for bit
