@@ -264,9 +264,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the data file unchanged while it is scored",
-        "stages/precompute/worker.py",
-        "                job.files.check()\n                writer",
-        "                writer",
+        "pipeline/base/digests.py",
+        "                if read_sha256(file) != digest:",
+        "                if False:",
         "tests/faults/test_stage_one_faults.py -k changes",
     ),
     Mutation(
