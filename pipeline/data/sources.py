@@ -97,7 +97,11 @@ def data_files(source: Source) -> tuple[Path, ...]:
     if source.format != "disk":
         return source.files
     folder = saved_folder(source)
-    return folder / _STATE, folder / "dataset_info.json", *(folder / name for name in _saved_names(folder))
+    files = [folder / name for name in (_STATE, "dataset_info.json", *_saved_names(folder))]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{folder}: not a readable save_to_disk folder (no file {file.name} in it)")
+    return tuple(files)
 
 
 def digests_of_data(source: Source) -> dict[str, str]:
@@ -105,8 +109,9 @@ def digests_of_data(source: Source) -> dict[str, str]:
 
     Names of a `save_to_disk` folder are relative to it. `state.json` stands for the order of its files and their types.
     """
+    files = data_files(source)
     if source.format != "disk":
-        return sha256_of_files(source.files)
+        return sha256_of_files(files)
     folder = saved_folder(source)
     within, names = folder.relative_to(source.path), _saved_names(folder)
     state = json.dumps([names, read_json(folder / "dataset_info.json").get("features")], sort_keys=True)

@@ -685,8 +685,13 @@ def test_gzip_cut_in_its_middle_gives_the_rows_before_the_cut(tmp_path: Path) ->
 @pytest.mark.parametrize("content", ["{", '{"_data_files": [{}]}', '{"_data_files": 3}'])
 def test_a_saved_dataset_whose_state_is_damaged_has_no_digests(content: str, tmp_path: Path) -> None:
     folder = _save_dataset(tmp_path)
+    state = (folder / "state.json").read_text()
     (folder / "state.json").write_text(content)
     with pytest.raises(DataError, match=rf"{folder}: not a readable save_to_disk folder"):
+        digests_of_data(source_of(folder))
+    (folder / "state.json").write_text(state)
+    (folder / "data-00000-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"no file data-00000-of-00002\.arrow in it"):
         digests_of_data(source_of(folder))
 
 
