@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
 from pipeline.config.schema import DataConfig, EvalSetConfig
+from pipeline.data import readers
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import (
@@ -707,10 +708,10 @@ def test_damaged_saved_dataset_is_named(name: str, tmp_path: Path) -> None:
 def test_file_that_can_not_be_read_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(_write_jsonl(tmp_path))
 
-    def refuse(self: Path, *_: Any) -> Any:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(file: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(readers, "open_file", refuse)
     with pytest.raises(StorageError, match=r"pairs\.jsonl: can't be read \(Permission denied\)"):
         list(read_rows(source))
 
