@@ -96,7 +96,7 @@ class StoredPairs:
                     f"{entry['place']}: row {row} scored again: {agreement}. Another library, kernel or flag computes "
                     "here than has written this part. Restore it, or set precompute.output to a new folder"
                 )
-        say(f"{len(stored)} stored pairs, scored again, are as they were")
+        say(f"Stored pairs that were scored again and are as they were: {len(stored)}")
 
     def _compare(self, scored: ScoredPair, stored: Mapping[str, Any], noise: NoiseFloor) -> Agreement:
         gaps = [

@@ -103,7 +103,7 @@ class Worker:
             lost = reopen_store(job.folder)
             if not lost:
                 return 0
-            say(f"{job.folder}: {len(lost)} parts are gone or cut short and are made again, first {lost[0]}")
+            say(f"{job.folder}: made again, since gone or cut short: {', '.join(lost)}")
         check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
         to_do = self._rows_to_do(job)
         size = self.config.precompute.rows_per_shard
