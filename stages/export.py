@@ -17,6 +17,7 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import describe, open_source, read_rows
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import identity_of_run
+from pipeline.models.lengths import exact_length_of_reference
 from pipeline.run.outputs import guard_output
 from pipeline.store.dating import with_template_date
 from pipeline.store.reference_table import load_reference_table
@@ -45,7 +46,7 @@ def run(config: Config, output: Path) -> None:
     config = with_template_date(config, tokenizer)
     names = config.data.sets
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
-    check_identity(list(stores.values()), identity_of_run(config, tokenizer))
+    check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         work.mkdir(parents=True)

@@ -28,6 +28,7 @@ from pipeline.config.schema import Config
 from pipeline.models.adapters import check_adapters
 from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
+from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt, claim_run
 from pipeline.run.card import model_card
@@ -126,6 +127,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     guard_run(config)
     router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     check_adapters(config)
+    check_max_length(config)
     # Before any identity takes their digests.
     base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
     tokenizer = load_tokenizer(config)
@@ -212,7 +214,7 @@ def _is_trained(checkpoint: Path) -> bool:
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
     folder = open_folder(config.precompute.output)
     stores = {name: open_store(folder.child(name)) for name in names}
-    check_identity(list(stores.values()), identity_of_run(config, tokenizer))
+    check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     return stores
 
 
@@ -262,7 +264,7 @@ def _load_policy(run: TrainingRun) -> Scorer:
         policy = load_policy(config)
     if NamedModel.policy(config) == NamedModel.policy(run.config):
         run.base.check_untouched()
-    scorer = Scorer.check(policy, run.tokenizer, "policy.model")
+    scorer = Scorer.check(policy, run.tokenizer, "policy.model", config.data.max_length)
     if not scorer.packed:
         _say(f"warning: {not_packed(policy)}")
     if balance_weight(policy, config.loss):

@@ -33,6 +33,11 @@ class KeptPair:
     truncated: bool = False
     """True if `max_length` cut a completion."""
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longer sequence: prompt and one completion."""
+        return len(self.pair.prompt_ids) + max(len(self.pair.chosen_ids), len(self.pair.rejected_ids))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:

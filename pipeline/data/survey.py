@@ -74,6 +74,8 @@ class Survey:
     """Tokens of padded batches of `batch_pairs` pairs, two rows a pair, in the order of the rows."""
     highest_id: int = -1
     """Highest token id of all kept pairs."""
+    longest: int = -1
+    """Number of tokens of the longest sequence of all kept pairs: prompt and one completion."""
     keys: "array[int]" = field(default_factory=lambda: array("Q"))
     """First 8 bytes of each kept pair's key."""
     prompts: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -122,6 +124,7 @@ class Survey:
         self.shared_tokens += other.shared_tokens
         self.padded_tokens += other.padded_tokens
         self.highest_id = max(self.highest_id, other.highest_id)
+        self.longest = max(self.longest, other.longest)
         self.keys.extend(other.keys)
         self.prompts.extend(other.prompts)
 
@@ -154,7 +157,8 @@ class Survey:
         for name in ("chosen", "rejected"):
             # The last token of a completion predicts nothing, so it is not computed.
             group[_digest(sides[name])] = lengths[name] - 1
-        self._batch.append(lengths["prompt"] + max(lengths["chosen"], lengths["rejected"]))
+        self._batch.append(kept.longest)
+        self.longest = max(self.longest, kept.longest)
         if len(self._batch) == self.batch_pairs:
             self._close_batch()
 

@@ -148,11 +148,14 @@ def describe_differences(stored: Mapping[str, Any], run: Mapping[str, Any], whos
     ]
 
 
-def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: bool) -> list[str]:
+def differences(
+    stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: bool, exact: int | None = None
+) -> list[str]:
     """Name every field in which a store's identity does not serve the run, both values side by side.
 
     Stage one writes into the store and needs an equal identity. Stage two (`joining`) accepts a store that holds more
-    than it needs: if token logps are stored, `max_length` may be larger, and `token_logps` may differ.
+    than it needs: if token logps are stored, `max_length` may be larger, up to the reference's `exact` length, and
+    `token_logps` may differ.
     """
     if not joining:
         return describe_differences(stored, run)
@@ -160,9 +163,14 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any], *, joining: b
     reason = "the shards were cut shorter than this run wants"
     if not ours["token_logps"]:
         reason = "the shards hold no token logps, so it must be equal"
-    # Log-probs of a causal model do not depend on the tail.
+    # Log-probs of a causal model do not depend on the tail, up to its exact length.
     kept, wanted = ours["max_length"], theirs["max_length"]
     serves = ours["token_logps"] and (kept is None or (wanted is not None and kept >= wanted))
+    if exact is not None and (kept is None or kept > exact):
+        serves, reason = (
+            False,
+            f"with pairs of more than {exact} tokens, this reference's log-probs depend on the batch",
+        )
     found = []
     for text in describe_differences(stored, run):
         field = text.partition(":")[0]

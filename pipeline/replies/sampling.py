@@ -23,6 +23,7 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import NamedModel
+from pipeline.models.lengths import exact_length
 from pipeline.scoring.forward import input_device
 from pipeline.scoring.scorer import Scorer
 
@@ -151,7 +152,8 @@ def draw_replies(
 
 
 def _generation_config(causal: Any, width: int, sampling: Sampling, stops: Sequence[int], pad_id: int) -> Any:
-    longest = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    model_config = causal.config.get_text_config()
+    longest = exact_length(model_config) or getattr(model_config, "max_position_embeddings", None) or math.inf
     room = min(sampling.max_tokens, longest - width)
     if room < 1:
         raise ConfigError(f"data.max_length: prompts must be shorter than the model's {longest} tokens, got {width}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.data.tokens import TokenizedPair
+from pipeline.models.lengths import positions_of
 from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.packing import make_batch
 
@@ -48,9 +49,10 @@ def tokens_for(free: float | None, per_token: float) -> int:
 
 def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device]) -> list[int]:
     """Give the peak bytes on each device while one batch of so many tokens is scored, weights included."""
-    quarter = tokens // 4
-    # Two prompts, since equal pairs would be packed into one group.
-    pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * quarter, rejected_ids=[3] * quarter) for i in (1, 4)]
+    width = min(tokens // 4, (positions_of(model) or tokens) - 1)
+    # Two prompts or more, since equal pairs would be packed into one group.
+    prompts = range(tokens // (2 * width))
+    pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * width, rejected_ids=[3] * width) for i in prompts]
     batch = make_batch(pairs, 0, packed=packed).to(input_device(model))
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)

@@ -38,18 +38,18 @@ class Scorer:
     """Most tokens of one forward pass; None until `fit` has chosen it"""
 
     @classmethod
-    def check(
-        cls, model: Any, tokenizer: PreTrainedTokenizerBase, key: str, tokens_per_batch: int | None = None
-    ) -> "Scorer":
+    def check(cls, model: Any, tokenizer: PreTrainedTokenizerBase, key: str, max_length: int | None) -> "Scorer":
         """Prepare a loaded causal language model for scoring, and check its scores; it keeps its mode.
+
+        `max_length` is the number of tokens of the longest sequence that can come; None if it is not known.
 
         Raises:
             ConfigError: The model can't be scored.
         """
         prepare(model)
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        packed = check_scoring(model, key)
-        return cls(model=model, packed=packed, pad_id=pad_id, key=key, tokens_per_batch=tokens_per_batch)
+        packed = check_scoring(model, key, max_length)
+        return cls(model=model, packed=packed, pad_id=pad_id, key=key)
 
     def fit(self) -> int:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
@@ -131,4 +131,6 @@ def load_scorer(
         DataError: A weight file is damaged.
     """
     model = load_reference(config, pick_device())
-    return Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, tokens_per_batch)
+    scorer = Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, config.data.max_length)
+    scorer.tokens_per_batch = tokens_per_batch
+    return scorer

@@ -1,37 +1,57 @@
 """Check a loaded model: the scorer gives its own log-probs, and packed rows give those of padded ones."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from pipeline.base.errors import ConfigError, is_out_of_memory, one_line
 from pipeline.data.tokens import TokenizedPair
+from pipeline.models.lengths import positions_of
 from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import LOGPS, input_device, score
+from pipeline.scoring.memory import free_memory
 from pipeline.scoring.packing import Batch, Kernel, pack_pairs, pad_pairs
 
 __all__ = ["check_scoring", "not_packed"]
 
+_USUAL_LENGTH = 8192
+"""Tokens of the longest sequence that is tried if the longest that can come is not known"""
 
-def check_scoring(model: Any, key: str) -> bool:
+
+def check_scoring(model: Any, key: str, max_length: int | None = 1024) -> bool:
     """Compare the scorer with the model's own logits, and the model with itself, on small batches.
 
     Some families do more after the backbone than a projection. A family that head.py does not know would silently get
-    wrong numbers, so it is refused; so is a model that sees the tokens that it is to predict.
+    wrong numbers, so it is refused; so is a model that sees the tokens that it is to predict. Then try sequences just
+    beyond each length that the config names, up to `max_length`: in a batch they must score as they do alone.
 
     Return True if the model reads packed batches; otherwise its batches must be padded. Messages begin with `key`.
 
     Raises:
-        ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob.
+        ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob, or
+            a longer sequence of the batch does.
     """
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             _check_padded(model, key)
-            return _reads_packed(model)
+            before = model.config.get_text_config()._attn_implementation
+            packed = _reads_packed(model)
+            for length, longest in _named_lengths(model, max_length):
+                padded, packed = _agrees_beyond(model, length, longest, packed)
+                if not padded:
+                    raise ConfigError(
+                        f"data.max_length: must be at most {length} for {key}: one longer sequence changes how "
+                        f"{_name_of(model)} scores all others of its batch, got {max_length}. "
+                        f"Set data.max_length: {length}"
+                    )
+            if not packed and model.config.get_text_config()._attn_implementation != before:
+                model.set_attn_implementation(before)
+            return packed
     finally:
         model.train(training)
 
@@ -87,7 +107,6 @@ def _reads_packed(model: Any) -> bool:
     completion must not see move it no further than in padded batches, and positions matter.
     """
     model_config = model.config.get_text_config()
-    before = model_config._attn_implementation
     if _hides_in_masks(model_config):
         return False
     pairs, other_pairs = _check_pairs(model)
@@ -108,24 +127,79 @@ def _reads_packed(model: Any) -> bool:
         # Attention raises NotImplementedError, a RuntimeError, for keywords and masks that it does not support.
         reads = False
     else:
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        mean, largest = ROUNDING["int8" if _is_quantized(model) else dtype]
-        gap = (found - padded).abs()
-        reads = bool(gap.mean() <= mean and gap.max() <= largest)
+        reads = _agree(model, found, padded)
         # The last completion is the same in both batches.
         kept = slice(-len(pairs[-1].rejected_ids), None)
         moved = (padded - other_padded)[kept].abs().max()
         # In another batch experts get other numbers of tokens, which may move a few tokens in only one of the two.
         experts = any("expert" in name for name, _ in model.named_modules())
-        floor = mean / 10 * min(1.0, found.std().item()) if experts else 1e-6
+        floor = _rounding(model)[0] / 10 * min(1.0, found.std().item()) if experts else 1e-6
         reads &= bool((found - other_found)[kept].abs().max() <= floor + 4 * moved)
         # A model that ignores positions gives right numbers only for the row's first sequence.
         reads &= not torch.equal(found, misplaced)
         # If no layer passes its window to attention, the window is only in the mask.
         reads &= any(kernel.window is not None for kernel in kernels) or not _has_window(model_config)
-    if not reads:
-        model.set_attn_implementation(before)
     return reads
+
+
+def _named_lengths(model: Any, max_length: int | None) -> Iterator[tuple[int, int]]:
+    """Yield each length that the config names, and the tokens of the sequence to try beyond it."""
+    parts = ("window", "position", "length", "chunk", "block", "seq", "topk")
+
+    def named(settings: Mapping[str, Any]) -> Iterator[int]:
+        for name, value in settings.items():
+            if isinstance(value, Mapping):
+                yield from named(value)
+            elif type(value) is int and any(part in name for part in parts):
+                yield value
+
+    most = max_length or _USUAL_LENGTH
+    most = min(most, positions_of(model) or most)
+    for length in sorted(set(named(model.config.get_text_config().to_dict()))):
+        # The other checks have sequences beyond shorter ones.
+        if 16 <= length < most:
+            yield length, min(length + 24, most)
+
+
+def _agrees_beyond(model: Any, length: int, longest: int, packed: bool) -> tuple[bool, bool]:
+    """Compare sequences alone with the same in a batch with one of `longest` tokens, which is beyond `length`.
+
+    Return whether they agree in padded and, if `packed`, in packed batches. If the model can't run them, or memory does
+    not hold them, no such pair can be scored either.
+    """
+    # As in a text, tokens come again.
+    kinds, generator = min(16, _vocabulary(model)), torch.Generator().manual_seed(0)
+    some = torch.randint(0, kinds, (2 * longest,), generator=generator).tolist()
+    prompt, long, middle = some[:4], some[4:longest], some[longest : longest + min(length + 8, longest - 1) - 4]
+    try:
+        for other in (middle, some[-12:]):
+            pair = TokenizedPair(prompt_ids=prompt, chosen_ids=long, rejected_ids=other)
+            twins = [dataclasses.replace(pair, chosen_ids=ids, rejected_ids=ids) for ids in (long, other)]
+            alone = torch.cat([_ends(model, pad_pairs([twin], 0))[0] for twin in twins])
+            padded = torch.cat(_ends(model, pad_pairs([pair], 0)))
+            # Rounding must not refuse a model.
+            if not _agree(model, alone, padded, slack=4):
+                return False, False
+            packed = packed and _agree(model, alone, torch.cat(_ends(model, pack_pairs([pair]))))
+    except (LookupError, MemoryError, RuntimeError, TypeError, ValueError):
+        free_memory()
+    return True, packed
+
+
+def _ends(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Score a pair, and give the last 16 token logps of each completion, which are those beyond a length."""
+    return tuple(logps[-16:] for logps in torch.split(_logps_of(model, batch), batch.lengths.tolist()))
+
+
+def _agree(model: Any, one: torch.Tensor, other: torch.Tensor, slack: float = 1) -> bool:
+    """Return True if two scorings differ by no more than `slack` times the dtype's rounding; NaN does not agree."""
+    mean, largest = _rounding(model)
+    gap = (one - other).abs()
+    return bool(gap.mean() <= slack * mean and gap.max() <= slack * largest)
+
+
+def _rounding(model: Any) -> tuple[float, float]:
+    return ROUNDING["int8" if _is_quantized(model) else str(next(model.parameters()).dtype).removeprefix("torch.")]
 
 
 def not_packed(model: Any) -> str:
@@ -174,8 +248,11 @@ def _check_pairs(model: Any) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
 
 
 def _some_ids(model: Any, count: int, start: int = 0) -> list[int]:
-    vocabulary = model.config.get_text_config().vocab_size
-    return [(7 * i + 3 + start) % vocabulary for i in range(count)]
+    return [(7 * i + 3 + start) % _vocabulary(model) for i in range(count)]
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _name_of(model: Any) -> str:

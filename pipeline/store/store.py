@@ -421,10 +421,13 @@ def read_content(folder: Folder, name: str, remedy: str) -> bytes:
         raise DataError(f"{folder.place(name)}: missing. {remedy}") from error
 
 
-def check_identity(stores: Sequence[Store], identity: Mapping[str, Any]) -> None:
-    """Refuse stores of another reference or tokenization than this run's, by an IdentityError with their fields."""
+def check_identity(stores: Sequence[Store], identity: Mapping[str, Any], exact: int | None = None) -> None:
+    """Refuse stores of another reference or tokenization than this run's, by an IdentityError with their fields.
+
+    `exact` is the reference's `exact_length`.
+    """
     for store in stores:
-        found = differences(store.manifest["identity"], identity, joining=True)
+        found = differences(store.manifest["identity"], identity, joining=True, exact=exact)
         if found:
             raise IdentityError(
                 f"{store.folder}: these shards are not of this run's reference and tokenization. They differ in "

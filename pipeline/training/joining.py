@@ -17,6 +17,7 @@ from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.sources import describe, open_source
 from pipeline.models.files import NamedModel
+from pipeline.models.lengths import length_error, most_positions
 from pipeline.run.inputs import SetInputs
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
@@ -42,13 +43,13 @@ def join_sets(
 
     Raises:
         DataError: Pairs have no reference logps, and `train.on_missing` is stop.
-        ConfigError: The tokenizer gives an id that the policy does not have.
+        ConfigError: The tokenizer gives an id, or a pair has a position, that the policy does not have.
         UnfinishedError: A signal or the time asked to stop.
     """
     joined = {}
     for name in config.data.sets:
         source, store, ledger = open_source(config.data, name), stores.get(name), Ledger()
-        pairs = _until_stopped(_in_vocabulary(load_pairs(source, tokenizer, config.data, ledger), config), flag)
+        pairs = _until_stopped(_within_model(load_pairs(source, tokenizer, config.data, ledger), config), flag)
         table = load_reference_table(
             [] if store is None else [store],
             config.data.max_length,
@@ -139,11 +140,13 @@ def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPa
         yield pair
 
 
-def _in_vocabulary(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
-    """Check each pair's ids: one past the embedding is a crash without a name on a GPU."""
-    size = getattr(NamedModel.policy(config).text_config(), "vocab_size", None)
+def _within_model(pairs: Iterable[KeptPair], config: Config) -> Iterator[KeptPair]:
+    """Check each pair's ids and positions: one past the embedding is a crash without a name on a GPU."""
+    size, positions = getattr(NamedModel.policy(config).text_config(), "vocab_size", None), most_positions(config)
     for pair in pairs:
         ids = pair.pair
+        if error := length_error(positions, pair.longest, pair.place, config):
+            raise error
         top = max(max(ids.prompt_ids), max(ids.chosen_ids), max(ids.rejected_ids))
         if size is not None and top >= size:
             raise ConfigError(

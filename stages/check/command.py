@@ -20,6 +20,7 @@ from pipeline.data.sources import describe
 from pipeline.models.adapters import check_adapters
 from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
 from pipeline.models.identity import check_dtypes, identity_of_run
+from pipeline.models.lengths import check_max_length, exact_length_of_reference, length_error, most_positions
 from pipeline.models.loading import pick_device
 from pipeline.store.dating import with_template_date
 from pipeline.store.store import check_identity, load_store
@@ -60,6 +61,7 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     """
     if not config.train.is_empty:
         check_dtypes(config)
+    check_max_length(config)
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
     config = with_template_date(config, tokenizer)
@@ -74,7 +76,7 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
         found = dataclasses.replace(found, estimate=_estimate(config, found, planned, device), host_memory=host)
     click.echo(json.dumps(as_dict(found), indent=1) if as_json else as_text(found, config.data.max_length))
     if others := [load_store(state.folder) for state in stores.values() if state.differences]:
-        check_identity(others, identity_of_run(config, tokenizer))
+        check_identity(others, identity_of_run(config, tokenizer), exact_length_of_reference(config))
     if problems := [*_problems(config, found), *above_limits(found, limits)]:
         raise type(problems[0])("; ".join(map(str, problems)))
 
@@ -111,7 +113,7 @@ def _estimate(config: Config, found: Findings, planned: Hardware | None, device:
 
 def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
     """Yield what would stop a stage, besides stores of another run."""
-    size = min(model.vocab_size for model in model_settings(config))
+    size, positions = min(model.vocab_size for model in model_settings(config)), most_positions(config)
     for name, pairs in found.sets.items():
         dataset, ledger, survey = describe(pairs.source), pairs.ledger, pairs.survey
         bad = {reason: n for reason, n in ledger.dropped.items() if reason not in ("prompt_too_long", "identical")}
@@ -129,6 +131,8 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
                 f"policy.model: a pair of {dataset} holds token id {survey.highest_id}, but the vocabulary has {size}; "
                 "weights and tokenizer, or reference and policy, do not belong together"
             )
+        if error := length_error(positions, survey.longest, f"a pair of {dataset}", config):
+            yield error
         state = found.stores.get(name)
         if state is not None and state.pairs_missing and config.train.on_missing == "stop":
             yield DataError(

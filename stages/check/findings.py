@@ -13,6 +13,7 @@ from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, open_source
 from pipeline.data.survey import Survey, percentiles
 from pipeline.models.identity import differences, identity_of_run
+from pipeline.models.lengths import exact_length_of_reference
 from pipeline.store.format import MANIFEST, pair_keys
 from pipeline.store.store import load_store, read_parts
 from stages.check.estimate import Estimate, Lengths
@@ -144,7 +145,8 @@ def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) 
 
 def _state_of(folder: Folder, pairs: PairSet, identity: Mapping[str, Any], config: Config) -> StoreState:
     store = load_store(folder)
-    found = differences(store.manifest["identity"], identity, joining=True)
+    exact = exact_length_of_reference(config)
+    found = differences(store.manifest["identity"], identity, joining=True, exact=exact)
     begun = StoreState(folder=str(folder), state="unfinished", differences=found, units_done=len(store.units))
     if store.index:
         missing = None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.benchmark import Timer
 
+from pipeline.models.lengths import positions_of
 from pipeline.scoring.memory import name_of_device
 from stages.check.hardware import Hardware
 from stages.check.shapes import Shapes, forward_flops, shapes_of
@@ -68,6 +69,7 @@ def probe_layer(
     except Exception:  # a family with a config of its own may fail in any way
         return None
     tokens = _TOKENS if device.type == "cpu" else _TOKENS_ON_GPU
+    tokens = min(tokens, positions_of(model) or tokens)
     ids = torch.arange(tokens, device=device)[None] % _VOCABULARY
 
     def forward() -> Any:

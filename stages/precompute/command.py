@@ -31,6 +31,7 @@ from pipeline.models.files import (
     reference_sources,
 )
 from pipeline.models.identity import check_dtypes, identity_of_run
+from pipeline.models.lengths import check_max_length
 from pipeline.models.loading import pick_device
 from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
@@ -112,6 +113,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         check_dtypes(config)
         router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     check_adapters(config)
+    check_max_length(config)
     sources = {name: open_source(config.data, name) for name in config.data.sets}
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.

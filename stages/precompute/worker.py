@@ -25,6 +25,7 @@ from pipeline.data.loading import Unit, UnitQueue, count_loaders
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows
 from pipeline.models.files import reference_sources
+from pipeline.models.lengths import length_error, most_positions
 from pipeline.models.loading import pick_device
 from pipeline.run.records import write_cost
 from pipeline.scoring.agreement import NoiseFloor
@@ -225,6 +226,7 @@ class Reference:
     ) -> None:
         self._config, self._tokenizer, self._files, self._ensemble = config, tokenizer, files, ensemble
         self._scorer: Scorer | None = None
+        self._positions: tuple[int, str] | None = None
 
     def score_unit(
         self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None]
@@ -256,7 +258,7 @@ class Reference:
     ) -> list[ScoredPair]:
         """Score pairs in batches of similar length; give them in the order of `pairs`. Raises as `score_unit`."""
         scorer = self._scorer = self._scorer or self._load()
-        self._check_vocabulary(scorer, pairs)
+        self._check_ids(scorer, pairs)
         scored: dict[int, ScoredPair] = {}
         for i, chosen, rejected in scorer.logps([p.pair for p in pairs]):
             scored[i] = ScoredPair(
@@ -281,6 +283,7 @@ class Reference:
             self._ensemble.broadcast(("load", None))
         say(f"Loading the reference {reference_sources(self._config)[0].name} on {where} ...")
         scorer = load_reference_scorer(self._config, self._tokenizer, self._ensemble)
+        self._positions = most_positions(self._config)
         self._files.check_untouched()
         elsewhere = sum(p.numel() for p in scorer.model.parameters() if p.device.type == "meta")
         if elsewhere:
@@ -295,10 +298,12 @@ class Reference:
             scorer.model = LeaderModel(scorer.model, self._ensemble)
         return scorer
 
-    def _check_vocabulary(self, scorer: Scorer, pairs: list[KeptPair]) -> None:
-        # On a GPU, an id beyond the embedding crashes without a message.
+    def _check_ids(self, scorer: Scorer, pairs: list[KeptPair]) -> None:
+        # On a GPU, an id or a position beyond the embedding crashes without a message.
         size = scorer.model.get_input_embeddings().weight.shape[0]
         for pair in pairs:
+            if error := length_error(self._positions, pair.longest, pair.place, self._config):
+                raise error
             top = max(max(pair.pair.prompt_ids), max(pair.pair.chosen_ids), max(pair.pair.rejected_ids))
             if top >= size:
                 raise ConfigError(

@@ -125,6 +125,9 @@ def test_computed_tokens_are_those_of_the_batches_and_duplicates_those_counted_b
     assert survey.scored["rejected"] == sum(len(p.pair.rejected_ids) for p in pairs)
     assert survey.duplicates == len(pairs) - len({p.key for p in pairs}) == 6
     assert survey.prompt_groups() == {"distinct": 10, "shared": 5, "largest": 4}
+    assert survey.longest == max(
+        len(p.pair.prompt_ids + max(p.pair.chosen_ids, p.pair.rejected_ids, key=len)) for p in pairs
+    )
     assert survey.highest_id == max(max(p.pair.prompt_ids + p.pair.chosen_ids + p.pair.rejected_ids) for p in pairs)
 
 

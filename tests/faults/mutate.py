@@ -181,7 +181,7 @@ MUTATIONS = [
     Mutation(
         "the identity of the stores that are joined",
         "pipeline/store/store.py",
-        'found = differences(store.manifest["identity"], identity, joining=True)',
+        'found = differences(store.manifest["identity"], identity, joining=True, exact=exact)',
         "found = []",
         "tests/laws/test_stale.py",
     ),

@@ -578,7 +578,7 @@ def test_what_a_packed_row_cannot_serve_is_padded(kind: str) -> None:
     with torch.no_grad():
         plain = alone_token_logps(model, _LONG)
         prepare(model)
-        assert not check_scoring(model, "policy.model")
+        assert not check_scoring(model, "policy.model", 64)
         assert model.config._attn_implementation == before
         found = score(model, pad_pairs(_LONG, 0)).tokens.logps
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
@@ -646,3 +646,57 @@ def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkey
         found = scoring_forward._score_targets(causal, torch.zeros(2, 8), torch.tensor([7, 8]), want)
         assert found.logps.device.type == "cpu"
     assert seen == [{"meta"}, {"meta"}]
+
+
+# What only long rows feel, beyond lengths that the config names.
+
+_STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONG_ROWS: dict[str, tuple[str, str, Mapping[str, Any], int | None]] = {
+    "positions by the longest row": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"max_position_embeddings": 32, "rope_parameters": _STRETCHED},
+        32,
+    ),
+    "keys by the row's width": ("DogeForCausalLM", "DogeConfig", {"keep_window_size": 24}, 24),
+    "a window": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 24}, None),
+    "learned positions": ("GPT2LMHeadModel", "GPT2Config", {"n_positions": 64}, None),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_ROWS)
+def test_a_sequence_scores_as_it_does_alone_or_its_length_is_refused(kind: str) -> None:
+    model_class, config_class, changes, refused_beyond = LONG_ROWS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**GROUPED, **changes})).eval()
+    with torch.no_grad():
+        plain = alone_token_logps(model, _LONG)
+        prepare(model)
+        if refused_beyond is not None:
+            said = f"data.max_length: must be at most {refused_beyond} for policy.model: .*, got 64. Set"
+            with pytest.raises(ConfigError, match=said):
+                check_scoring(model, "policy.model", 64)
+            check_scoring(model, "policy.model", refused_beyond)
+            assert (score(model, pad_pairs(_LONG, 0)).tokens.logps - plain).abs().max() > 1e-3
+            return
+        packed = check_scoring(model, "policy.model", 64)
+        found = score(model, pack_pairs(_LONG) if packed else pad_pairs(_LONG, 0)).tokens.logps
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
+
+
+def widen_the_window(module: Any, *tensors: Any, **keywords: Any) -> Any:
+    return _REAL(module, *tensors, **{**keywords, "sliding_window": 1000})
+
+
+def test_packed_rows_are_tried_beyond_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(longest: int) -> bool:
+        torch.manual_seed(0)
+        config = transformers.MistralConfig(**{**GROUPED, "sliding_window": 24})
+        model = transformers.MistralForCausalLM(config)
+        prepare(model)
+        return check_scoring(model, "policy.model", longest)
+
+    assert packed(64)
+    monkeypatch.setattr(attention, "_packed", widen_the_window)
+    # Shorter sequences do not feel the difference.
+    assert packed(24) and not packed(64)

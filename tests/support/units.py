@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.signals import StopFlag
 from pipeline.data.intake import KeptPair
 from pipeline.scoring.scorer import Scorer
@@ -11,6 +12,7 @@ from stages.precompute import worker
 def score_unit(model: Any, pairs: list[KeptPair], budget: int, *, packed: bool) -> tuple[list[Any], int]:
     """What stage one makes of a unit, and the budget that it ended with."""
     reference = object.__new__(worker.Reference)
+    reference._config, reference._positions, reference._files = None, None, WatchedFiles([])
     reference._scorer = Scorer(model=model, packed=packed, pad_id=0, key="reference.model", tokens_per_batch=budget)
     counted: list[KeptPair] = []
     scored, _ = reference.score_unit(pairs, StopFlag(), counted.append)
