@@ -397,9 +397,10 @@ def _check_sync(config: "Config") -> None:
     _refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
     processes = config.cluster.train.nodes * config.cluster.train.processes
     require(processes == 1, "cluster.train.processes", "1 with reference.sync, on one node", processes)
-    # Dropped pairs would change which pairs a window has.
-    on_missing = config.train.on_missing
-    require(on_missing == "stop", "train.on_missing", "stop with reference.sync", on_missing)
+    # Dropped pairs would change which pairs a window has, and weights that are not finite are not saved.
+    for key in ("on_missing", "on_nonfinite"):
+        choice = getattr(config.train, key)
+        require(choice == "stop", f"train.{key}", "stop with reference.sync", choice)
     # Such a run is a process for each window.
     for key in ("load_best_model_at_end", "push_to_hub"):
         if str(config.train.given.get(key, "false")).lower() not in FALSE_WORDS:

@@ -68,8 +68,6 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             raise ConfigError(
                 "train.save_strategy: must be no, steps or epoch with reference.sync, got best. Change it"
             )
-        if config.train.on_nonfinite == "continue":
-            raise ConfigError("train.on_nonfinite: must be stop with reference.sync, got continue. Leave it out")
         if made.world_size > 1:
             raise ConfigError(
                 f"reference.sync: must run in one process, got {made.world_size}. Start it without a launcher"

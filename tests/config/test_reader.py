@@ -390,6 +390,10 @@ def test_an_impossible_value_is_refused(load: Load, override: str, message: str)
             "train.on_missing: must be stop with reference.sync, got 'drop'",
         ),
         (
+            ["reference.sync={}", "train.on_nonfinite=continue"],
+            "train.on_nonfinite: must be stop with reference.sync, got 'continue'",
+        ),
+        (
             ["loss.ld_alpha=0.5", "precompute.token_logps=off"],
             "loss.ld_alpha: must be left out without token",
         ),
