@@ -201,7 +201,7 @@ def check_part(
             if plan != own and (plan is not None or "plan_digest" in manifest):
                 raise IdentityError(
                     f"{place}: of the plan {str(plan)[:12].lower()}, the manifest's is {own[:12]}: another run's part, "
-                    f"of other data or other settings. {remedy}"
+                    f"of other data or other settings (refshard verify names all such parts). {remedy}"
                 )
             if footer.get("refshard.unit") != str(unit):
                 raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
