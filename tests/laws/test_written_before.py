@@ -1,4 +1,4 @@
-"""Stores and runs that earlier versions wrote: this one reads them, and goes on with them to the same numbers.
+"""Stores and runs that earlier versions wrote: this one reads them, and resumes them to the same numbers.
 
 Everything goes through the command line, in a copy of the folder that the earlier version has left.
 """
