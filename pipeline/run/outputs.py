@@ -13,7 +13,7 @@ from pipeline.base.files import read_json
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.config.schema import Config
 from pipeline.models.files import ADAPTER_CONFIG
-from pipeline.run.checkpoints import checkpoint_folders
+from pipeline.run.checkpoints import MARKER, checkpoint_folders
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import INPUTS, LOG, MARGINS
 from pipeline.store.format import MANIFEST
@@ -59,7 +59,7 @@ def guard_run(config: Config) -> None:
         for name in (*config.data.sets, "costs"):
             _refuse_overlap("train.output_dir", folder, f"precompute.output/{name}", shards.path / name)
     guard_output("train.output_dir", folder, config, ours="a run")
-    if not (folder / _ATTEMPTS).is_dir():
+    if not _is_run(folder):
         there = [name for name in _OF_A_RUN if (folder / name).exists()]
         there += [path.name for path in checkpoint_folders(folder).values()]
         if there:
@@ -137,7 +137,7 @@ def _overlap(a: Path, b: Path) -> bool:
 def _kind_of(folder: Path) -> str | None:
     """Name what a folder is; None if it is nothing that a user could lose."""
     with contextlib.suppress(OSError):
-        if any((folder / _ATTEMPTS).glob("*.json")):
+        if _is_run(folder):
             return "a run"
         if (folder / MANIFEST).is_file() and _is_ours(folder / MANIFEST):
             return "a store"
@@ -148,6 +148,11 @@ def _kind_of(folder: Path) -> str | None:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             return "a dataset"
     return None
+
+
+def _is_run(folder: Path) -> bool:
+    """Return True if a folder has an attempt's file, or a checkpoint with our marker, which may be all that was kept."""
+    return any((folder / _ATTEMPTS).glob("*.json")) or any(folder.glob(f"checkpoint-*/{MARKER}"))
 
 
 def _is_ours(manifest: Path) -> bool:

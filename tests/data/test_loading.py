@@ -267,7 +267,9 @@ class _Odd(Exception):
         super().__init__(f"{first} and {second}")
 
 
-@pytest.mark.parametrize("error", [KeyError("surprise"), _Odd(1, 2), UnicodeDecodeError("a", b"", 0, 1, "b")])
+@pytest.mark.parametrize(
+    "error", [KeyError("surprise"), _Odd(1, 2), MemoryError(), UnicodeDecodeError("a", b"", 0, 1, "b")]
+)
 @needs_fork
 def test_a_bug_in_a_loader_is_raised_with_its_traceback(
     source: Source, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -283,17 +285,6 @@ def test_a_bug_in_a_loader_is_raised_with_its_traceback(
     assert str(error) in str(caught.value)
     assert type(error).__name__ in f"{type(caught.value).__name__}: {caught.value}"
     assert "in broken" in "".join(caught.value.__notes__)
-
-
-@needs_fork
-def test_memory_that_runs_out_in_a_loader_is_unfinished_work(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Iterator[Any]:
-        raise MemoryError
-        yield
-
-    monkeypatch.setattr(module, "kept_pairs", full)
-    with pytest.raises(UnfinishedError, match="memory ran out"):
-        load(source, 2)
 
 
 def test_a_bad_row_is_itself_after_a_journey() -> None:

@@ -88,6 +88,16 @@ def test_a_folder_with_files_that_a_run_replaces_but_without_a_runs_mark_is_refu
         guard_run(load())
 
 
+def test_a_folder_of_which_only_a_committed_checkpoint_was_kept_is_a_run(load: Load) -> None:
+    checkpoint = Path("policy/checkpoint-4")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="must not hold an adapter"):
+        guard_run(load())
+    (checkpoint / "refshard-commit.json").write_text("{}")
+    guard_run(load())
+
+
 def test_a_link_in_a_runs_folder_is_not_written_through(load: Load) -> None:
     Path("run/margins").symlink_to("../model", target_is_directory=True)
     with pytest.raises(ConfigError, match="must hold no links"):
