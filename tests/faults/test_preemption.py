@@ -174,11 +174,12 @@ def test_a_time_limit_that_is_known_ends_both_stages_with_75_and_they_go_on(
     refshard(*train, "--stop-after", "1h")
     assert digest(output) == scenario.weights
     # The command that alternates between the stages hands it on to the one that runs.
-    alternating = [word for word in moving.commands(output / "moving")[1] if word != "--one-window"]
+    beside = output.with_name(f"{output.name}-moving")
+    alternating = [word for word in moving.commands(beside)[1] if word != "--one-window"]
     left = refshard(*alternating, "--stop-after", "1s", check=75)
     assert "stopped as asked" in left.stderr
     refshard(*alternating)
-    assert digest(output / "moving") == moving.weights
+    assert digest(beside) == moving.weights
 
 
 # Two processes, asked at different times
