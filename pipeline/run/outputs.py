@@ -151,7 +151,7 @@ def _kind_of(folder: Path) -> str | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return True if a folder has an attempt's file, or a checkpoint with our marker, which may be all that was kept."""
+    """Return True if a folder has an attempt's file, or a checkpoint with our marker, maybe all that was kept."""
     return any((folder / _ATTEMPTS).glob("*.json")) or any(folder.glob(f"checkpoint-*/{MARKER}"))
 
 

@@ -402,6 +402,7 @@ def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
     model = types.SimpleNamespace(parameters=lambda: iter([weight]))
     monkeypatch.setattr(Batch, "to", lambda self, device: self)
     monkeypatch.setattr(memory, "score", probe)
+    monkeypatch.setattr(memory, "positions_of", lambda model: None)
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 80 * 2**30))
@@ -424,6 +425,7 @@ def test_of_several_gpus_the_one_with_the_least_room_decides(monkeypatch: pytest
     free, per_token = {0: 40 * 2**30, 1: 20 * 2**30}, {0: 2**20, 1: 2**21}
     monkeypatch.setattr(Batch, "to", lambda self, device: self)
     monkeypatch.setattr(memory, "score", probe)
+    monkeypatch.setattr(memory, "positions_of", lambda model: None)
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 * 2**30))
