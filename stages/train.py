@@ -124,7 +124,8 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     flag = watch_signals(stop_at)
     arguments = training_arguments(config)
     output = config.train.folder
-    guard_run(config)
+    # Before any process makes something in the folder.
+    on_main_process(lambda: guard_run(config))
     router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     check_adapters(config)
     check_max_length(config)

@@ -16,6 +16,7 @@ from pipeline.base.errors import UnfinishedError
 from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
 from pipeline.run.checkpoints import delete_run, is_recorded, newest_step
+from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.store.store import delete_store
 from stages.subprocesses import Commands, import_libraries
 
@@ -34,6 +35,8 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
         overwrite: Delete the shards, the checkpoints, the moved references and the record of an earlier run first.
     """
     import_libraries()
+    guard_shards(config, overwrite=overwrite)
+    guard_run(config)
     output = config.train.folder
     if overwrite:
         delete_run(output)

@@ -21,8 +21,8 @@ from pipeline.store.format import MANIFEST
 __all__ = ["guard_output", "guard_run", "guard_shards"]
 
 _ATTEMPTS = "attempts"
-_OF_A_RUN = (_ATTEMPTS, "joined", "references", MARGINS, LOG, INPUTS, RECORD, SETTINGS, "README.md")
-"""Names that a run writes, besides its checkpoints and its policy"""
+_OF_A_RUN = ("joined", "references", MARGINS, LOG, INPUTS, RECORD, SETTINGS, "README.md")
+"""Names that a run writes, besides its checkpoints, its policy and `attempts`, which a kill may leave empty"""
 _MOST_FOLDERS = 1000
 """Folders looked into below an output that is not ours yet"""
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.base.errors import DataError, IdentityError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, UnfinishedError
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
@@ -120,8 +120,21 @@ def find_stores(where: Where) -> list[Folder]:
 
 
 def delete_store(where: Where) -> None:
-    """Delete a store's own files, the index first: an interruption leaves an unfinished store. Raises StorageError."""
+    """Delete a store's own files, the index first and the manifest last, so that an interruption can be resumed.
+
+    Raises:
+        ConfigError: The folder's manifest is another program's.
+        StorageError: A file can't be deleted.
+    """
     folder = open_folder(where)
+    if folder.size(format.MANIFEST) is None:
+        return
+    # A damaged manifest is still ours if our name is in it.
+    if b"refshard" not in folder.read(format.MANIFEST):
+        raise ConfigError(
+            f"--overwrite: must delete a store of refshard, got {folder}, whose {format.MANIFEST} is another's. "
+            "Name another folder"
+        )
     # Other programs write part-*.parquet too (Spark: part-00000-UUID.parquet), which are not ours to delete.
     parts = [name for name in folder.names() if format.PART_NAME.fullmatch(name)]
     for name in (format.INDEX, format.SKIPPED, *parts, format.MANIFEST):

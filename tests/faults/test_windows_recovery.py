@@ -41,6 +41,8 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
 ) -> None:
     sync = {"steps": EVERY, "mixup_alpha": ALPHA}
     train = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
+    # The first command of a test process takes the libraries' import longer than all others.
+    refshard("--version")
     begin = time.monotonic()
     refshard("train", "--config", write_run(folder, tmp_path / "undisturbed", sync, lora=lora, **train))
     duration = time.monotonic() - begin
@@ -57,7 +59,7 @@ def test_killed_at_any_point_the_same_command_goes_on_with_the_moved_reference(
         process.wait()
         if kills >= 2 or process.status == 0:
             break
-    assert kills >= 1
+    assert kills >= 1, process.err
     refshard("train", "--config", config)
     assert history(tmp_path / "killed") == history(tmp_path / "undisturbed")
     weights = "adapter_model.safetensors" if lora else "model.safetensors"

@@ -98,6 +98,11 @@ def test_a_folder_of_which_only_a_committed_checkpoint_was_kept_is_a_run(load: L
     guard_run(load())
 
 
+def test_a_run_that_was_killed_before_its_first_attempt_was_written_begins_again(load: Load) -> None:
+    Path("policy/attempts").mkdir(parents=True)
+    guard_run(load())
+
+
 def test_a_link_in_a_runs_folder_is_not_written_through(load: Load) -> None:
     Path("run/margins").symlink_to("../model", target_is_directory=True)
     with pytest.raises(ConfigError, match="must hold no links"):

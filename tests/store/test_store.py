@@ -19,7 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.base.errors import BadRow, DataError, IdentityError, RefshardError, StorageError, UnfinishedError
+from pipeline.base.errors import (
+    BadRow,
+    ConfigError,
+    DataError,
+    IdentityError,
+    RefshardError,
+    StorageError,
+    UnfinishedError,
+)
 from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger, Outcome
 from pipeline.data.rows import Row
@@ -470,6 +478,18 @@ def test_another_runs_store_is_refused_and_the_field_named(
     assert named in str(caught.value)
     assert str(folder) in str(caught.value)
     assert contents(folder) == before
+
+
+def test_another_programs_files_are_not_deleted(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / "manifest.json").write_text('{"parts": ["part-00000.parquet"]}')
+    with pytest.raises(ConfigError, match="must delete a store of refshard, got"):
+        delete_store(other)
+    (other / "manifest.json").unlink()
+    delete_store(other)
+    assert len(list(other.glob("part-*"))) == 3
+    delete_store(folder)
+    assert not list(folder.iterdir())
 
 
 def test_a_plan_is_compared_as_json_gives_it_back(folder: Path) -> None:
