@@ -220,7 +220,7 @@ def test_a_launched_training_saves_when_asked_and_leaves_nothing_behind_when_kil
 
     def started() -> Watched:
         launcher = Watched(*words)
-        assert launcher.wait_until(lambda: "loss " in launcher.err), launcher.err
+        assert launcher.wait_until(lambda: "of 2,000 steps" in launcher.err), launcher.err
         assert len(_ranks(launcher)) == 2
         # A terminal's Ctrl-C, which a whole group gets, must not come to them twice.
         assert all(os.getpgid(rank.pid) == rank.pid for rank in _ranks(launcher))
