@@ -8,7 +8,7 @@ import pytest
 
 from support.forked_benchmark import BENCH, run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def largest_gap(result: dict, mode: str) -> float:
@@ -40,7 +40,6 @@ def test_the_processor_benchmark_prints_both_sides_and_makes_its_page(tmp_path: 
         assert (tmp_path / "docs" / picture).read_text(encoding="utf-8").lstrip().startswith("<?xml")
 
 
-@pytest.mark.nightly
 def test_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     names = ("toy-gpu-score", "toy-gpu-lora", "toy-gpu-full-8b")
@@ -54,7 +53,6 @@ def test_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
     assert max(largest_gap(result, "wall") for result in results[1:]) < 1e-2
 
 
-@pytest.mark.nightly
 def test_a_measurement_starts_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at real size, where nothing is shared with the driver: the other tests here fork instead."""
     monkeypatch.syspath_prepend(str(BENCH))
