@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.base.errors import ConfigError, DataError, StorageError
-from pipeline.base.files import read_json
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.config.schema import Config
 from pipeline.models.files import ADAPTER_CONFIG
 from pipeline.run.checkpoints import MARKER, checkpoint_folders
 from pipeline.run.reading import RECORD, SETTINGS
 from pipeline.run.records import INPUTS, LOG, MARGINS
-from pipeline.store.format import MANIFEST
+from pipeline.store.format import is_ours
 
 __all__ = ["guard_output", "guard_run", "guard_shards"]
 
@@ -139,8 +138,9 @@ def _kind_of(folder: Path) -> str | None:
     with contextlib.suppress(OSError):
         if _is_run(folder):
             return "a run"
-        if (folder / MANIFEST).is_file() and _is_ours(folder / MANIFEST):
-            return "a store"
+        with contextlib.suppress(DataError, StorageError):
+            if is_ours(LocalFolder(folder)):
+                return "a store"
         if (folder / ADAPTER_CONFIG).is_file():
             return "an adapter"
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -153,13 +153,6 @@ def _kind_of(folder: Path) -> str | None:
 def _is_run(folder: Path) -> bool:
     """Return True if a folder has an attempt's file, or a checkpoint with our marker, maybe all that was kept."""
     return any((folder / _ATTEMPTS).glob("*.json")) or any(folder.glob(f"checkpoint-*/{MARKER}"))
-
-
-def _is_ours(manifest: Path) -> bool:
-    try:
-        return read_json(manifest).get("format") == "refshard"
-    except (DataError, StorageError):
-        return False
 
 
 def _folders_in(folder: Path) -> Iterator[Path]:

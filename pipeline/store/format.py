@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, IdentityError
+from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
@@ -38,6 +39,7 @@ __all__ = [
     "check_part",
     "content_digest",
     "fits",
+    "is_ours",
     "is_sealed",
     "pair_keys",
     "part_name",
@@ -320,6 +322,17 @@ def fits(value: Any, shape: Any) -> bool:
         case type() | UnionType():
             return isinstance(value, shape)
     return bool(shape(value))
+
+
+def is_ours(folder: Folder) -> bool:
+    """Return True if a folder's manifest is this program's. A damaged one counts if the program's name is in it."""
+    if folder.size(MANIFEST) is None:
+        return False
+    content = folder.read(MANIFEST)
+    try:
+        return parse_json(folder.place(MANIFEST), content).get("format") == "refshard"
+    except DataError:
+        return b"refshard" in content
 
 
 def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:

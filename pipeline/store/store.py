@@ -129,8 +129,7 @@ def delete_store(where: Where) -> None:
     folder = open_folder(where)
     if folder.size(format.MANIFEST) is None:
         return
-    # A damaged manifest is still ours if our name is in it.
-    if b"refshard" not in folder.read(format.MANIFEST):
+    if not format.is_ours(folder):
         raise ConfigError(
             f"--overwrite: must delete a store of refshard, got {folder}, whose {format.MANIFEST} is another's. "
             "Name another folder"

@@ -1,5 +1,6 @@
 """An output that is, holds or lies in a model, a dataset, a store or another run is refused; nothing is touched."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,16 @@ def test_shards_to_reuse_are_not_deleted_by_overwrite(load: Load) -> None:
     guard_shards(config)
     with pytest.raises(ConfigError, match=r"^precompute\.reuse: must not be what --overwrite deletes, got old"):
         guard_shards(config, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "refused"),
+    [('{"format": "refshard"', True), ('{"format": "other", "by": "refshard"}', False), ('{"forma', False)],
+)
+def test_a_damaged_manifest_is_still_a_stores_if_the_program_is_named(load: Load, manifest: str, refused: bool) -> None:
+    Path("old/train/manifest.json").write_text(manifest)
+    with pytest.raises(ConfigError, match="must not lie in a store") if refused else contextlib.nullcontext():
+        guard_run(load("train.output_dir=old/train/x"))
 
 
 def test_an_export_does_not_lie_in_a_run(load: Load) -> None:
