@@ -13,17 +13,18 @@ class JobConfig:
     """Resources of one job."""
 
     nodes: int = 1
-    """Number of machines that train together in stage two; a worker of stage one has one."""
+    """Number of machines that train together in stage two; 1 for a worker of stage one."""
     processes: int = 1
-    """Number of processes on each machine: one for each GPU in stage two, or in stage one with `precompute.tp_plan`"""
+    """Number of processes on each machine: one for each GPU in stage two; 1 in stage one,
+    or more with `precompute.tp_plan`."""
     gpus: int | None = None
-    """Number of GPUs on each machine; as many as processes if left out, 0 for none."""
+    """Number of GPUs on each machine, 0 for none; if left out, as many as processes."""
     cpus: int | None = None
-    """Number of CPU cores of each process; the scheduler's default if left out."""
+    """Number of CPU cores of each process; if left out, the scheduler's default."""
     memory: str | None = None
-    """Memory on each machine: `200G`, which is 200 GiB for either scheduler; a number alone is in MiB."""
+    """Memory on each machine: `200G` is 200 GiB for both schedulers; a number alone is in MiB."""
     time: str | None = None
-    """Time limit: `90` minutes, `4:00:00`, `2-00:00:00`. A job that is not done by then is queued again."""
+    """Time limit: `90` minutes, `4:00:00`, `2-00:00:00`. A job that reaches it is queued again."""
 
     def __post_init__(self) -> None:
         require_at_least(self, nodes=1, processes=1, gpus=0, cpus=1)
@@ -53,15 +54,15 @@ class KubernetesConfig:
     image: str | None = None
     """Container image with refshard in it."""
     namespace: str | None = None
-    """Namespace; that of the current context if left out."""
+    """Namespace; if left out, that of the current context."""
     claim: str | None = None
-    """Existing persistent volume claim, which may hold data and models; a new one is rendered if left out."""
+    """Existing persistent volume claim, which may hold data and models; if left out, the manifests make a new one."""
     size: str = "100Gi"
-    """Size of the rendered claim."""
+    """Size of the new claim."""
     storage_class: str | None = None
-    """Its storage class, which must allow ReadWriteMany; the cluster's default if left out."""
+    """Storage class of the new claim, which must allow ReadWriteMany; if left out, the cluster's default."""
     mount: str = "/data"
-    """Mount point of the volume; the settings' relative paths start here."""
+    """Mount point of the volume; relative paths of the settings start here."""
     secret: str | None = None
     """A secret whose entries become environment variables: HF_TOKEN, AWS_ACCESS_KEY_ID, ..."""
     node_selector: dict[str, str] = field(default_factory=dict)
@@ -78,15 +79,18 @@ class KubernetesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Job files of `refshard submit`; neither stage reads this section."""
+    """Resources of the jobs that `refshard submit` writes; neither stage reads this section."""
 
     workers: int = 1
     """Number of workers of stage one: tasks of the Slurm array, indexes of the Kubernetes Job."""
     precompute: JobConfig = field(default_factory=JobConfig)
     """Resources of one worker of stage one."""
     train: JobConfig = field(default_factory=JobConfig)
+    """Resources of stage two."""
     partition: str | None = None
+    """Partition of Slurm; if left out, the cluster's default."""
     account: str | None = None
+    """Account of Slurm; if left out, the user's default."""
     options: list[str] = field(default_factory=list)
     """Further options of sbatch for every job: `[--qos=high, --constraint=a100]`."""
     setup: str | None = None
@@ -94,10 +98,11 @@ class ClusterConfig:
     container: str | None = None
     """Command that runs the program in a Slurm job: `apptainer exec --nv refshard.sif`."""
     grace: int = 120
-    """Seconds between the warning and the end, for a step and a save. Slurm warns up to 60 s earlier."""
+    """Seconds between the signal to stop and the end of a job, for a step and a save. Slurm may signal 60 s earlier."""
     restarts: int = 100
-    """Number of times that a job is queued again, or a pod started again, before it counts as failed."""
+    """Number of times that a job is queued again, or a pod is started again, before the job fails."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """Settings for Kubernetes alone."""
 
     def __post_init__(self) -> None:
         require_at_least(self, workers=1, grace=1, restarts=0)

@@ -31,14 +31,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig:
-    """One held-out set; defaults come from `data`."""
+    """One held-out set; all its other settings are those of `data`."""
 
     path: PathText | None = None
-    """File, folder or hub name; `data.path` if left out."""
+    """File, folder or hub name; if left out, `data.path`."""
     name: str | None = None
-    """Configuration of a hub dataset; `data.name` if left out."""
+    """Configuration of a hub dataset; if left out, `data.name`."""
     split: str | None = None
-    """Split, with an optional range of rows: `test`, `train[2000:]`; `data.split` if left out."""
+    """Split, with an optional range of rows: `test`, `train[2000:]`; if left out, `data.split`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +46,34 @@ class DataConfig:
     """The preference pairs, and how they become tokens."""
 
     path: PathText
-    """A JSON Lines (.gz too), Parquet or CSV file, a folder of them, a `save_to_disk` folder, or a hub name."""
+    """File (JSON Lines, a JSON array, CSV, each also as .gz, or Parquet), folder with a file for each split,
+    `save_to_disk` folder, or hub name."""
     name: str | None = None
     """Configuration (subset) of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Split, with an optional range of rows: `train`, `train[:2000]`, `train[2000:4000]`."""
+    """Split, with an optional range of rows: `train`, `train[:2000]`, `train[2000:4000]`. Of a single file, only the
+    range counts."""
     format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
-    """Read from the path's ending if left out."""
+    """Format of the files; if left out, their ending decides. `jsonl` also stands for a JSON array (`.json`)."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column names, ours to theirs: `{prompt: question, chosen: answer_good}`. `user` and optionally `system`, instead
-    of `prompt`, make a conversation of texts: `{system: system, user: question}`."""
+    """Your column names by ours (prompt, chosen, rejected, tools, chat_template_kwargs): `{prompt: question}`. With
+    `user` instead of `prompt`, and optionally `system`, texts become a conversation: `{user: question}`."""
     max_length: int | None = 1024
-    """Largest number of tokens of prompt and completion together; the end is cut. Null: no cut."""
+    """Largest number of tokens of prompt and completion together; the end of a longer completion is cut. `null`: no
+    limit. Stores with token log-probs also serve a smaller value."""
     template_date: str | None = None
-    """Date that a chat template is told if it asks for today's, as YYYY-MM-DD; the date on which the store was created
-    if left out."""
+    """Date (YYYY-MM-DD) for a chat template that asks for today's; if left out, the day on which the store was
+    created."""
     streaming: bool = False
     """Stream a hub dataset instead of downloading it. Local files are always streamed by stage one."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at a row that can't be a pair, or skip, count and list it."""
     on_identical: Literal["keep", "drop"] = "keep"
-    """Keep or drop pairs whose chosen and rejected are equal, whose loss is a constant. They are counted either way."""
+    """Keep or drop pairs with equal chosen and rejected; their loss is a constant. Both ways count them."""
     eval: dict[str, EvalSetConfig] = field(default_factory=dict)
-    """Held-out sets by name. Each has a store beside `train`, under the same rules."""
+    """Held-out sets by name: `{test: {split: test}}`. Each has a store of its own, beside that of `train`."""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_length=2)  # one token of the prompt and one of the completion
@@ -111,11 +114,11 @@ class Quantization:
     """Weights in 4 or 8 bits, with bitsandbytes (`pip install refshard[quantization]`)."""
 
     bits: Literal[4, 8]
-    """4: QLoRA's (arXiv 2305.14314); 8: LLM.int8() (arXiv 2208.07339)."""
+    """Bits of a weight: 4 as in QLoRA (arXiv 2305.14314), or 8 as in LLM.int8() (arXiv 2208.07339)."""
     type: Literal["nf4", "fp4"] = "nf4"
     """Data type of 4-bit weights."""
     double: bool = False
-    """Quantize the 4-bit blocks' scales too, which saves 0.4 bits a weight."""
+    """Quantize the scales of the 4-bit blocks too. This saves 0.4 bits a weight."""
 
     def __post_init__(self) -> None:
         if self.bits == 8 and (self.type != "nf4" or self.double):
@@ -127,7 +130,7 @@ class SyncConfig:
     """TR-DPO (arXiv 2404.09656): every `steps` steps the reference moves toward the policy."""
 
     steps: int = 512
-    """Number of optimizer steps between two moves: one window."""
+    """Number of optimizer steps between two moves of the reference: one window."""
     mixup_alpha: float = 0.6
     """New reference = mixup_alpha * policy + (1 - mixup_alpha) * reference. 1 copies the policy, 0 moves nothing."""
 
@@ -138,20 +141,21 @@ class SyncConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The frozen model of stage one; the policy before training if left out."""
+    """The frozen model that stage one scores with; if left out, the policy before training."""
 
     model: str | None = None
-    """Folder or hub name of a causal language model with the policy's vocabulary."""
+    """Folder or hub name of a causal language model with the policy's vocabulary; if left out, the policy before
+    training."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
     """Folder or hub name of the reference's PEFT adapter."""
     disable_adapters: bool = False
-    """Score with the base model alone if the policy continues an adapter."""
+    """If `policy.adapter` is set: score with its base model alone."""
     dtype: Dtype = "auto"
     """Dtype of the weights; `auto` is the checkpoint's own."""
     quantization: Quantization | None = None
-    """Load the weights in 4 or 8 bits; quantized as the policy if `model` is left out too."""
+    """Load the weights in 4 or 8 bits; if this and `model` are left out, as the policy."""
     declared: str | None = None
     """Name of a reference that can't be loaded here; its log-probs come from `refshard import`."""
     sync: SyncConfig | None = None
@@ -168,18 +172,19 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
-    """Stage one."""
+    """Stage one: where the shards go, and how they are made."""
 
     output: PathText
     """Folder of the stores: `output/train` and one for each held-out set."""
     reuse: list[PathText] = field(default_factory=list)
-    """Stores of the same reference and tokenization to copy log-probs from: `[runs/a/shards/train, ...]`."""
+    """Stores of the same reference and tokenization, from which log-probs are copied: `[runs/a/shards/train]`."""
     rows_per_shard: int = 1024
-    """Number of dataset rows of one unit (one Parquet file), the most that a killed worker loses."""
+    """Number of dataset rows of one unit (one Parquet file). A killed or stopped worker loses at most one unit."""
     tokens_per_batch: int | None = None
-    """Largest number of tokens of one forward pass; as many as fit in free memory if left out."""
+    """Largest number of tokens of one forward pass; if left out, as many as fit in a GPU's free memory, or 2,048 on a
+    CPU."""
     token_logps: bool = True
-    """Store a log-prob for each token too, so that a run with a smaller `max_length` can use the shards."""
+    """Store a log-prob for each token too. A smaller `data.max_length` and `loss.ld_alpha` need them."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
     """Stop at a pair with a NaN or infinite log-prob, or drop and count it."""
     device_map: Literal["auto"] | None = None
@@ -197,18 +202,19 @@ class LoraSettings:
     """A fresh LoRA adapter on the policy (arXiv 2106.09685)."""
 
     r: int = 16
+    """Rank of the update."""
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout probability on the adapter's input, in training only."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers with an adapter, or `all-linear`: every linear layer but the head."""
+    """Names of the layers with an adapter, or `all-linear`: every linear layer except the head."""
     modules_to_save: list[str] = field(default_factory=list)
     """Names of modules that are trained whole and saved with the adapter: `[embed_tokens, norm]`."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Train magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    """Train magnitude and direction separately (DoRA, arXiv 2402.09353)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, r=1)
@@ -221,9 +227,9 @@ class Ia3Settings:
     """A fresh IA3 adapter on the policy: learned factors on activations (arXiv 2205.05638)."""
 
     target_modules: list[str] | None = None
-    """Names of the layers with factors; the library's choice for the architecture if left out."""
+    """Names of the layers with factors; if left out, PEFT's choice for the architecture."""
     feedforward_modules: list[str] | None = None
-    """Names of those layers whose input is scaled instead of their output."""
+    """Names of those of `target_modules` whose input is scaled instead of their output."""
 
     def __post_init__(self) -> None:
         if self.feedforward_modules is not None and self.target_modules is None:
@@ -284,23 +290,23 @@ class LossConfig:
     type: list[LossName] | LossName = "sigmoid"
     """One loss or a list of them; `sigmoid` is DPO (arXiv 2305.18290, eq. 7)."""
     weights: list[float] | None = None
-    """One weight for each loss of a list; 1 each if left out."""
+    """One weight for each loss of a list; if left out, 1 each."""
     beta: float = 0.1
     """Strength of the pull toward the reference, per nat; the paper's tau for `ipo`."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped labels: conservative DPO for `sigmoid`, the epsilon of `robust`, `exo_pair`, ..."""
+    """Assumed share of flipped labels, 0 to 0.5: conservative DPO for `sigmoid`, the epsilon of `robust`, ..."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence between policy and reference (arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
     """The alpha of `alpha_divergence`."""
     ld_alpha: float | None = None
-    """Weight of tokens past the shorter completion's length, in both models (LD-DPO, arXiv 2409.06411); 0 to 1."""
+    """Weight, 0 to 1, of tokens beyond the shorter completion's length, in both models (LD-DPO, arXiv 2409.06411)."""
     use_weighting: bool = False
     """Weight pairs by their probability under the policy (WPO, arXiv 2406.11827)."""
     discopop_tau: float = 0.05
     """Temperature of `discopop`."""
     router_aux_loss_coef: float | None = None
-    """Weight of the balance loss of a mixture-of-experts model; the model's own if left out, 0 for none."""
+    """Weight of the balance loss of a mixture-of-experts model, 0 for none; if left out, the model's own."""
 
     @property
     def types(self) -> list[LossName]:

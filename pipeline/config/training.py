@@ -11,7 +11,16 @@ from typing import Any, Literal
 from pipeline.base.errors import ConfigError, did_you_mean
 from pipeline.config.convert import PathText, convert
 
-__all__ = ["FIXED_TRAIN_FIELDS", "TrainSection"]
+__all__ = ["FIXED_TRAIN_FIELDS", "TRAIN_DEFAULTS", "TrainSection"]
+
+TRAIN_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "learning_rate": (1e-6, "the usual order for DPO with full fine-tuning; the recipes for adapters set a larger one"),
+    "logging_steps": (10, "metrics are logged every 10 steps"),
+    "report_to": ("none", "a tracker is used only if it is named"),
+    "ddp_timeout": (6 * 3600, "seconds; one process joins data and shards, for hours with millions of pairs"),
+    "logging_nan_inf_filter": (False, "it would log 0 or a mean in place of a loss that is not finite"),
+}
+"""Fields of TrainingArguments whose defaults are ours: the value and the reason"""
 
 FIXED_TRAIN_FIELDS = {
     "remove_unused_columns": "can't be set: the join's columns are always needed",
@@ -36,15 +45,15 @@ class TrainSection:
     """Stage two: our own options, and any field of `transformers.TrainingArguments`."""
 
     output_dir: PathText | None = None
-    """Folder of the run; see `folder`."""
+    """Folder of the run: checkpoints, the trained policy, its records."""
     on_missing: Literal["stop", "drop"] = "stop"
     """Stop at pairs that have no reference log-probs, or drop them."""
     on_mismatch: Literal["stop", "warn"] = "stop"
-    """Stop or warn if a policy should start as its reference and does not."""
+    """Stop or warn if policy and reference should be the same model before training, and are not (the parity gate)."""
     on_nonfinite: Literal["stop", "continue"] = "stop"
-    """Stop at the first step whose loss, gradient norm or weights are not finite, or warn of it."""
+    """Stop at the first step whose loss, gradient norm or weights are not finite, or warn and train on."""
     activation_offload: bool = False
-    """Keep the activations that backward needs in CPU memory."""
+    """Keep the tensors for backward in CPU memory: slower, the same numbers."""
     given: Mapping[str, object] = field(default_factory=dict, metadata={"rest": True})
     """The library's fields as the file gives them; see `options`."""
 
@@ -62,11 +71,7 @@ class TrainSection:
 
     @functools.cached_property
     def options(self) -> Mapping[str, Any]:
-        """The library's fields, converted by its types, on top of our defaults.
-
-        Our defaults differ from the library's where DPO needs it: learning_rate 1e-6 (DPO's usual order for full
-        fine-tuning), logging every 10 steps, and a tracker only if it is named. Processes wait six hours for the one
-        that joins the data, which takes longer than the library's half an hour for millions of pairs.
+        """The library's fields, converted by its types, on top of `TRAIN_DEFAULTS`.
 
         Raises ConfigError if a field is unknown, of the wrong type or set by refshard, or `output_dir` is missing.
         """
@@ -76,13 +81,7 @@ class TrainSection:
         own = [f.name for f in dataclasses.fields(self) if f.name != "given"]
         known = sorted({f.name for f in dataclasses.fields(TrainingArguments) if f.init} | set(own))
         hints = typing.get_type_hints(TrainingArguments)
-        options: dict[str, Any] = {
-            "learning_rate": 1e-6,
-            "logging_steps": 10,
-            "report_to": "none",
-            "ddp_timeout": 6 * 3600,
-            "logging_nan_inf_filter": False,
-        }
+        options = {key: value for key, (value, _) in TRAIN_DEFAULTS.items()}
         for key, value in self.given.items():
             if key not in known:
                 raise ConfigError(f"train.{key}: no such field of TrainingArguments{did_you_mean(key, known)}")
