@@ -19,33 +19,36 @@ HERE = Path(__file__).parent
 METHOD = """\
 ## Method
 
-Both sides get the same random weights (from one seed), the same dtype and the same token ids, drawn once per workload;
-prompts and completions have log-normal lengths, cut in equally likely parts so that a few pairs have the distribution's
-mean. No tokenizer and no text is involved.
+Both sides get the same random weights (from one seed), the same dtype and the same token ids, drawn once for each
+workload. The lengths of prompts and completions are log-normal. They are the quantiles of equally likely parts, so a
+few pairs have the distribution's mean. No tokenizer and no text is involved.
 
-- **Rounds.** refshard, TRL, refshard, TRL, ...; a ratio is taken within each round, and the tables give the median with
-  the smallest and the largest. Every measurement is a process of its own and warms up before its clock starts. The
-  processor times come from a separate set of measurements, on one thread.
+- **Rounds.** The order is refshard, TRL, refshard, TRL, ... Each ratio compares the two of one round. The tables give
+  the median, the smallest and the largest. Every measurement is a process of its own and warms up before its clock
+  starts. The processor times come from a separate set of measurements, on one thread.
 - **Stage one** of TRL is `DPOTrainer(precompute_ref_log_probs=True)` with its own loader, collator and passes, {batch}
-  pairs a batch (its default; a smaller one pads less: `--only curve-batch` measures it), timed from its first batch to
-  its last. Writing TRL's cache and refshard's shards is not timed. refshard scores with its default of {tokens:,}
-  tokens a batch. Neither checkpoints gradients nor casts automatically: bfloat16 means weights in it.
-- **Stage two** is whole optimizer steps of SGD with reference log-probs in the data, from the end of one step to the
-  end of the next, so collating and logging are included; the first step warms up. bfloat16 is autocast over float32
-  weights, the default of both. The optimizer is SGD, because the memory and time of AdamW are the same on both sides
-  and would only hide the difference. No gradient checkpointing. The reference log-probs are made up, the same for both.
-  With a real reference equal to the policy, the first loss would be log 2 even if the log-probs were wrong.
-- **Memory** is resident memory: the kernel's high-water mark, reset when the model is loaded and before the warm-up,
-  less what was held then. The allocator is the system's, with no settings.
-- **Share of the limit** is the useful operations, `2 N (P + C + R) + 2 V H (C + R)` and the attention's, divided by the
-  time and by the rate of a matrix product of the model's own shape, measured in the same process right after. N are the
-  parameters outside embedding and head, V x H the head, P, C and R the tokens of prompt and completions: each prompt
-  counts once, and the head on completions alone. A training step counts three times that.
+  pairs a batch. This is its default; a smaller batch has less padding (`--only curve-batch` measures it). The time runs
+  from its first batch to its last. Writing TRL's cache and refshard's shards is not timed. refshard scores with its
+  default of {tokens:,} tokens a batch. Neither uses gradient checkpointing or autocast: bfloat16 is the dtype of the
+  weights.
+- **Stage two** is whole optimizer steps of SGD with reference log-probs in the data. The time runs from the end of one
+  step to the end of the next, so it includes collating and logging; the first step warms up. bfloat16 is autocast over
+  float32 weights, the default of both. The optimizer is SGD, because the memory and time of AdamW are the same on both
+  sides and would only hide the difference. There is no gradient checkpointing. The reference log-probs are made up, the
+  same for both. With a real reference equal to the policy, the first loss would be log 2 even if the log-probs were
+  wrong.
+- **Memory** is resident memory: the kernel's high-water mark, minus the memory in use when the mark was reset. It is
+  reset when the model is loaded, before the warm-up. The allocator is the system's, with no settings.
+- **Share of the limit** is the rate of useful operations, divided by the rate of a matrix product of the model's own
+  shape, which the same process measures right after. The useful operations are `2 N (P + C + R) + 2 V H (C + R)` and
+  those of the attention. N is the number of parameters outside embedding and head, V x H the size of the head; P, C and
+  R are the tokens of prompt and completions. Each prompt counts once, and the head counts for completions only. A
+  training step counts three times that.
 - **The draw.** In TRL's batches, a few pairs in random order may need more or less padding than many pairs do. The last
   column before the command is TRL's padded tokens a pair in the measurement, divided by those of {long_run} pairs. A
   speed ratio divided by this number is the ratio of a long run.
 - **Agreement** is the largest difference of a completion's summed log-probs over all pairs and rounds, or the
-  difference of the first step's losses. In bfloat16 both sides round, differently with every shape of a batch.
+  difference of the losses of the first step. In bfloat16 both sides round, and each shape of a batch rounds differently.
 """
 
 JOIN = """\
@@ -67,8 +70,8 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "refshard side by side with TRL's `DPOTrainer`. `make bench` measures everything here that needs no GPU and "
-        "makes this page; the command beside a table or a picture measures that alone.",
+        "refshard side by side with TRL's `DPOTrainer`. `make bench` measures everything that needs no GPU, and "
+        "writes this page. The command beside a table or a picture repeats that measurement alone.",
         "",
         *(_processor_section(cpu["results"], chosen.docs) if cpu else ["Not measured. Command: `make bench`.", ""]),
         "## GPU",

@@ -139,7 +139,7 @@ _CURVED = {"mean_bar": 3e-6}
 # It changes by a factor of e per nat (forward_kl), or its sign within tau / beta, half a nat (discopop). Short steps,
 # or single pairs drift so far that their slope is in the hundreds.
 _STEEP = {**_CURVED, "learning_rate": 1e-3}
-_CONSERVATIVE = "differs on purpose: ours smooths the labels (conservative DPO), TRL takes no notice of label_smoothing"
+_CONSERVATIVE = "differs on purpose: ours smooths the labels (conservative DPO), TRL ignores label_smoothing"
 _IN_PLACE = "TRL stops with an error: it multiplies the weights into the output of relu, which the gradient needs"
 
 CASES: list[Case] = [
@@ -418,14 +418,15 @@ def table(results: Sequence[tuple[Case, Gaps | None, float]]) -> str:
 
 
 NOTE = f"""\
-Relative differences, largest and mean, between refshard on shards and TRL {trl.__version__} with its reference in
-memory, over {STEPS} steps of SGD in float32 from the same weights on the same pairs. In the last column the largest of
-loss and gradient norm with AdamW, which divides by the roots of small second moments and so multiplies rounding. All
-are relative to TRL's value; but rewards and margins, differences of far larger logps, to beta times those logps, and
-`logits/*`, averages of logits that cancel, to the root mean square of the logits. "Other metrics" are all others that
-TRL logs; the numbers are those of the worst. No pair ties here: where one does, `rewards/accuracies` counts one half,
-and TRL 0. `tests/support/parity_table.py` makes this table, and `tests/parity/test_loss_parity.py` holds it, with SGD,
-to {_short(LARGEST_BAR)}."""
+The cells give relative differences, largest and mean, between refshard on shards and TRL {trl.__version__} with its reference in
+memory, over {STEPS} steps of SGD in float32 from the same weights on the same pairs. The last column gives the largest
+difference of loss and gradient norm with AdamW. AdamW divides by the roots of small second moments, which multiplies
+rounding. Differences are relative to TRL's value, with two exceptions. Rewards and margins are differences of far
+larger logps; their differences are relative to beta times those logps. `logits/*` are averages of logits that cancel;
+their differences are relative to the root mean square of the logits. "Other metrics" are all others that TRL logs; the
+numbers are those of the worst. No pair ties in these runs. For a tie, `rewards/accuracies` counts one half here, and 0
+in TRL. `tests/support/parity_table.py` makes this table. `tests/parity/test_loss_parity.py` checks, with SGD, that all
+differences are below {_short(LARGEST_BAR)}."""
 
 
 _BLOCK = re.compile(f"({re.escape(OPENING)}\n)(.*?)({re.escape(CLOSING)})", re.DOTALL)
