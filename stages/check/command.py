@@ -122,7 +122,7 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
             count = sum(bad.values())
             yield DataError(
                 f"{count:,} {'row' if count == 1 else 'rows'} of {dataset} can't be pairs and would stop stage one "
-                f"(first: {first.place}: {first.text}). Set data.on_bad_row: skip, or mend them"
+                f"(first: {first.place}: {first.text}). Fix these rows, or set data.on_bad_row: skip"
             )
         if ledger.kept == 0:
             yield DataError(f"{dataset}: no pair was kept, so there is nothing to train on: {ledger.summary()}")
@@ -138,7 +138,7 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
             yield DataError(
                 f"{state.pairs_missing:,} of {ledger.kept:,} pairs of {dataset} have no reference logps in "
                 f"{state.folder}: the dataset has changed since they were scored. Score again into a new "
-                "precompute.output, or train without these pairs: train.on_missing: drop"
+                "precompute.output, or set train.on_missing: drop to train without these pairs"
             )
 
 
@@ -159,7 +159,7 @@ def above_limits(found: Findings, limits: Limits) -> Iterator[RefshardError]:
     for name, stage in stages.items():
         if limits.max_memory is not None and stage.total_memory > limits.max_memory:
             yield ConfigError(
-                f"{name}: needs about {gigabytes(stage.total_memory)} of memory a device; --max-memory allows "
+                f"{name}: needs about {gigabytes(stage.total_memory)} of memory on each device; --max-memory allows "
                 f"{gigabytes(limits.max_memory)}"
             )
     if limits.max_hours is None:

@@ -127,7 +127,8 @@ def _share(count: int, whole: int) -> str:
 def estimate_lines(estimate: Estimate, host_memory_here: int | None) -> Iterator[str]:
     """Yield the lines about both stages, the CPU's memory (its size here, if known) and the disk."""
     hardware, probe, needed = estimate.hardware, estimate.probe, estimate.host_memory
-    yield f"about, on {hardware.label} ({gigabytes(hardware.memory)} each; {hardware.source})"
+    each = " each" if hardware.count > 1 else ""
+    yield f"Estimate for {hardware.label}: {gigabytes(hardware.memory)} of memory{each} ({hardware.source})"
     for name, stage in estimate.stages.items():
         yield from _stage_lines(name, stage, hardware.memory)
     verdict = ""
@@ -135,23 +136,23 @@ def estimate_lines(estimate: Estimate, host_memory_here: int | None) -> Iterator
         fits = "too much" if needed > host_memory_here else "fits"
         verdict = f": {fits}, this machine has {gigabytes(host_memory_here)}"
     yield (
-        f"  {'CPU memory':14}{gigabytes(needed)} on the machine, all its processes together, while each loads the "
-        f"policy whole{verdict}"
+        f"  {'CPU memory':14}{gigabytes(needed)} on the machine for all its processes together, while each of them "
+        f"loads the whole policy{verdict}"
     )
     disk = ", ".join(f"{part} {gigabytes(size)}" for part, size in estimate.disk.items())
     yield f"  {'disk':14}{gigabytes(estimate.total_disk)}: {disk}"
     if probe is not None:
         yield (
-            f"  Measured here: one layer of the model reaches {probe.forward / 1e9:,.0f} GFLOP/s forward, "
-            f"{probe.training / 1e9:,.0f} in training. The rest is arithmetic."
+            f"  One layer of the model was measured on this machine: {probe.forward / 1e9:,.0f} GFLOP/s forward, "
+            f"{probe.training / 1e9:,.0f} in training. All other numbers are computed."
         )
     elif hardware.tflops_16bit is None:
-        yield "  Nothing is measured, and the speed of this hardware is not known: no times."
+        yield "  Nothing was measured. The speed of this hardware is not known, so times are not estimated."
     else:
         bad, usual, good = UTILISATION
         yield (
-            f"  Nothing is measured: {usual:.0%} of the data sheet's peak is assumed ({bad:.0%} to {good:.0%} in the "
-            "range), and memory counted from the model's config."
+            f"  Nothing was measured: {usual:.0%} of the data sheet's peak is assumed ({bad:.0%} to {good:.0%} for the "
+            "range). Memory is computed from the model's config."
         )
 
 
@@ -166,8 +167,8 @@ def _stage_lines(name: str, stage: StageEstimate, memory: int) -> Iterator[str]:
     steps = f", {stage.steps:,} steps" if stage.steps else ""
     yield f"  {name:14}{_time(stage.seconds)} for {stage.tokens:,} tokens{steps}"
     yield (
-        f"  {'':14}{gigabytes(stage.total_memory)} of memory a device ({gigabytes(low)} to {gigabytes(high)}: "
-        f"{verdict}): {parts}; at {stage.batch_tokens:,} tokens at once"
+        f"  {'':14}{gigabytes(stage.total_memory)} of memory on each device ({gigabytes(low)} to {gigabytes(high)}: "
+        f"{verdict}): {parts}; {stage.batch_tokens:,} tokens in a batch"
     )
 
 
@@ -180,7 +181,7 @@ def gigabytes(size: float) -> str:
 
 def _time(seconds: tuple[float, float, float] | None) -> str:
     if seconds is None:
-        return "no time known"
+        return "unknown time"
     best, about, worst = seconds
     unit, name = (3600, "hours") if about >= 3600 else (60, "minutes") if about >= 60 else (1, "seconds")
     return f"{about / unit:,.1f} {name} ({best / unit:,.1f} to {worst / unit:,.1f})"

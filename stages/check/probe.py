@@ -43,7 +43,8 @@ def this_hardware(device: torch.device) -> Hardware:
         name, count = name_of_device(device), torch.cuda.device_count()
         return Hardware(name=name, memory=memory, count=count, source="this machine")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = f"this CPU, threads: {torch.get_num_threads()}"
+    threads = torch.get_num_threads()
+    name = f"this CPU with {threads} thread{'s' if threads > 1 else ''}"
     return Hardware(name=name, memory=memory, source="this machine", is_gpu=False)
 
 

@@ -113,7 +113,7 @@ def test_bad_rows_that_would_stop_stage_one_fail_the_check_which_counts_all_of_t
     config = make_run(rows=ROWS)
     said = refshard("check", "--config", config, *GPU, check=65)
     assert "3 rows of" in said.stderr and "pairs.jsonl:22: chosen must be text" in said.stderr
-    assert "Set data.on_bad_row: skip" in said.stderr
+    assert "Fix these rows, or set data.on_bad_row: skip" in said.stderr
     for count, meaning in ((1, "wrong type"), (1, "empty completion"), (1, "no shared prompt")):
         assert f"{count} (3.6%): {meaning}" in said.stdout
     assert "pairs.jsonl:25: " in said.stdout and "prompt alone fills max_length" in said.stdout
@@ -132,7 +132,7 @@ def test_each_limit_fails_with_what_was_found_and_what_is_allowed(make_run: Call
     said = refshard("check", "--config", config, *GPU, *above, check=65).stderr
     assert "4 of 28 rows are dropped (14.29%); --max-dropped allows 10.00%" in said
     assert "2 of 24 pairs are cut at data.max_length (8.33%); --max-cut allows 5.00%" in said
-    assert re.search(r"train: needs about 1\.\d GB of memory a device; --max-memory allows 100 MB", said)
+    assert re.search(r"train: needs about 1\.\d GB of memory on each device; --max-memory allows 100 MB", said)
     assert "--max-hours allows 0" in said
     said = refshard("check", "--config", config, *GPU, *above[4:], check=2).stderr
     assert "--max-memory allows" in said and "dropped" not in said
@@ -191,7 +191,7 @@ def test_a_finished_stage_is_done_and_too_little_memory_of_the_machine_is_said()
     for here, verdict in ((10**9, ": too much, this machine has 1.0 GB"), (2 * 10**9, ": fits"), (None, "whole")):
         lines = list(estimate_lines(found, here))
         [memory] = [line for line in lines if "CPU memory" in line]
-        assert "1.0 GB on the machine, all its processes together" in memory and verdict in memory
+        assert "1.0 GB on the machine for all its processes together" in memory and verdict in memory
         assert "  precompute    done" in lines
     [above] = above_limits(Findings(sets={}, stores={}, estimate=found), Limits(max_memory=1))
     assert str(above).startswith("train: ")
