@@ -418,15 +418,16 @@ def table(results: Sequence[tuple[Case, Gaps | None, float]]) -> str:
 
 
 NOTE = f"""\
-The cells give relative differences, largest and mean, between refshard on shards and TRL {trl.__version__} with its reference in
-memory, over {STEPS} steps of SGD in float32 from the same weights on the same pairs. The last column gives the largest
-difference of loss and gradient norm with AdamW. AdamW divides by the roots of small second moments, which multiplies
-rounding. Differences are relative to TRL's value, with two exceptions. Rewards and margins are differences of far
-larger logps; their differences are relative to beta times those logps. `logits/*` are averages of logits that cancel;
-their differences are relative to the root mean square of the logits. "Other metrics" are all others that TRL logs; the
-numbers are those of the worst. No pair ties in these runs. For a tie, `rewards/accuracies` counts one half here, and 0
-in TRL. `tests/support/parity_table.py` makes this table. `tests/parity/test_loss_parity.py` checks, with SGD, that all
-differences are below {_short(LARGEST_BAR)}."""
+The cells give relative differences, largest and mean, between refshard on shards and TRL {trl.__version__} with its
+reference in memory, over {STEPS} steps of SGD in float32 from the same weights on the same pairs. The last
+column gives the largest difference of loss and gradient norm with AdamW. AdamW divides by the roots of
+small second moments, which multiplies rounding. Differences are relative to TRL's value, with two
+exceptions. Rewards and margins are differences of far larger logps; their differences are relative to beta
+times those logps. `logits/*` are averages of logits that cancel; their differences are relative to the root
+mean square of the logits. "Other metrics" are all others that TRL logs; the numbers are those of the worst.
+No pair ties in these runs. For a tie, `rewards/accuracies` counts one half here, and 0 in TRL.
+`tests/support/parity_table.py` makes this table. `tests/parity/test_loss_parity.py` checks, with SGD, that
+all differences are below {_short(LARGEST_BAR)}."""
 
 
 _BLOCK = re.compile(f"({re.escape(OPENING)}\n)(.*?)({re.escape(CLOSING)})", re.DOTALL)
