@@ -56,6 +56,8 @@ def run(
     prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
     if not prompts:
         raise ConfigError(f"--set: must be a set with pairs, got {name} ({describe(source)}). Choose another set")
+    if len(prompts) < num_prompts:
+        say(f"{len(prompts)} prompts, not {num_prompts}: {name} has no more different ones ({describe(source)})")
     replies = draw_both(config, policy_folder, [prompt.ids for prompt in prompts], sampling, tokenizer, flag)
     if reward_model is not None:
         replies = _rewarded(reward_model, prompts, replies, flag)

@@ -319,7 +319,8 @@ def _make_trainer(
             saved = read_json(run.checkpoint / "trainer_state.json")
             trainer.state.best_model_checkpoint = saved["best_model_checkpoint"]
         if gate is not None:
-            run_gate(trainer, gate, _say, commit.leave_if_asked)
+            run_gate(trainer, gate, _say, commit.leave_if_asked, record.pulse)
+            record.restart()
         if window is not None and trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
             # The library evaluated at a step's end, and could not where the reference moves right after it.
             trainer.evaluate()
@@ -404,7 +405,7 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
         best = on_main_process(lambda: best_checkpoint(output, saved_as))
         trainer.load_best(best, lambda folder: load_policy(at_checkpoint(run.config, folder)))
         step = int(best.name.removeprefix("checkpoint-"))
-    metrics = metrics_of(trainer, step)
+    metrics = metrics_of(trainer, step) if run.config.train.evaluates_at_end else {}
     save_policy(trainer, run.attempt)
     if not PartialState().is_main_process:
         return

@@ -24,6 +24,8 @@ JSON_LOGS = "REFSHARD_JSON_LOGS"
 """Environment variable with the option's effect, also in the processes that a command starts"""
 
 _SECONDS_BETWEEN_LINES = 30.0
+_ONE = {"replies": "reply"}
+"""Units whose singular is not the plural without its s"""
 
 
 class JsonLines(io.TextIOBase):
@@ -121,13 +123,19 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the start, or since `restart`."""
         return time.monotonic() - self._start.time
 
     @property
     def tokens(self) -> int:
         """Number of tokens done since the start."""
         return self._latest.tokens
+
+    def restart(self) -> None:
+        """Let time and rates count from here: what came before was loading."""
+        self._start = self._first = self._latest._replace(time=time.monotonic())
+        self._last_line = -math.inf
+        self._bar.unpause()
 
     def advance(self, count: int, *, tokens: int, memory: int) -> None:
         """Count further units and their tokens, and write a line if one is due. `memory` is the peak so far, bytes."""
@@ -174,12 +182,20 @@ class Progress:
             emit("progress", {"stage": self._name, "doing": doing, **counts, **self._values})
             return
         of = f" of {self._total:,}" if self._total else ""
-        parts = [f"{done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s", *_shown(self._values)]
+        speed = [_speed(rate, self._unit)] if rate else []
+        parts = [f"{done:,}{of} {self._unit}", *speed, *_shown(self._values)]
         if left:
             parts.append(f"{tqdm.format_interval(left)} left")
         if doing:
             parts.append(doing)
         say(f"{self._name}: {', '.join(parts)}", err=True)
+
+
+def _speed(per_second: float, unit: str) -> str:
+    """Show a rate as units a second, or as seconds a unit where it is slower than that."""
+    if per_second >= 1:
+        return f"{per_second:,.1f} {unit}/s"
+    return f"{1 / per_second:,.1f} s/{_ONE.get(unit, unit.removesuffix('s'))}"
 
 
 def _shown(values: Mapping[str, float]) -> list[str]:

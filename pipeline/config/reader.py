@@ -17,7 +17,7 @@ from pipeline.base.files import read_file
 from pipeline.config.convert import NULL_WORDS, convert, kind_of
 from pipeline.config.schema import Config
 
-__all__ = ["as_dict", "load_config", "settings_text"]
+__all__ = ["as_dict", "dump_settings", "load_config", "settings_text"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -68,7 +68,39 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def settings_text(config: Config) -> str:
     """Give the settings, with their defaults, as a YAML file for `load_config`."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    return dump_settings(as_dict(config))
+
+
+def dump_settings(settings: Mapping[str, Any]) -> str:
+    """Give settings, as `as_dict` has them, as YAML: numbers of `train` as numbers, true and false as booleans."""
+    tree = {key: _as_written(value) if key == "train" else value for key, value in settings.items()}
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Written(str):
+    """A scalar of `train` as the file gives it, whose type the library's field declares."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes numbers and booleans of `train` without quotes, letter by letter as the user wrote them."""
+
+    def represent_written(self, text: _Written) -> yaml.ScalarNode:
+        tag = self.resolve(yaml.ScalarNode, str(text), (True, False))  # type: ignore[no-untyped-call]
+        kind = tag.removeprefix("tag:yaml.org,2002:")
+        # `save_strategy: no` is a word; other readers would take it for false.
+        plain = kind in ("int", "float") or text.lower() in ("true", "false")
+        return self.represent_scalar(tag if plain else "tag:yaml.org,2002:str", str(text))
+
+
+_Dumper.add_representer(_Written, _Dumper.represent_written)
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    return _Written(value) if isinstance(value, str) else value
 
 
 _TYPES = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value", "merge")

@@ -92,6 +92,11 @@ class TrainSection:
             _ = self.folder
         return options
 
+    @property
+    def evaluates_at_end(self) -> bool:
+        """True unless the settings say `eval_strategy: no`: the held-out sets are evaluated with the saved policy."""
+        return bool(self.options.get("eval_strategy") != "no")
+
     def as_dict(self) -> dict[str, Any]:
         """Give the section as a file would hold it: our options where they are not the defaults, and `given`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}

@@ -58,7 +58,7 @@ class Sampling:
 def choose_prompts(
     source: Source, tokenizer: transformers.PreTrainedTokenizerBase, config: Config, count: int, flag: StopFlag
 ) -> list[Prompt]:
-    """Choose different prompts, spread evenly over a set; fewer than `count` if the set has no more.
+    """Choose different prompts, spread evenly over a set, by row; fewer than `count` if the set has no more.
 
     A streamed hub dataset gives its first prompts, since its length is unknown.
 
@@ -70,18 +70,19 @@ def choose_prompts(
         total = sum(1 for _ in read_rows(source))
     wanted = range(count) if total is None else np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
     chosen: dict[tuple[int, ...], Prompt] = {}
-    for position, row in enumerate(read_rows(source)):
-        leave_if_asked(flag)
-        if len(chosen) == len(wanted):
-            break
-        if position < wanted[len(chosen)]:
-            continue
-        # If a row is dropped, or repeats a prompt, the next row takes its place.
-        for outcome in outcomes([row], tokenizer, config.data):
-            if outcome.kept is not None and outcome.pair is not None:
-                ids = outcome.kept.pair.prompt_ids
-                chosen.setdefault(tuple(ids), Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
-    return list(chosen.values())
+    # If a row is dropped, or repeats a prompt, the next row takes its place; at the set's end, the first ones do.
+    for places in (wanted, [0] * len(wanted)):
+        for position, row in enumerate(read_rows(source)):
+            leave_if_asked(flag)
+            if len(chosen) == len(wanted):
+                break
+            if position < places[len(chosen)]:
+                continue
+            for outcome in outcomes([row], tokenizer, config.data):
+                if outcome.kept is not None and outcome.pair is not None:
+                    ids = outcome.kept.pair.prompt_ids
+                    chosen.setdefault(tuple(ids), Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))
+    return sorted(chosen.values(), key=lambda prompt: prompt.row)
 
 
 def stop_ids(config: Config, tokenizer: Any) -> list[int]:

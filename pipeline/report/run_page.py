@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
-import yaml
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
 from pipeline.base.statistics import share_positive
+from pipeline.config.reader import dump_settings
 from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.report.charts import histogram_chart
 from pipeline.report.comparison import Shown, common_folder, differing_settings, runs_table, show_runs
@@ -155,7 +155,7 @@ def _settings(shown: Sequence[Shown]) -> list[Section]:
     parts = []
     for one in shown:
         if one.run.settings:
-            text = yaml.safe_dump(dict(one.run.settings), sort_keys=False, allow_unicode=True)
+            text = dump_settings(one.run.settings)
             folded = Markup("<details><summary>{}</summary>{}</details>")
             parts.append(folded.format(printable(str(one.run.folder)), preformatted(text)))
         if one.run.attempts and (versions := one.run.attempts[-1].versions):

@@ -67,6 +67,8 @@ class MarginRows:
     step: int
     columns: Mapping[str, npt.NDArray[np.float32]]
     """Column of `records.MARGIN_COLUMNS` -> values, [P] each"""
+    rows: npt.NDArray[np.int64] | None = None
+    """Position of each pair in the source, [P]; None in a file of an earlier version"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float | None]:
 def _read_margins(file: Path) -> MarginRows:
     # `ParquetFile` reads the file alone; `read_table` would read partition columns from the folder's name.
     with open_file(file) as stream:
-        table = pq.ParquetFile(stream).read(columns=list(MARGIN_COLUMNS))
+        table = pq.ParquetFile(stream).read(columns=["row", *MARGIN_COLUMNS])
+    rows = table["row"].to_numpy() if "row" in table.column_names else None
     columns = {name: table[name].to_numpy() for name in MARGIN_COLUMNS}
-    return MarginRows(step=int(table.schema.metadata[b"refshard.step"]), columns=columns)
+    return MarginRows(step=int(table.schema.metadata[b"refshard.step"]), columns=columns, rows=rows)

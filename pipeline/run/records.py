@@ -79,13 +79,23 @@ class RunLog:
             self._warned = True
 
 
-def write_margins(run_folder: Path, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
+def write_margins(
+    run_folder: Path, name: str, step: int, ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]
+) -> None:
     """Write the margins of a set's pairs, in place of an earlier evaluation's. Raises StorageError.
 
-    `step` is that of the evaluation; `rows` holds the values of `MARGIN_COLUMNS`, [P, 5].
+    Args:
+        run_folder: Folder of the run.
+        name: Set.
+        step: Step of the evaluation.
+        ids: Row in the source, and the pair's key as two little-endian integers, [P, 3].
+        values: Values of `MARGIN_COLUMNS`, [P, 5].
     """
-    schema = pa.schema([pa.field(column, pa.float32(), nullable=False) for column in MARGIN_COLUMNS])
-    table = pa.table([rows[:, i] for i in range(rows.shape[1])], schema=schema)
+    named = [("row", pa.int64()), ("pair_key", pa.binary(16)), *((name, pa.float32()) for name in MARGIN_COLUMNS)]
+    schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in named])
+    keys = [key.tobytes() for key in np.ascontiguousarray(ids[:, 1:]).astype("<i8")]
+    columns = [pa.array(ids[:, 0]), pa.array(keys, pa.binary(16)), *map(pa.array, values.T)]
+    table = pa.Table.from_arrays(columns, schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"refshard.step": str(step)}), sink)
     folder = run_folder / MARGINS

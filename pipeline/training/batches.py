@@ -23,6 +23,8 @@ class JoinedBatch:
     """
 
     batch: Batch
+    ids: torch.Tensor
+    """Row in the source, and the pair's key as two integers, [P, 3] int64"""
     ref_chosen_logps: torch.Tensor
     """Reference logps of the chosen completions, [P] float32, nats"""
     ref_rejected_logps: torch.Tensor
@@ -67,6 +69,7 @@ class Collator:
             pairs.append(pair)
         joined = JoinedBatch(
             batch=make_batch(pairs, self.pad_id, packed=self.packed),
+            ids=torch.tensor([[row["row"], *np.frombuffer(row["pair_key"], "<i8").tolist()] for row in rows]),
             ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
             truncated=torch.tensor([row["truncated"] for row in rows]),

@@ -94,8 +94,16 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
     )
 
 
-def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_asked: Callable[[], None]) -> None:
-    """Run the gate before the first step of an attempt, on every rank alike; `leave_if_asked` raises at a stop request.
+def run_gate(
+    trainer: Any,
+    gate: Gate,
+    say: Callable[[str], None],
+    leave_if_asked: Callable[[], None],
+    show: Callable[[str], None],
+) -> None:
+    """Run the gate before the first step of an attempt, on every rank alike.
+
+    `leave_if_asked` raises at a stop request; `show` takes how far the gate is.
 
     Raises:
         RefshardError: The policy differs from the reference; the message names the likely cause.
@@ -123,7 +131,13 @@ def run_gate(trainer: Any, gate: Gate, say: Callable[[str], None], leave_if_aske
     else:
         state = functools.partial(_with_adapter, folder=str(relation.frozen_adapter))
         which = f"the policy with the adapter {relation.frozen_adapter}"
-    measure = functools.partial(_measure, trainer, [trainer.train_dataset[i] for i in rows], leave_if_asked)
+    sample = [trainer.train_dataset[i] for i in rows]
+
+    def before_batch(done: int) -> None:
+        leave_if_asked()
+        show(f"parity gate, {done:,} of {len(sample):,} pairs")
+
+    measure = functools.partial(_measure, trainer, sample, before_batch)
     gaps = measure(state)
     judged = gate.judge(gaps)
     if judged.agrees:
@@ -188,12 +202,15 @@ def _with_adapter(model: Any, folder: str) -> Iterator[None]:
 def _measure(
     trainer: Any,
     rows: Sequence[dict[str, Any]],
-    leave_if_asked: Callable[[], None],
+    before_batch: Callable[[int], None],
     state: _State,
     *,
     training: bool = True,
 ) -> Gaps:
-    """Score the sample with the policy in one of its states, and compare with the stored logps."""
+    """Score the sample with the policy in one of its states, and compare with the stored logps.
+
+    `before_batch` is told the number of pairs that are scored.
+    """
     model = trainer.model_wrapped
     was_training = model.training
     size = trainer.args.per_device_train_batch_size
@@ -204,7 +221,7 @@ def _measure(
             model.train(training)
             _silence_adapter_dropout(model)
             for start in range(0, len(rows), size):
-                leave_if_asked()
+                before_batch(start)
                 _add_gaps(gaps, trainer, rows[start : start + size])
         model.train(was_training)
     return of_main_process(gaps)

@@ -1,7 +1,7 @@
 """Record training as it runs: the progress line, the run's log, the margins of its pairs."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ _SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accu
 """Word for people -> metric"""
 
 
+_Pair = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+"""Ids of a pair, [3], and its margins, [5]"""
+
+
 class Margins:
     """Collects the margins of pairs during training and evaluation, and writes them when a set is done.
 
@@ -33,27 +37,24 @@ class Margins:
     def __init__(self, attempt: Attempt, only_set: str | None) -> None:
         self._attempt = attempt
         self._only_set = only_set
-        self._held_out: list[npt.NDArray[np.float32]] = []
-        self._trained: deque[npt.NDArray[np.float32]] = deque(maxlen=_LAST_TRAINED)
+        self._held_out: list[_Pair] = []
+        self._trained: deque[_Pair] = deque(maxlen=_LAST_TRAINED)
 
-    def add(self, columns: Mapping[str, torch.Tensor], *, training: bool) -> None:
-        """Add the pairs of a micro-batch, of all processes: each column [P]."""
+    def add(self, columns: Mapping[str, torch.Tensor], ids: torch.Tensor, *, training: bool) -> None:
+        """Add the pairs of a micro-batch, of all processes: each column [P], their ids [P, 3]."""
         policy = columns["logps/chosen"] - columns["logps/rejected"]
         shift = columns["logps/chosen_shift"]
         # log-ratio margin = chosen shift - rejected shift = policy margin - reference margin
         rejected_shift = shift - (policy - columns["ref/margins"])
         values = [columns["ref/margins"], policy, columns["rewards/margins"], shift, rejected_shift]
-        rows = torch.stack(values, dim=1).float().numpy()
-        if training:
-            self._trained.extend(rows)
-        else:
-            self._held_out.append(rows)
+        pairs = zip(ids.numpy(), torch.stack(values, dim=1).float().numpy(), strict=True)
+        (self._trained if training else self._held_out).extend(pairs)
 
     def finish_set(self, prefix: str, step: int) -> None:
         """Write the margins of a held-out set, which the library names by its metrics' prefix."""
         name = prefix.removeprefix("eval").removeprefix("_") or self._only_set
         if self._held_out and name is not None:
-            self._write(name, step, np.concatenate(self._held_out))
+            self._write(name, step, self._held_out)
         self.forget()
 
     def forget(self) -> None:
@@ -63,12 +64,13 @@ class Margins:
     def finish_training(self, step: int) -> None:
         """Write the margins of the last trained pairs."""
         if self._trained:
-            self._write("train", step, np.stack(list(self._trained)))
+            self._write("train", step, self._trained)
 
-    def _write(self, name: str, step: int, rows: npt.NDArray[np.float32]) -> None:
+    def _write(self, name: str, step: int, pairs: Iterable[_Pair]) -> None:
         # An attempt that another has taken over from must not overwrite that one's.
         if self._attempt.is_newest():
-            write_margins(self._attempt.run_folder, name, step, rows)
+            ids, values = map(np.stack, zip(*pairs, strict=True))
+            write_margins(self._attempt.run_folder, name, step, ids, values)
 
 
 class RecordCallback(transformers.TrainerCallback):
@@ -135,6 +137,16 @@ class RecordCallback(transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
+
+    def pulse(self, doing: str) -> None:
+        """Show what the run does before its first step."""
+        if self._progress is not None:
+            self._progress.pulse(doing)
+
+    def restart(self) -> None:
+        """Let time and rates count from here: the gate is passed."""
+        if self._progress is not None:
+            self._progress.restart()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:

@@ -161,7 +161,7 @@ class PairTrainer(transformers.Trainer):
             loss = total_loss(first_pairs(pairs, real), self._loss).loss
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
-        self._add_metrics(columns_of(joined, scores, pairs, objective))
+        self._add_metrics(columns_of(joined, scores, pairs, objective), joined.ids)
         if self._finite is not None and self.model.training:
             self._finite.take_loss(loss)
         return loss
@@ -375,15 +375,17 @@ class PairTrainer(transformers.Trainer):
             self._tr_loss.zero_()
         super().log(logs, start_time)
 
-    def _add_metrics(self, columns: Mapping[str, torch.Tensor]) -> None:
+    def _add_metrics(self, columns: Mapping[str, torch.Tensor], ids: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        # One collective per micro-batch: [pairs of all ranks, columns]. Pairs that pad an epoch's last micro-batch are
-        # trained on and counted; padding held-out pairs are not. (In training the library fetches a step's
-        # micro-batches at once, so accelerate would take each of them for the last.)
+        # Two collectives per micro-batch: [pairs of all ranks, columns], and the ids, which floats would round. Pairs
+        # that pad an epoch's last micro-batch are trained on and counted; padding held-out pairs are not. (In training
+        # the library fetches a step's micro-batches at once, so accelerate would take each of them for the last.)
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         stacked = gather(torch.stack(list(columns.values()), dim=1)).double().cpu()
+        every_id = gather(ids).cpu()
         if self._margins is not None:
-            self._margins.add(dict(zip(columns, stacked.unbind(dim=1), strict=True)), training=mode == "train")
+            named = dict(zip(columns, stacked.unbind(dim=1), strict=True))
+            self._margins.add(named, every_id, training=mode == "train")
         totals = self._totals[mode]
         for name, total in zip(columns, stacked.sum(dim=0).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + total

@@ -73,6 +73,8 @@ def window_at(
     assert config.reference.sync is not None
     size, total = config.reference.sync.steps, len(order.steps)
     evaluated = _evaluated_steps(arguments, order) if config.data.eval else set()
+    if not config.train.evaluates_at_end:
+        evaluated -= {total}
     # If the reference moves at the very end, an evaluation there has a window of its own, without steps.
     last_number = total // size if total % size or total in evaluated else total // size - 1
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))

@@ -354,7 +354,7 @@ def _disk(config: Config, shapes: Shapes, sets: Sequence[Lengths], schedule: Sch
         "policy": policy,
     }
     if schedule.window is not None:
-        references = schedule.references_at_once(evaluates=len(sets) > 1)
+        references = schedule.references_at_once(evaluates=len(sets) > 1 and bool(schedule.evaluated))
         # With an adapter the merged policy is there too while the two are mixed.
         references += 1 if references and shapes.has_adapter else 0
         disk["moved references"] = references * 4 * shapes.parameters

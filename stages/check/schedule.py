@@ -44,7 +44,9 @@ class Schedule:
 
     @property
     def evaluated(self) -> set[int]:
-        """Steps at which held-out sets are evaluated; always the last one, for the model card."""
+        """Steps at which held-out sets are evaluated; the last one too, unless the settings say `eval_strategy: no`."""
+        if self.options.get("eval_strategy") == "no":
+            return set()
         every = float(self.options.get("eval_steps") or self.options.get("logging_steps", 10))
         return {*self._due("eval_strategy", "no", every), self.steps}
 

@@ -139,6 +139,9 @@ class Worker:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
         copied = copy_scored(self.reusable, unit.pairs)
         new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
+        if new and self.reference.load():
+            # Neither the rate nor the cost counts the loading.
+            account.restart()
         if new:
             check.before_first_unit()
         fresh, noise = self.reference.score_unit(new, self.flag, account.add) if new else ([], NoiseFloor())
@@ -175,6 +178,10 @@ class _Account:
 
     def __enter__(self) -> "_Account":
         return self
+
+    def restart(self) -> None:
+        """Let time and rates count from here: the reference is loaded."""
+        self._progress.restart()
 
     def add(self, pair: KeptPair) -> None:
         """Count a pair that was scored."""
@@ -228,6 +235,13 @@ class Reference:
         self._scorer: Scorer | None = None
         self._positions: tuple[int, str] | None = None
 
+    def load(self) -> bool:
+        """Load and check the model. Return False if it was loaded before."""
+        if self._scorer is not None:
+            return False
+        self._scorer = self._load()
+        return True
+
     def score_unit(
         self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None]
     ) -> tuple[list[ScoredPair], NoiseFloor]:
@@ -257,7 +271,9 @@ class Reference:
         self, pairs: list[KeptPair], flag: StopFlag, count: Callable[[KeptPair], None] | None = None
     ) -> list[ScoredPair]:
         """Score pairs in batches of similar length; give them in the order of `pairs`. Raises as `score_unit`."""
-        scorer = self._scorer = self._scorer or self._load()
+        self.load()
+        scorer = self._scorer
+        assert scorer is not None
         self._check_ids(scorer, pairs)
         scored: dict[int, ScoredPair] = {}
         for i, chosen, rejected in scorer.logps([p.pair for p in pairs]):

@@ -96,6 +96,27 @@ def test_the_last_line_comes_once_and_none_where_nothing_was_done(
     assert [line.split(" of ")[0] for line in capsys.readouterr().err.splitlines()] == ["test: 8", "test: 16"]
 
 
+def test_what_takes_longer_than_a_second_is_shown_as_seconds_and_loading_is_no_part_of_it(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("train", 32, "rows")
+    progress.pulse("parity gate, 0 of 32 pairs")
+    clock.now += 300
+    progress.restart()
+    assert progress.seconds == 0
+    work(clock, progress, 4, seconds=20)
+    progress.close()
+    replies = Progress("generate", 16, "replies")
+    work(clock, replies, 1, seconds=12)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 0 of 32 rows, parity gate, 0 of 32 pairs",
+        "train: 8 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB",
+        "train: 24 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB, 00:20 left",
+        "train: 32 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB",
+        "generate: 8 of 16 replies, 1.5 s/reply, 67 tokens/s, 3.0 GiB",
+    ]
+
+
 def test_loss_and_margin_stand_in_the_line_from_the_next_log_on(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

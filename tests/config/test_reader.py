@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.reader import as_dict, load_config
+from pipeline.config.reader import as_dict, load_config, settings_text
 from pipeline.config.schema import Config, LossName, Quantization
 from support.processes import ROOT
 
@@ -579,6 +579,19 @@ def test_an_override_opens_sections_that_are_not_there_or_null(load: Load) -> No
 def test_an_empty_section_means_its_defaults(load: Load) -> None:
     config = load(SMALLEST + "loss:\nreference: null\ntrain: ~\n")
     assert as_dict(config) == DEFAULTS
+
+
+def test_saved_settings_have_numbers_as_numbers_booleans_as_booleans_and_words_as_words(load: Load) -> None:
+    train = {"max_steps": 12, "use_cpu": True, "learning_rate": 0.5, "save_strategy": "no", "report_to": ["none"]}
+    train |= {"run_name": "2024-01-01", "save_total_limit": "null", "fsdp_config": {"version": 2}, "warmup_steps": 1e-3}
+    config = load(
+        SMALLEST + "train: {output_dir: '7', max_steps: '12', use_cpu: 'true', learning_rate: '.5', save_strategy: no, "
+        "report_to: [none], run_name: 2024-01-01, save_total_limit: null, fsdp_config: {version: 2}, "
+        "warmup_steps: 1.0e-3}\n"
+    )
+    text = settings_text(config)
+    assert yaml.safe_load(text)["train"] == {"output_dir": 7, **train}
+    assert load(text) == config
 
 
 # The train section, whose fields are the library's.

@@ -508,6 +508,8 @@ def test_evaluations_do_not_change_what_is_trained(scenario: Scenario, output: P
     refshard(*words(scenario, output / "never", eval_strategy="no"), *adapter)
     often, never = (output / name / "adapter_model.safetensors" for name in ("often", "never"))
     assert often.read_bytes() == never.read_bytes()
+    assert not [key for entry in history(output / "never") for key in entry if key.startswith("eval")]
+    assert [file.stem for file in (output / "never" / "margins").iterdir()] == ["train"]
 
 
 def _resume_from(scenario: Scenario, undisturbed: Path, output: Path, step: int, *options: str) -> None:

@@ -14,7 +14,11 @@ import pytest
 import torch
 import transformers
 
+from pipeline.base.signals import StopFlag
+from pipeline.config.reader import load_config
+from pipeline.data.sources import open_source
 from pipeline.replies.means import estimate_kl
+from pipeline.replies.sampling import choose_prompts
 from pipeline.run.reading import read_run
 from support.models import make_model
 from support.processes import Command
@@ -47,6 +51,23 @@ def greedy(model: Any, prompt: list[int], most: int) -> list[int]:
         with torch.no_grad():
             reply.append(int(model(input_ids=torch.tensor([prompt + reply])).logits[0, -1].argmax()))
     return reply
+
+
+def test_prompts_are_spread_and_a_set_that_has_too_few_at_its_end_gives_earlier_ones(
+    make_run: MakeRun, tmp_path: Path, tokenizer: Any
+) -> None:
+    one, two, three, four = simple_rows(4)
+    data = write_jsonl(tmp_path / "heldout.jsonl", [one, two, three, one, one, four, four, four])
+    config = load_config(make_run(data={"path": str(data)}))
+
+    def rows(count: int) -> list[int]:
+        source = open_source(config.data, "train")
+        return [prompt.row for prompt in choose_prompts(source, tokenizer, config, count, StopFlag())]
+
+    assert rows(2) == [0, 7]
+    # Row 3 repeats row 0, and row 7 what took the place of row 4.
+    assert rows(4) == [0, 1, 2, 5]
+    assert rows(5) == [0, 1, 2, 5]
 
 
 def test_replies_are_the_models_own_and_their_log_probs_those_of_a_plain_forward(

@@ -335,8 +335,9 @@ def test_a_histogram_has_round_bins_and_counts_the_values_outside() -> None:
 def test_margins_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
     write_log(tmp_path / "run", [{"step": 3, "loss": 1.0}])
     rows = np.array([[1, 2, 3, 0, 0], [-1, 4, 5, 0, 0], [np.nan, np.inf, 1, 0, 0]], dtype=np.float32)
-    write_margins(tmp_path / "run", "test", 3, rows)
-    write_margins(tmp_path / "run", "none", 3, np.full((2, 5), np.nan, dtype=np.float32))
+    ids = np.array([[row, 0, 0] for row in range(3)])
+    write_margins(tmp_path / "run", "test", 3, ids, rows)
+    write_margins(tmp_path / "run", "none", 3, ids[:2], np.full((2, 5), np.nan, dtype=np.float32))
     page = report_page([read_run(tmp_path / "run")])
     _, none, test = rows_of(page, "Margins before and after")
     assert test[2:] == ["3", "50.0%", "100.0%", "0", "3", "3"]

@@ -104,7 +104,7 @@ def test_any_file_may_be_missing_or_damaged_and_gives_a_remark(tmp_path: Path) -
     assert any("inputs.json is missing" in remark for remark in run.remarks)
 
     rows = np.arange(10, dtype=np.float32).reshape(2, 5)
-    write_margins(tmp_path, "test", 7, rows)
+    write_margins(tmp_path, "test", 7, np.zeros((2, 3), np.int64), rows)
     (tmp_path / "margins" / "cut.parquet").write_bytes((tmp_path / "margins" / "test.parquet").read_bytes()[:-9])
     (tmp_path / "refshard.yaml").write_text("loss: {beta: [}")
     (tmp_path / "inputs.json").write_text('{"sets": ')

@@ -74,12 +74,15 @@ def test_a_disk_that_refuses_costs_lines_not_the_run_and_says_so_once(
 
 def test_margins_are_plain_columns_with_their_step(tmp_path: Path) -> None:
     rows = np.arange(15, dtype=np.float32).reshape(3, 5)
-    write_margins(tmp_path, "test", 3, rows - 100)
-    write_margins(tmp_path, "test", 7, rows)
+    keys = [bytes([i]) * 16 for i in (1, 200, 255)]
+    ids = np.array([[2**40 + i, *np.frombuffer(key, "<i8")] for i, key in enumerate(keys)])
+    write_margins(tmp_path, "test", 3, ids, rows - 100)
+    write_margins(tmp_path, "test", 7, ids, rows)
     file = tmp_path / MARGINS / "test.parquet"
     assert polars.read_parquet(file).to_dict(as_series=False) == {
-        name: [float(i), float(i + 5), float(i + 10)] for i, name in enumerate(MARGIN_COLUMNS)
-    }
+        "row": [2**40, 2**40 + 1, 2**40 + 2],
+        "pair_key": keys,
+    } | {name: [float(i), float(i + 5), float(i + 10)] for i, name in enumerate(MARGIN_COLUMNS)}
     assert pq.read_schema(file).metadata[b"refshard.step"] == b"7"
     assert [entry.name for entry in file.parent.iterdir()] == ["test.parquet"]
 
@@ -87,7 +90,7 @@ def test_margins_are_plain_columns_with_their_step(tmp_path: Path) -> None:
 def test_a_new_run_deletes_what_the_old_one_wrote_down_and_nothing_else(tmp_path: Path) -> None:
     RunLog(Attempt(tmp_path, 1)).add("start", {})
     (tmp_path / INPUTS).write_text("{}")
-    write_margins(tmp_path, "train", 1, np.zeros((1, 5), np.float32))
+    write_margins(tmp_path, "train", 1, np.zeros((1, 3), np.int64), np.zeros((1, 5), np.float32))
     (tmp_path / GENERATIONS).write_text("{}\n")
     (tmp_path / "report.html").write_text("mine")
     assert {LOG, INPUTS, MARGINS, GENERATIONS} < {entry.name for entry in tmp_path.iterdir()}

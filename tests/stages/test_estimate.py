@@ -333,6 +333,7 @@ def test_the_last_batch_of_an_epoch_is_not_filled() -> None:
         # 240 steps are an epoch of 125 and part of another.
         ({"eval_strategy": "epoch"}, 2),
         ({}, 1),
+        ({"eval_strategy": "no"}, 0),
     ],
 )
 def test_evaluations_are_those_that_stage_two_makes_the_one_at_its_end_among_them(

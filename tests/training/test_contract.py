@@ -121,6 +121,7 @@ def test_batches_of_the_loop_go_to_their_device_by_themselves() -> None:
     ids = [1, 2, 3]
     column = torch.tensor([-350.25])
     joined = JoinedBatch(
+        ids=torch.zeros(1, 3, dtype=torch.int64),
         batch=pad_pairs([TokenizedPair(prompt_ids=ids, chosen_ids=ids, rejected_ids=ids)], 0),
         ref_chosen_logps=column,
         ref_rejected_logps=column,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,11 +111,13 @@ def test_a_batch_log_has_lines_without_carriage_returns_and_no_bars(finished: tu
         assert "pin_memory" not in done.stderr
     lines = finished[2].stderr.splitlines()
     progress = [line for line in lines if line.startswith("train: ")]
-    assert len(progress) == 2
-    assert progress[0].startswith("train: 1 of 6 steps, ")
-    assert progress[1].startswith("train: 6 of 6 steps, ")
-    for part in (" steps/s, ", " tokens/s, ", " GiB, ", "loss ", "margin ", "accuracy "):
-        assert part in progress[1]
+    assert len(progress) == 3
+    assert progress[0] == "train: 0 of 6 steps, parity gate, 0 of 20 pairs"
+    assert progress[1].startswith("train: 1 of 6 steps, ")
+    assert progress[2].startswith("train: 6 of 6 steps, ")
+    assert re.search(r" steps/s, | s/step, ", progress[2])
+    for part in (" tokens/s, ", " GiB, ", "loss ", "margin ", "accuracy "):
+        assert part in progress[2]
     said = finished[2].stdout.splitlines()
     assert [line.split(" loss ")[0] for line in said if line.startswith("step ")] == [
         "step 3: held-out",
@@ -129,7 +132,7 @@ def test_margins_of_the_held_out_set_are_those_of_the_shards_and_of_the_saved_po
     file = folder / "policy" / "margins" / "test.parquet"
     assert pq.read_schema(file).metadata[b"refshard.step"] == b"6"
     table = pq.read_table(file)
-    assert tuple(table.column_names) == MARGIN_COLUMNS
+    assert tuple(table.column_names) == ("row", "pair_key", *MARGIN_COLUMNS)
     rows = np.stack([table[name].to_numpy() for name in MARGIN_COLUMNS], axis=1)
     held_out = simple_rows(7, 50)
     ref, policy = plain_logps(model_folder, held_out), plain_logps(folder / "policy", held_out)
@@ -153,6 +156,9 @@ def test_margins_of_the_held_out_set_are_those_of_the_shards_and_of_the_saved_po
     stored = pq.read_table(folder / "shards" / "test" / "part-00000.parquet")
     gaps = stored["ref_chosen_logps"].to_numpy() - stored["ref_rejected_logps"].to_numpy()
     np.testing.assert_allclose(np.sort(rows[:, 0]), np.sort(gaps), atol=1e-5)
+    by_key = dict(zip(stored["pair_key"].to_pylist(), zip(stored["row"].to_pylist(), gaps, strict=True), strict=True))
+    for key, row, margin in zip(table["pair_key"].to_pylist(), table["row"].to_pylist(), rows[:, 0], strict=True):
+        assert by_key[key] == (row, pytest.approx(margin, abs=1e-5))
 
     trained = pq.read_table(folder / "policy" / "margins" / "train.parquet")
     assert trained.num_rows == 12, "six steps of two pairs"
