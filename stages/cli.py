@@ -35,7 +35,7 @@ def main(debug: bool) -> None:
     refshard train --config run.yaml          DPO on batches joined with those shards
     refshard check --config run.yaml          rows, tokens, time, memory and disk, before a GPU is booked
     refshard inspect runs/shards              what the shards hold
-    refshard verify runs/shards               whether they are whole
+    refshard verify runs/shards               checks that they are complete and undamaged
     refshard sweep --over loss.beta=0.1,0.5   several policies on the same shards
     refshard generate runs/policy             replies of policy and reference, and the KL between them
     refshard report runs/policy               one page of a run's results; several runs: side by side
@@ -57,7 +57,7 @@ def main(debug: bool) -> None:
     type=options.parse_worker,
     default="0/1",
     metavar="I/N",
-    help="Do the share of worker I of N, counted from 0. Workers share only the output folder.",
+    help="Score share I of N; I counts from 0. The workers share only the output folder.",
 )
 @options.PROCESSES
 @options.STOP_AFTER
@@ -66,8 +66,8 @@ def main(debug: bool) -> None:
 def precompute(config: Config, processes: int, **given: Any) -> None:
     """Stage one: write the reference's log-probs to shards.
 
-    Does only what is missing: run it again after a kill, with any number of workers. Each of several processes is a
-    worker of its own, or, with precompute.tp_plan, all of them hold one reference together.
+    It scores only what is missing: after a kill, run it again, with any number of workers. With --processes, each
+    process is a worker of its own; with precompute.tp_plan, all of them hold one reference together.
     """
     if processes > 1:
         _launch(config, processes)
@@ -84,12 +84,12 @@ def precompute(config: Config, processes: int, **given: Any) -> None:
 @options.STOP_AFTER
 @options.JSON_LINES
 @click.option("--overwrite", is_flag=True, help="Delete the checkpoints in the output folder and start over.")
-@click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then leave.")
+@click.option("--one-window", is_flag=True, help="With reference.sync: train until the reference moves, then exit.")
 def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_window: bool, **given: Any) -> None:
     """Stage two: train the policy on the shards, with no reference in memory.
 
-    Resumes from the run's last whole checkpoint, if there is one. With reference.sync (TR-DPO) it alternates with
-    stage one, each in its own process, until the run is finished.
+    It resumes from the run's newest complete checkpoint, if there is one. With reference.sync (TR-DPO), it alternates
+    with stage one, each in its own process, until the run is finished.
     """
     config = load_config(config_file, overrides)
     if processes > 1:
@@ -109,30 +109,37 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
 _SHARE = click.FloatRange(0, 1)
 
 
-@main.command(short_help="What a run will take, before a GPU is booked.")
+@main.command(short_help="Check data and settings; estimate memory and time.")
 @options.with_config
 @click.option(
     "--hardware",
     default="here",
     metavar="NAME",
-    help=f"What the run is planned for: {', '.join(HARDWARE)}, a memory (24GB), each with a number in front "
-    "(8xh100-80gb), cpu, or here.",
+    help=f"Hardware of the run: {', '.join(HARDWARE)}, or an amount of memory (24GB), each with a number in front for "
+    "several (8xh100-80gb); cpu; or here, for this machine.",
 )
-@click.option("--rows", type=AT_LEAST_1, metavar="N", help="Look at the first N rows of each set only.")
-@click.option("--max-dropped", type=_SHARE, metavar="SHARE", help="Fail if more rows are dropped: 0.05.")
-@click.option("--max-cut", type=_SHARE, metavar="SHARE", help="Fail if more pairs are cut at max_length.")
+@click.option("--rows", type=AT_LEAST_1, metavar="N", help="Read only the first N rows of each set.")
 @click.option(
-    "--max-memory", type=options.parse_memory, metavar="SIZE", help="Fail if a stage needs more of a GPU: 24GB."
+    "--max-dropped", type=_SHARE, metavar="SHARE", help="Fail if a larger share of the rows is dropped, like 0.05."
+)
+@click.option(
+    "--max-cut", type=_SHARE, metavar="SHARE", help="Fail if a larger share of the pairs is cut at max_length."
+)
+@click.option(
+    "--max-memory",
+    type=options.parse_memory,
+    metavar="SIZE",
+    help="Fail if a stage needs more memory on a GPU, like 24GB.",
 )
 @click.option("--max-hours", type=click.FloatRange(min=0), metavar="H", help="Fail if both stages take longer.")
 @options.JSON
 def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limits: Any) -> None:
     """Report kept and dropped rows, the time and memory of both stages, and the units that stage one has done.
 
-    Needs no GPU and loads no weights. Once there are shards, the weights' digests are taken to compare them, which
-    reads the files, the first time; where they are large, it takes a while. Times of named GPUs are assumed from data
-    sheets. Exit status: 0; 65 rows are bad, or more are dropped or cut than allowed; 2 the
-    settings are impossible, or take more than allowed; 78 the shards that are there are of another reference.
+    It needs no GPU and loads no weights. If shards exist, it reads all weight files once, for their digests; this takes
+    a while for a large model. Times for a named GPU are assumed from its data sheet. Exit status: 0 nothing is wrong;
+    65 rows are bad, or too many are dropped or cut; 2 the settings are impossible, or need more than allowed; 78 the
+    existing shards are of another reference.
     """
     from stages.check import command as stage
 
@@ -147,21 +154,21 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
     multiple=True,
     required=True,
     metavar="KEY=V1,V2,...",
-    help="A setting, and the values that it takes, like loss.beta=0.05,0.1,0.5. Repeatable: every combination is run.",
+    help="A setting and its values, like loss.beta=0.05,0.1,0.5. Repeatable: every combination is run.",
 )
 @options.PROCESSES
 @click.option(
     "--into",
     type=FOLDER,
     metavar="DIR",
-    help="Folder of the runs' folders and of sweep.html; train.output_dir if left out.",
+    help="Folder for the runs and sweep.html; if left out, train.output_dir.",
 )
 @click.option(
     "--prompts",
     "num_prompts",
     default=128,
     type=click.IntRange(min=0),
-    help="Prompts that each policy and the reference reply to at the end, for rewards and KL. 0: none.",
+    help="Number of prompts that each policy and the reference reply to at the end, for rewards and KL; 0 for none.",
 )
 @options.MAX_TOKENS
 @options.REWARD_MODEL
@@ -170,42 +177,47 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
 def sweep(stop_at: float | None, **given: Any) -> None:
     """Train a policy for every combination of values, all on the same shards, and compare them on one page.
 
-    Stage one runs first, once, if the shards are not complete. Each run has a folder of its own, named by its values
-    (DIR/beta-0.1). Run again, the sweep does only what is missing. A run that fails does not stop the others.
+    If the shards are not complete, stage one runs first. Each run has a folder of its own, named by its values
+    (DIR/beta-0.1). The same command does only what is missing. A run that fails does not stop the others.
     """
     from stages.sweep import command as stage
 
     stage.run(stage.Sweep(**given), _commands(stop_at))
 
 
-@main.command(short_help="Replies of a run's policy and reference.")
+@main.command(short_help="Let a run's policy and reference reply to prompts.")
 @click.argument("run_folder", metavar="RUN", type=EXISTING_FOLDER)
 @click.option(
     "--prompts",
     "num_prompts",
     default=128,
     type=AT_LEAST_1,
-    help="How many prompts. A few show what changed; a few hundred make a KL that can be compared.",
+    help="Number of prompts. A few show what changed; a few hundred give a KL that can be compared.",
 )
-@click.option("--set", "set_name", metavar="NAME", help="Their set; the first held-out one if left out, else train.")
+@click.option(
+    "--set",
+    "set_name",
+    metavar="NAME",
+    help="Set of the prompts; if left out, the first held-out set, or train if there is none.",
+)
 @options.MAX_TOKENS
 @click.option(
     "--temperature",
     default=1.0,
     type=click.FloatRange(min=0),
-    help="At 1 the replies estimate the KL from the reference; at any other it is biased. 0: likeliest tokens.",
+    help="Temperature. Only at 1 is the estimated KL unbiased. 0: always the likeliest token.",
 )
-@click.option("--seed", default=0, help="Of the random numbers, which both models share.")
+@click.option("--seed", default=0, help="Seed of the random numbers, which both models share.")
 @options.REWARD_MODEL
 @options.STOP_AFTER
 @options.JSON_LINES
 def generate(run_folder: Path, max_tokens: int, temperature: float, seed: int, **given: Any) -> None:
-    """Have the policy of RUN, a train.output_dir, and its reference reply to prompts of the run's own data.
+    """Let policy and reference of RUN, a train.output_dir, reply to prompts of the run's own data.
 
-    Writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
-    --reward-model, their rewards; `refshard report` shows them. An unfinished run's policy is its newest whole
-    checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, whatever the model's
-    folder says.
+    It writes generations.jsonl in RUN: both replies to each prompt, their log-probs under both models and, with
+    --reward-model, their rewards. `refshard report` shows them. The policy of an unfinished run is its newest complete
+    checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, even if the model's folder
+    sets them.
     """
     from pipeline.replies.sampling import Sampling
     from stages import generate as stage
@@ -214,15 +226,15 @@ def generate(run_folder: Path, max_tokens: int, temperature: float, seed: int, *
     stage.run(run_folder, sampling=sampling, **given)
 
 
-@main.command(short_help="Check that shards are whole.")
+@main.command(short_help="Check that shards are complete and undamaged.")
 @click.argument("shards")
 @click.option("--model", help="Also score some pairs again with this model, which must be the reference.")
-@click.option("--sample", default=64, type=AT_LEAST_1, help="How many pairs --model scores again.")
-@click.option("--clean", is_flag=True, help="Delete temporary files, older than an hour, that killed writers left.")
+@click.option("--sample", default=64, type=AT_LEAST_1, help="Number of pairs that --model scores again.")
+@click.option("--clean", is_flag=True, help="Delete temporary files of killed writers that are more than an hour old.")
 def verify(shards: str, **given: Any) -> None:
     """Check SHARDS, a store or a folder of stores (also s3://...): completeness, digests, fingerprint, rows, sums.
 
-    Prints all that is wrong. Exit status: 0 whole; 75 whole so far, but unfinished; 65 damaged; 78 another run's.
+    It prints every fault. Exit status: 0 complete; 75 undamaged so far, but unfinished; 65 damaged; 78 of another run.
     """
     from stages import verify as stage
 
@@ -232,33 +244,31 @@ def verify(shards: str, **given: Any) -> None:
 @main.command(short_help="Show what shards hold.")
 @click.argument("shards")
 @options.JSON
-@click.option(
-    "--html", "page", type=FILE, metavar="FILE", help="Also write a page with pictures, which opens from disk."
-)
+@click.option("--html", "page", type=FILE, metavar="FILE", help="Also write a page with charts, which opens from disk.")
 def inspect(shards: str, as_json: bool, page: Path | None) -> None:
     """Show what SHARDS, a store or a folder of stores (also s3://...), holds.
 
-    Who the reference is, counts, lengths, how the reference itself ranks the pairs, and the pairs to look at: likely
-    mislabelled, duplicated, likely swapped. Exit status: 75 if shards are unfinished; their units are shown.
+    It shows the reference, counts, lengths, how the reference itself ranks the pairs, and pairs to look at: likely
+    mislabelled, duplicate, likely swapped. Exit status: 75 if shards are unfinished; the parts so far are shown.
     """
     from stages import inspect as stage
 
     stage.run(shards, as_json=as_json, page=page)
 
 
-@main.command(short_help="One page of one run, or of several side by side.")
+@main.command(short_help="Write one page about a run, or about several.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option(
     "--output",
     type=FILE,
     metavar="FILE",
-    help="The page; report.html in RUN, or in the folder that several runs have in common, if left out.",
+    help="File of the page; if left out, report.html in RUN, or in the folder that holds all runs.",
 )
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
-    """Make a page of RUN, the folder of a run (train.output_dir), finished or unfinished.
+    """Write a page about RUN, the folder of a run (train.output_dir), finished or unfinished.
 
-    Loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity, cost; several runs are
-    shown together, labelled by the settings that differ. One file of some 5 MB, which needs no network.
+    It shows loss, rewards, margins, accuracy, KL, held-out curves, replies, data, identity and cost. Several runs share
+    one page, labelled by the settings that differ. The page is one file of some 5 MB and needs no network.
     """
     from stages import report as stage
 
@@ -268,10 +278,10 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 @main.command(short_help="Show one pair as the models see it.")
 @options.with_config
 @click.option(
-    "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as messages and shards say."
+    "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as in messages and shards."
 )
 @options.SET
-@click.option("--no-model", is_flag=True, help="Show what is stored, and do not load the reference to score again.")
+@click.option("--no-model", is_flag=True, help="Show only stored log-probs; do not load the reference.")
 @click.option(
     "--policy",
     type=EXISTING_FOLDER,
@@ -280,15 +290,18 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 )
 @click.option("--html", type=FILE, metavar="FILE", help="Also write a page.")
 @options.JSON
-@click.option("--full", is_flag=True, help="Print a long prompt whole.")
+@click.option("--full", is_flag=True, help="Print the whole prompt, even if it is long.")
 @click.option(
-    "--color/--no-color", "colors", default=None, help="Paint tokens, or print tables; by default as the output is."
+    "--color/--no-color",
+    "colors",
+    default=None,
+    help="Colour the tokens, or print tables; if left out, colours in a terminal.",
 )
 def explain(config: Config, row: int, set_name: str, no_model: bool, policy: Path | None, **view: Any) -> None:
     """Show one pair as the models see it: its tokens, which of them are scored, what is cut, why it is dropped.
 
-    Each scored token has its log-prob, as the shards have it and as the reference gives it now; in a terminal, and on
-    a page, it is its colour. With --policy also how far the policy has moved each token from the reference.
+    Each scored token has its log-prob: the stored one, and the one that the reference gives now. In a terminal and on a
+    page, the token's colour shows it. --policy also shows how far training has moved the log-prob of each token.
     """
     from stages.explain import command as stage
 
@@ -296,19 +309,19 @@ def explain(config: Config, row: int, set_name: str, no_model: bool, policy: Pat
     stage.run(config, row=row, set_name=set_name, recompute=recompute, policy=policy, view=shown)
 
 
-@main.command("import", short_help="Bring reference log-probs from a file.")
+@main.command("import", short_help="Read reference log-probs from a file.")
 @click.argument("scores", type=PATH)
 @options.with_config
 @options.SET
-@click.option("--chosen", default="ref_chosen_logps", help="Column of the chosen's log-probs.")
-@click.option("--rejected", default="ref_rejected_logps", help="Column of the rejected's.")
+@click.option("--chosen", default="ref_chosen_logps", help="Column with the log-probs of the chosen completions.")
+@click.option("--rejected", default="ref_rejected_logps", help="Column with the log-probs of the rejected completions.")
 @click.option("--overwrite", is_flag=True, help="Delete the existing store and start over.")
 def import_(scores: Path, config: Config, **given: Any) -> None:
     """Write the log-probs in SCORES, a Parquet or JSON Lines file, as shards.
 
-    SCORES has the pairs' own columns, as `data` describes them, and two more: a number for each completion (the sum
-    over its tokens) or a list (one for each token). The settings' `reference` names their
-    model, or reference.declared gives it a name.
+    SCORES has the columns of the pairs, as `data` describes them, and two more. These hold a number for each completion
+    (the sum over its tokens), or a list (one number for each token). The section `reference` names the model that gave
+    them; if it can't be loaded here, reference.declared gives it a name.
     """
     from stages import import_scores as stage
 
@@ -329,7 +342,7 @@ def export(output: Path, config: Config) -> None:
 def submit() -> None:
     """Make the job files of both stages for a scheduler, and submit them with --submit.
 
-    The section `cluster` holds the jobs' resources; -o cluster.partition=gpu sets one.
+    The section `cluster` has the resources of the jobs; -o cluster.partition=gpu sets one of them.
     """
 
 
@@ -337,9 +350,9 @@ def submit() -> None:
 @options.WORKERS
 @options.with_config
 @options.INTO
-@click.option("--submit", is_flag=True, help="Submit them to Slurm.")
+@click.option("--submit", is_flag=True, help="Submit the jobs to Slurm.")
 def submit_slurm(config: Config, **given: Any) -> None:
-    """Stage one as a Slurm array, a check that nothing is missing, stage two; each waits for the one before."""
+    """Write job files: stage one as a Slurm array, a check that nothing is missing, stage two, one after the other."""
     from stages.submit import slurm as stage
 
     stage.run(config, **given)
@@ -349,24 +362,24 @@ def submit_slurm(config: Config, **given: Any) -> None:
 @options.WORKERS
 @options.with_config
 @options.INTO
-@click.option("--submit", is_flag=True, help="Submit them to Kubernetes (kubectl).")
+@click.option("--submit", is_flag=True, help="Submit the jobs to Kubernetes (kubectl).")
 def submit_kubernetes(config: Config, **given: Any) -> None:
-    """Stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
+    """Write manifests: stage one as a Kubernetes Indexed Job, stage two as a Job, and the volume that they share."""
     from stages.submit import kubernetes as stage
 
     stage.run(config, **given)
 
 
-@main.group(short_help="The embedded default: make it, sum it up.")
+@main.group(short_help="Prepare the embedded default run, or summarize it.")
 def demo() -> None:
     """The embedded default: a tiny model and preferences whose true reward is known."""
 
 
 @demo.command("prepare")
 @click.argument("folder", type=FOLDER)
-@click.option("--seed", default=0, help="Another corpus, model and set of pairs.")
+@click.option("--seed", default=0, help="Seed of the corpus, the model and the pairs.")
 def demo_prepare(folder: Path, seed: int) -> None:
-    """Make the tiny model and its preference pairs in FOLDER, if they are not there yet."""
+    """Make the tiny model and its preference pairs in FOLDER, unless they exist."""
     from stages.demo import command as stage
 
     stage.prepare(folder, seed=seed)

@@ -83,9 +83,9 @@ OVERRIDES = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Set one key on top of the file, like -o loss.beta=0.2. Repeatable.",
+    help="Override one key of the file, like -o loss.beta=0.2. Repeatable.",
 )
-SET = click.option("--set", "set_name", default="train", help="train, or a set that data.eval names.")
+SET = click.option("--set", "set_name", default="train", help="Set of pairs: train, or a name in data.eval.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 PROCESSES = click.option(
     "--processes", default=1, type=AT_LEAST_1, metavar="N", help="Start N processes on this machine, one for each GPU."
@@ -95,7 +95,7 @@ STOP_AFTER = click.option(
     "stop_at",
     type=parse_stop_after,
     metavar="TIME",
-    help="Save and leave with 75 after this time, like 3h50m: for a time limit that is known.",
+    help="Save and exit with 75 after this time, like 3h50m, before a known time limit.",
 )
 JSON_LINES = click.option(
     "--json-logs",
@@ -104,15 +104,15 @@ JSON_LINES = click.option(
     is_eager=True,
     expose_value=False,
     callback=_start_json,
-    help=f"Print one JSON object a line on stdout, for machines. {JSON_LOGS}=1 does the same.",
+    help=f"Write one JSON object per line to stdout. {JSON_LOGS}=1 does the same.",
 )
-MAX_TOKENS = click.option("--max-tokens", default=256, type=AT_LEAST_1, help="Longest reply.")
+MAX_TOKENS = click.option("--max-tokens", default=256, type=AT_LEAST_1, help="Largest number of tokens of a reply.")
 REWARD_MODEL = click.option(
-    "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that gives replies rewards."
+    "--reward-model", metavar="MODEL", help="Folder or hub name of a sequence classifier that rates the replies."
 )
-WORKERS = click.option("--workers", type=AT_LEAST_1, help="Workers of stage one; or set cluster.workers.")
+WORKERS = click.option("--workers", type=AT_LEAST_1, help="Number of workers of stage one; overrides cluster.workers.")
 INTO = click.option(
-    "--into", type=FOLDER, metavar="DIR", help="Folder of the job files; jobs in train.output_dir if left out."
+    "--into", type=FOLDER, metavar="DIR", help="Folder of the job files; if left out, jobs in train.output_dir."
 )
 
 

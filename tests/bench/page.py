@@ -48,7 +48,8 @@ few pairs have the distribution's mean. No tokenizer and no text is involved.
   column before the command is TRL's padded tokens a pair in the measurement, divided by those of {long_run} pairs. A
   speed ratio divided by this number is the ratio of a long run.
 - **Agreement** is the largest difference of a completion's summed log-probs over all pairs and rounds, or the
-  difference of the losses of the first step. In bfloat16 both sides round, and each shape of a batch rounds differently.
+  difference of the losses of the first step. In bfloat16 both sides round, and each shape of a batch
+  rounds differently.
 """
 
 JOIN = """\
