@@ -119,17 +119,10 @@ _SHARE = click.FloatRange(0, 1)
     "several (8xh100-80gb); cpu; or here, for this machine.",
 )
 @click.option("--rows", type=AT_LEAST_1, metavar="N", help="Read only the first N rows of each set.")
+@click.option("--max-dropped", type=_SHARE, metavar="SHARE", help="Fail if a larger share of rows is dropped: 0.05.")
+@click.option("--max-cut", type=_SHARE, metavar="SHARE", help="Fail if a larger share of pairs is cut.")
 @click.option(
-    "--max-dropped", type=_SHARE, metavar="SHARE", help="Fail if a larger share of the rows is dropped, like 0.05."
-)
-@click.option(
-    "--max-cut", type=_SHARE, metavar="SHARE", help="Fail if a larger share of the pairs is cut at max_length."
-)
-@click.option(
-    "--max-memory",
-    type=options.parse_memory,
-    metavar="SIZE",
-    help="Fail if a stage needs more memory on a GPU, like 24GB.",
+    "--max-memory", type=options.parse_memory, metavar="SIZE", help="Fail if a stage needs more GPU memory: 24GB."
 )
 @click.option("--max-hours", type=click.FloatRange(min=0), metavar="H", help="Fail if both stages take longer.")
 @options.JSON
@@ -158,17 +151,14 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
 )
 @options.PROCESSES
 @click.option(
-    "--into",
-    type=FOLDER,
-    metavar="DIR",
-    help="Folder for the runs and sweep.html; if left out, train.output_dir.",
+    "--into", type=FOLDER, metavar="DIR", help="Folder for the runs and sweep.html; if left out, train.output_dir."
 )
 @click.option(
     "--prompts",
     "num_prompts",
     default=128,
     type=click.IntRange(min=0),
-    help="Number of prompts that each policy and the reference reply to at the end, for rewards and KL; 0 for none.",
+    help="Number of prompts to reply to at the end, for rewards and KL; 0 for none.",
 )
 @options.MAX_TOKENS
 @options.REWARD_MODEL
@@ -192,20 +182,17 @@ def sweep(stop_at: float | None, **given: Any) -> None:
     "num_prompts",
     default=128,
     type=AT_LEAST_1,
-    help="Number of prompts. A few show what changed; a few hundred give a KL that can be compared.",
+    help="Number of prompts. A few show what changed; a few hundred give a comparable KL.",
 )
 @click.option(
-    "--set",
-    "set_name",
-    metavar="NAME",
-    help="Set of the prompts; if left out, the first held-out set, or train if there is none.",
+    "--set", "set_name", metavar="NAME", help="Set of the prompts; if left out, the first held-out one, else train."
 )
 @options.MAX_TOKENS
 @click.option(
     "--temperature",
     default=1.0,
     type=click.FloatRange(min=0),
-    help="Temperature. Only at 1 is the estimated KL unbiased. 0: always the likeliest token.",
+    help="Temperature; the estimated KL is unbiased at 1 alone. 0: the likeliest token.",
 )
 @click.option("--seed", default=0, help="Seed of the random numbers, which both models share.")
 @options.REWARD_MODEL
@@ -277,16 +264,14 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 @main.command(short_help="Show one pair as the models see it.")
 @options.with_config
-@click.option(
-    "--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0, as in messages and shards."
-)
+@click.option("--row", required=True, type=click.IntRange(min=0), help="Position in the data, from 0.")
 @options.SET
-@click.option("--no-model", is_flag=True, help="Show only stored log-probs; do not load the reference.")
+@click.option("--no-model", is_flag=True, help="Show stored log-probs only; load no reference.")
 @click.option(
     "--policy",
     type=EXISTING_FOLDER,
     metavar="DIR",
-    help="Also score with a trained policy: a run's folder, or a checkpoint.",
+    help="Also score with the policy of a run's folder or a checkpoint.",
 )
 @click.option("--html", type=FILE, metavar="FILE", help="Also write a page.")
 @options.JSON
@@ -295,7 +280,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     "--color/--no-color",
     "colors",
     default=None,
-    help="Colour the tokens, or print tables; if left out, colours in a terminal.",
+    help="Colour tokens, or print tables; by default colours in a terminal.",
 )
 def explain(config: Config, row: int, set_name: str, no_model: bool, policy: Path | None, **view: Any) -> None:
     """Show one pair as the models see it: its tokens, which of them are scored, what is cut, why it is dropped.
