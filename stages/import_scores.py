@@ -27,8 +27,9 @@ from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_shards
 from pipeline.store.dating import with_template_date
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, SummedPair
-from pipeline.store.store import create_store, delete_store, finish_store, is_finished, write_part
+from pipeline.store.store import create_store, delete_store, is_finished, write_part
 
 __all__ = ["run"]
 

@@ -3,6 +3,7 @@
 docs/shard-format.md describes the format for readers outside this project.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -33,12 +34,14 @@ __all__ = [
     "MAX_BYTES",
     "PART_NAME",
     "CheckedPart",
+    "ForeignPartError",
     "ScoredPair",
     "SummedPair",
     "check_index",
     "check_part",
     "content_digest",
     "fits",
+    "is_our_file",
     "is_ours",
     "is_sealed",
     "pair_keys",
@@ -91,8 +94,16 @@ class CheckedPart:
     """Bytes of the file"""
 
 
+class ForeignPartError(IdentityError):
+    """Parts of another run: a worker of an earlier store has written them after its store was replaced."""
+
+    units: Sequence[int] = ()
+    """Units of the parts, where several were read"""
+
+
 PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
 DELETE_PART = "Delete this part, then run refshard precompute again: it scores this unit only"
+SCORE_ANEW = "Run refshard precompute again: it deletes this part, and scores its unit anew"
 DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores one pair of each part twice"
 MAX_BYTES = 2**32
@@ -183,7 +194,8 @@ def check_part(
 
     Raises:
         DataError: The part is damaged: unreadable, or not what the digest in its footer says.
-        IdentityError: The part is another run's.
+        ForeignPartError: The part is another run's.
+        IdentityError: So it is, though the index vouches for it; or it is another program's.
     """
     place, remedy = folder.place(part_name(unit)), DELETE_VOUCHED_PART if vouched else DELETE_PART
     fingerprint, identity = manifest["fingerprint"], manifest["identity"]
@@ -194,16 +206,16 @@ def check_part(
             footer = {key.decode("utf-8", "replace"): text.decode("utf-8", "replace") for key, text in metadata.items()}
             found = footer.get("refshard.fingerprint", "none")
             if found != fingerprint:
-                raise IdentityError(
-                    f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another run's part. "
-                    f"{remedy}"
-                )
+                other = f"{place}: fingerprint {found[:12]}, the manifest says {fingerprint[:12]}: another"
+                if vouched or found == "none":
+                    raise IdentityError(f"{other} {'program' if found == 'none' else 'run'}'s part. {remedy}")
+                raise ForeignPartError(f"{other} run's part. {SCORE_ANEW}")
             plan, own = footer.get("refshard.plan"), plan_digest(manifest["plan"])
             # Parts and manifests of earlier versions do not say it.
             if plan != own and (plan is not None or "plan_digest" in manifest):
-                raise IdentityError(
+                raise (IdentityError if vouched else ForeignPartError)(
                     f"{place}: of the plan {str(plan)[:12].lower()}, the manifest's is {own[:12]}: another run's part, "
-                    f"of other data or other settings (refshard verify names all such parts). {remedy}"
+                    f"of other data or other settings. {remedy if vouched else SCORE_ANEW}"
                 )
             if footer.get("refshard.unit") != str(unit):
                 raise DataError(f"{place}: holds another unit than its name says. {DELETE_PART}")
@@ -333,6 +345,17 @@ def is_ours(folder: Folder) -> bool:
         return parse_json(folder.place(MANIFEST), content).get("format") == "refshard"
     except DataError:
         return b"refshard" in content
+
+
+def is_our_file(folder: Folder, name: str) -> bool:
+    """Return True if a part or an index, damaged or not, was written by this program."""
+    content = folder.read(name)
+    if PART_NAME.fullmatch(name):
+        # The footer's keys are not compressed.
+        return b"refshard.fingerprint" in content
+    with contextlib.suppress(DataError):
+        return is_sealed(parse_json(name, content))
+    return False
 
 
 def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:

@@ -1,4 +1,4 @@
-"""Create, write, finish, open, and read a store: the shards of one set.
+"""Create, write, open, and read a store: the shards of one set.
 
     STORE/manifest.json        identity of the reference and tokenization; written once, first
     STORE/part-00000.parquet   one per unit of `rows_per_shard` consecutive dataset rows
@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,8 @@ __all__ = [
     "create_store",
     "delete_store",
     "find_stores",
-    "finish_store",
     "is_finished",
     "load_store",
-    "longest_pair",
     "open_store",
     "part_exists",
     "parts_there",
@@ -48,7 +46,6 @@ __all__ = [
     "read_manifest",
     "read_part",
     "read_parts",
-    "reopen_store",
     "write_part",
 ]
 
@@ -166,6 +163,7 @@ def create_store(
     store: rows per shard, dataset, rules for dropping. `declared` is recorded for people, and compared with nothing.
 
     Raises:
+        ConfigError: The folder holds another program's files under the names of a store's.
         IdentityError: The folder holds another run's store; the message names the fields that differ.
         StorageError: The folder can't be made, or is in an object store without conditional writes.
     """
@@ -173,6 +171,7 @@ def create_store(
     fingerprint = fingerprint_of(identity)
     # A store that is there needs no permission to write.
     if folder.size(format.MANIFEST) is None:
+        _refuse_others_files(folder)
         folder.make()
         manifest = {
             "format": "refshard",
@@ -201,6 +200,17 @@ def create_store(
         token_logps=bool(identity["tokenization"]["token_logps"]),
         provenance=provenance or {},
     )
+
+
+def _refuse_others_files(folder: Folder) -> None:
+    """Refuse a folder without a manifest if it holds a store's names, and none of their files is ours."""
+    named = [name for name in folder.names() if format.PART_NAME.fullmatch(name)]
+    named += [name for name in (format.INDEX, format.SKIPPED) if folder.size(name) is not None]
+    if named and not any(format.is_our_file(folder, name) for name in named):
+        raise ConfigError(
+            f"precompute.output: must be a new folder, got {folder}, which holds {named[0]} of another program. Name "
+            "another folder"
+        )
 
 
 def write_part(
@@ -246,90 +256,6 @@ def _listed(skipped: Sequence[Mapping[str, Any]]) -> str:
     """List skipped rows as JSON, as many as leave a footer that every reader takes. The ledger counts all."""
     size = itertools.accumulate(len(json.dumps(entry)) for entry in skipped)
     return json.dumps([entry for entry, end in zip(skipped, size, strict=True) if end <= _MOST_LISTED])
-
-
-def finish_store(
-    where: Where, num_units: int, approve: Callable[[Mapping[int, pa.Table], NoiseFloor], None] | None = None
-) -> list[int]:
-    """Write the index if every unit's part is there. Return the missing units.
-
-    `approve` gets the longest pair of each part by its unit, and the noise floor; its error keeps the index unwritten.
-
-    Raises:
-        DataError: A part is damaged.
-        IdentityError: Parts carry another fingerprint or plan; the message names all of them.
-        StorageError: A part can't be read, or the index can't be written.
-    """
-    folder = open_folder(where)
-    there = parts_there(folder)
-    missing = [unit for unit in range(num_units) if unit not in there]
-    if missing or is_finished(folder):
-        return missing
-    manifest = read_manifest(folder)
-    totals, noise, parts, skipped, samples = Ledger(), NoiseFloor(), [], [], {}
-    foreign: dict[str, IdentityError] = {}
-    for unit in range(num_units):
-        # Check all bytes once: from here on the index vouches for them.
-        content = read_content(folder, part_name(unit), format.DELETE_PART)
-        try:
-            part = format.check_part(folder, unit, content, manifest)
-        except IdentityError as error:
-            foreign[part_name(unit)] = error
-            continue
-        totals.add(part.ledger.as_dict())
-        noise += part.noise
-        skipped += part.skipped
-        if approve is not None:
-            samples[unit] = longest_pair(part.table)
-        parts.append(
-            {
-                "file": part_name(unit),
-                "rows": part.table.num_rows,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-        )
-    if foreign:
-        first = next(iter(foreign.values()))
-        raise (
-            first
-            if len(foreign) == 1
-            else IdentityError(
-                f"{len(foreign)} parts are another run's. {first}. The same holds for {', '.join(list(foreign)[1:])}"
-            )
-        )
-    if approve is not None:
-        approve(samples, noise)
-    if skipped:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-        folder.replace(format.SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
-    fingerprint = manifest["fingerprint"]
-    index = {"fingerprint": fingerprint, "parts": parts, "totals": totals.as_dict(), "noise": vars(noise)}
-    folder.put_if_absent(format.INDEX, format.sealed(index))
-    return []
-
-
-def longest_pair(part: pa.Table) -> pa.Table:
-    """Give the row of a part whose completions have most tokens; none of an empty part."""
-    tokens = part["chosen_tokens"].to_numpy() + part["rejected_tokens"].to_numpy()
-    return part.slice(int(tokens.argmax()) if len(tokens) else 0, 1)
-
-
-def reopen_store(where: Where) -> list[str]:
-    """Make a finished store unfinished if parts are gone or have another size than its index says. Return their names.
-
-    The index is deleted first, then parts of another size.
-
-    Raises:
-        DataError: The index is damaged.
-        StorageError: A file can't be deleted.
-    """
-    store = load_store(where)
-    sizes = store.folder.sizes()
-    lost = [part["file"] for part in store.index.get("parts", ()) if sizes.get(part["file"]) != part["bytes"]]
-    for name in [format.INDEX, *lost] if lost else ():
-        store.folder.delete(name)
-    return lost
 
 
 def load_store(where: Where) -> Store:

@@ -3,6 +3,7 @@
 The identity lists what a log-prob depends on. Another library, kernel or flag changes values too, and is on no list.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from pipeline.data.loading import UnitQueue
 from pipeline.data.rows import Source
 from pipeline.models.files import reference_dtype, reference_quantization
 from pipeline.scoring.agreement import Agreement, NoiseFloor, allowed_gap, compare, completion_gap
-from pipeline.store.format import ScoredPair, part_name
-from pipeline.store.store import load_store, longest_pair, read_checked_part
+from pipeline.store.finishing import longest_pair
+from pipeline.store.format import ForeignPartError, ScoredPair, part_name
+from pipeline.store.store import load_store, read_checked_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,11 @@ class StoredPairs:
         store = load_store(self.folder)
         last = len(store.units) - 1
         units = {store.units[last * i // (_PARTS - 1)] for i in range(_PARTS)} if store.units else ()
-        parts = {unit: read_checked_part(store, unit) for unit in sorted(units)}
+        parts = {}
+        for unit in sorted(units):
+            # Another run's part is made anew before the store is finished.
+            with contextlib.suppress(ForeignPartError):
+                parts[unit] = read_checked_part(store, unit)
         noise = sum((part.noise for part in parts.values()), NoiseFloor())
         self.each({unit: longest_pair(part.table) for unit, part in parts.items()}, noise)
 
@@ -96,7 +102,8 @@ class StoredPairs:
                     f"{entry['place']}: row {row} scored again: {agreement}. Another library, kernel or flag computes "
                     "here than has written this part. Restore it, or set precompute.output to a new folder"
                 )
-        say(f"Stored pairs that were scored again and are as they were: {len(stored)}")
+        pairs = "1 stored pair" if len(stored) == 1 else f"{len(stored):,} stored pairs"
+        say(f"Checked {pairs} by scoring again: equal within the noise floor")
 
     def _compare(self, scored: ScoredPair, stored: Mapping[str, Any], noise: NoiseFloor) -> Agreement:
         gaps = [

@@ -33,17 +33,10 @@ from pipeline.scoring.memory import name_of_device, peak_memory
 from pipeline.scoring.scorer import Scorer, load_scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel
-from pipeline.store.format import ScoredPair
+from pipeline.store.finishing import delete_foreign, finish_store, reopen_store
+from pipeline.store.format import ForeignPartError, ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored
-from pipeline.store.store import (
-    PartHeader,
-    finish_store,
-    is_finished,
-    part_exists,
-    parts_there,
-    reopen_store,
-    write_part,
-)
+from pipeline.store.store import PartHeader, is_finished, part_exists, parts_there, write_part
 from stages.precompute.canary import StoredPairs
 
 if TYPE_CHECKING:
@@ -106,7 +99,21 @@ class Worker:
                 return 0
             say(f"{job.folder}: made again, since gone or cut short: {', '.join(lost)}")
         check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
-        to_do = self._rows_to_do(job)
+        share, written = self.share, set[int]()
+        while True:
+            num_units = self._score_missing(job, share, check, written)
+            try:
+                approve = functools.partial(check.each, written=written)
+                return len(finish_store(job.folder, num_units, approve, header=job.header))
+            except ForeignPartError as error:
+                deleted = delete_foreign(job.folder, error.units)
+                say(f"{job.folder}: deleted, since they are another run's, and scored anew: {', '.join(deleted)}")
+            # No other unit is missing, and the workers whose units these are may have left.
+            share = (0, 1)
+
+    def _score_missing(self, job: ScoringJob, share: tuple[int, int], check: StoredPairs, written: set[int]) -> int:
+        """Score the missing units of a share, add those whose part is ours to `written`; give the set's units."""
+        to_do = self._rows_to_do(job, share)
         size = self.config.precompute.rows_per_shard
         queue = UnitQueue(
             job.source,
@@ -114,14 +121,14 @@ class Worker:
             self.config.data,
             rows_per_unit=size,
             wanted=job.rows,
-            share=self.share,
+            share=share,
             is_done=functools.partial(part_exists, job.folder),
             num_loaders=count_loaders(job.source, to_do, size, most=_MOST_LOADERS),
         )
         with (
             queue as units,
             _Account(self.costs_in, job.name, self.name, to_do) as account,
-            _Writer(job.folder, job.header) as writer,
+            _Writer(job.folder, job.header, written) as writer,
         ):
             for unit in units:
                 if part_exists(job.folder, unit.number):
@@ -133,7 +140,7 @@ class Worker:
                 job.files.check()
                 writer.put(unit, scored, noise)
         job.files.check()
-        return len(finish_store(job.folder, queue.num_units, functools.partial(check.each, written=writer.written)))
+        return queue.num_units
 
     def _score_unit(self, unit: Unit, account: "_Account", check: StoredPairs) -> tuple[list[ScoredPair], NoiseFloor]:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
@@ -153,14 +160,14 @@ class Worker:
             unit.ledger.noted["copied from other shards"] += len(copied)
         return scored, noise
 
-    def _rows_to_do(self, job: ScoringJob) -> int | None:
-        """Count the rows of this worker's missing units; None where the set's size is not known."""
+    def _rows_to_do(self, job: ScoringJob, share: tuple[int, int]) -> int | None:
+        """Count the rows of a share's missing units; None where the set's size is not known."""
         total = count_rows(job.source) if job.rows is None else len(job.rows)
         if total is None:
             return None
         size = self.config.precompute.rows_per_shard
         there = parts_there(job.folder)
-        mine = range(self.share[0], -(-total // size), self.share[1])
+        mine = range(share[0], -(-total // size), share[1])
         return sum(min(size, total - unit * size) for unit in mine if unit not in there)
 
 
@@ -347,15 +354,15 @@ class _Writer:
     """Writes parts in a thread, in order, so that scoring does not wait for the disk.
 
     A failed write raises its error at a later `put`, or at the end. The end, even by an error, writes all parts first.
+    The numbers of its units are added to `written`, unless another writer was first.
     """
 
     # A full disk loses the pending parts, and scoring hardly ever waits for one.
     _MOST_PENDING = 2
 
-    def __init__(self, folder: Folder, header: PartHeader) -> None:
+    def __init__(self, folder: Folder, header: PartHeader, written: set[int]) -> None:
         self._write_part = functools.partial(write_part, folder, header=header)
-        self.written: set[int] = set()
-        """Units whose part is this writer's"""
+        self._written = written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
 
@@ -370,7 +377,7 @@ class _Writer:
 
     def _write(self, unit: Unit, scored: list[ScoredPair], noise: NoiseFloor) -> None:
         if self._write_part(unit.number, scored, unit.ledger, noise):
-            self.written.add(unit.number)
+            self._written.add(unit.number)
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()

@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the index written last",
-        "pipeline/store/store.py",
+        "pipeline/store/finishing.py",
         "    if missing or is_finished(folder):\n        return missing",
         "    num_units -= len(missing)\n    if is_finished(folder):\n        return missing",
         "tests/store/test_store.py",

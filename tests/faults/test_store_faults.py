@@ -21,16 +21,9 @@ import pytest
 from pipeline.base import folders
 from pipeline.base.errors import DataError, IdentityError, RefshardError, StorageError
 from pipeline.base.folders import LocalFolder, ObjectFolder
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import check_part, part_name
-from pipeline.store.store import (
-    create_store,
-    finish_store,
-    open_store,
-    read_content,
-    read_manifest,
-    read_part,
-    read_parts,
-)
+from pipeline.store.store import create_store, open_store, read_content, read_manifest, read_part, read_parts
 from pipeline.store.verify import delete_leftovers, verify_store
 from support.disks import remount, tmpfs
 from support.stores import IDENTITY, PLAN, UNITS, contents, pair_of, stored_rows, write_store, write_unit

@@ -25,8 +25,9 @@ from pipeline.scoring import scorer as scoring_scorer
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import Batch
 from pipeline.scoring.selfcheck import check_scoring
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair
-from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.store import create_store, write_part
 from stages.check.estimate import MEMORY_BAND, Lengths, estimate
 from stages.check.hardware import Hardware
 from stages.check.shapes import shapes_of

@@ -107,6 +107,27 @@ def test_a_row_that_is_read_otherwise_is_refused(
         precompute(config)
 
 
+def test_parts_of_another_run_are_scored_anew_by_the_same_command(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker of the store that was there before has lived on, and written its parts beside the new one's."""
+    store = tmp_path / "shards" / "train"
+    precompute(make_run(rows=simple_rows(43)[3:]), 0, 2)
+    theirs = bytes_of_stores(store)
+    shutil.rmtree(store)
+    config = make_run(rows=simple_rows(40))
+    precompute(config)
+    whole = bytes_of_stores(store)
+    for name in (part_name(0), part_name(2)):
+        (store / name).write_bytes(theirs[name])
+    (store / part_name(1)).unlink()
+    (store / "index.json").unlink()
+    capsys.readouterr()
+    precompute(config)
+    assert f"another run's, and scored anew: {part_name(0)}, {part_name(2)}" in capsys.readouterr().out
+    assert bytes_of_stores(store) == whole
+
+
 def test_parts_that_are_gone_are_made_again_by_the_same_command(make_run: MakeRun, tmp_path: Path) -> None:
     config, store = make_run(rows=simple_rows(40)), tmp_path / "shards" / "train"
     precompute(config)

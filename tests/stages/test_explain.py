@@ -27,7 +27,8 @@ from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal
 from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.store import finish_store, open_store, read_checked_part, read_manifest, read_parts
+from pipeline.store.finishing import finish_store
+from pipeline.store.store import open_store, read_checked_part, read_manifest, read_parts
 from stages.explain import command
 from stages.explain import shown as views
 from stages.explain import stored as stored_module

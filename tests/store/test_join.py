@@ -20,6 +20,7 @@ from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.tokens import TokenizedPair
 from pipeline.store import join as module
 from pipeline.store import reference_table
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import (
@@ -28,7 +29,7 @@ from pipeline.store.reference_table import (
     TokenLogps,
     load_reference_table,
 )
-from pipeline.store.store import Store, check_identity, create_store, finish_store, open_store, write_part
+from pipeline.store.store import Store, check_identity, create_store, open_store, write_part
 from support.stores import IDENTITY, forge_part
 
 

@@ -32,20 +32,19 @@ from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger, Outcome
 from pipeline.data.rows import Row
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import ScoredPair, SummedPair, part_name, schema, sealed
+from pipeline.store.finishing import delete_foreign, finish_store, reopen_store
+from pipeline.store.format import ForeignPartError, ScoredPair, SummedPair, part_name, schema, sealed
 from pipeline.store.store import (
     PartHeader,
     Store,
     create_store,
     delete_store,
-    finish_store,
     is_finished,
     load_store,
     open_store,
     part_exists,
     read_part,
     read_parts,
-    reopen_store,
     write_part,
 )
 from support.stores import DECLARED, IDENTITY, forge_part
@@ -524,19 +523,45 @@ def test_a_part_of_another_plan_is_never_indexed_nor_read(tmp_path: Path) -> Non
     make_store(tmp_path, finish=False)
     (tmp_path / part_name(1)).unlink()
     put_part(tmp_path, 1, [scored(3)], theirs)
-    message = r"part-00001\.parquet: of the plan .* another run's part, of other data .* Delete this part, then run"
+    message = r"part-00001\.parquet: of the plan .* another run's part, of other data or other settings\. Run refshard"
     for read in (lambda: finish_store(tmp_path, 3), lambda: read_part(load_store(tmp_path), 1)):
         with pytest.raises(IdentityError, match=message) as caught:
             read()
         assert caught.value.exit_status == 78
     (tmp_path / part_name(2)).unlink()
     put_part(tmp_path, 2, [scored(6)], theirs)
-    with pytest.raises(IdentityError, match=r"^2 parts are another run's\. .*The same holds for part-00002\.parquet$"):
+    with pytest.raises(ForeignPartError, match=r"The same holds for part-00002\.parquet$") as several:
         finish_store(tmp_path, 3)
     assert not is_finished(tmp_path)
-    for unit in (1, 2):
-        (tmp_path / part_name(unit)).unlink()
+    # Its own parts, and those that another worker has put right since, stay.
+    assert several.value.units == (1, 2)
+    assert delete_foreign(tmp_path, (0, 1, 2, 3)) == [part_name(1), part_name(2)]
     assert finish_store(tmp_path, 3) == [1, 2]
+
+
+def test_a_worker_whose_store_was_replaced_neither_indexes_nor_deletes(tmp_path: Path) -> None:
+    """Its dataset has one unit, the new store's has three, the first of them with equal rows."""
+    theirs = create_store(tmp_path / "other", IDENTITY, OTHER_DATA, DECLARED)
+    make_store(tmp_path / "train", finish=False)
+    with pytest.raises(IdentityError, match="was replaced by another run's store") as caught:
+        finish_store(tmp_path / "train", 1, header=theirs)
+    assert not isinstance(caught.value, ForeignPartError)
+    assert not is_finished(tmp_path / "train")
+
+
+@pytest.mark.parametrize("name", ["part-00000.parquet", "index.json", "skipped.jsonl"])
+def test_a_store_is_not_made_among_another_programs_files_of_its_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"theirs": 1}')
+    with pytest.raises(ConfigError, match=rf"^precompute\.output: must be a new folder, .* holds {name} of another"):
+        create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b'{"theirs": 1}']
+
+
+def test_a_store_that_lost_its_manifest_is_made_again(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    create_store(tmp_path, IDENTITY, PLAN, DECLARED)
+    assert is_finished(tmp_path) and delete_foreign(tmp_path, (0, 1, 2)) == []
 
 
 def test_a_part_without_a_plan_is_read_in_a_store_that_never_had_one(tmp_path: Path) -> None:
@@ -603,8 +628,11 @@ def test_a_part_of_another_run_is_refused_though_the_index_vouches_for_it(tmp_pa
 def test_a_foreign_parquet_file_under_a_parts_name_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path, finish=False)
     pq.write_table(pa.table({"a": [1]}), tmp_path / part_name(1))
-    with pytest.raises(IdentityError, match="fingerprint none"):
+    with pytest.raises(IdentityError, match="fingerprint none.* another program's part"):
         finish_store(tmp_path, 3)
+    with pytest.raises(IdentityError, match="another program's part"):
+        delete_foreign(tmp_path, (1,))
+    assert (tmp_path / part_name(1)).exists()
 
 
 def test_a_part_under_another_units_name_is_refused(tmp_path: Path) -> None:

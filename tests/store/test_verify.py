@@ -13,8 +13,9 @@ import pytest
 from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, SummedPair, sealed
-from pipeline.store.store import create_store, finish_store, write_part
+from pipeline.store.store import create_store, write_part
 from pipeline.store.verify import verify_store
 from support.models import make_model
 from support.runs import refshard, simple_rows, write_jsonl

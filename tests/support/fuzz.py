@@ -24,7 +24,8 @@ from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import count_rows, open_source, read_rows
-from pipeline.store.store import create_store, finish_store, open_store, read_parts
+from pipeline.store.finishing import finish_store
+from pipeline.store.store import create_store, open_store, read_parts
 from pipeline.store.verify import verify_store
 from support.damage import DATA, SETTINGS, WRONG_VALUES, Damage, signed
 

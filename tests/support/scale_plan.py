@@ -190,8 +190,9 @@ def measure() -> Measured:
     from pipeline.config.schema import DataConfig
     from pipeline.data.intake import Ledger
     from pipeline.data.sources import count_rows, open_source
+    from pipeline.store.finishing import finish_store
     from pipeline.store.format import ScoredPair, check_part, part_name
-    from pipeline.store.store import create_store, finish_store, read_manifest, write_part
+    from pipeline.store.store import create_store, read_manifest, write_part
     from support.models import make_model, make_tokenizer
     from support.object_store import CREDENTIALS, environment, faulty, s3_server
     from support.runs import simple_rows, write_config, write_jsonl

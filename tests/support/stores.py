@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, content_digest
-from pipeline.store.store import PartHeader, create_store, finish_store, open_store, read_parts, write_part
+from pipeline.store.store import PartHeader, create_store, open_store, read_parts, write_part
 
 IDENTITY: dict[str, Any] = {
     "schema": 1,

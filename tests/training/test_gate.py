@@ -22,7 +22,8 @@ from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor, allowed_gap
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import score
-from pipeline.store.store import Store, finish_store, open_store, read_parts
+from pipeline.store.finishing import finish_store
+from pipeline.store.store import Store, open_store, read_parts
 from pipeline.training.gate import Gaps, Gate, choose_sample
 from stages import train
 from stages.precompute import command as precompute
