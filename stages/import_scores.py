@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
-from pipeline.base.folders import open_folder
+from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.base.progress import say
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
@@ -49,6 +49,9 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     if not scores.exists():
         raise ConfigError(f"{scores}: no such file")
     guard_shards(config, overwrite=overwrite)
+    folder = open_folder(config.precompute.output).child(set_name)
+    if overwrite and isinstance(folder, LocalFolder) and scores.resolve().is_relative_to(folder.path.resolve()):
+        raise ConfigError(f"FILE: must not be what --overwrite deletes, got {scores}. Move it out of {folder}")
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer, overwrite=overwrite)
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
@@ -65,7 +68,6 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     # Read before the store is created: a file that can't be imported leaves nothing behind.
     pairs = [read(pair, row) for pair, row in batch]
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
-    folder = open_folder(config.precompute.output).child(set_name)
     if overwrite:
         delete_store(folder)
     plan = {
@@ -88,7 +90,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         ledger_copy = ledger_copy if following else ledger
         write_part(folder, unit, pairs, ledger_copy.since(written), header=header)  # type: ignore[arg-type]
         pairs, written, unit = following, ledger_copy, unit + 1
-    finish_store(folder, unit)
+    finish_store(folder, unit, header=header)
     kind = "a log-prob for each token" if token_logps else "sums"
     say(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
 

@@ -5,7 +5,7 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 
 import contextlib
 import pickle
-import shutil
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import DataError, stopped_as_asked
-from pipeline.base.files import read_json, replace_file, write_json
+from pipeline.base.files import delete_named, read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_nan, without_other_bars
 from pipeline.base.signals import StopFlag, watch_signals
@@ -30,10 +30,11 @@ from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, loa
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import load_policy
-from pipeline.run.attempts import Attempt, claim_run
+from pipeline.run.attempts import ATTEMPT_NAME, Attempt, claim_run
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import (
     best_checkpoint,
+    delete_references,
     delete_run,
     find_checkpoint,
     is_recorded,
@@ -187,8 +188,8 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
     output = attempt.run_folder
     if overwrite:
         delete_run(output)
-    for leftover in (output / _JOINED, *output.glob(f"{STAGING}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    delete_named(output / _JOINED, ATTEMPT_NAME)
+    delete_named(output, re.compile(re.escape(STAGING) + ATTEMPT_NAME.pattern))
     checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
     # Save the settings, defaults filled in, before anything runs. Access tokens are left out.
     output.mkdir(parents=True, exist_ok=True)
@@ -417,8 +418,8 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     record |= {"identity": run.identity, "metrics": without_nan(metrics), "versions": library_versions()}
     run.attempt.check()
     write_json(output / RECORD, without_nan(record))
-    for folder in (_JOINED, "references"):
-        shutil.rmtree(output / folder, ignore_errors=True)
+    delete_named(output / _JOINED, ATTEMPT_NAME)
+    delete_references(output)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     which = "" if step == last else f"; its weights are those of step {step}, the best"
     say(f"The policy is in {output} ({last} steps{mean}){which}")

@@ -7,12 +7,12 @@ resumes. A scheduler can run the two commands in turn itself: `refshard precompu
 `refshard train --config F --one-window`.
 """
 
-import shutil
 from collections.abc import Sequence
 
 import click
 
 from pipeline.base.errors import UnfinishedError
+from pipeline.base.files import TEMPORARY, delete_named
 from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
 from pipeline.run.checkpoints import delete_run, is_recorded, newest_step
@@ -42,9 +42,8 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
         delete_run(output)
         for name in config.data.sets:
             delete_store(open_folder(config.precompute.output).child(name))
-    for leftover in (output / "references").glob(".tmp-*"):
-        # A process was killed while it moved the reference. No other one moves it now.
-        shutil.rmtree(leftover, ignore_errors=True)
+    # A process was killed while it moved the reference. No other one moves it now.
+    delete_named(output / "references", TEMPORARY)
     if is_recorded(output):
         # Prints that the run is finished, or that the folder is another run's.
         _command(commands, ["train", *words, "--one-window"])

@@ -9,6 +9,8 @@ import ctypes
 import errno
 import json
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ from typing import Any
 from pipeline.base.errors import DataError, StorageError
 
 __all__ = [
+    "TEMPORARY",
+    "delete_named",
     "find_special",
     "make_folder",
     "open_file",
@@ -32,6 +36,24 @@ __all__ = [
     "sync_tree",
     "write_json",
 ]
+
+
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")
+"""Names of files and folders that are being written; a kill leaves them behind"""
+
+
+def delete_named(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the files and folders in a folder whose whole name has a form, then the folder if that left it empty.
+
+    Links are not followed, and errors are passed over: what is left behind is not read.
+    """
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if names.fullmatch(path.name)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def make_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ finished bytes.
 import contextlib
 import functools
 import os
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from pipeline.base.errors import ConfigError, StorageError, first_line
 
 __all__ = ["LARGEST_FILE", "LEFTOVERS", "Folder", "LocalFolder", "ObjectFolder", "Where", "open_folder"]
 
-LEFTOVERS = (".tmp-", ".probe-")
-"""Prefixes of the names that a killed process may leave behind; nobody reads them"""
+_PROBE = ".probe-"
+LEFTOVERS = re.compile(rf"{files.TEMPORARY.pattern}|{re.escape(_PROBE)}[0-9a-f]{{32}}")
+"""Names that a killed process may leave behind; nobody reads them"""
 
 LARGEST_FILE = 2**32
 """Most bytes of a file in such a folder. Parts of the default size have some megabytes"""
@@ -235,7 +237,7 @@ def _puts_if_absent(url: str) -> bool:
     """Return True if the second of two conditional puts of one name fails."""
     folder = ObjectFolder(url)
     for _ in range(3):
-        name = f"{LEFTOVERS[1]}{uuid.uuid4().hex}"
+        name = f"{_PROBE}{uuid.uuid4().hex}"
         folder._ask(name, lambda fs, path: _put(fs, path, b"1", mode="create"))
         try:
             folder._ask(name, lambda fs, path: _put(fs, path, b"2", mode="create"))

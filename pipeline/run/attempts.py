@@ -19,7 +19,10 @@ from pipeline.base.errors import FencedError
 from pipeline.base.files import make_folder, put_if_absent
 from pipeline.base.versions import library_versions
 
-__all__ = ["Attempt", "claim_run", "set_aside"]
+__all__ = ["ATTEMPT_NAME", "Attempt", "claim_run", "set_aside"]
+
+
+ATTEMPT_NAME = re.compile(r"\d{4,}")
 
 
 @dataclass(frozen=True)
@@ -79,5 +82,5 @@ def _folder(run_folder: Path) -> Path:
 
 
 def _newest(run_folder: Path) -> int:
-    names = (re.fullmatch(r"(\d{4,})\.json", file.name) for file in _folder(run_folder).glob("*.json"))
-    return max((int(name[1]) for name in names if name), default=0)
+    names = (file.stem for file in _folder(run_folder).glob("*.json"))
+    return max((int(name) for name in names if ATTEMPT_NAME.fullmatch(name)), default=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.base.digests import read_sha256
 from pipeline.base.errors import ConfigError, DataError, StorageError, UnfinishedError
-from pipeline.base.files import read_json, sync_tree, write_json
+from pipeline.base.files import TEMPORARY, delete_named, read_json, sync_tree, write_json
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel, find_adapter
 from pipeline.run.attempts import set_aside
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_folders",
     "commit_checkpoint",
     "delete_older",
+    "delete_references",
     "delete_run",
     "digests_of_weights",
     "find_checkpoint",
@@ -35,12 +36,15 @@ __all__ = [
     "newest_step",
     "problem_of",
     "processes_of",
+    "reference_folder",
+    "reference_folders",
     "refuse_other_run",
     "saved_policy",
     "trained_weights",
 ]
 
 MARKER = "refshard-commit.json"
+_REFERENCE = "step-([0-9]{8,})"
 
 
 def commit_checkpoint(
@@ -179,8 +183,25 @@ def delete_run(run_folder: Path) -> None:
     """Delete an earlier run's records and checkpoints. Its weights stay until they are replaced."""
     (run_folder / RECORD).unlink(missing_ok=True)
     delete_records(run_folder)
-    for folder in (*checkpoint_folders(run_folder).values(), *run_folder.glob("references")):
+    delete_references(run_folder)
+    for folder in checkpoint_folders(run_folder).values():
         shutil.rmtree(folder)
+
+
+def delete_references(run_folder: Path) -> None:
+    """Delete a run's moved references."""
+    delete_named(run_folder / "references", re.compile(rf"{_REFERENCE}|{TEMPORARY.pattern}"))
+
+
+def reference_folder(run_folder: Path, step: int) -> Path:
+    """Give the folder of the moved reference after a step."""
+    return run_folder / "references" / f"step-{step:08d}"
+
+
+def reference_folders(run_folder: Path) -> dict[int, Path]:
+    """Give the run's moved references by step."""
+    found = {path: re.fullmatch(_REFERENCE, path.name) for path in (run_folder / "references").glob("step-*")}
+    return {int(name[1]): path for path, name in found.items() if name}
 
 
 def delete_older(run_folder: Path, keep: int, best: str | None = None) -> None:

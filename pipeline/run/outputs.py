@@ -9,19 +9,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.base.errors import ConfigError, DataError, StorageError
-from pipeline.base.folders import LocalFolder, open_folder
+from pipeline.base.files import TEMPORARY, read_file
+from pipeline.base.folders import Folder, LocalFolder, open_folder
 from pipeline.config.schema import Config
-from pipeline.models.files import ADAPTER_CONFIG
+from pipeline.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.run.attempts import ATTEMPT_NAME
 from pipeline.run.checkpoints import MARKER, checkpoint_folders
 from pipeline.run.reading import RECORD, SETTINGS
-from pipeline.run.records import INPUTS, LOG, MARGINS
+from pipeline.run.records import COSTS, INPUTS, LOG, MARGINS
 from pipeline.store.format import is_ours
 
 __all__ = ["guard_output", "guard_run", "guard_shards"]
 
 _ATTEMPTS = "attempts"
-_OF_A_RUN = ("joined", "references", MARGINS, LOG, INPUTS, RECORD, SETTINGS, "README.md")
-"""Names that a run writes, besides its checkpoints, its policy and `attempts`, which a kill may leave empty"""
+_OF_A_RUN = (
+    *("joined", "references", MARGINS, LOG, INPUTS, RECORD, SETTINGS, "README.md", "trainer_state.json"),
+    *("config.json", "generation_config.json", "model.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+"""Names that a run writes, besides its checkpoints and `attempts`"""
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+_OF_A_DATASET = ("state.json", "dataset_info.json")
+"""Names that `save_to_disk` writes"""
 _MOST_FOLDERS = 1000
 """Folders looked into below an output that is not ours yet"""
 
@@ -37,17 +46,18 @@ def guard_shards(config: Config, *, overwrite: bool = False) -> None:
         ConfigError: A store would be, hold or lie in a folder of the user's; the message names both.
     """
     output = open_folder(config.precompute.output)
-    if not isinstance(output, LocalFolder):
-        return
     for name in config.data.sets:
-        store = output.path / name
-        guard_output("precompute.output", store, config, ours="a store")
+        store = output.child(name)
+        if isinstance(store, LocalFolder):
+            guard_output("precompute.output", store.path, config, ours="a store")
         for reused in config.precompute.reuse if overwrite else ():
-            if _overlap(store, Path(reused)):
+            if _are_one(store, open_folder(reused)):
                 raise ConfigError(
                     f"precompute.reuse: must not be what --overwrite deletes, got {reused}. Set precompute.output to a "
                     "new folder"
                 )
+    if isinstance(output, LocalFolder):
+        guard_output("precompute.output", output.path / COSTS, config)
 
 
 def guard_run(config: Config) -> None:
@@ -55,12 +65,14 @@ def guard_run(config: Config) -> None:
     folder = config.train.folder
     shards = open_folder(config.precompute.output)
     if isinstance(shards, LocalFolder):
-        for name in (*config.data.sets, "costs"):
+        for name in (*config.data.sets, COSTS):
             _refuse_overlap("train.output_dir", folder, f"precompute.output/{name}", shards.path / name)
     guard_output("train.output_dir", folder, config, ours="a run")
     if not _is_run(folder):
         there = [name for name in _OF_A_RUN if (folder / name).exists()]
         there += [path.name for path in checkpoint_folders(folder).values()]
+        # A kill may leave it empty, or with a file that was being written.
+        there += [_ATTEMPTS for path in (folder / _ATTEMPTS).glob("*") if not TEMPORARY.fullmatch(path.name)]
         if there:
             raise ConfigError(
                 f"train.output_dir: must be a new folder or a run of refshard, got {folder}, which holds {there[0]} of "
@@ -128,6 +140,14 @@ def _refuse_overlap(key: str, folder: Path, other: str, path: Path) -> None:
         )
 
 
+def _are_one(a: Folder, b: Folder) -> bool:
+    """Return True if one folder is the other or lies in it."""
+    if isinstance(a, LocalFolder) and isinstance(b, LocalFolder):
+        return _overlap(a.path, b.path)
+    one, other = f"{a}/", f"{b}/"
+    return one.startswith(other) or other.startswith(one)
+
+
 def _overlap(a: Path, b: Path) -> bool:
     one, other = a.expanduser().resolve(), b.expanduser().resolve()
     return one.is_relative_to(other) or other.is_relative_to(one)
@@ -143,16 +163,20 @@ def _kind_of(folder: Path) -> str | None:
                 return "a store"
         if (folder / ADAPTER_CONFIG).is_file():
             return "an adapter"
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and any(file.suffix in _WEIGHTS for file in folder.iterdir()):
             return "a model"
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in _OF_A_DATASET):
             return "a dataset"
     return None
 
 
 def _is_run(folder: Path) -> bool:
     """Return True if a folder has an attempt's file, or a checkpoint with our marker, maybe all that was kept."""
-    return any((folder / _ATTEMPTS).glob("*.json")) or any(folder.glob(f"checkpoint-*/{MARKER}"))
+    attempts = (file for file in (folder / _ATTEMPTS).glob("*.json") if ATTEMPT_NAME.fullmatch(file.stem))
+    with contextlib.suppress(DataError):
+        if any(b'"identity"' in read_file(file, most=2**26) for file in attempts):
+            return True
+    return any(folder.glob(f"checkpoint-*/{MARKER}"))
 
 
 def _folders_in(folder: Path) -> Iterator[Path]:

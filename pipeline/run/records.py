@@ -12,7 +12,6 @@ Each file may be deleted, and none is part of a run's or a store's identity.
 import contextlib
 import json
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -25,13 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, StorageError
-from pipeline.base.files import make_folder, parse_json, replace_file
+from pipeline.base.files import delete_named, make_folder, parse_json, replace_file
 from pipeline.base.folders import Folder
 from pipeline.base.progress import say, without_nan
 from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import Attempt
 
 __all__ = [
+    "COSTS",
     "INPUTS",
     "LOG",
     "MARGINS",
@@ -107,7 +107,7 @@ def delete_records(run_folder: Path) -> None:
     """Delete the records of an earlier run in this folder."""
     for name in (LOG, INPUTS, GENERATIONS):
         (run_folder / name).unlink(missing_ok=True)
-    shutil.rmtree(run_folder / MARGINS, ignore_errors=True)
+    delete_named(run_folder / MARGINS, re.compile(r".+\.parquet"))
 
 
 def write_cost(output: Folder, cost: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from pipeline.base.folders import LEFTOVERS, Folder
 from pipeline.data.intake import Ledger
 from pipeline.models.identity import differing_fields
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import DELETE_INDEX, INDEX, MANIFEST, SKIPPED, pair_keys, part_name
+from pipeline.store.format import DELETE_INDEX, INDEX, MANIFEST, SKIPPED, is_ours, pair_keys, part_name
 from pipeline.store.store import Store, load_store, parts_there, read_checked_part, read_manifest
 
 __all__ = ["Findings", "delete_leftovers", "verify_store"]
@@ -69,7 +69,7 @@ def verify_store(folder: Folder) -> Findings:
         findings.problems.append(error)
     known = {MANIFEST, INDEX, SKIPPED, *map(part_name, store.units)}
     for name in folder.names():
-        if name.startswith(LEFTOVERS):
+        if LEFTOVERS.fullmatch(name):
             findings.leftovers.append(name)
         elif name not in known:
             findings.unknown_files.append(name)
@@ -80,10 +80,13 @@ def verify_store(folder: Folder) -> Findings:
 def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
     """Delete temporary files of at least `older_than` seconds by the file server's clock; return their number.
 
-    Workers may be at work: one that loses a file, because a clock has jumped, writes it again. Raises StorageError.
+    Nothing is deleted where the manifest is another program's. Workers may be at work: one that loses a file, because a
+    clock has jumped, writes it again. Raises StorageError.
     """
-    names = [name for name in folder.names() if name.startswith(LEFTOVERS)]
-    now_file = f"{LEFTOVERS[0]}{uuid.uuid4().hex}"
+    if not is_ours(folder):
+        return 0
+    names = [name for name in folder.names() if LEFTOVERS.fullmatch(name)]
+    now_file = f".tmp-{uuid.uuid4().hex}"
     folder.replace(now_file, b"")
     now = folder.modified(now_file) or 0.0
     folder.delete(now_file)

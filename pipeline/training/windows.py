@@ -30,7 +30,15 @@ from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
 from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter, reference_dtype
 from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
-from pipeline.run.checkpoints import checkpoint_folders, digests_of_weights, find_checkpoint, is_recorded, problem_of
+from pipeline.run.checkpoints import (
+    checkpoint_folders,
+    digests_of_weights,
+    find_checkpoint,
+    is_recorded,
+    problem_of,
+    reference_folder,
+    reference_folders,
+)
 from pipeline.run.identity import run_identity
 from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
@@ -106,17 +114,12 @@ def window_config(config: Config, window: Window, output: Path) -> Config:
     """Give the run's settings with the reference and the stores of one window."""
     if window.number == 0:
         return dataclasses.replace(config, reference=dataclasses.replace(config.reference, sync=None))
-    folder = _reference_folder(output, window.first)
+    folder = reference_folder(output, window.first)
     return dataclasses.replace(
         config,
         reference=ReferenceConfig(model=str(folder), dtype=reference_dtype(config)),
         precompute=dataclasses.replace(config.precompute, output=str(folder / "shards"), reuse=[]),
     )
-
-
-def _reference_folder(output: Path, step: int) -> Path:
-    """Give the folder of the reference after a step."""
-    return output / "references" / f"step-{step:08d}"
 
 
 def prepare_reference(config: Config, step: int, output: Path) -> Path | None:
@@ -134,7 +137,7 @@ def prepare_reference(config: Config, step: int, output: Path) -> Path | None:
     assert config.reference.sync is not None
     if step == 0:
         return None
-    target, checkpoint = _reference_folder(output, step), output / f"checkpoint-{step}"
+    target, checkpoint = reference_folder(output, step), output / f"checkpoint-{step}"
     made_from = {
         "step": step,
         "sync": dataclasses.asdict(config.reference.sync),
@@ -200,8 +203,8 @@ def check_mixable(config: Config) -> None:
 def _delete_older(output: Path, size: int) -> None:
     """Delete the references that no checkpoint needs to resume."""
     oldest = min(checkpoint_folders(output), default=0) // size * size
-    for folder in (output / "references").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) < oldest:
+    for step, folder in reference_folders(output).items():
+        if step < oldest:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -319,3 +320,17 @@ def test_no_more_is_read_than_a_file_may_hold(tmp_path: Path) -> None:
             read()
     with pytest.raises(ConfigError, match=r"policy\.model: .*must hold regular files, got .*large\.json, 1,099"):
         NamedModel(str(tmp_path), None, "policy.model").folder()
+
+
+def test_only_names_of_the_form_are_deleted_and_links_are_not_followed(tmp_path: Path) -> None:
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    for path in (mine / "a", folder / "0001" / "b", folder / "notes"):
+        path.mkdir(parents=True)
+    (folder / "0002").symlink_to(mine, target_is_directory=True)
+    files.delete_named(folder, re.compile("[0-9]{4}"))
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+    assert (mine / "a").exists()
+    (folder / "notes").rmdir()
+    files.delete_named(folder, re.compile("[0-9]{4}"))
+    assert not folder.exists()
+    files.delete_named(folder, re.compile("[0-9]{4}"))

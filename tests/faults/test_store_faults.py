@@ -341,7 +341,7 @@ def test_temporary_files_are_never_read_and_cleaning_them_beside_writers_is_safe
     context = multiprocessing.get_context("fork")
     folder, barrier = tmp_path / "train", context.Barrier(2)
     folder.mkdir()
-    (folder / ".tmp-dead").write_bytes(b"half of a part")
+    (folder / f".tmp-{'d' * 32}").write_bytes(b"half of a part")
     assert delete_leftovers(LocalFolder(folder)) == 0
     workers = [context.Process(target=_write_noisy, args=(folder, 0.1 * i, barrier)) for i in range(2)]
     for worker in workers:

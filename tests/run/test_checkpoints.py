@@ -26,6 +26,8 @@ from pipeline.run.checkpoints import (
     delete_older,
     delete_run,
     find_checkpoint,
+    reference_folder,
+    reference_folders,
     refuse_other_run,
 )
 from pipeline.run.identity import check_same_run, run_identity
@@ -357,6 +359,20 @@ def test_a_deletion_cut_short_leaves_no_marker_and_is_finished_by_the_next(
     assert find(tmp_path) == (tmp_path / "checkpoint-30", [])
     delete_older(tmp_path, 2)
     assert names(tmp_path) == {"checkpoint-20", "checkpoint-30"}
+
+
+def test_an_earlier_run_is_deleted_and_what_others_put_beside_it_stays(tmp_path: Path) -> None:
+    ours = ("checkpoint-4", "references/step-00000004", f"references/.tmp-{'a' * 32}")
+    theirs = ("checkpoint-4-copy", "references/papers", "references/step-4")
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("margins/train.parquet", "margins/notes.txt"):
+        (tmp_path / "margins").mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert reference_folders(tmp_path) == {4: reference_folder(tmp_path, 4)}
+    delete_run(tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {*theirs, "references", "margins", "margins/notes.txt"}
 
 
 def test_each_start_takes_the_next_number_and_only_the_newest_may_save(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.report.pages import write_page
+from pipeline.report.pages import page, write_page
 from pipeline.run.outputs import guard_output, guard_run, guard_shards
 from support.runs import refshard
 
@@ -30,7 +30,7 @@ def load(tmp_path: Path) -> Load:
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     (tmp_path / "dataset/dataset_dict.json").write_text("{}")
     (tmp_path / "old/train/manifest.json").write_text(json.dumps({"format": "refshard"}))
-    (tmp_path / "run/attempts/0001.json").write_text("{}")
+    (tmp_path / "run/attempts/0001.json").write_text(json.dumps({"host": "h", "process": 1, "identity": {}}))
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs/train.jsonl").write_text("{}\n")
     file = tmp_path / "run.yaml"
@@ -82,7 +82,13 @@ def test_a_store_of_its_own_and_a_bucket_are_taken(load: Load, output: str) -> N
     guard_shards(load(f"precompute.output={output}"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint-4", "references", "joined", "margins", "run.json", "README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("checkpoint-4", "references", "joined", "margins", "run.json", "README.md", "tokenizer.json"),
+        *("chat_template.jinja", "generation_config.json", "model.safetensors", "trainer_state.json"),
+    ],
+)
 def test_a_folder_with_files_that_a_run_replaces_but_without_a_runs_mark_is_refused(load: Load, name: str) -> None:
     (Path("policy") / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"^train\.output_dir: .* holds {name} of another program"):
@@ -102,6 +108,37 @@ def test_a_folder_of_which_only_a_committed_checkpoint_was_kept_is_a_run(load: L
 def test_a_run_that_was_killed_before_its_first_attempt_was_written_begins_again(load: Load) -> None:
     Path("policy/attempts").mkdir(parents=True)
     guard_run(load())
+    Path(f"policy/attempts/.tmp-{'0' * 32}").write_text("half")
+    guard_run(load())
+
+
+@pytest.mark.parametrize("name", ["0001.json", "quiz.json", "notes.txt", ".tmp-mine"])
+def test_a_folder_with_another_programs_attempts_is_no_run(load: Load, name: str) -> None:
+    Path("policy/attempts").mkdir(parents=True)
+    Path("policy/attempts", name).write_text('{"score": 3}')
+    with pytest.raises(ConfigError, match=r"^train\.output_dir: .* holds attempts of another program"):
+        guard_run(load())
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.gguf", "tf_model.h5", "flax_model.msgpack"])
+def test_a_model_in_another_format_is_a_model(load: Load, weights: str) -> None:
+    Path("old-model").mkdir()
+    Path("old-model/config.json").write_text("{}")
+    Path("old-model", weights).write_bytes(b"")
+    for folder in ("old-model", "old-model/dpo"):
+        with pytest.raises(ConfigError, match=r"^train\.output_dir: must .* a model"):
+            guard_run(load(f"train.output_dir={folder}"))
+
+
+def test_a_saved_dataset_is_known_by_both_of_its_files(load: Load) -> None:
+    """A file state.json alone may be any program's."""
+    Path("project").mkdir()
+    Path("project/state.json").write_text("{}")
+    guard_run(load("train.output_dir=project/policy"))
+    guard_shards(load("precompute.output=project"))
+    Path("project/dataset_info.json").write_text("{}")
+    with pytest.raises(ConfigError, match="must not lie in a dataset"):
+        guard_run(load("train.output_dir=project/policy"))
 
 
 def test_a_link_in_a_runs_folder_is_not_written_through(load: Load) -> None:
@@ -110,11 +147,32 @@ def test_a_link_in_a_runs_folder_is_not_written_through(load: Load) -> None:
         guard_run(load("train.output_dir=run"))
 
 
-def test_shards_to_reuse_are_not_deleted_by_overwrite(load: Load) -> None:
-    config = load("precompute.output=old", "precompute.reuse=[old]")
+@pytest.mark.parametrize(
+    ("output", "reused"),
+    [
+        *(("old", reused) for reused in ("old", "old/train", "link/train", "file://{here}/old/train")),
+        *(("s3://bucket/shards", reused) for reused in ("s3://bucket/shards/train", "s3://bucket/shards/train/")),
+    ],
+)
+def test_shards_to_reuse_are_not_deleted_by_overwrite(load: Load, output: str, reused: str) -> None:
+    Path("link").symlink_to("old", target_is_directory=True)
+    config = load(f"precompute.output={output}", f"precompute.reuse=[{reused.format(here=Path.cwd())}]")
     guard_shards(config)
-    with pytest.raises(ConfigError, match=r"^precompute\.reuse: must not be what --overwrite deletes, got old"):
+    with pytest.raises(ConfigError, match=r"^precompute\.reuse: must not be what --overwrite deletes, got "):
         guard_shards(config, overwrite=True)
+
+
+@pytest.mark.parametrize("reused", ["old2/train", "s3://bucket/shards2/train", "s3://bucket/shards/train2"])
+def test_shards_beside_those_that_overwrite_deletes_are_reused(load: Load, reused: str) -> None:
+    for output in ("old", "s3://bucket/shards"):
+        guard_shards(load(f"precompute.output={output}", f"precompute.reuse=[{reused}]"), overwrite=True)
+
+
+def test_costs_are_not_written_into_a_model(load: Load) -> None:
+    Path("shards").mkdir()
+    Path("shards/costs").symlink_to("../model", target_is_directory=True)
+    with pytest.raises(ConfigError, match=r"^precompute\.output: must not be, hold or lie in policy\.model"):
+        guard_shards(load())
 
 
 @pytest.mark.parametrize(
@@ -132,14 +190,17 @@ def test_an_export_does_not_lie_in_a_run(load: Load) -> None:
         guard_output("--output", Path("run/sets"), load())
 
 
-def test_a_page_replaces_pages_only(tmp_path: Path) -> None:
-    page, other = tmp_path / "page.html", tmp_path / "model.safetensors"
-    write_page(page, "<!doctype html>one")
-    write_page(page, "<!doctype html>two")
-    other.write_bytes(b"weights")
-    with pytest.raises(ConfigError, match="must be a new file or an HTML page"):
-        write_page(other, "<!doctype html>")
-    assert (page.read_text(), other.read_bytes()) == ("<!doctype html>two", b"weights")
+def test_a_page_replaces_our_pages_only(tmp_path: Path) -> None:
+    file, other = tmp_path / "page.html", tmp_path / "model.safetensors"
+    one, two = (page(title, []) for title in ("one", "two"))
+    write_page(file, one)
+    write_page(file, two)
+    for theirs in (b"weights", b"<!doctype html><title>theirs</title>"):
+        other.write_bytes(theirs)
+        with pytest.raises(ConfigError, match="must be a new file or a page of refshard"):
+            write_page(other, one)
+        assert other.read_bytes() == theirs
+    assert file.read_text() == two
 
 
 def test_both_stages_refuse_with_2_before_anything_is_made(make_run: Any, model_folder: Path, tmp_path: Path) -> None:

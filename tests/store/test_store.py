@@ -628,7 +628,7 @@ def test_a_part_of_another_run_is_refused_though_the_index_vouches_for_it(tmp_pa
 def test_a_foreign_parquet_file_under_a_parts_name_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path, finish=False)
     pq.write_table(pa.table({"a": [1]}), tmp_path / part_name(1))
-    with pytest.raises(IdentityError, match="fingerprint none.* another program's part"):
+    with pytest.raises(IdentityError, match=r"fingerprint none.* another program's part"):
         finish_store(tmp_path, 3)
     with pytest.raises(IdentityError, match="another program's part"):
         delete_foreign(tmp_path, (1,))

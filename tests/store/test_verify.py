@@ -16,7 +16,7 @@ from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, SummedPair, sealed
 from pipeline.store.store import create_store, write_part
-from pipeline.store.verify import verify_store
+from pipeline.store.verify import delete_leftovers, verify_store
 from support.models import make_model
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import IDENTITY, PLAN, contents
@@ -139,6 +139,14 @@ def test_sums_alone_are_checked_too(tmp_path: Path) -> None:
     assert (found.pairs, found.token_logps, found.problems) == (1, 3, [])
 
 
+def test_nothing_is_deleted_in_another_programs_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    left = tmp_path / f".tmp-{'a' * 32}"
+    left.write_bytes(b"")
+    assert delete_leftovers(LocalFolder(tmp_path), older_than=0) == 0
+    assert left.exists()
+
+
 @pytest.mark.slow
 def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(24), data={"eval": {"test": {"split": "train[:8]"}}})
@@ -149,18 +157,21 @@ def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: Make
     assert "unfinished, 2 parts so far and no index" in said.stderr
     refshard("precompute", "--config", config)
 
-    (folder / ".tmp-left").write_bytes(b"half")
+    left, theirs = folder / f".tmp-{'a' * 32}", folder / ".tmp-mine"
+    left.write_bytes(b"half")
+    theirs.write_text("theirs")
     (folder / "notes.txt").write_text("mine")
     said = refshard("verify", tmp_path / "shards")
     assert said.stdout.count("  whole ") == 2
     assert "3 parts, 24 pairs" in said.stdout
     assert "1 temporary files" in said.stdout
-    assert "notes.txt: not the store's" in said.stdout
+    assert ".tmp-mine, notes.txt: not the store's" in said.stdout
     before = contents(folder)
     assert "deleted     0 temporary files" in refshard("verify", folder, "--clean").stdout
-    os.utime(folder / ".tmp-left", (1, 1))
+    for file in (left, theirs):
+        os.utime(file, (1, 1))
     assert "deleted     1 temporary files" in refshard("verify", folder, "--clean").stdout
-    assert not (folder / ".tmp-left").exists()
+    assert (left.exists(), theirs.read_text()) == (False, "theirs")
     assert contents(folder) == before
 
     (folder / "part-00001.parquet").write_bytes(before["part-00000.parquet"])
