@@ -74,9 +74,9 @@ def finish_store(
     if foreign:
         others = ", ".join(map(part_name, list(foreign)[1:]))
         first = next(iter(foreign.values()))
-        error = ForeignPartError(f"{first}. The same holds for {others}" if others else str(first))
-        error.units = tuple(foreign)
-        raise error
+        refused = ForeignPartError(f"{first}. The same holds for {others}" if others else str(first))
+        refused.units = tuple(foreign)
+        raise refused
     if approve is not None:
         approve(samples, noise)
     if skipped:

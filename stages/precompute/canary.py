@@ -102,8 +102,8 @@ class StoredPairs:
                     f"{entry['place']}: row {row} scored again: {agreement}. Another library, kernel or flag computes "
                     "here than has written this part. Restore it, or set precompute.output to a new folder"
                 )
-        pairs = "1 stored pair" if len(stored) == 1 else f"{len(stored):,} stored pairs"
-        say(f"Checked {pairs} by scoring again: equal within the noise floor")
+        checked = "1 stored pair" if len(stored) == 1 else f"{len(stored):,} stored pairs"
+        say(f"Checked {checked} by scoring again: equal within the noise floor")
 
     def _compare(self, scored: ScoredPair, stored: Mapping[str, Any], noise: NoiseFloor) -> Agreement:
         gaps = [
