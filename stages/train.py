@@ -54,14 +54,15 @@ from pipeline.store.store import Store, check_identity, open_store
 from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
-from pipeline.training.ending import STAGING, check_metric, metrics_of, rehearse_saving, save_policy
+from pipeline.training.ending import STAGING, metrics_of, rehearse_saving, save_policy
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
 from pipeline.training.joining import count_pairs, join_sets, joined_files, joined_token_logps, open_joined
-from pipeline.training.losses import balance_weight, router_aux_weight
+from pipeline.training.losses import balance_weight
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins, RecordCallback
+from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
 from pipeline.training.steps import order_of_run
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
@@ -127,7 +128,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     output = config.train.folder
     # Before any process makes something in the folder.
     on_main_process(lambda: guard_run(config))
-    router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
+    check_training(config)
     check_adapters(config)
     check_max_length(config)
     # Before any identity takes their digests.
@@ -229,6 +230,8 @@ def _train(run: TrainingRun) -> None:
         lambda: join_sets(run.config, run.stores, run.tokenizer, run.joined, run.flag, window=window)
     )
     sets = {name: open_joined(run.joined, name) for name in described}
+    if error := too_few_pairs(run.config.train.options, len(sets["train"]), PartialState().num_processes):
+        raise error
     scorer = _load_policy(run)
     trainer, record, commit = _make_trainer(run, sets, scorer)
     inputs = on_main_process(lambda: _write_inputs(run, described, scorer.model))
@@ -264,6 +267,8 @@ def _load_policy(run: TrainingRun) -> Scorer:
     transformers.set_seed(arguments.seed)
     with in_one_piece(arguments):
         policy = load_policy(config)
+    if getattr(policy, "is_quantized", False) and not config.policy.has_adapter:
+        raise quantized_error(NamedModel.policy(config), str(policy.quantization_method))
     if NamedModel.policy(config) == NamedModel.policy(run.config):
         run.base.check_untouched()
     scorer = Scorer.check(policy, run.tokenizer, "policy.model", config.data.max_length)
@@ -360,7 +365,7 @@ def _rehearse(
     run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, sets: Mapping[str, datasets.Dataset], hub: Hub | None
 ) -> None:
     """Try what the run's end needs, before its first step."""
-    held_out = {name: rows for name, rows in sets.items() if name != "train"}
+    held_out = {name: "token_start" in rows.column_names for name, rows in sets.items() if name != "train"}
     check_metric(run.arguments, held_out, balanced=balance_weight(trainer.model, run.config.loss) != 0)
     rehearse_saving(trainer, run.attempt, lambda: _card(run, inputs, len(sets["train"]), {}, 0, 0))
     if hub is not None:

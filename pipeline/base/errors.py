@@ -23,6 +23,7 @@ __all__ = [
     "first_line",
     "interruption_of",
     "is_out_of_memory",
+    "nearest",
     "one_line",
     "printable",
     "status_and_text",
@@ -147,10 +148,15 @@ def status_and_text(error: Exception) -> tuple[int, str]:
     return 1, f"this is a bug: {bug}. Run again with refshard --debug for the traceback"
 
 
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """Give the known word that another one most likely is a misspelling of; None if none is near."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.65)), None)
+
+
 def did_you_mean(key: str, known: Sequence[str]) -> str:
     """Give a hint for an unknown key: the nearest known one, or some of them."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known[:20])}"
+    near = nearest(key, known)
+    return f"; did you mean {near}?" if near is not None else f"; known: {', '.join(known[:20])}"
 
 
 def first_line(error: BaseException) -> str:

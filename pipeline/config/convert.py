@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union
 
 import yaml
 
-from pipeline.base.errors import ConfigError, did_you_mean
+from pipeline.base.errors import ConfigError
+from pipeline.config.names import hint_for_key, hint_for_value
 
 __all__ = ["FALSE_WORDS", "NULL_WORDS", "PathText", "convert", "kind_of", "require", "require_at_least"]
 
@@ -47,7 +48,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         for choice in args:
             if str(choice) == value:
                 return choice
-        raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {kind_of(value)}")
+        choices = [str(choice) for choice in args]
+        hint = hint_for_value(value, choices, where)
+        raise ConfigError(f"{where}: must be one of {', '.join(choices)}, got {kind_of(value)}{hint}")
     if kind is dict:
         value = {} if _is_null(value) else value
         if isinstance(value, Mapping):
@@ -74,7 +77,7 @@ def _build(cls: type, value: Any, where: str) -> Any:
     unknown = {key: item for key, item in value.items() if key not in fields}
     if unknown and rest is None:
         key = next(iter(unknown))
-        raise ConfigError(f"{prefix}{key}: unknown key{did_you_mean(key, list(fields))}")
+        raise ConfigError(f"{prefix}{key}: unknown key{hint_for_key(where, key, list(fields))}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:

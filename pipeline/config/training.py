@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.base.errors import ConfigError, did_you_mean
+from pipeline.base.errors import ConfigError, nearest
 from pipeline.config.convert import PathText, convert
+from pipeline.config.names import hint_for_key
 
 __all__ = ["FIXED_TRAIN_FIELDS", "TRAIN_DEFAULTS", "TrainSection"]
 
@@ -84,7 +85,7 @@ class TrainSection:
         options = {key: value for key, (value, _) in TRAIN_DEFAULTS.items()}
         for key, value in self.given.items():
             if key not in known:
-                raise ConfigError(f"train.{key}: no such field of TrainingArguments{did_you_mean(key, known)}")
+                raise ConfigError(f"train.{key}: no such field of TrainingArguments{_hint_for(key, known, own)}")
             if key in FIXED_TRAIN_FIELDS:
                 raise ConfigError(f"train.{key}: {FIXED_TRAIN_FIELDS[key]}")
             options[key] = convert(value, hints.get(key, Any), f"train.{key}")
@@ -101,3 +102,10 @@ class TrainSection:
         """Give the section as a file would hold it: our options where they are not the defaults, and `given`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
         return {key: value for key, value in own.items() if value != getattr(TrainSection, key)} | dict(self.given)
+
+
+def _hint_for(key: str, known: Sequence[str], own: Sequence[str]) -> str:
+    if nearest(key, known) is None:
+        # The library has 120 fields.
+        known = [*own, "and the fields at https://huggingface.co/docs/transformers/main_classes/trainer"]
+    return hint_for_key("train", key, known)

@@ -127,6 +127,14 @@ def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, templa
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
             "use a chat model, or save a template with its tokenizer"
         )
+    if isinstance(tokenizer.chat_template, dict):
+        # The library's rule: the default one, and `tool_use` for pairs with tools.
+        names = ("default", "tool_use") if pair.tools else ("default",)
+        if not any(name in tokenizer.chat_template for name in names):
+            raise ConfigError(
+                f"policy.model: must have one chat template, or a default one, for conversations like {place}, got "
+                f"named ones: {', '.join(tokenizer.chat_template)}. Save one as chat_template.jinja in its folder"
+            )
     messages = [([*pair.prompt, *completion], not completion) for completion in ([], pair.chosen, pair.rejected)]
     arguments = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
     try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "check_head",
     "disable_dropout",
     "empty_model",
     "load_plain",
@@ -286,7 +287,18 @@ def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
     from peft import PeftModel
 
     with loading_errors(f"adapter {adapter}", "does not fit the model"):
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+    check_head(wrapped, f"adapter {adapter}")
+    return wrapped
+
+
+def check_head(model: Any, key: str) -> None:
+    """Refuse an adapter on the head, whose weight the scorer reads itself. Raises ConfigError."""
+    if type(model.get_base_model().get_output_embeddings()).__module__.startswith("peft."):
+        raise ConfigError(
+            f"{key}: must leave the head alone, got an adapter on it, which the scorer would bypass. Leave lm_head out "
+            "of target_modules and modules_to_save"
+        )
 
 
 @contextlib.contextmanager
@@ -361,9 +373,11 @@ def _with_fresh_adapter(model: Any, policy: PolicyConfig, adapter: Any) -> Any:
     if policy.adapter is None:
         _check_modules(model, getattr(policy, key), f"policy.{key}")
     try:
-        return get_peft_model(model, adapter)
+        wrapped = get_peft_model(model, adapter)
     except ValueError as error:
         raise ConfigError(f"policy.{key}: {one_line(str(error))}") from error
+    check_head(wrapped, f"policy.{key}")
+    return wrapped
 
 
 def _check_modules(model: Any, settings: Any, key: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 
-from pipeline.base.errors import ConfigError
 from pipeline.scoring.attention import NOT_A_MASK
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
 from pipeline.scoring.packing import Batch
@@ -64,17 +63,9 @@ def prepare(model: Any) -> None:
     """Let the model's forward accept `logit_positions=..., targets=...` and give token statistics for them.
 
     Without these arguments forward is unchanged, and so are generation and saving.
-
-    Raises:
-        ConfigError: An adapter sits on the head, where the scorer would bypass it.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal.get_output_embeddings()
-    if type(head).__module__.startswith("peft."):
-        raise ConfigError(
-            "policy: an adapter on the head (lm_head) can't be trained: the scorer reads the head's weight itself; "
-            "leave lm_head out of target_modules and modules_to_save"
-        )
     project, original = head.forward, causal.forward
 
     def project_or_score(

@@ -3,16 +3,18 @@
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 import transformers
 from transformers.integrations import integration_utils
 
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.config.schema import Config
 
-__all__ = ["arguments_of_loop", "in_one_piece", "training_arguments"]
+__all__ = ["arguments_of_loop", "in_one_piece", "training_arguments", "trial_arguments"]
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:
@@ -21,16 +23,12 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     Raises:
         ConfigError: A field is unknown, of the wrong type, or impossible here.
     """
-    settings = {"output_dir": str(config.train.folder), **config.train.options}
+    settings = _settings(config)
     if str(settings.get("fsdp")).lower() in ("true", "yes", "on", "false", "no", "off"):
         # The library declares this field as a string. YAML's yes and no are meant.
         settings["fsdp"] = _is_on(settings["fsdp"]) or None
     _check_launcher(settings)
-    try:
-        made = transformers.TrainingArguments(**settings, remove_unused_columns=False, label_names=[])
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        # OSError: the file of fsdp_config or deepspeed is missing.
-        raise ConfigError(f"train: {one_line(str(error))}") from error
+    made = _make(transformers.TrainingArguments, settings)
     # Without an accelerator the loader would warn for every set that it can't pin.
     made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:
@@ -44,12 +42,73 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             f"train: {os.environ['WORLD_SIZE']} processes were started, but none sees a GPU of its own. To train in "
             "processes on CPUs, set train.use_cpu: true"
         )
-    _check_trackers(made)
     _check_fsdp(made, config)
     _check_deepspeed(made)
+    _check_options(made, config)
+    if config.reference.sync is not None:
+        if made.world_size > 1:
+            raise ConfigError(
+                f"reference.sync: must run in one process, got {made.world_size}. Start it without a launcher"
+            )
+        if made.save_strategy == "no":
+            # Every window ends in a checkpoint. Keep one behind the newest, in case that one is cut short.
+            made.save_total_limit = made.save_total_limit or 2
+    return made
+
+
+def trial_arguments(config: Config) -> transformers.TrainingArguments:
+    """Make the library's arguments in a process that trains nothing, to find what is impossible on any machine.
+
+    Fields that the machine decides are left out, and no device or process group is touched.
+
+    Raises:
+        ConfigError: A field is unknown, of the wrong type, or impossible.
+    """
+    settings = {key: value for key, value in _settings(config).items() if key not in _OF_THE_MACHINE}
+    with warnings.catch_warnings(action="ignore"):
+        made = _make(_Trial, {**settings, "use_cpu": True})
+    _check_options(made, config)
+    return made
+
+
+_OF_THE_MACHINE = (
+    *("deepspeed", "fsdp", "fsdp_config", "tf32"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+)
+
+
+class _Trial(transformers.TrainingArguments):
+    _setup_devices = torch.device("cpu")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {"output_dir": str(config.train.folder), **config.train.options}
+
+
+def _make(kind: type[transformers.TrainingArguments], settings: Mapping[str, Any]) -> transformers.TrainingArguments:
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if settings.get(key, 1) < 1:
+            raise ConfigError(f"train.{key}: must be at least 1, got {settings[key]}. Raise it")
+    try:
+        return kind(**settings, remove_unused_columns=False, label_names=[])
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # OSError: the file of fsdp_config or deepspeed is missing.
+        raise ConfigError(f"train: {one_line(str(error))}") from error
+
+
+def _check_options(made: transformers.TrainingArguments, config: Config) -> None:
+    """Refuse what is impossible on any machine."""
+    _check_trackers(made)
+    if made.max_steps < 1 and made.max_steps != -1:
+        raise ConfigError(
+            f"train.max_steps: must be at least 1, or -1 for train.num_train_epochs, got {made.max_steps}. Leave it out"
+        )
+    if made.max_steps == -1 and not made.num_train_epochs > 0:
+        raise ConfigError(f"train.num_train_epochs: must be positive, got {made.num_train_epochs}. Raise it")
     if made.eval_strategy != "no" and not config.data.eval:
         raise ConfigError(
-            f"train.eval_strategy: must be no without a held-out set, got {settings['eval_strategy']}. Set data.eval"
+            "train.eval_strategy: must be no without a held-out set, got "
+            f"{config.train.options['eval_strategy']}. Set data.eval"
         )
     if getattr(made, "train_sampling_strategy", None) == "group_by_length":
         raise ConfigError(
@@ -63,19 +122,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         raise ConfigError(
             "train.save_total_limit: must be at least 2, as a kill may cut the newest checkpoint short, got 1. Raise it"
         )
-    if config.reference.sync is not None:
-        if made.save_strategy == "best":
-            raise ConfigError(
-                "train.save_strategy: must be no, steps or epoch with reference.sync, got best. Change it"
-            )
-        if made.world_size > 1:
-            raise ConfigError(
-                f"reference.sync: must run in one process, got {made.world_size}. Start it without a launcher"
-            )
-        if made.save_strategy == "no":
-            # Every window ends in a checkpoint. Keep one behind the newest, in case that one is cut short.
-            made.save_total_limit = made.save_total_limit or 2
-    return made
+    if config.reference.sync is not None and made.save_strategy == "best":
+        raise ConfigError("train.save_strategy: must be no, steps or epoch with reference.sync, got best. Change it")
 
 
 def arguments_of_loop(arguments: transformers.TrainingArguments) -> transformers.TrainingArguments:

@@ -1,22 +1,18 @@
 """Save a finished policy; before the first step, try what that needs, so that no step is lost to it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
-
 from pipeline.base.errors import ConfigError, RefshardError, is_out_of_memory, one_line
 from pipeline.base.files import sync_tree
 from pipeline.run.attempts import Attempt
-from pipeline.training.metrics import evaluated_metrics
 from pipeline.training.processes import on_main_process
 from pipeline.training.trainer import PairTrainer, saving
 
-__all__ = ["STAGING", "check_metric", "metrics_of", "rehearse_saving", "save_policy"]
+__all__ = ["STAGING", "metrics_of", "rehearse_saving", "save_policy"]
 
 STAGING = ".saving-"
 """Prefix of the folder that a policy is saved in first; the attempt's number follows"""
@@ -50,28 +46,6 @@ def rehearse_saving(trainer: PairTrainer, attempt: Attempt, write_card: Callable
                 save(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_metric(
-    arguments: transformers.TrainingArguments, held_out: Mapping[str, datasets.Dataset], *, balanced: bool
-) -> None:
-    """Raise ConfigError if no evaluation gives the metric that the run is to choose by.
-
-    `balanced` says that the loss has a mixture's balance loss.
-    """
-    wanted = arguments.metric_for_best_model
-    if wanted is None or arguments.eval_strategy == "no":
-        return
-    known: list[str] = []
-    for name, rows in held_out.items():
-        prefix = "eval_" if len(held_out) == 1 else f"eval_{name}_"
-        metrics = evaluated_metrics(token_logps="token_start" in rows.column_names, balanced=balanced)
-        known += [prefix + metric for metric in metrics]
-    if (wanted if wanted.startswith("eval_") else f"eval_{wanted}") not in known:
-        raise ConfigError(
-            f"train.metric_for_best_model: must be a metric of the held-out pairs ({', '.join(sorted(known))}), got "
-            f"{wanted}. Choose one of them"
-        )
 
 
 @contextmanager

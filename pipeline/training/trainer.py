@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from pipeline.base.errors import ConfigError, DataError, RefshardError, StorageError, first_line, is_out_of_memory
+from pipeline.base.errors import ConfigError, DataError, StorageError, is_out_of_memory
 from pipeline.base.signals import work_unsignalled
 from pipeline.config.schema import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
@@ -30,6 +30,7 @@ from pipeline.training.metrics import averages_of, columns_of, first_pairs, pair
 from pipeline.training.offload import ActivationOffload
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins
+from pipeline.training.settings import building
 
 __all__ = ["EvaluationLeft", "PairTrainer", "gpus_of", "saving"]
 
@@ -57,20 +58,6 @@ def saving(what: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(
             f"{what} can't be saved ({reason}). Free some space and run the same command again"
-        ) from error
-
-
-@contextmanager
-def _building(field: str, what: str, value: Any, options: str) -> Iterator[None]:
-    """Raise ConfigError for what the settings ask for and the library can't build."""
-    try:
-        yield
-    except Exception as error:  # it raises errors of any type
-        if isinstance(error, RefshardError) or is_out_of_memory(error):
-            raise
-        raise ConfigError(
-            f"train.{field}: must be {what} that can be built here, got {value} ({first_line(error)}). Choose another, "
-            f"or correct train.{options}"
         ) from error
 
 
@@ -129,11 +116,11 @@ class PairTrainer(transformers.Trainer):
             )
 
     def create_optimizer(self, model: Any = None) -> Any:
-        with _building("optim", "an optimizer", self.args.optim, "optim_args"):
+        with building("optim", "an optimizer", self.args.optim, "optim_args"):
             return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        with _building("lr_scheduler_type", "a schedule", self.args.lr_scheduler_type, "lr_scheduler_kwargs"):
+        with building("lr_scheduler_type", "a schedule", self.args.lr_scheduler_type, "lr_scheduler_kwargs"):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(

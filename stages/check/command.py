@@ -24,6 +24,7 @@ from pipeline.models.lengths import check_max_length, exact_length_of_reference,
 from pipeline.models.loading import pick_device
 from pipeline.store.dating import with_template_date
 from pipeline.store.store import check_identity, load_store
+from pipeline.training.settings import check_training, too_few_pairs
 from stages.check.estimate import Estimate, estimate
 from stages.check.findings import Findings, add_up, look_at_set, look_at_stores
 from stages.check.hardware import Hardware, hardware_named
@@ -60,7 +61,9 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
         IdentityError: The stores are of another run.
     """
     if not config.train.is_empty:
+        check_training(config)
         check_dtypes(config)
+    check_adapters(config)
     check_max_length(config)
     planned = None if hardware in ("here", "cpu") else hardware_named(hardware)
     tokenizer = load_tokenizer(config, weights=False)
@@ -78,14 +81,13 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     if others := [load_store(state.folder) for state in stores.values() if state.differences]:
         check_identity(others, identity_of_run(config, tokenizer), exact_length_of_reference(config))
     if problems := [*_problems(config, found), *above_limits(found, limits)]:
-        raise type(problems[0])("; ".join(map(str, problems)))
+        raise type(problems[0])(". ".join(map(str, problems)))
 
 
 def _estimate(config: Config, found: Findings, planned: Hardware | None, device: torch.device) -> Estimate:
     """Estimate the cost on the planned hardware, or on this machine, whose speed is then measured."""
     lengths = add_up({"train": found.sets["train"]}, found.stores)
     assert lengths is not None
-    check_adapters(config)
     policy_model, reference_model = model_settings(config)
     shapes = shapes_of(policy_model, config.policy)
     dtype: Any = resolve_dtype(config.reference.dtype, reference_model.to_dict())
@@ -124,7 +126,11 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
                 f"{count:,} {'row' if count == 1 else 'rows'} of {dataset} can't be pairs and would stop stage one "
                 f"(first: {first.place}: {first.text}). Fix these rows, or set data.on_bad_row: skip"
             )
-        if ledger.kept == 0:
+        if name == "train" and ledger.kept and pairs.only_first_rows is None:
+            launch = config.cluster.train
+            too_few = too_few_pairs(config.train.options, ledger.kept, launch.nodes * launch.processes)
+            yield from () if too_few is None else (too_few,)
+        if ledger.kept == 0 and not (bad and config.data.on_bad_row == "stop"):
             yield DataError(f"{dataset}: no pair was kept, so there is nothing to train on: {ledger.summary()}")
         if survey.highest_id >= size:
             yield ConfigError(

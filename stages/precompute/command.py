@@ -21,10 +21,9 @@ from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
-from pipeline.data.sources import data_files, describe, digests_of_data, open_source
+from pipeline.data.sources import count_rows, data_files, describe, digests_of_data, open_source
 from pipeline.models.adapters import check_adapters
 from pipeline.models.files import (
-    NamedModel,
     declared_reference,
     files_of_model,
     load_tokenizer,
@@ -40,7 +39,7 @@ from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of
 from pipeline.store.dating import with_template_date
 from pipeline.store.reuse import Reusable, open_reusable
 from pipeline.store.store import create_store, delete_store, is_finished, open_store
-from pipeline.training.losses import router_aux_weight
+from pipeline.training.settings import check_training, too_few_pairs
 from pipeline.training.windows import next_window
 from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
 
@@ -109,12 +108,13 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     if not config.train.is_empty:
         guard_run(config)
         # Report a mistake in the other stage's section before an hour of scoring, not after it.
-        _ = config.train.options
+        check_training(config)
         check_dtypes(config)
-        router_aux_weight(NamedModel.policy(config).text_config(), config.loss)
     check_adapters(config)
     check_max_length(config)
     sources = {name: open_source(config.data, name) for name in config.data.sets}
+    if (rows_there := count_rows(sources["train"])) is not None:
+        _check_enough(config, rows_there)
     tokenizer = load_tokenizer(config)
     # The run's folder, not a window's, which is deleted when its reference has moved.
     costs_in = open_folder(config.precompute.output)
@@ -147,7 +147,9 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         job = _make_job(name, source, rows if name == "train" else None, worker, identity)
         missing += worker.score(job)
         if is_finished(job.folder):
-            _report_finished(job)
+            kept = _report_finished(job)
+            if name == "train" and rows is None:
+                _check_enough(config, kept)
     if missing:
         say(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
 
@@ -169,13 +171,22 @@ def _make_job(
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 
 
-def _report_finished(job: ScoringJob) -> None:
+def _check_enough(config: Config, pairs: int) -> None:
+    """Raise ConfigError if stage two would have nothing to train on."""
+    launch = config.cluster.train
+    if error := too_few_pairs(config.train.options, pairs, launch.nodes * launch.processes):
+        raise error
+
+
+def _report_finished(job: ScoringJob) -> int:
+    """Say what the finished store of a set holds; give its number of pairs. Raises DataError if there are none."""
     store = open_store(job.folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
     say(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.units)} parts)")
     if totals.kept == 0:
         raise DataError(f"{job.folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
+    return totals.kept
 
 
 def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[int] | None) -> dict[str, Any]:

@@ -244,6 +244,16 @@ def test_conversation_without_a_template_is_a_setting_to_mend(plain: Any) -> Non
         tokenize(CONVERSATION, plain, "chat.jsonl:12")
 
 
+def test_named_templates_without_a_default_are_a_setting_to_mend() -> None:
+    tokenizer = chat({"rag": SIMPLE, "tool_use": SIMPLE})
+    with pytest.raises(
+        ConfigError, match=r"^policy\.model: .* like chat\.jsonl:12, got named ones: rag, tool_use\. Save"
+    ):
+        tokenize(CONVERSATION, tokenizer, "chat.jsonl:12")
+    assert tokenize(replace(CONVERSATION, tools=[{"name": "t"}]), tokenizer, "row")
+    assert tokenize(CONVERSATION, chat({"default": SIMPLE, "rag": "{{ 1 }}"}), "row")
+
+
 RENDERED: dict[str, Callable[[str], Pair]] = {
     "role": lambda text: replace(CONVERSATION, chosen=[{"role": text, "content": "Four."}]),
     "tools": lambda text: replace(CONVERSATION, tools=[{"name": text}]),

@@ -234,6 +234,7 @@ def test_texts_that_become_a_conversation_are_scored_under_the_models_chat_templ
         "policy.model": make_model(tmp_path / "model", tokenizer),
         "policy.dtype": "float32",
         "train.bf16": "false",
+        "train.eval_strategy": "no",
         "reference.dtype": "float32",
         "precompute.output": tmp_path / "shards",
     }

@@ -20,7 +20,7 @@ from pipeline.config.schema import (
     ReferenceConfig,
 )
 from pipeline.models.adapters import check_adapters
-from support.models import make_model
+from support.models import make_model, make_tokenizer
 
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
 
@@ -128,13 +128,49 @@ def test_prompt_learning_is_refused_as_such(settings: Any, model_folder: Path, t
         check(model_folder, adapter=str(adapter))
 
 
-def test_a_template_beside_an_adapter_is_said_not_to_be_used(
-    model_folder: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_with_another_template_is_refused(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     adapter = save_adapter(model_folder, tmp_path / "adapter")
     tokenizer.save_pretrained(adapter)
     check(model_folder, adapter=str(adapter))
-    assert "warning" not in capsys.readouterr().err
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    with refused("policy.adapter", "which holds another chat template. Put its tokenizer files into"):
+        check(model_folder, adapter=str(adapter))
+    with refused("reference.adapter", "which holds another chat template"):
+        check(model_folder, ReferenceConfig(adapter=str(adapter)))
+
+
+def test_an_adapter_with_other_tokens_is_refused_and_one_that_pads_otherwise_is_not(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(model_folder, tmp_path / "adapter")
+    other = make_tokenizer(bos=True)
+    other.pad_token = "<|padding|>"
+    other.save_pretrained(adapter)
     check(model_folder, adapter=str(adapter))
-    assert "holds another chat template than policy.model" in capsys.readouterr().err
+    other.add_special_tokens({"additional_special_tokens": ["<|end_of_turn|>"]})
+    other.save_pretrained(adapter)
+    with refused("policy.adapter", "which holds another vocabulary"):
+        check(model_folder, adapter=str(adapter))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": LoraSettings(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])},
+        {"lora": LoraSettings(r=4, target_modules=["q_proj", "lm_head"])},
+        {"ia3": Ia3Settings(target_modules=["k_proj", "lm_head"], feedforward_modules=[])},
+    ],
+)
+def test_an_adapter_on_the_head_is_refused(settings: dict[str, Any], model_folder: Path) -> None:
+    with refused(f"policy.{next(iter(settings))}", "must leave the head alone.*Leave lm_head out"):
+        check(model_folder, **settings)
+
+
+def test_a_saved_adapter_on_the_head_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(model_folder, tmp_path / "a", peft.LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    for key, policy, reference in (
+        ("policy.adapter", {"adapter": str(adapter)}, None),
+        ("reference.adapter", {}, ReferenceConfig(adapter=str(adapter))),
+    ):
+        with refused(key, "must leave the head alone"):
+            check(model_folder, reference, **policy)

@@ -400,15 +400,6 @@ def test_a_model_whose_numbers_are_nan_is_refused() -> None:
         check_scoring(model, "reference.model")
 
 
-@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
-def test_an_adapter_on_the_head_is_refused(option: str) -> None:
-    lists = {"target_modules": ["q_proj"], option: ["lm_head"]}
-    adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **lists))
-    with pytest.raises(ConfigError, match="lm_head") as caught:
-        prepare(adapted)
-    assert caught.value.exit_status == 2
-
-
 def test_an_adapted_model_is_scored_with_its_adapter() -> None:
     base = make_model("llama")
     adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).eval()
