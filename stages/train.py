@@ -303,7 +303,7 @@ def _make_trainer(
     config, arguments, window = run.config, run.arguments, run.window
     state = PartialState()
     held_out = {name: rows for name, rows in sets.items() if name != "train"}
-    watched = [WatchedFiles(joined_files(run.joined), "Run the same command again, which joins the sets anew")]
+    watched = [WatchedFiles(joined_files(run.joined), "Run the same command again, which joins the sets again")]
     if config.policy.has_adapter:
         # Other checkpoints are whole models.
         watched.append(run.base)

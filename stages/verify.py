@@ -31,7 +31,7 @@ def run(where: str, *, model: str | None, sample: int, clean: bool) -> None:
         for problem in findings.problems:
             say(f"  problem     {one_line(str(problem))}", err=True)
         if clean:
-            say(f"  deleted     {delete_leftovers(folder)} temporary files, of more than an hour ago")
+            say(f"  deleted     {delete_leftovers(folder)} temporary files that were more than an hour old")
         problems += findings.problems
         unfinished = unfinished or findings.unfinished
         if model is not None and not findings.problems and findings.unfinished is None:
@@ -48,18 +48,18 @@ def _as_text(found: Findings) -> str:
     state = "damaged" if found.problems else "unfinished" if found.unfinished else "whole"
     lines = [
         found.place,
-        f"  {state:<11} {found.parts:,} parts, {found.pairs:,} pairs, {found.token_logps:,} tokens in which checksums, "
-        "digests, fingerprint, rows and sums hold",
+        f"  {state:<11} {found.parts:,} parts, {found.pairs:,} pairs, {found.token_logps:,} tokens have the right "
+        "checksums, digests, fingerprint, rows and sums",
     ]
     if found.duplicates:
         lines.append(
-            f"  duplicates  {found.duplicates:,} pairs are in it more than once, {found.largest_gap:.2g} nats apart at "
-            "most"
+            f"  duplicates  {found.duplicates:,} pairs occur more than once; their log-probs differ by "
+            f"{found.largest_gap:.2g} nats at most"
         )
     if found.leftovers:
         lines.append(f"  leftovers   {len(found.leftovers)} temporary files of writers (--clean deletes old ones)")
     if found.unknown_files:
-        lines.append(f"  unknown     {', '.join(found.unknown_files[:5])}: not the store's; no reader uses them")
+        lines.append(f"  unknown     {', '.join(found.unknown_files[:5])}: not part of the store; no reader uses them")
     return "\n".join(map(printable, lines))
 
 

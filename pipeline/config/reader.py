@@ -112,7 +112,7 @@ class _Loader(yaml.BaseLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
             line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: the tag {node.tag!r} is of no type that a setting has")
+            raise yaml.YAMLError(f"line {line}: the tag {node.tag!r} is not a type of a setting. Remove it")
         return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -122,7 +122,7 @@ class _Loader(yaml.BaseLoader):
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"line {line}: a key must be a word")
             if key in result:
-                raise yaml.YAMLError(f"line {line}: key {key!r} is there twice")
+                raise yaml.YAMLError(f"line {line}: key {key!r} is repeated. Remove one of the two")
             result[key] = self.construct_object(value)
         return result
 
@@ -144,7 +144,7 @@ def _check_size(tree: Any, where: str) -> None:
         item = left.pop()
         values += 1
         if values > _MOST_VALUES:
-            raise ConfigError(f"{where}: stands for more than {_MOST_VALUES:,} values; are its aliases meant?")
+            raise ConfigError(f"{where}: must hold at most {_MOST_VALUES:,} values, got more. Remove its aliases")
         if isinstance(item, str) and "\0" in item:
             raise ConfigError(f"{where}: holds a NUL character, which no setting may")
         left += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()

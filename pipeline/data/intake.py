@@ -153,7 +153,7 @@ def outcomes(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", data: Da
     for row in rows:
         outcome = outcome_of(row, tokenizer, data)
         if outcome.error is not None and data.on_bad_row == "stop":
-            remedy = "Set data.on_bad_row: skip, or mend the row and start over with --overwrite"
+            remedy = "Set data.on_bad_row: skip, or fix the row and start over with --overwrite"
             raise BadRow(outcome.error.reason, f"{outcome.error}. {remedy}") from outcome.error
         yield outcome
 

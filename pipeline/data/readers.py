@@ -113,7 +113,7 @@ def _parse_json_line(line: bytes, place: str) -> Mapping[str, Any]:
 def _object_without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(items)
     if len(result) != len(items):
-        raise ValueError(f"key {_most_common(key for key, _ in items)!r} is there twice")
+        raise ValueError(f"key {_most_common(key for key, _ in items)!r} is repeated")
     return result
 
 
@@ -134,7 +134,9 @@ def _read_json_array(source: Source) -> Iterator[Row]:
             chunks = _guarded(file, iter(partial(stream.read, 2**20), b""))
             content = b"".join(itertools.islice(chunks, _LARGEST_ARRAY // 2**20 + 1))
         if len(content) > _LARGEST_ARRAY:
-            raise DataError(f"{file}: a JSON array above {_LARGEST_ARRAY:,} bytes; write one row a line (.jsonl)")
+            raise DataError(
+                f"{file}: a JSON array of more than {_LARGEST_ARRAY:,} bytes; write one row per line (.jsonl)"
+            )
         try:
             items = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object_without_duplicates)
         except (ValueError, RecursionError) as error:
@@ -221,7 +223,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     if problem is not None:
         raise DataError(f"{file}: damaged, {problem}")
     if len(set(names)) < len(names):
-        raise DataError(f"{file}: column {_most_common(names)!r} is there twice; rename one of the two")
+        raise DataError(f"{file}: column {_most_common(names)!r} is repeated; rename one of the two")
     return parquet
 
 

@@ -68,7 +68,7 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"token logps {self.mean:.2g} nats apart on average, {self.largest:.2g} at most "
+            f"token log-probs differ by {self.mean:.2g} nats on average, by {self.largest:.2g} at most "
             f"(allowed {self.allowed[0]:.2g} and {self.allowed[1]:.2g})"
         )
 

@@ -194,6 +194,6 @@ def _check_duplicates(keys: npt.NDArray[np.bytes_], sums: npt.NDArray[np.float32
     # Far above the noise of any dtype, and far below the difference that another prompt or model makes.
     if (gaps > 1.0 + 0.05 * size).any():
         findings.problems.append(
-            f"{findings.place}: two pairs with one key have log-probs {findings.largest_gap:.3g} nats apart: one of "
-            "them is not of this reference. Score again into another precompute.output"
+            f"{findings.place}: two pairs with one key have log-probs that differ by {findings.largest_gap:.3g} nats. "
+            "One of them is not of this reference. Score again into another precompute.output"
         )

@@ -57,7 +57,7 @@ def _tried(rule: str) -> Iterator[None]:
     except Exception as error:  # the libraries' checks raise errors of any type
         if is_out_of_memory(error):
             raise
-        raise ConfigError(f"{rule}, got {one_line(str(error)) or type(error).__name__}. Mend its file") from error
+        raise ConfigError(f"{rule}, got {one_line(str(error)) or type(error).__name__}. Correct its file") from error
 
 
 def metrics_of(trainer: PairTrainer, step: int) -> dict[str, float]:

@@ -162,8 +162,8 @@ def _remarks(whole: TokenizedPair, remarks: Sequence[str], tokenizer: "PreTraine
         yield f"the prompt begins with {begins or 'no'} BOS, {tokenizer.bos_token!r}"
     if whole.merged:
         yield (
-            "tokens merge across the prompt's end: tokenized alone, the prompt ends otherwise than here, so each "
-            "completion starts with the end of the prompt's text"
+            "tokens merge across the prompt's end: tokenized alone, the prompt ends in other tokens than here. Each "
+            "completion therefore starts with the end of the prompt's text"
         )
     if "identical" in remarks:
         yield "chosen and rejected are the same tokens: the loss of this pair is a constant"
@@ -190,7 +190,7 @@ def _ending(text: Any, ids: Sequence[int], count: int, tokenizer: "PreTrainedTok
     if eos is None or at is None:
         return "no EOS at its end"
     origin = "by the template" if not isinstance(text, str) else "of its own" if text.endswith(eos) else "added"
-    return f"EOS {eos!r} {origin}" + ("" if at < count else ", and cut off with its end")
+    return f"EOS {eos!r} {origin}" + ("" if at < count else ", and cut off")
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Iterator[Token]:

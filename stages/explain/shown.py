@@ -77,7 +77,7 @@ def as_page(found: Findings) -> str:
     pair = found.pair
     sections = [pages.Section(title="The pair", body=pages.facts(_facts(found)))]
     if pair.columns:
-        sections.append(pages.Section(title="What the row says", body=pages.facts(pair.columns)))
+        sections.append(pages.Section(title="Columns of the row", body=pages.facts(pair.columns)))
     if sums := _sums(found):
         sections.append(pages.Section(title="Log-probs of the completions", body=_page_table(sums)))
     if pair.prompt:
@@ -124,7 +124,7 @@ def _facts(found: Findings) -> dict[str, str]:
         facts["prompt"] = f"{len(pair.prompt):,} tokens, not scored"
         facts |= {side: _counts(completion, pair.max_length) for side, completion in pair.completions.items()}
         first = dict.fromkeys(pair.completions[side].tokens[0].text for side in SIDES)
-        facts["they meet"] = f"{pair.prompt[-1].text} | {' and '.join(first)}"
+        facts["boundary"] = f"{pair.prompt[-1].text} | {' and '.join(first)}"
     if pair.dropped is None:
         facts["reference"] = found.reference
         facts["stored"] = "nothing" if found.stored is None else found.stored.place

@@ -97,7 +97,7 @@ class Worker:
             lost = reopen_store(job.folder)
             if not lost:
                 return 0
-            say(f"{job.folder}: made again, since gone or cut short: {', '.join(lost)}")
+            say(f"{job.folder}: scores missing or shortened parts again: {', '.join(lost)}")
         check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
         share, written = self.share, set[int]()
         while True:

@@ -464,8 +464,8 @@ def test_a_missing_setting_is_named(load: Load, text: str, message: str) -> None
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (SMALLEST + "loss: {beta: 1, beta: 2}\n", "line 4: key 'beta' is there twice"),
-        (SMALLEST + "data: {path: other}\n", "line 4: key 'data' is there twice"),
+        (SMALLEST + "loss: {beta: 1, beta: 2}\n", "line 4: key 'beta' is repeated"),
+        (SMALLEST + "data: {path: other}\n", "line 4: key 'data' is repeated"),
         (SMALLEST + "loss: {beta: 1\n", "not valid YAML"),
         (SMALLEST + "? [a, b]\n: c\n", "a key must be a word"),
         (SMALLEST + "train: &a {x: *a}\n", "not valid YAML"),

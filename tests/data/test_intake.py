@@ -139,7 +139,7 @@ def test_skipped_row_is_listed_with_place_reason_and_message() -> None:
 @pytest.mark.parametrize("name", [name for name in BAD if "long prompt" not in name])
 def test_bad_row_stops_the_run_and_names_the_way_on(name: str) -> None:
     content, reason = BAD[name]
-    with pytest.raises(BadRow, match=r"^pairs\.jsonl:\d+: .*Set data\.on_bad_row: skip, or mend the row") as caught:
+    with pytest.raises(BadRow, match=r"^pairs\.jsonl:\d+: .*Set data\.on_bad_row: skip, or fix the row") as caught:
         take([content], on_bad_row="stop")
     assert caught.value.reason == reason
 

@@ -85,7 +85,9 @@ def test_another_way_of_computing_is_refused_with_the_difference(
         (store / name).unlink()
     before = bytes_of_stores(store)
     compute_otherwise(monkeypatch, 0.02)
-    with pytest.raises(IdentityError, match=r"part-00000\.parquet: row \d scored again: token logps 0.02 nats apart"):
+    with pytest.raises(
+        IdentityError, match=r"part-00000\.parquet: row \d scored again: token log-probs differ by 0.02 nats"
+    ):
         precompute(config)
     assert bytes_of_stores(store) == before
     # The noise of another batch passes.

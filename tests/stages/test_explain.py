@@ -212,7 +212,7 @@ def test_what_max_length_cuts_is_told_from_what_is_scored(scored: Path) -> None:
     room = 128 - len(found["prompt"])
     assert [token["scored"] for token in tokens] == [i < room for i in range(len(tokens))]
     assert [token["cut"] for token in tokens] == [i >= room for i in range(len(tokens))]
-    assert found["completions"]["chosen"]["ending"] == "EOS '</s>' added, and cut off with its end"
+    assert found["completions"]["chosen"]["ending"] == "EOS '</s>' added, and cut off"
     assert len(column(tokens, "stored")) == room
     assert not any(token["cut"] for token in found["completions"]["rejected"]["tokens"])
 

@@ -106,7 +106,7 @@ def test_equal_keys_may_differ_by_noise_alone(tmp_path: Path) -> None:
     assert (found.duplicates, found.problems) == (1, [])
     assert found.largest_gap == pytest.approx(0.001, rel=0.01)
     far = store_of(tmp_path / "far", [[pair(0, key=7)], [pair(2, key=7, logp=-5.0)]])
-    assert "two pairs with one key have log-probs 4 nats apart" in problems_of(far)
+    assert "two pairs with one key have log-probs that differ by 4 nats" in problems_of(far)
 
 
 def test_sums_and_token_counts_must_be_those_of_the_token_logps(
@@ -165,7 +165,7 @@ def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: Make
     assert said.stdout.count("  whole ") == 2
     assert "3 parts, 24 pairs" in said.stdout
     assert "1 temporary files" in said.stdout
-    assert ".tmp-mine, notes.txt: not the store's" in said.stdout
+    assert ".tmp-mine, notes.txt: not part of the store" in said.stdout
     before = contents(folder)
     assert "deleted     0 temporary files" in refshard("verify", folder, "--clean").stdout
     for file in (left, theirs):
@@ -205,7 +205,7 @@ def test_the_model_is_asked_again_and_another_model_or_dataset_or_value_is_found
     _forge(tmp_path / "o" / "train", shards / "train", tmp_path / "forged" / "train")
     assert "whole" in refshard("verify", tmp_path / "forged").stdout
     said = refshard("verify", tmp_path / "forged", "--model", model_folder, check=65).stderr
-    assert "nats apart on average" in said
+    assert "nats on average" in said
 
     rows = simple_rows(40)
     rows[0]["chosen"] = " Something else."
