@@ -90,7 +90,10 @@ class DataConfig:
         if "user" in self.columns:
             _refuse_both("columns.user", "columns.prompt", "prompt" in self.columns)
         elif "system" in self.columns:
-            raise ValueError("columns.system: must be set together with columns.user. Name the user's column there")
+            raise ValueError(
+                "columns.system: must be set together with columns.user, whose column holds text. Name it there; "
+                "in conversations, write the system message as the first one"
+            )
 
     @property
     def sets(self) -> tuple[str, ...]:

@@ -12,7 +12,18 @@ from typing import Any
 
 from pipeline.base.errors import BadRow
 from pipeline.config.schema import PAIR_COLUMNS, SPOKEN_COLUMNS
-from pipeline.data.pairs import Message, Pair, Text, check_text, is_conversational, kind_of, make_pair, without_nulls
+from pipeline.data.other_layouts import looks_like
+from pipeline.data.pairs import (
+    Form,
+    Message,
+    Pair,
+    Text,
+    check_text,
+    is_conversational,
+    kind_of,
+    make_pair,
+    without_nulls,
+)
 from pipeline.data.rows import LARGEST_ROW
 
 __all__ = ["split_shared_prompt", "to_pair"]
@@ -20,6 +31,22 @@ __all__ = ["split_shared_prompt", "to_pair"]
 
 def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
     """Read a pair from a row; `columns` maps our column names to the row's. Raises BadRow if there is no pair in it."""
+    try:
+        return _read_pair(row, columns, place)
+    except BadRow as error:
+        remedy = looks_like(row) if error.reason in _REASONS_OF_LAYOUT else None
+        if error.reason == "missing_column":
+            remedy = remedy or "Rename with data.columns"
+        if remedy is None:
+            raise
+        raise BadRow(error.reason, f"{error}. {remedy}") from error
+
+
+_REASONS_OF_LAYOUT = ("missing_column", "wrong_type", "no_shared_prompt")
+"""Reasons that a row of another tool's layout may be dropped for"""
+
+
+def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
     values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
     values |= {name: row.get(columns[name]) for name in SPOKEN_COLUMNS if name in columns}
     # A prompt column that the settings name must be there: the shared beginning would silently replace it.
@@ -29,7 +56,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
             there = ", ".join(map(repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
             raise BadRow(
                 "missing_column",
-                f"{place}: no column {columns.get(name, name)!r}; there are {there}. Rename with data.columns",
+                f"{place}: no column {columns.get(name, name)!r}; there are {there}",
             )
     if _size(values, LARGEST_ROW) > LARGEST_ROW:
         raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
@@ -40,6 +67,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
     values |= {name: _plain(values[name], name, place) for name in ("prompt", "chosen", "rejected")}
     for name in ("chosen", "rejected"):
         check_text(values[name], name, place)
+    _refuse_written_messages(values, columns, place)
     prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
     if "user" in columns:
         prompt = _spoken(values, place)
@@ -49,16 +77,51 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
     if prompt is not None:
         check_text(prompt, "prompt", place)
 
-    if is_conversational(chosen):
-        prompt, chosen, rejected = _conversation(prompt, chosen, rejected, place)
-    elif prompt is None:
-        try:
+    form: Form = "text"
+    try:
+        if is_conversational(chosen):
+            form, prompt, chosen, rejected = _conversation(prompt, chosen, rejected, place)
+            form = "chat_columns" if "user" in columns else form
+        elif prompt is None:
             prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
-        except ValueError as error:
-            raise BadRow("no_shared_prompt", f"{place}: {error}") from error
-    elif not isinstance(prompt, str):
-        raise BadRow("wrong_type", f"{place}: the prompt is a list of messages, chosen and rejected are text")
-    return make_pair(prompt, chosen, rejected, values["tools"], values["chat_template_kwargs"], place)
+            form = "transcripts" if prompt.endswith("Assistant:") else "text_shared"
+    except ValueError as error:
+        column = columns.get("prompt", "prompt")
+        null = f"{column} is null, and " if column in row and prompt is None else ""
+        raise BadRow("no_shared_prompt", f"{place}: {null}{error}") from error
+    if isinstance(chosen, str) and not isinstance(prompt, str):
+        raise BadRow(
+            "wrong_type",
+            f"{place}: the prompt is a list of messages, chosen and rejected are text. Make each of the two a list: "
+            '[{"role": "assistant", "content": text}]',
+        )
+    return make_pair(prompt, chosen, rejected, values["tools"], values["chat_template_kwargs"], place, form)
+
+
+_MESSAGE_BEGINS = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|developer|user|assistant|tool|human|gpt)["']""")
+"""Marks of messages that were written as text: in JSON, or in Python's notation"""
+
+
+def _refuse_written_messages(values: Mapping[str, Any], columns: Mapping[str, str], place: str) -> None:
+    """Refuse a row whose messages are text: a CSV of lists, as pandas writes it. Raises BadRow."""
+    written = [
+        name
+        for name in ("prompt", "user", "chosen", "rejected")
+        if isinstance(values.get(name), str) and _is_written_message(values[name])
+    ]
+    if {"chosen", "rejected"} <= set(written) or {"prompt", "user"} & set(written):
+        names = ", ".join(columns.get(name, name) for name in written)
+        raise BadRow(
+            "messages_as_text",
+            f"{place}: {names}: must be messages, got their JSON or Python notation as text. Write the lists "
+            "themselves, as JSON Lines or Parquet, not CSV (pandas: to_json(FILE, orient='records', lines=True))",
+        )
+
+
+def _is_written_message(text: str) -> bool:
+    ends = text.rstrip().endswith(("}", "]"))
+    return ends and _MESSAGE_BEGINS.match(text) is not None and _SPEAKER.search(text) is not None
 
 
 def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -113,7 +176,8 @@ def _spoken(values: Mapping[str, Any], place: str) -> list[Message]:
         if role == "system" and (text is None or text == ""):
             continue
         if not isinstance(text, str):
-            raise BadRow("wrong_type", f"{place}: {role} must be text, found {kind_of(text)}")
+            remedy = "Leave data.columns.user and system out" if is_conversational(text) else "Mend the row"
+            raise BadRow("wrong_type", f"{place}: {role} must be text, got {kind_of(text)}. {remedy}")
         check_text(text, role, place)
         messages.append({"role": role, "content": text})
     return messages
@@ -134,20 +198,33 @@ def _answer(completion: Text, name: str, place: str) -> list[Message]:
 
 def _conversation(
     prompt: Text | None, chosen: list[Message], rejected: list[Message], place: str
-) -> tuple[list[Message], list[Message], list[Message]]:
+) -> tuple[Form, list[Message], list[Message], list[Message]]:
     if isinstance(prompt, list):
-        return prompt, chosen, rejected
+        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+            if _repeats(prompt, completion):
+                raise BadRow(
+                    "repeated_prompt",
+                    f"{place}: {name} begins with messages of the prompt, which would stand there twice. Take them out "
+                    "of chosen and rejected, or take the column of the prompt out: it is then what the two share",
+                )
+        return "chat", prompt, chosen, rejected
     if isinstance(prompt, str) and all(m["role"] == "assistant" for m in (chosen[0], rejected[0])):
-        return [{"role": "user", "content": prompt}], chosen, rejected
+        return "chat_asked", [{"role": "user", "content": prompt}], chosen, rejected
     # Without a prompt, or with a text that the conversations repeat (UltraFeedback), their shared messages are it.
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == 0:
-        raise BadRow(
-            "no_shared_prompt", f"{place}: chosen and rejected share no first message that could be the prompt"
-        )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+        raise ValueError("chosen and rejected share no first message that could be the prompt")
+    form: Form = "chat_shared" if prompt is None else "chat_whole"
+    return form, chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _repeats(prompt: list[Message], completion: list[Message]) -> bool:
+    """Return True if a completion begins with the prompt's messages, or with its last ones from a user's on."""
+    if completion[0]["role"] == "assistant":
+        return False
+    return any(completion[: len(prompt) - i] == prompt[i:] for i in range(len(prompt)))
 
 
 def _plain(value: Any, name: str, place: str) -> Any:
@@ -155,16 +232,15 @@ def _plain(value: Any, name: str, place: str) -> Any:
     if not is_conversational(value):
         return value
     plain = []
-    for number, message in enumerate(value):
-        content, where = message.get("content"), f"{place}: {name}[{number}].content"
+    for number, message in enumerate(value, start=1):
+        content, where = message.get("content"), f"{place}: {name} message {number}: content"
         if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
             # Templates that read parts write one after the other, without a space.
-            content = "".join(_text_of_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+            content = "".join(_text_of_part(part, f"{where} part {i}") for i, part in enumerate(content, start=1))
             message = {**message, "content": content}
         elif not isinstance(content, str | None) and message["role"] in ("system", "developer", "user", "assistant"):
             # A tool's result may be an object, which templates write as JSON. A speaker's would be Python's notation.
-            kind = kind_of(content)
-            raise BadRow("not_text", f"{where} must be text or a list of text parts, got {kind}. Take the row out")
+            raise BadRow("not_text", f"{where} is {kind_of(content)}, not text. Take the row out")
         plain.append(message)
     return plain
 
@@ -172,8 +248,9 @@ def _plain(value: Any, name: str, place: str) -> Any:
 def _text_of_part(part: Mapping[str, Any], where: str) -> str:
     if part["type"] == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = f"a part of type {part['type']!r}" if part["type"] != "text" else "a text part without text"
-    raise BadRow("not_text", f"{where} must be a text part, got {kind}. Take the row out, only text can be trained on")
+    if part["type"] != "text":
+        raise BadRow("not_text", f"{where} is of type {part['type']!r}. Take the row out, only text can be trained on")
+    raise BadRow("not_text", f"{where} holds no text, it is {kind_of(part)}. Write it as {{type: text, text: ...}}")
 
 
 def _size(value: Any, most: int) -> int:

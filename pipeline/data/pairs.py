@@ -2,17 +2,43 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipeline.base.errors import BadRow
 
-__all__ = ["Message", "Pair", "Text", "check_text", "is_conversational", "kind_of", "make_pair", "without_nulls"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "Message",
+    "Pair",
+    "Text",
+    "check_text",
+    "is_conversational",
+    "kind_of",
+    "make_pair",
+    "without_nulls",
+]
 
 Message = dict[str, Any]
 """A message of a conversation, with at least a `role`."""
 
 Text = str | list[Message]
+
+Form = Literal["text", "text_shared", "transcripts", "chat", "chat_shared", "chat_whole", "chat_asked", "chat_columns"]
+"""How a row was read as a pair"""
+
+FORMS: Mapping[Form, str] = {
+    "text": "text, prompt given",
+    "text_shared": "text, prompt = what the two texts share",
+    "transcripts": "text, prompt = what the two transcripts share, to an Assistant: turn",
+    "chat": "conversations, prompt given",
+    "chat_shared": "conversations, prompt = the messages that the two share",
+    "chat_whole": "conversations, prompt = the messages that the two share, text prompt ignored",
+    "chat_asked": "conversations, text prompt = the user's message",
+    "chat_columns": "conversations, made of the columns of data.columns.user and system",
+}
+"""Meaning of each form, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +50,8 @@ class Pair:
     rejected: Text
     tools: list[Any] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    form: Form | None = field(default=None, compare=False)
+    """How the row was read; None for a pair of no row."""
 
 
 _NO_TEMPLATE_KWARGS = {
@@ -45,7 +73,9 @@ _NO_TEMPLATE_KWARGS = {
 """Arguments of `apply_chat_template` that would change the template or cut tokens, and no identity would record it"""
 
 
-def make_pair(prompt: Text, chosen: Text, rejected: Text, tools: Any, template_kwargs: Any, place: str) -> Pair:
+def make_pair(
+    prompt: Text, chosen: Text, rejected: Text, tools: Any, template_kwargs: Any, place: str, form: Form
+) -> Pair:
     """Make a pair of checked texts or messages. Raises BadRow for an empty completion or a wrong type."""
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if _is_empty(completion):
@@ -56,6 +86,7 @@ def make_pair(prompt: Text, chosen: Text, rejected: Text, tools: Any, template_k
         rejected=rejected,
         tools=_tools(tools, place),
         chat_template_kwargs=_template_kwargs(template_kwargs, place),
+        form=form,
     )
 
 
@@ -80,23 +111,51 @@ def check_text(value: Any, name: str, place: str) -> None:
             raise BadRow("not_utf8", f"{place}: {name} holds half a surrogate pair, which is not text") from error
         return
     if is_conversational(value):
-        for message in value:
+        for number, message in enumerate(value, start=1):
+            where = f"{name} message {number}"
             if not isinstance(message["role"], str):
-                raise BadRow("wrong_type", f"{place}: {name} holds a message whose role is not text")
-            if isinstance(message.get("content"), str):
-                check_text(message["content"], name, place)
+                raise BadRow("wrong_type", f"{place}: {where}: role is {kind_of(message['role'])}, not text")
+            if not isinstance(message.get("tool_calls"), list | None):
+                kind = kind_of(message["tool_calls"])
+                raise BadRow("wrong_type", f"{place}: {where}: tool_calls is {kind}, not a list")
+            for key in ("role", "content"):
+                if isinstance(message.get(key), str):
+                    check_text(message[key], f"{where}: {key}", place)
         return
     if value == []:
         reason = "empty_prompt" if name == "prompt" else "empty_completion"
         raise BadRow(reason, f"{place}: {name} is an empty list of messages")
     raise BadRow(
-        "wrong_type", f"{place}: {name} must be text or a list of {{role, content}} messages, found {kind_of(value)}"
+        "wrong_type", f"{place}: {name} must be text or a list of {{role, content}} messages, got {kind_of(value)}"
     )
 
 
 def kind_of(value: Any) -> str:
-    """Name a value's type for messages."""
-    return "null" if value is None else type(value).__name__
+    """Name a value's type for messages, as JSON calls it: with the value if it is short, with the keys of an object."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"a boolean ({str(value).lower()})"
+        case int() | float():
+            return f"a number ({value:g})" if isinstance(value, float) else f"a number ({value})"
+        case str():
+            return "text"
+        case Mapping():
+            return f"an object {_keys(value)}"
+        case [Mapping() as first, *_]:
+            return f"a list of objects {_keys(first)}"
+        case [first, *_]:
+            return f"a list of {'text' if isinstance(first, str) else kind_of(first)}"
+        case list():
+            return "an empty list"
+        case _:
+            return type(value).__name__
+
+
+def _keys(value: Mapping[Any, Any]) -> str:
+    there = [str(key)[:20] for key, inner in value.items() if inner is not None]
+    return f"{{{', '.join(there[:6])}{', ...' if len(there) > 6 else ''}}}"
 
 
 def _is_empty(completion: Text) -> bool:
@@ -118,14 +177,14 @@ def _tools(value: Any, place: str) -> list[Any] | None:
             raise BadRow("wrong_type", f"{place}: tools is text but not JSON: {error}") from error
     if value is None or isinstance(value, list):
         return value
-    raise BadRow("wrong_type", f"{place}: tools must be a list or its JSON text, found {kind_of(value)}")
+    raise BadRow("wrong_type", f"{place}: tools must be a list or its JSON text, got {kind_of(value)}")
 
 
 def _template_kwargs(value: Any, place: str) -> Mapping[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise BadRow("wrong_type", f"{place}: chat_template_kwargs must be a mapping, found {kind_of(value)}")
+        raise BadRow("wrong_type", f"{place}: chat_template_kwargs must be a mapping, got {kind_of(value)}")
     if refused := sorted(value.keys() & _NO_TEMPLATE_KWARGS):
         raise BadRow("wrong_type", f"{place}: chat_template_kwargs must not hold {', '.join(refused)}")
     return value

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.data.intake import KeptPair, Outcome
 from pipeline.data.pairs import Pair
 from pipeline.data.rows import Row
-from pipeline.data.tokens import TokenizedPair
+from pipeline.data.tokens import TokenizedPair, adds_bos, num_beginnings
 
 __all__ = ["PERCENTILES", "REASONS", "Example", "Survey", "percentiles"]
 
@@ -30,8 +30,8 @@ REASONS = {
     "eos_cut": "the end token was there and is cut off",
     "no_eos": "a completion has no end token, so the policy does not learn to stop there",
     "doubled_eos": "two end tokens in a row",
-    "no_bos": "the tokenizer has a beginning token, the pair has none",
-    "several_bos": "more than one beginning token",
+    "no_bos": "the tokenizer begins a text with its beginning token, the pair begins without",
+    "several_bos": "the pair begins with several beginning tokens in a row",
     "merged_at_the_prompt's_end": "tokens merge across the prompt's end, the completion starts a little earlier",
     "template_differs": "the chat template writes the prompt otherwise when the answer follows",
     "identical": "chosen and rejected are equal",
@@ -63,6 +63,8 @@ class Survey:
     """Kept pairs by remark (a key of `REASONS`)."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """First few rows by remark or reason of a drop."""
+    forms: Counter[str] = field(default_factory=Counter)
+    """Pairs by form (a key of `FORMS`): how their rows were read."""
     lengths: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     """Number of pairs by length in tokens: `prompt`, `chosen`, `rejected` and `total` (prompt and longer completion) of
     every tokenized pair before truncation, `pair` (prompt and both completions) of kept pairs as scored."""
@@ -92,6 +94,7 @@ class Survey:
             # The message begins with the place, which an example stores in a field of its own.
             self._add_example(outcome.dropped, outcome.row, str(outcome.error).removeprefix(f"{outcome.row.place}: "))
             return
+        self.forms[str(pair.form)] += 1
         prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
         total = prompt + max(chosen, rejected)
         for name, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected), ("total", total)):
@@ -103,7 +106,8 @@ class Survey:
         found = _remarks(outcome, outcome.kept.pair, whole, tokenizer)
         self.found.update(found)
         for remark in found:
-            self._add_example(remark, outcome.row, text)
+            shown = f"it begins {tokenizer.decode(whole.prompt_ids[:8])!r}" if remark.endswith("_bos") else text
+            self._add_example(remark, outcome.row, shown)
         self._take_kept(outcome.kept)
 
     def close(self) -> None:
@@ -115,6 +119,7 @@ class Survey:
     def add(self, other: "Survey") -> None:
         """Add the survey of the rows that follow. Both must be closed."""
         self.found.update(other.found)
+        self.forms.update(other.forms)
         self.scored.update(other.scored)
         for reason, examples in other.examples.items():
             there = self.examples.setdefault(reason, [])
@@ -183,28 +188,21 @@ def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
 
 def _remarks(outcome: Outcome, cut: TokenizedPair, whole: TokenizedPair, tokenizer: Any) -> list[str]:
     """Return the outcome's remarks and those that only a survey looks for."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     sides = [(whole.chosen_ids, cut.chosen_ids), (whole.rejected_ids, cut.rejected_ids)]
-    beginnings = [_beginnings(whole.prompt_ids, side, bos, eos) for side, _ in sides]
+    begins = num_beginnings(whole, tokenizer)
     found = {
         **dict.fromkeys(outcome.remarks, True),
         "eos_cut": eos is not None and any(a.count(eos) > b.count(eos) for a, b in sides),
         "no_eos": eos is not None and any(eos not in a for a, _ in sides),
         "doubled_eos": eos is not None and any((eos, eos) in itertools.pairwise(a) for a, _ in sides),
-        "no_bos": bos is not None and 0 in beginnings,
-        "several_bos": bos is not None and max(beginnings) > 1,
+        "no_bos": begins == 0 and adds_bos(tokenizer),
+        "several_bos": begins > 1,
     }
     if whole.merged and whole.template_differs:
         # The template is the cause, not the tokenizer.
         found |= {"merged_at_the_prompt's_end": False, "template_differs": True}
     return [remark for remark, holds in found.items() if holds]
-
-
-def _beginnings(prompt: list[int], completion: list[int], bos: int | None, eos: int | None) -> int:
-    """Count the beginning tokens of a sequence; only those at its start if the same token also marks ends."""
-    if bos != eos:
-        return prompt.count(bos) + completion.count(bos)  # type: ignore[arg-type]
-    return next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
 
 
 def _digest(ids: list[int]) -> int:

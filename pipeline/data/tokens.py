@@ -20,7 +20,7 @@ from pipeline.data.rendering import Rendered, TemplateError, apply_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "pair_key", "tokenize", "truncate"]
+__all__ = ["TOKENIZATION_VERSION", "TokenizedPair", "adds_bos", "num_beginnings", "pair_key", "tokenize", "truncate"]
 
 TOKENIZATION_VERSION = 1
 """Part of every identity. Raise it with any change here, in layouts.py or in pairs.py that changes a token.
@@ -88,6 +88,17 @@ def truncate(pair: TokenizedPair, max_length: int | None) -> TokenizedPair | Non
     return dataclasses.replace(pair, chosen_ids=pair.chosen_ids[:room], rejected_ids=pair.rejected_ids[:room])
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return True if the tokenizer writes its beginning token before any text."""
+    return bool(tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id])
+
+
+def num_beginnings(pair: TokenizedPair, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Count the beginning tokens in a row at the start of a pair. In a template, the same token may open every turn."""
+    bos = tokenizer.bos_token_id
+    return next((i for i, token in enumerate(pair.prompt_ids) if token != bos), len(pair.prompt_ids))
+
+
 def pair_key(pair: TokenizedPair) -> bytes:
     """Return the join key of a pair before truncation, 16 bytes.
 
@@ -105,14 +116,14 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token or ""
     # The tokens that the tokenizer adds to any text.
     around = tokenizer("a", verbose=False)["input_ids"]
-    adds_bos, adds_eos = around[:1] == [bos], around[-1:] == [tokenizer.eos_token_id]
+    begins, adds_eos = around[:1] == [bos], around[-1:] == [tokenizer.eos_token_id]
     three = []
     for completion in ("", pair.chosen, pair.rejected):
         text = f"{pair.prompt}{completion}"
         if completion and not text.endswith(eos):
             text += eos
         ids = tokenizer(text, verbose=False)["input_ids"]
-        if adds_bos and ids[:2] == [bos, bos]:
+        if begins and ids[:2] == [bos, bos]:
             ids = ids[1:]
         # The completion's text already has its EOS, and the prompt alone must not have one.
         if adds_eos:

@@ -118,6 +118,9 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
     size, positions = min(model.vocab_size for model in model_settings(config)), most_positions(config)
     for name, pairs in found.sets.items():
         dataset, ledger, survey = describe(pairs.source), pairs.ledger, pairs.survey
+        if pairs.reading.refused is not None:
+            yield pairs.reading.refused
+            continue
         bad = {reason: n for reason, n in ledger.dropped.items() if reason not in ("prompt_too_long", "identical")}
         if bad and config.data.on_bad_row == "stop":
             first = min((survey.examples[reason][0] for reason in bad), key=lambda example: example.row)

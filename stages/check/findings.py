@@ -9,6 +9,7 @@ from pipeline.base.folders import Folder, open_folder
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import survey_pairs
+from pipeline.data.reading import Reading, look_at_rows
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, open_source
 from pipeline.data.survey import Survey, percentiles
@@ -28,6 +29,8 @@ class PairSet:
     source: Source
     ledger: Ledger
     survey: Survey
+    reading: Reading
+    """How its first rows are read."""
     rows: int | None
     """Rows of the whole set; None if only a full read would tell."""
     only_first_rows: int | None
@@ -90,6 +93,7 @@ def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, bat
     surveyed = source
     if rows is not None and (total is None or total > rows):
         surveyed = dataclasses.replace(source, stop=source.start + rows)
+    reading = look_at_rows(surveyed, config.data, has_template=tokenizer.chat_template is not None)
     ledger = Ledger()
     survey = survey_pairs(
         surveyed,
@@ -100,7 +104,14 @@ def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, bat
         batch_pairs=batch_pairs,
     )
     is_part = surveyed is not source and (total is not None or ledger.rows == rows)
-    return PairSet(source=source, ledger=ledger, survey=survey, rows=total, only_first_rows=rows if is_part else None)
+    return PairSet(
+        source=source,
+        ledger=ledger,
+        survey=survey,
+        reading=reading,
+        rows=total,
+        only_first_rows=rows if is_part else None,
+    )
 
 
 def add_up(sets: Mapping[str, PairSet], stores: Mapping[str, StoreState]) -> Lengths | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.base.errors import printable
 from pipeline.base.tables import aligned
+from pipeline.data.reading import written_forms
 from pipeline.data.sources import describe
 from pipeline.data.survey import PERCENTILES, REASONS, Survey, percentiles
 from stages.check.estimate import MEMORY_BAND, UTILISATION, Estimate, StageEstimate
@@ -34,6 +35,9 @@ def _set_as_dict(pairs: PairSet) -> dict[str, Any]:
         "dataset": describe(pairs.source),
         "rows_of_set": pairs.rows,
         "only_first_rows": pairs.only_first_rows,
+        "read_as": dict(survey.forms),
+        "columns_not_read": list(pairs.reading.unread),
+        "reading": dict(pairs.reading.findings),
         **pairs.ledger.as_dict(),
         "found": dict(sorted(survey.found.items())),
         "examples": {
@@ -90,14 +94,17 @@ def as_text(found: Findings, max_length: int | None) -> str:
 def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
     ledger, survey = pairs.ledger, pairs.survey
     if pairs.only_first_rows is not None:
-        total = "an unknown number" if pairs.rows is None else f"{pairs.rows:,}"
+        total = "an unknown number of" if pairs.rows is None else f"{pairs.rows:,}"
         known = "not of the whole set" if pairs.rows is None else "extended to the whole set"
         yield f"  only the first {ledger.rows:,} of {total} rows; the estimates are {known}"
+    yield f"  read as       {written_forms(survey.forms)}; columns not read: {pairs.reading.columns_not_read}"
     yield f"  rows          {ledger.rows:,} in, {ledger.kept:,} kept{_share(ledger.kept, ledger.rows)}"
     for kind, counts, whole in (("dropped", ledger.dropped, ledger.rows), ("found", survey.found, ledger.kept)):
         for reason, count in sorted(counts.items()):
             yield f"  {kind:14}{count:,}{_share(count, whole)}: {REASONS.get(reason, reason.replace('_', ' '))}"
             yield from (f"    {example.place}: {example.text}" for example in survey.examples.get(reason, ()))
+    for name, text in pairs.reading.findings.items():
+        yield f"  found         {name.replace('_', ' ')}: {text}"
     if survey.lengths:
         yield ""
         rows = [["tokens", *(f"{p}%" if p < 100 else "max" for p in PERCENTILES)]]

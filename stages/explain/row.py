@@ -13,7 +13,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.intake import KeptPair, Outcome, outcome_of
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import describe, read_rows
-from pipeline.data.tokens import TokenizedPair
+from pipeline.data.tokens import TokenizedPair, adds_bos, num_beginnings
 from stages.explain.pieces import shown, token_bytes
 
 if TYPE_CHECKING:
@@ -156,9 +156,8 @@ def _why_dropped(outcome: Outcome, data: DataConfig) -> str:
 
 
 def _remarks(whole: TokenizedPair, remarks: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    bos = tokenizer.bos_token_id
-    begins = next((i for i, id in enumerate(whole.prompt_ids) if id != bos), len(whole.prompt_ids))
-    if bos is not None and begins != 1:
+    begins = num_beginnings(whole, tokenizer)
+    if begins > 1 or (begins == 0 and adds_bos(tokenizer)):
         yield f"the prompt begins with {begins or 'no'} BOS, {tokenizer.bos_token!r}"
     if whole.merged:
         yield (

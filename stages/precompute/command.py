@@ -20,6 +20,7 @@ from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
+from pipeline.data.reading import say_how_read
 from pipeline.data.rows import Source
 from pipeline.data.sources import count_rows, data_files, describe, digests_of_data, open_source
 from pipeline.models.adapters import check_adapters
@@ -116,6 +117,9 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     if (rows_there := count_rows(sources["train"])) is not None:
         _check_enough(config, rows_there)
     tokenizer = load_tokenizer(config)
+    for name, source in sources.items():
+        if overwrite or not is_finished(open_folder(config.precompute.output).child(name)):
+            say_how_read(name, source, config.data, has_template=tokenizer.chat_template is not None)
     # The run's folder, not a window's, which is deleted when its reference has moved.
     costs_in = open_folder(config.precompute.output)
     rows = None

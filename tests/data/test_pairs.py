@@ -128,7 +128,7 @@ def test_speakers_are_missed_by_name() -> None:
         with pytest.raises(BadRow, match=f"no column '{column}'"):
             read({key: value for key, value in ORCA.items() if key != column}, SPOKEN)
         if name == "user":
-            with pytest.raises(BadRow, match="user must be text, found null"):
+            with pytest.raises(BadRow, match="user must be text, got null"):
                 read({**ORCA, column: None}, SPOKEN)
     with pytest.raises(BadRow, match="chosen is a conversation of its own, which begins with user"):
         read({**ORCA, "chosen": [user("Two plus two?"), assistant("Four.")]}, SPOKEN)
@@ -340,30 +340,54 @@ def test_words_before_the_first_that_differs_are_all_in_the_prompt(words: list[s
 BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("missing_column", "no column 'rejected'", {"prompt": "a", "chosen": "b"}),
     ("missing_column", "no column 'chosen'", {}),
-    ("wrong_type", "chosen must be text .* found null", {**TEXT, "chosen": None}),
-    ("wrong_type", "rejected must be text .* found int", {**TEXT, "rejected": 5}),
-    ("wrong_type", "chosen must be text .* found bytes", {**TEXT, "chosen": b"Four."}),
-    ("wrong_type", "chosen must be text .* found list", {**TEXT, "chosen": ["Four."]}),
-    ("wrong_type", "chosen must be text .* found list", {**CHAT, "chosen": [{"content": "no role"}]}),
-    ("wrong_type", "prompt must be text .* found dict", {**TEXT, "prompt": user("a")}),
+    ("wrong_type", "chosen must be text .* got null", {**TEXT, "chosen": None}),
+    ("wrong_type", r"rejected must be text .* got a number \(5\)", {**TEXT, "rejected": 5}),
+    ("wrong_type", "chosen must be text .* got bytes", {**TEXT, "chosen": b"Four."}),
+    ("wrong_type", "chosen must be text .* got a list of text", {**TEXT, "chosen": ["Four."]}),
+    (
+        "wrong_type",
+        r"chosen must be text .* got a list of objects \{content\}",
+        {**CHAT, "chosen": [{"content": "no role"}]},
+    ),
+    ("wrong_type", r"prompt must be text .* got an object \{role, content\}", {**TEXT, "prompt": user("a")}),
     ("wrong_type", "one of chosen and rejected is text", {**CHAT, "rejected": "Five."}),
     ("wrong_type", "prompt is a list of messages, chosen and rejected are text", {**TEXT, "prompt": CHAT["prompt"]}),
-    ("wrong_type", "rejected holds a message whose role", {**CHAT, "rejected": [{"role": 5, "content": "a"}]}),
-    ("wrong_type", "rejected must be text .* found list", {**CHAT, "rejected": [{"role": None, "content": "a"}]}),
+    (
+        "wrong_type",
+        r"rejected message 1: role is a number \(5\), not text",
+        {**CHAT, "rejected": [{"role": 5, "content": "a"}]},
+    ),
+    (
+        "wrong_type",
+        "rejected must be text .* got a list of objects",
+        {**CHAT, "rejected": [{"role": None, "content": "a"}]},
+    ),
     (
         "not_text",
-        r"prompt\[0\]\.content\[1\] must be a text part, got a part of type 'image_url'",
+        "prompt message 1: content part 2 is of type 'image_url'",
         {**CHAT, "prompt": [user([{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": "a"}])]},
     ),
-    ("not_text", "got a part of type 'pizza'", {**CHAT, "chosen": [assistant([{"type": "pizza", "text": "a"}])]}),
-    ("not_text", "got a text part without text", {**CHAT, "chosen": [assistant([{"type": "text"}])]}),
-    ("not_text", r"chosen\[0\]\.content must be text .* got dict", {**CHAT, "chosen": [assistant({"text": "a"})]}),
-    ("not_text", r"chosen\[0\]\.content must be text .* got list", {**CHAT, "chosen": [assistant(["Four."])]}),
+    (
+        "not_text",
+        "content part 1 is of type 'pizza'",
+        {**CHAT, "chosen": [assistant([{"type": "pizza", "text": "a"}])]},
+    ),
+    (
+        "not_text",
+        r"content part 1 holds no text, it is an object \{type\}",
+        {**CHAT, "chosen": [assistant([{"type": "text"}])]},
+    ),
+    (
+        "not_text",
+        r"chosen message 1: content is an object \{text\}, not text",
+        {**CHAT, "chosen": [assistant({"text": "a"})]},
+    ),
+    ("not_text", "chosen message 1: content is a list of text, not text", {**CHAT, "chosen": [assistant(["Four."])]}),
     ("not_utf8", "half a surrogate", {**CHAT, "chosen": [assistant([{"type": "text", "text": "\ud83d"}])]}),
     ("too_large", "nested deeper", {**CHAT, "tools": functools.reduce(lambda inner, _: [inner], range(9000), [])}),
     ("wrong_type", "tools is text but not JSON", {**CHAT, "tools": "[{"}),
-    ("wrong_type", "tools must be a list .* found dict", {**CHAT, "tools": {"name": "add"}}),
-    ("wrong_type", "tools must be a list .* found dict", {**CHAT, "tools": '{"name": "add"}'}),
+    ("wrong_type", "tools must be a list .* got an object", {**CHAT, "tools": {"name": "add"}}),
+    ("wrong_type", "tools must be a list .* got an object", {**CHAT, "tools": '{"name": "add"}'}),
     ("wrong_type", "chat_template_kwargs must be a mapping", {**CHAT, "chat_template_kwargs": "today"}),
     ("empty_completion", "chosen is empty after the prompt", {**TEXT, "chosen": ""}),
     ("empty_completion", "rejected is empty after the prompt", {**TEXT, "rejected": " \n"}),
@@ -385,7 +409,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("no_shared_prompt", "share no first message", {"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}),
     ("not_utf8", "prompt holds half a surrogate pair", {**TEXT, "prompt": "\ud83d"}),
     ("not_utf8", "rejected holds half a surrogate pair", {**TEXT, "rejected": "a\udc4b"}),
-    ("not_utf8", "chosen holds half a surrogate pair", {**CHAT, "chosen": [assistant("\ud83d")]}),
+    ("not_utf8", "chosen message 1: content holds half a surrogate pair", {**CHAT, "chosen": [assistant("\ud83d")]}),
 ]
 
 

@@ -67,7 +67,8 @@ LONG = {"prompt": "Two?", "chosen": " Yes." * 40, "rejected": " No."}
          {"truncated", "eos_cut", "identical_after_truncation"}),
         (WITH_BOS, {**GOOD, "rejected": " Yes."}, {"identical"}),
         (WITH_BOS, {"prompt": "Two? ", "chosen": "I", "rejected": "A"}, {"merged_at_the_prompt's_end"}),
-        (WITH_BOS, {**GOOD, "prompt": "One? <s> Two?"}, {"several_bos"}),
+        (WITH_BOS, {**GOOD, "prompt": "One? <s> Two?"}, set()),
+        (WITH_BOS, {**GOOD, "prompt": "<s><s>Two?"}, {"several_bos"}),
         (WITH_BOS, {**GOOD, "chosen": " Yes.</s></s>"}, {"doubled_eos"}),
         # A template that writes no beginning, and one that writes two: the tokenizer's own is not added.
         (make_tokenizer(bos=True, template=_STEADY), chat("Yes.</s>"), {"no_bos", "no_eos"}),

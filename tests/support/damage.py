@@ -180,7 +180,7 @@ def row_cases() -> Iterator[tuple[str, Any, str]]:
     for name, value in {"int": 1, "null": None, "list": ["a"], "object": {"a": "b"}}.items():
         reason = "template_error" if value is None else "not_text"
         yield f"content is {name}", {**CHAT, "rejected": [{**YES, "content": value}, NO, YES]}, reason
-    yield "half a pair in a role", {**CHAT, "chosen": [{**YES, "role": "\ud83d"}]}, "template_error"
+    yield "half a pair in a role", {**CHAT, "chosen": [{**YES, "role": "\ud83d"}]}, "not_utf8"
 
 
 def jsonl_cases() -> Iterator[tuple[str, Damage]]:
