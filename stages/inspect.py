@@ -67,7 +67,7 @@ def run(where: str, *, as_json: bool, page: Path | None = None) -> None:
 
 
 def _as_text(entry: Mapping[str, Any], store: Contents) -> str:
-    lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished: its parts so far)")]
+    lines = [entry["store"] + ("" if entry["finished"] else "  (unfinished; these are the parts so far)")]
     lines += [f"  {name:<13} {said}" for name, said in identity_facts(entry).items()]
     if entry["pairs"]:
         lines += ["", *_indented(_percentiles(entry)), "", *_wrapped(margin_note(entry)), "", *_bars(store)]
@@ -97,7 +97,7 @@ def _percentiles(entry: Mapping[str, Any]) -> Iterator[list[str]]:
     ]
     rows += [
         ("margin, nats", entry["reference_margin"], 1),
-        ("margin, nats a token", entry["reference_margin_per_token"], 3),
+        ("margin, nats per token", entry["reference_margin_per_token"], 3),
     ]
     for label, values, digits in rows:
         shown = [*(values[f"p{p}"] for p in statistics.PERCENTILES), values["mean"]]

@@ -21,9 +21,9 @@ def input_sections(shown: Sequence[Shown]) -> list[Section]:
 
 
 def _data(shown: Sequence[Shown]) -> Section:
-    header = ["set", "source", "rows", "kept", "dropped", "noted", "joined", "missing"]
+    header = ["set", "source", "rows", "kept", "dropped", "remarks", "joined", "missing"]
     header += ["prompt tokens", "chosen tokens", "rejected tokens", "noise floor, nats per token"]
-    note = "Rows of the last attempt. Joined pairs found their reference log-probs."
+    note = "These are the rows of the last attempt. A joined pair has its reference log-probs; a missing pair has none."
     if any(part(one.run.settings, "reference", "sync") for one in shown):
         note += " If the reference moves, the numbers are those of the last window."
     return Section(title="Data", body=by_equal(shown, _data_rows, lambda rows: table(header, rows)), note=note)
@@ -92,12 +92,12 @@ def _cost(shown: Sequence[Shown]) -> Section:
     header += ["peak memory of a worker", "device"]
     body = by_equal(shown, _stage_one_rows, lambda rows: table(header, rows))
     if rows := [(one, _stage_two_row(one.run)) for one in shown if one.run.attempts]:
-        header_two = ["stage two", "processes", "steps", "done twice", "tokens", "time", "peak memory", "device"]
+        header_two = ["stage two", "processes", "steps", "steps repeated", "tokens", "time", "peak memory", "device"]
         body += runs_table(header_two, rows)
     note = (
-        "All runs on a store share its stage one. Time is that of scoring, training and evaluation, without loading. "
-        "Memory is that of the GPU, else of the process; of several processes, the first. "
-        "Tokens of a pair count prompt and chosen, prompt and rejected."
+        "All runs on a store share its stage one. The time includes scoring, training and evaluation, but not loading. "
+        "Memory is the GPU's, or that of the process if there is no GPU; with several processes, that of the first. "
+        "A pair's tokens are those of prompt and chosen plus those of prompt and rejected."
     )
     return Section(title="Cost", body=body, note=note)
 

@@ -198,7 +198,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
     stored = "stored" if tokenization["token_logps"] else "not stored"
     noise, measured = entry["noise"], "not measured"
     if noise["tokens"]:
-        measured = f"{noise['mean']:.2g} nats a token, {noise['largest']:.2g} at most"
+        measured = f"{noise['mean']:.2g} nats per token, {noise['largest']:.2g} at most"
         measured += f" ({noise['tokens']:,} tokens scored twice)"
     found = {"reference": f"{declared.get('reference', 'unknown')} ({_described_reference(reference)})"}
     if declared.get("reference_adapter") and reference.get("adapter"):
@@ -230,17 +230,17 @@ def margin_note(entry: Mapping[str, Any]) -> str:
     """Say how often the reference prefers the chosen completion, and define the margin."""
     margin = entry["reference_margin"]
     return (
-        f"The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs "
-        f"({margin['share_chosen_preferred_per_token']:.1%} per token). A margin is log p(chosen) less log p(rejected) "
-        "under the reference; per token, it is the difference of the completions' means."
+        f"The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs, "
+        f"per token in {margin['share_chosen_preferred_per_token']:.1%}. A margin is log p(chosen) minus log p(rejected) "
+        "under the reference. A margin per token is the difference of the completions' mean token log-probs."
     )
 
 
 def length_block(entry: Mapping[str, Any]) -> Block:
     """Show how far the lengths explain the reference's preferences."""
     text = (
-        f"The chosen completion is longer in {entry['share_chosen_longer']:.1%} of the pairs. A longer completion has "
-        "a lower log-prob, so a reference seems to prefer short ones; the preference per token excludes this."
+        f"The chosen completion is longer in {entry['share_chosen_longer']:.1%} of the pairs. Longer completions "
+        "have lower sums, so the reference seems to prefer short ones. The margin per token removes this effect."
     )
     bias = entry["length_bias"]
     if bias["correlation"] is not None and bias["correlation_per_token"] is not None:
@@ -257,22 +257,27 @@ def suspicious_blocks(entry: Mapping[str, Any], most: int = _EXAMPLES) -> Iterat
     """Yield each kind of suspicious pairs, with at most so many examples, and a command to look at one."""
     found = entry["suspicious"]
     if worst := found["likely_mislabelled"]:
-        text = "Likely mislabelled, or least known to the reference, which can be wrong: it finds the rejected one "
-        yield _pairs_block(f"{text}more likely, in sum and, by the most, per token.", worst[:most])
+        text = (
+            "Likely mislabelled: the reference gives the rejected completion more probability, in sum and per token. The "
+            "lowest margins per token come first. The reference itself may be wrong about these pairs."
+        )
+        yield _pairs_block(text, worst[:most])
     duplicates, same, swapped = found["duplicates"], found["same_on_both_sides"], found["likely_swapped"]
     if count := duplicates["count"]:
-        listed = ", ".join(f"row {e['again_in_row']} is row {e['row']}" for e in duplicates["examples"][:most])
-        yield Block(f"{count:,} duplicates (the key of an earlier pair): {listed}{_more(count, most)}")
+        listed = ", ".join(f"row {e['again_in_row']} equals row {e['row']}" for e in duplicates["examples"][:most])
+        yield Block(f"Duplicates of an earlier pair (equal keys): {count:,}; {listed}{_more(count, most)}")
     if count := same["count"]:
-        text = f"{count:,} with the same completion on both sides, as scored (equal lengths and sums): row "
+        text = f"The same completion on both sides, as scored (equal lengths and sums): {count:,}; row "
         yield Block(text + ", ".join(map(str, same["rows"][:most])) + _more(count, most))
     if count := swapped["count"]:
         text = (
-            f"{count:,} likely swapped: an earlier pair's three lengths, and its sums within "
-            f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen and rejected swapped."
+            f"Likely swapped: {count:,}. An earlier pair has the same three lengths, and the same sums within "
+            f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen and rejected exchanged."
         )
         if others := swapped["coincide_in_the_same_order"]:
-            text += f" {others:,} others coincide in the same order, so about as many of these may be chance."
+            text += (
+                f" Without an exchange, {others:,} other pairs match, so about as many of these may match by chance."
+            )
         yield _pairs_block(text, [pair for both in swapped["examples"][: most // 2] for pair in both])
     if worst or duplicates["count"] or same["count"] or swapped["count"]:
         # A store's folder is named after its set.
@@ -284,7 +289,7 @@ def suspicious_blocks(entry: Mapping[str, Any], most: int = _EXAMPLES) -> Iterat
 
 def _pairs_block(text: str, pairs: Sequence[Mapping[str, Any]]) -> Block:
     columns = {
-        "margin a token": "margin_per_token",
+        "margin per token": "margin_per_token",
         "margin": "margin",
         "prompt tokens": "prompt_tokens",
         "chosen tokens": "chosen_tokens",

@@ -216,7 +216,7 @@ def test_a_resumed_run_that_still_trains_is_reported(tmp_path: Path) -> None:
     assert "1 values are not finite" in page
     header, costs = rows_of(page, "Cost")
     told = dict(zip(header, costs, strict=True))
-    assert (told["stage two"], told["steps"], told["done twice"]) == ("2 attempts", "5", "2")
+    assert (told["stage two"], told["steps"], told["steps repeated"]) == ("2 attempts", "5", "2")
     assert (told["tokens"], told["time"], told["peak memory"]) == ("1,500", "0:01:06", "4.00 GiB")
     assert told["device"] == "cpu, cuda"
 

@@ -62,9 +62,9 @@ def test_counts_lengths_and_margins_are_those_of_the_rows(make_run: Callable[...
         "25 pairs kept",
         "3 are duplicates",
         "margin",
-        "row 20 is row 0, row 21 is row 1, row 22 is row 2",
-        "1 with the same completion on both sides, as scored (equal lengths and sums): row 23",
-        "1 likely swapped",
+        "row 20 equals row 0, row 21 equals row 1, row 22 equals row 2",
+        "The same completion on both sides, as scored (equal lengths and sums): 1; row 23",
+        "Likely swapped: 1.",
         "refshard explain --config F --row ",
     ):
         assert part in text
@@ -111,12 +111,12 @@ def test_suspicious_pairs_are_shown_with_their_rows(tmp_path: Path) -> None:
     worst = next(i for i, line in enumerate(lines) if line[:2] == ["row", "margin"]) + 1
     assert lines[worst][:3] == ["17", "-19.800", "-99.000"]
     assert lines[worst][4:] == ["5", "-100.000", "5", "-1.000"]
-    assert "1 likely swapped: an earlier pair's three lengths, and its sums within 0.01 nats a token" in text
+    assert "Likely swapped: 1. An earlier pair has the same three lengths, and the same sums within 0.01 nats" in text
     assert [line[0] for line in lines[-4:-2]] == ["40", "150"]
     assert "refshard explain --config F --set 'held out' --row N" in text
     # With a noise that is smaller the two are not the same.
     quieter = make_store(tmp_path / "quiet", [pairs[:100], pairs[100:]], noise=0.001)
-    assert "likely swapped" not in refshard("inspect", quieter).stdout
+    assert "Likely swapped" not in refshard("inspect", quieter).stdout
 
 
 def test_bars_count_the_margins_in_plain_characters(tmp_path: Path) -> None:
