@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import ConfigError, IdentityError
-from pipeline.base.files import read_json
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
@@ -22,7 +21,7 @@ from pipeline.replies.records import GENERATIONS, Generation, Reply, write_gener
 from pipeline.replies.rewarding import load_reward_model
 from pipeline.replies.sampling import Prompt, Sampling, choose_prompts, leave_if_asked
 from pipeline.run.checkpoints import saved_policy
-from pipeline.run.reading import SETTINGS
+from pipeline.run.reading import SETTINGS, part, read_inputs
 from pipeline.run.records import INPUTS
 
 __all__ = ["run"]
@@ -101,7 +100,7 @@ def _check_reference(config: Config, run_folder: Path) -> None:
         return
     if not (run_folder / INPUTS).exists():
         return
-    stored, now = read_json(run_folder / INPUTS)["reference"]["identity"], identity_of_reference(config)
+    stored, now = part(read_inputs(run_folder), "reference", "identity"), identity_of_reference(config)
     found = [field for field, _, _ in differing_fields(stored, now)]
     if found:
         raise IdentityError(

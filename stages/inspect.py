@@ -1,6 +1,7 @@
 """Show a store: its reference, counts, lengths, the reference's margins, and the pairs that look wrong.
 
-Needs pyarrow and numpy only (and Plotly for the page), so it runs on any machine, in seconds for a million pairs.
+Needs pyarrow, numpy and fastjsonschema only (and Plotly for the page), so it runs on any machine, in seconds for a
+million pairs.
 """
 
 import json

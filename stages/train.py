@@ -45,7 +45,7 @@ from pipeline.run.checkpoints import (
 from pipeline.run.identity import check_same_run, run_identity
 from pipeline.run.inputs import RunInputs, SetInputs, describe_policy, describe_reference
 from pipeline.run.outputs import guard_run
-from pipeline.run.reading import RECORD, SETTINGS
+from pipeline.run.reading import RECORD, SETTINGS, read_record
 from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
@@ -146,7 +146,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
 
     if not overwrite:
         if is_recorded(output):
-            record = read_json(output / RECORD)
+            record = read_record(output)
             check_same_run(output, record.get("identity", {}), identity)
             if arguments.push_to_hub and "pushed_to" not in record:
                 on_main_process(lambda: _push(output, Hub(arguments), record))

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -159,15 +160,23 @@ _LARGEST_JSON = 2**30
 _TEXT = (".json", ".jinja", ".txt", ".model")
 
 
-def parse_json(place: str, content: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises DataError, which names the place, if it is not one."""
+def parse_json(place: str, content: bytes, *, finite: bool = False) -> dict[str, Any]:
+    """Parse a JSON object. Raises DataError, which names the place, if it is not one.
+
+    `finite` makes null of numbers that are not finite: NaN, and numbers too large for a float.
+    """
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(content, parse_constant=_finite, parse_float=_finite) if finite else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: damaged, not JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise DataError(f"{place}: damaged, expected a JSON object")
     return parsed
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 @contextlib.contextmanager

@@ -1,18 +1,19 @@
 """Replies of the policy and of the reference to the same prompts, written to and read from `generations.jsonl`."""
 
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pipeline.base.errors import DataError, first_line
 from pipeline.base.files import read_file, replace_file
+from pipeline.base.schemas import Schema
 
 __all__ = ["GENERATIONS", "Generation", "Reply", "read_generations", "write_generations"]
 
 GENERATIONS = "generations.jsonl"
+
+_SCHEMA = Schema(__package__, "generation", "Run refshard generate again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +63,12 @@ def read_generations(file: Path) -> list[Generation]:
     """Read what `write_generations` wrote. Raises DataError for any other content, OSError if it can't be read."""
     generations: list[Generation] = []
     for number, line in enumerate(read_file(file, most=2**32).splitlines(), start=1):
-        try:
-            generations.append(_record(Generation, json.loads(line)))
-        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise DataError(
-                f"{file}, line {number}: must be a prompt with two replies ({first_line(error)}). "
-                "Run `refshard generate` again"
-            ) from error
+        row = _SCHEMA.parse(f"{file}, line {number}", line)
+        sides = {side: _record(Reply, row[side]) for side in ("reference", "policy")}
+        generations.append(_record(Generation, {**row, **sides}))
     return generations
 
 
-def _record(kind: Any, row: Any) -> Any:
-    """Make a `Generation` or a `Reply` of a JSON object, whose values must have the types of the fields."""
-    values: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        value = row.get(_KEYS.get(name, name))
-        if hint is Reply:
-            value = _record(Reply, value)
-        elif isinstance(value, int) and hint in (float, float | None):
-            value = float(value)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if name == "reward" and not finite:
-            value = None
-        elif not finite or not isinstance(value, hint):
-            raise TypeError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
-        values[name] = value
-    return kind(**values)
+def _record(kind: Any, row: Mapping[str, Any]) -> Any:
+    """Make a `Generation` or a `Reply` of a JSON object that fits the schema."""
+    return kind(**{field.name: row.get(_KEYS.get(field.name, field.name)) for field in fields(kind)})

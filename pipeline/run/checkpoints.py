@@ -15,12 +15,13 @@ from typing import Any
 
 from pipeline.base.digests import read_sha256
 from pipeline.base.errors import ConfigError, DataError, StorageError, UnfinishedError
-from pipeline.base.files import TEMPORARY, delete_named, read_json, sync_tree, write_json
+from pipeline.base.files import TEMPORARY, delete_named, sync_tree, write_json
+from pipeline.base.schemas import Schema
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel, find_adapter
 from pipeline.run.attempts import set_aside
 from pipeline.run.identity import check_same_run
-from pipeline.run.reading import RECORD, SETTINGS
+from pipeline.run.reading import RECORD, SETTINGS, read_record
 from pipeline.run.records import delete_records
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 MARKER = "refshard-commit.json"
+_MARKER_SCHEMA = Schema(__package__, "commit")
 _REFERENCE = "step-([0-9]{8,})"
 
 
@@ -80,7 +82,7 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
     for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         problem = problem_of(folder, step)
         if problem is None:
-            check_same_run(folder, read_json(folder / MARKER)["identity"], identity)
+            check_same_run(folder, _read_marker(folder / MARKER)["identity"], identity)
             break
         unfit[folder] = problem
     else:
@@ -101,10 +103,9 @@ def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
     """Raise IdentityError if the newest readable marker is of another run. Checkpoints' files are not read."""
     for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         with contextlib.suppress(DataError, StorageError):
-            marker = read_json(folder / MARKER)
-            if _is_intact(marker):
-                check_same_run(folder, marker["identity"], identity)
-                return
+            stored = _read_marker(folder / MARKER)["identity"]
+            check_same_run(folder, stored, identity)
+            return
 
 
 def best_checkpoint(run_folder: Path, saved_as: str) -> Path:
@@ -141,7 +142,7 @@ def saved_policy(run_folder: Path) -> tuple[int, Path]:
     Raises UnfinishedError if nothing was saved yet.
     """
     if is_recorded(run_folder):
-        return int(read_json(run_folder / RECORD)["step"]), run_folder
+        return int(read_record(run_folder)["step"]), run_folder
     for step, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         if problem_of(folder, step) is None:
             return step, folder
@@ -227,11 +228,9 @@ def problem_of(folder: Path, step: int, *, digests: bool = True, marker_name: st
     if not (folder / marker_name).exists():
         return f"it has no {marker_name}"
     try:
-        marker = read_json(folder / marker_name)
+        marker = _read_marker(folder / marker_name)
     except (DataError, StorageError) as error:
         return str(error)
-    if not _is_intact(marker):
-        return f"{marker_name} is not as refshard wrote it"
     if marker["step"] != step:
         return f"{marker_name} is of step {marker['step']}"
     for name, expected in marker["files"].items():
@@ -248,9 +247,12 @@ def problem_of(folder: Path, step: int, *, digests: bool = True, marker_name: st
     return None
 
 
-def _is_intact(marker: Mapping[str, Any]) -> bool:
-    content = {key: value for key, value in marker.items() if key != "digest"}
-    return content.keys() == {"step", "attempt", "identity", "files"} and marker.get("digest") == _digest(content)
+def _read_marker(file: Path) -> dict[str, Any]:
+    """Read a marker. Raises DataError if it is damaged or was edited, StorageError if it can't be read."""
+    marker = _MARKER_SCHEMA.read(file)
+    if marker["digest"] != _digest({key: value for key, value in marker.items() if key != "digest"}):
+        raise DataError(f"{file}: edited or damaged, its digest is not that of its content")
+    return marker
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -260,10 +262,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 def digests_of_weights(checkpoint: Path) -> dict[str, str]:
     """Give the SHA-256 of weight files that a checkpoint's marker has recorded; nothing without an intact marker."""
     with contextlib.suppress(DataError, StorageError):
-        marker = read_json(checkpoint / MARKER)
-        if _is_intact(marker):
-            files = marker["files"].items()
-            return {name: file["sha256"] for name, file in files if name.endswith(".safetensors")}
+        files = _read_marker(checkpoint / MARKER)["files"].items()
+        return {name: file["sha256"] for name, file in files if name.endswith(".safetensors")}
     return {}
 
 

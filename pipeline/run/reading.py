@@ -4,8 +4,6 @@ The run may still be training, may have been killed within a line, or may have b
 damaged is left out and named in a remark. Of steps that were done twice, the later attempt counts.
 """
 
-import contextlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +13,36 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.base.errors import ConfigError, RefshardError, first_line
-from pipeline.base.files import open_file, read_file, read_json
+from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line
+from pipeline.base.files import parse_json, read_file
+from pipeline.base.schemas import Schema
 from pipeline.config.reader import as_dict, load_config
+from pipeline.data.readers import open_parquet
 from pipeline.replies.records import GENERATIONS, Generation, read_generations
 from pipeline.run.records import INPUTS, LOG, MARGIN_COLUMNS, MARGINS
 
-__all__ = ["RECORD", "SETTINGS", "AttemptSummary", "Curve", "MarginRows", "Run", "part", "read_run"]
+__all__ = [
+    "RECORD",
+    "SETTINGS",
+    "AttemptSummary",
+    "Curve",
+    "MarginRows",
+    "Run",
+    "part",
+    "read_inputs",
+    "read_record",
+    "read_run",
+]
 
 _Content = TypeVar("_Content")
 
 SETTINGS, RECORD = "refshard.yaml", "run.json"
 """Files of a run's folder: its settings, and the record that marks it as finished"""
+
+_LOG_SCHEMA = Schema(__package__, "log", "Restore the line, or delete it")
+_INPUTS_SCHEMA = Schema(__package__, "inputs", "Restore it from a backup, or delete it")
+_RECORD_SCHEMA = Schema(__package__, "record", "Restore it from a backup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +147,23 @@ def part(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return tree
 
 
+def read_record(run_folder: Path) -> dict[str, Any]:
+    """Read the record of a finished run. Raises DataError if it is damaged, StorageError if it can't be read."""
+    return _RECORD_SCHEMA.read(run_folder / RECORD)
+
+
+def read_inputs(run_folder: Path) -> dict[str, Any]:
+    """Read what the last attempt began with. Raises as `read_record` does."""
+    return _INPUTS_SCHEMA.read(run_folder / INPUTS)
+
+
 def read_run(folder: Path) -> Run:
-    """Read a run's folder: `train.output_dir`. Raises ConfigError if it is not a run's."""
+    """Read a run's folder: `train.output_dir`.
+
+    Raises:
+        ConfigError: The folder is not a run's.
+        DataError: A whole line of the log is not as the run wrote it.
+    """
     if not any((folder / name).is_file() for name in (SETTINGS, LOG, INPUTS, RECORD)):
         found = f"one without {LOG} and {SETTINGS}" if folder.is_dir() else "no folder"
         inside = sorted({file.parent.name for name in (LOG, SETTINGS) for file in folder.glob(f"*/{name}")})
@@ -150,11 +179,12 @@ def read_run(folder: Path) -> Run:
             return None
         try:
             return reader(file)
-        except (RefshardError, pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (RefshardError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             remarks.append(f"{name} can't be read: {first_line(error)}")
             return None
 
-    lines, num_broken = read(LOG, _read_log, "the page has no curves") or ([], 0)
+    texts = read(LOG, lambda file: read_file(file, most=2**32).splitlines(), "the page has no curves") or []
+    lines, num_broken = _parse_log(folder / LOG, texts)
     if num_broken:
         remarks.append(f"{LOG}: {num_broken:,} of {num_broken + len(lines):,} lines can't be read")
     attempts = _attempts(lines)
@@ -164,13 +194,13 @@ def read_run(folder: Path) -> Run:
         remarks.append(f"{LOG}: {not_finite:,} values are not finite (NaN or infinite); the curves have gaps there")
     names = sorted(file.name for file in (folder / MARGINS).glob("*.parquet"))
     margins = {Path(name).stem: read(f"{MARGINS}/{name}", _read_margins) for name in names}
-    record = read(RECORD, read_json) or {}
+    record = read(RECORD, _RECORD_SCHEMA.read) or {}
     return Run(
         folder=folder,
         settings=read(SETTINGS, lambda file: as_dict(load_config(file)), "the run's settings are unknown") or {},
         records=records,
         attempts=list(attempts.values()),
-        inputs=read(INPUTS, read_json, "the run's reference, policy and sets are unknown") or {},
+        inputs=read(INPUTS, _INPUTS_SCHEMA.read, "the run's reference, policy and sets are unknown") or {},
         margins={name: rows for name, rows in margins.items() if rows is not None},
         generations=read(GENERATIONS, read_generations) or [],
         finished=record.get("finished") is True,
@@ -181,14 +211,25 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read a log's whole lines. Also count the others: a kill, or a write in progress, leaves part of a line."""
-    texts = [text for text in read_file(file, most=2**32).splitlines() if text.strip()]
-    lines = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines, len(texts) - len(lines)
+def _parse_log(file: Path, texts: Sequence[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """Parse a log's whole lines. Also count the others: a kill, or a write in progress, leaves part of a line.
+
+    Raises:
+        DataError: A whole line is not as the run wrote it.
+    """
+    lines, num_broken = [], 0
+    for number, text in enumerate(texts, start=1):
+        place = f"{file}, line {number}"
+        if not text.strip():
+            continue
+        try:
+            line = parse_json(place, text, finite=True)
+        except DataError:
+            num_broken += 1
+            continue
+        _LOG_SCHEMA.check(place, line)
+        lines.append(line)
+    return lines, num_broken
 
 
 def _attempts(lines: Sequence[Mapping[str, Any]]) -> dict[int, AttemptSummary]:
@@ -241,9 +282,10 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _read_margins(file: Path) -> MarginRows:
-    # `ParquetFile` reads the file alone; `read_table` would read partition columns from the folder's name.
-    with open_file(file) as stream:
-        table = pq.ParquetFile(stream).read(columns=["row", *MARGIN_COLUMNS])
-    rows = table["row"].to_numpy() if "row" in table.column_names else None
-    columns = {name: table[name].to_numpy() for name in MARGIN_COLUMNS}
-    return MarginRows(step=int(table.schema.metadata[b"refshard.step"]), columns=columns, rows=rows)
+    # The file alone; `read_table` would read partition columns from the folder's name.
+    with open_parquet(file) as parquet:
+        table = parquet.read(columns=["row", *MARGIN_COLUMNS])
+        step = int(parquet.metadata.metadata[b"refshard.step"])
+    rows = table["row"].cast(pa.int64()).to_numpy() if "row" in table.column_names else None
+    columns = {name: table[name].cast(pa.float32()).to_numpy() for name in MARGIN_COLUMNS}
+    return MarginRows(step=step, columns=columns, rows=rows)

@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.errors import DataError, StorageError
-from pipeline.base.files import delete_named, make_folder, parse_json, replace_file
+from pipeline.base.files import delete_named, make_folder, replace_file
 from pipeline.base.folders import Folder
 from pipeline.base.progress import say, without_nan
+from pipeline.base.schemas import Schema
 from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import Attempt
 
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 LOG, INPUTS, MARGINS, COSTS = "log.jsonl", "inputs.json", "margins", "costs"
+
+_COST_SCHEMA = Schema(__package__, "cost")
 
 
 MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift", "rejected_shift")
@@ -138,5 +141,5 @@ def read_costs(output: Folder) -> list[dict[str, Any]]:
         for name in folder.names():
             if name.endswith(".json"):
                 with contextlib.suppress(StorageError, DataError, FileNotFoundError):
-                    costs.append(parse_json(folder.place(name), folder.read(name)))
+                    costs.append(_COST_SCHEMA.parse(folder.place(name), folder.read(name)))
     return costs

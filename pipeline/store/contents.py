@@ -1,4 +1,4 @@
-"""Read a store's columns, finished or not, and sum them up as JSON. Needs pyarrow and numpy only."""
+"""Read a store's columns, finished or not, and sum them up as JSON. Needs pyarrow, numpy and fastjsonschema only."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

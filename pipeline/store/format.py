@@ -1,4 +1,4 @@
-"""File formats of a store: schema and checks of a part, shapes and checks of the manifest and the index.
+"""File formats of a store: schema and checks of a part, checks of the manifest and the index.
 
 docs/shard-format.md describes the format for readers outside this project.
 """
@@ -6,11 +6,9 @@ docs/shard-format.md describes the format for readers outside this project.
 import contextlib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.base.errors import DataError, IdentityError
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder
+from pipeline.base.schemas import Schema
 from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 
@@ -30,21 +29,20 @@ __all__ = [
     "DELETE_PART",
     "DELETE_VOUCHED_PART",
     "MANIFEST",
-    "MANIFEST_SHAPE",
+    "MANIFEST_SCHEMA",
     "MAX_BYTES",
     "PART_NAME",
     "CheckedPart",
     "ForeignPartError",
     "ScoredPair",
     "SummedPair",
-    "check_index",
     "check_part",
     "content_digest",
-    "fits",
     "is_our_file",
     "is_ours",
     "is_sealed",
     "pair_keys",
+    "parse_index",
     "part_name",
     "plan_digest",
     "schema",
@@ -108,6 +106,9 @@ DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precom
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores one pair of each part twice"
 MAX_BYTES = 2**32
 """Largest part, manifest, or index. Parts of the default size have some megabytes"""
+
+MANIFEST_SCHEMA = Schema(__package__, "manifest", "Restore it from a backup, or score again")
+_INDEX_SCHEMA = Schema(__package__, "index", DELETE_INDEX)
 
 
 def schema(*, token_logps: bool) -> pa.Schema:
@@ -226,17 +227,14 @@ def check_part(
         raise DataError(f"{place}: damaged ({error}). {remedy}") from error
     if not vouched and footer.get("refshard.digest") != content_digest(table, footer):
         raise DataError(f"{place}: damaged, the digest in its footer is not that of its content. {remedy}")
-    try:
-        ledger = Ledger()
-        ledger.add(json.loads(footer["refshard.ledger"]))
-        skipped = json.loads(footer["refshard.skipped"])
-        noise = NoiseFloor(**json.loads(footer["refshard.noise"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: damaged, its footer does not count its rows. {remedy}") from error
+    texts = (f'"{name}": {footer.get(f"refshard.{name}", "null")}' for name in ("ledger", "noise", "skipped"))
+    counts = Schema(__package__, "footer", remedy).parse(f"{place}: its footer", f"{{{', '.join(texts)}}}".encode())
+    ledger, noise = Ledger(), NoiseFloor(**counts["noise"])
+    ledger.add(counts["ledger"])
     if not table.num_rows == ledger.kept == ledger.rows - ledger.dropped.total():
         raise DataError(f"{place}: damaged, its {table.num_rows} rows are not what its footer counts. {remedy}")
     table = table.select(list(columns)) if columns else table
-    return CheckedPart(table=table, ledger=ledger, skipped=skipped, noise=noise, size=len(content))
+    return CheckedPart(table=table, ledger=ledger, skipped=counts["skipped"], noise=noise, size=len(content))
 
 
 def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
@@ -280,62 +278,6 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_count, value.values()))
-
-
-def _is_gap(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf
-
-
-_IDENTITY = {
-    "reference": (
-        {"declared": str},
-        {"weights": str, "dtype": str, "adapter": str | None, "quantization": (NoneType, {"bits": _is_count})},
-    ),
-    "tokenization": {"token_logps": bool, "max_length": int | None, "template_date": str | None},
-}
-_RANGE = {
-    "rows": re.compile(r"[0-9]{1,18}:[0-9]{0,18}"),
-    "rows_per_shard": lambda value: _is_count(value) and value > 0,
-}
-MANIFEST_SHAPE = {
-    "identity": _IDENTITY,
-    "plan": ({"rows": NoneType}, _RANGE),
-    "plan_digest": str | None,
-    "declared": dict,
-}
-_INDEX_SHAPE = {
-    "parts": [{"file": str, "rows": _is_count, "bytes": _is_count}],
-    "totals": {"rows": _is_count, "kept": _is_count, "dropped": _are_counts, "noted": _are_counts},
-    "noise": {"tokens": _is_count, "mean": _is_gap, "largest": _is_gap},
-}
-
-
-def fits(value: Any, shape: Any) -> bool:
-    """Return True if a value of a JSON file has a declared shape.
-
-    A shape is a type, a predicate, or a pattern; a dict of the shapes of keys, where a missing key counts as None; a
-    list of its items' shape; a tuple of alternatives.
-    """
-    match shape:
-        case dict():
-            return isinstance(value, dict) and all(fits(value.get(key), inner) for key, inner in shape.items())
-        case list():
-            return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-        case tuple():
-            return any(fits(value, alternative) for alternative in shape)
-        case re.Pattern():
-            return isinstance(value, str) and shape.fullmatch(value) is not None
-        case type() | UnionType():
-            return isinstance(value, shape)
-    return bool(shape(value))
-
-
 def is_ours(folder: Folder) -> bool:
     """Return True if a folder's manifest is this program's. A damaged one counts if the program's name is in it."""
     if folder.size(MANIFEST) is None:
@@ -358,19 +300,19 @@ def is_our_file(folder: Folder, name: str) -> bool:
     return False
 
 
-def check_index(place: str, index: Mapping[str, Any], fingerprint: str) -> None:
-    """Refuse an index that is not the manifest's, was edited, or does not add up. Raises DataError."""
-    if index.get("fingerprint") != fingerprint:
+def parse_index(place: str, content: bytes, fingerprint: str) -> dict[str, Any]:
+    """Parse an index; refuse one that is not the manifest's, was edited, or does not add up. Raises DataError."""
+    index = _INDEX_SCHEMA.parse(place, content)
+    if index["fingerprint"] != fingerprint:
         raise DataError(f"{place}: does not belong to the manifest beside it. {DELETE_INDEX}")
     if not is_sealed(index):
         raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content. {DELETE_INDEX}")
-    if not fits(index, _INDEX_SHAPE) or index["noise"].keys() != vars(NoiseFloor()).keys():
-        raise DataError(f"{place}: damaged, not the content of an index. {DELETE_INDEX}")
     # Only these names: a name from a file must not lead out of its folder.
     if [part["file"] for part in index["parts"]] != [part_name(unit) for unit in range(len(index["parts"]))]:
         raise DataError(f"{place}: damaged, it does not name the parts in order. {DELETE_INDEX}")
     if sum(part["rows"] for part in index["parts"]) != index["totals"]["kept"]:
         raise DataError(f"{place}: damaged, its parts do not add up to its totals. {DELETE_INDEX}")
+    return index
 
 
 def _open_parquet(content: bytes) -> pq.ParquetFile:

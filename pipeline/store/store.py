@@ -5,7 +5,7 @@
     STORE/index.json           written last, once every unit has its part
 
 A file under its final name is complete and never changes. A store without an index is unfinished, never empty. This
-module needs pyarrow and numpy only.
+module needs pyarrow, numpy and fastjsonschema only.
 """
 
 import hashlib
@@ -269,8 +269,8 @@ def load_store(where: Where) -> Store:
     manifest = read_manifest(folder)
     if not is_finished(folder):
         return Store(folder=folder, manifest=manifest, index={}, units=sorted(parts_there(folder)))
-    index = parse_json(folder.place(format.INDEX), read_content(folder, format.INDEX, format.DELETE_INDEX))
-    format.check_index(folder.place(format.INDEX), index, manifest["fingerprint"])
+    content = read_content(folder, format.INDEX, format.DELETE_INDEX)
+    index = format.parse_index(folder.place(format.INDEX), content, manifest["fingerprint"])
     return Store(folder=folder, manifest=manifest, index=index, units=range(len(index["parts"])))
 
 
@@ -331,13 +331,14 @@ def read_manifest(where: Where) -> dict[str, Any]:
     if folder.size(format.MANIFEST) is None:
         raise DataError(f"{folder}: no shards there. Run: refshard precompute --config F")
     manifest = parse_json(place, read_content(folder, format.MANIFEST, "Restore it from a backup, or score again"))
-    if manifest.get("format") != "refshard" or not format.fits(manifest, format.MANIFEST_SHAPE):
+    if manifest.get("format") != "refshard":
         raise DataError(f"{place}: not a refshard manifest")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise IdentityError(
             f"{place}: schema version {manifest.get('schema_version')}, this refshard reads {SCHEMA_VERSION}"
         )
-    if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
+    format.MANIFEST_SCHEMA.check(place, manifest)
+    if manifest["fingerprint"] != fingerprint_of(manifest["identity"]):
         raise DataError(f"{place}: edited or damaged, its fingerprint is not that of its identity")
     if not format.is_sealed(manifest):
         raise DataError(f"{place}: edited or damaged, its SHA-256 is not that of its content")

@@ -5,7 +5,7 @@
     part     -> size and SHA-256 of the index, page checksums, content digest, fingerprint, schema
     rows     -> in their unit's range, once each, finite, sums those of their tokens; equal keys, equal values
 
-Needs pyarrow and numpy only. Parts of an unfinished store are checked without an index.
+Needs pyarrow, numpy and fastjsonschema only. Parts of an unfinished store are checked without an index.
 """
 
 import math

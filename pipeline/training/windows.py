@@ -40,6 +40,7 @@ from pipeline.run.checkpoints import (
     reference_folders,
 )
 from pipeline.run.identity import run_identity
+from pipeline.run.reading import part
 from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
 from pipeline.training.steps import Order, order_of_run
@@ -172,7 +173,7 @@ def _problem_of_reference(folder: Path, made_from: Mapping[str, Any]) -> str | N
     except (DataError, StorageError) as error:
         return str(error)
     # Earlier versions recorded no digests.
-    found = marker if "sync" in marker else marker.get("identity", {})
+    found = marker if "sync" in marker else part(marker, "identity")
     if any(found.get(key) != value for key, value in made_from.items() if key != "policy" or value):
         return "it was made from something else"
     return None if found is marker else problem_of(folder, made_from["step"], marker_name=MARKER)

@@ -25,8 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.base.errors import ConfigError, UnfinishedError
-from pipeline.base.files import read_json, replace_file, write_json
+from pipeline.base.files import replace_file, write_json
 from pipeline.base.progress import say, without_other_bars
+from pipeline.base.schemas import Schema
 from pipeline.base.signals import StopFlag
 from pipeline.base.tables import aligned
 from pipeline.config.schema import Config
@@ -42,6 +43,8 @@ from pipeline.run.reading import read_run
 from stages.demo import reviews
 
 __all__ = ["prepare", "summary"]
+
+_PREPARED = Schema(__package__, "prepared", "Delete it, and run the same command again")
 
 _REVIEWS = 10_000
 """Number of generated reviews; the reference is trained on each once"""
@@ -68,7 +71,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
     marker = folder / "prepared.json"
     digest = _digest(seed)
     files = ("model/model.safetensors", "model/tokenizer.json", "train.jsonl", "heldout.jsonl", marker.name)
-    if all((folder / name).exists() for name in files) and read_json(marker)["digest"] == digest:
+    if all((folder / name).exists() for name in files) and _PREPARED.read(marker)["digest"] == digest:
         say(f"{folder} is prepared already.")
         return
     if not marker.exists() and (
@@ -146,7 +149,7 @@ def summary(folder: Path, config: Config) -> None:
 def _figures(folder: Path, margins: Sequence[float], generations: Sequence[Generation]) -> dict[str, float]:
     held_out = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = [row["chosen_reward"] - row["rejected_reward"] for row in held_out]
-    counts = read_json(folder / "prepared.json")["reference_rewards"]
+    counts = _PREPARED.read(folder / "prepared.json").get("reference_rewards", {})
     rewards = [int(reward) for reward, count in counts.items() for _ in range(count)]
     before, after = [g.reference for g in generations], [g.policy for g in generations]
     kl = estimate_kl(generations).mean

@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 
 from pipeline.base.errors import ConfigError, StorageError, UnfinishedError
-from pipeline.base.files import read_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import emit, say
 from pipeline.base.tables import aligned
@@ -28,7 +27,7 @@ from pipeline.report.comparison import show_runs
 from pipeline.report.pages import check_charts, write_page
 from pipeline.report.run_page import report_page
 from pipeline.run.outputs import guard_run
-from pipeline.run.reading import RECORD, Run, read_run
+from pipeline.run.reading import Run, read_record, read_run
 from pipeline.store.store import is_finished
 from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
@@ -181,7 +180,7 @@ _TEMPERATURE, _SEED = 1.0, 0
 
 def _generate(one: _OneRun, sweep: Sweep, commands: Commands) -> int:
     """Generate a finished run's replies, unless those of its policy, set and sampling exist. Returns an exit status."""
-    set_name, step = next(iter(one.config.data.eval), "train"), read_json(one.folder / RECORD)["step"]
+    set_name, step = next(iter(one.config.data.eval), "train"), read_record(one.folder)["step"]
     asked = (step, set_name, sweep.num_prompts, sweep.max_tokens, _TEMPERATURE, _SEED, sweep.reward_model)
     there = {
         (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by)

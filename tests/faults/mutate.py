@@ -209,8 +209,8 @@ MUTATIONS = [
     Mutation(
         "the marker's own digest",
         "pipeline/run/checkpoints.py",
-        'and marker.get("digest") == _digest(content)',
-        "",
+        'if marker["digest"] != _digest(',
+        "if {} == bool(",
         "tests/run/test_checkpoints.py",
     ),
     Mutation(

@@ -204,20 +204,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "marker, one bit": (lambda f: _flip(f / MARKER, (f / MARKER).read_bytes().index(b"0.1")), MARKER),
     "marker of other settings": (
         lambda f: _edit_marker(f, lambda m: m["identity"].update(beta=9), sealed=False),
-        f"{MARKER} is not as refshard wrote it",
+        f"{MARKER}: edited or damaged, its digest",
     ),
     "marker with a file less": (
         lambda f: (
             (f / "optimizer.pt").unlink(),
             _edit_marker(f, lambda m: m["files"].pop("optimizer.pt"), sealed=False),
         ),
-        f"{MARKER} is not as refshard wrote it",
+        f"{MARKER}: edited or damaged, its digest",
     ),
-    "marker without files": (lambda f: _edit_marker(f, lambda m: m.pop("files")), "not as refshard wrote it"),
-    "marker without identity": (lambda f: _edit_marker(f, lambda m: m.pop("identity")), "not as refshard wrote it"),
+    "marker without files": (lambda f: _edit_marker(f, lambda m: m.pop("files")), f"{MARKER}: files: must be there"),
+    "marker without identity": (
+        lambda f: _edit_marker(f, lambda m: m.pop("identity")),
+        f"{MARKER}: identity: must be there",
+    ),
     "marker without digest": (
         lambda f: _edit_marker(f, lambda m: m.pop("digest"), sealed=False),
-        "not as refshard wrote it",
+        f"{MARKER}: digest: must be there",
     ),
     "marker of another step": (lambda f: _edit_marker(f, lambda m: m.update(step=5)), f"{MARKER} is of step 5"),
 }

@@ -1,11 +1,16 @@
 """Reading a run's folder: steps done twice count once, and remarks name what is missing or damaged."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, DataError
 from pipeline.run.reading import read_run
 from pipeline.run.records import write_margins
 from support.runs import write_log, write_settings
@@ -128,3 +133,57 @@ def test_a_folder_that_is_not_a_run_is_refused_and_the_runs_in_it_are_named(tmp_
     write_log(tmp_path / "beta-1", [{"step": 1, "loss": 1.0}])
     with pytest.raises(ConfigError, match="beta-1"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ({"step": "2"}, 'step: must be integer, got "2"'),
+        ({"step": None}, "step: must be integer, got null"),
+        ({"step": 2, "time": 1e300}, "time: must be smaller than or equal to 253402300799, got 1e+300"),
+        ({"step": 2, "loss": "low"}, 'loss: must be number or null, got "low"'),
+        ({"step": 2, "kind": 1}, "kind: must be string, got 1"),
+        ({"kind": "start", "step": 2, "versions": 3}, "versions: must be object, got 3"),
+    ],
+)
+def test_a_whole_line_that_was_edited_is_refused_by_its_number_and_field(
+    tmp_path: Path, line: dict[str, Any], field: str
+) -> None:
+    write_log(tmp_path, [{"step": 1, "loss": 1.0}, line])
+    with pytest.raises(DataError, match=rf"log\.jsonl, line 2: {re.escape(field)}\. Restore the line, or delete it"):
+        read_run(tmp_path)
+
+
+def test_records_that_were_edited_are_remarks_that_name_the_field(tmp_path: Path) -> None:
+    write_log(tmp_path, [{"step": 1, "loss": 1.0}])
+    sets = {"train": {"noise": {"tokens": 4}, "ledger": {"dropped": [1]}}}
+    for content, field in (
+        ({"sets": []}, "sets: must be object, got a list"),
+        ({"sets": {"train": 3}}, "sets.train: must be object, got 3"),
+        ({"sets": sets}, "sets.train"),
+        ({"stage_one": [{"seconds": "long"}]}, 'stage_one[0].seconds: must be number or null, got "long"'),
+        ({"policy": {"parameters": "many"}}, 'policy.parameters: must be integer, got "many"'),
+    ):
+        (tmp_path / "inputs.json").write_text(json.dumps(content))
+        assert any(f"inputs.json: {field}" in remark for remark in read_run(tmp_path).remarks), field
+    (tmp_path / "run.json").write_text('{"finished": true, "step": "x"}')
+    run = read_run(tmp_path)
+    assert any('run.json: step: must be integer, got "x"' in remark for remark in run.remarks)
+    assert (run.finished, run.policy_step) == (False, None)
+
+
+def test_margins_of_other_columns_or_without_a_step_are_a_remark(tmp_path: Path) -> None:
+    write_log(tmp_path, [{"step": 1, "loss": 1.0}])
+    rows = np.arange(10, dtype=np.float32).reshape(2, 5)
+    write_margins(tmp_path, "test", 7, np.zeros((2, 3), np.int64), rows)
+    table = pq.read_table(tmp_path / "margins" / "test.parquet")
+    texts = table.set_column(table.column_names.index("ref_margin"), "ref_margin", pa.array(["a", "b"]))
+    for name, odd in (
+        ("bare", table.replace_schema_metadata(None)),
+        ("texts", texts),
+        ("less", table.drop(["ref_margin"])),
+    ):
+        pq.write_table(odd, tmp_path / "margins" / f"{name}.parquet")
+    run = read_run(tmp_path)
+    assert list(run.margins) == ["test"]
+    assert [name for name in ("bare", "texts", "less") if not any(name in remark for remark in run.remarks)] == []

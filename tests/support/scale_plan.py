@@ -1,6 +1,7 @@
 """A plan for a run far larger than any machine here: 10 million pairs, a 70B reference, 64 preemptible GPUs.
 
     python tests/support/scale_plan.py --measure    measures the constants here (two minutes), and writes the page
+    python tests/support/scale_plan.py --count      counts the requests alone, which do not depend on the machine
     python tests/support/scale_plan.py --write      writes docs/scale.md from the constants measured last
 
 Everything on the page is either measured here, assumed (and named so), or arithmetic on both.
@@ -41,7 +42,7 @@ class Measured:
     bytes_per_token: float
     """Of a part, for each completion token"""
     requests_per_start: float
-    """Of a worker that has nothing to do, to the object store"""
+    """Of a worker to the object store, with the stored pairs that it scores again before its first unit"""
     requests_per_unit: float
     """Of the worker that scores it"""
     requests_per_part_indexed: float
@@ -194,15 +195,8 @@ def measure() -> Measured:
     from pipeline.store.format import ScoredPair, check_part, part_name
     from pipeline.store.store import create_store, read_manifest, write_part
     from support.models import make_model, make_tokenizer
-    from support.object_store import CREDENTIALS, environment, faulty, s3_server
     from support.runs import simple_rows, write_config, write_jsonl
     from support.stores import IDENTITY
-
-    def refshard(*words: object) -> float:
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "stages.cli", *map(str, words)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -239,33 +233,7 @@ def measure() -> Measured:
         finish_store(store, 2)
         index_bytes = (store / "index.json").stat().st_size / 2
 
-        tokenizer = make_tokenizer(bos=True)
-        model = make_model(folder / "model", tokenizer)
-        counted: Counter[str] = Counter()
-
-        def count(method: str, path: str) -> None:
-            counted[method] += 1
-
-        def requests(units: int, output: str) -> list[int]:
-            """Of a worker that scores half of the units, of one that scores the rest and ends, of one without work."""
-            config = write_config(
-                folder / f"{output}.yaml",
-                data={"path": str(write_jsonl(folder / f"{units}.jsonl", simple_rows(units)))},
-                policy={"model": str(model)},
-                precompute={"output": f"s3://shards/{output}", "rows_per_shard": 1, "tokens_per_batch": 512},
-            )
-            found = []
-            for worker in ("0/2", "1/2", "0/1"):
-                counted.clear()
-                refshard("precompute", "--config", config, "--worker", worker)
-                found.append(counted.total())
-            return found
-
-        with s3_server() as server, faulty(server, count) as proxy, environment(AWS_ENDPOINT_URL=proxy, **CREDENTIALS):
-            few, many = requests(8, "few"), requests(40, "many")
-        scored = (many[0] - few[0]) / 16
-        indexed = (many[1] - few[1] - 16 * scored) / 32
-
+        model = make_model(folder / "model", make_tokenizer(bos=True))
         idle = write_config(
             folder / "idle.yaml",
             data={"path": str(write_jsonl(folder / "idle.jsonl", simple_rows(8)))},
@@ -289,15 +257,62 @@ def measure() -> Measured:
         machine=f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}",
         bytes_per_pair=per_pair,
         bytes_per_token=per_token,
-        requests_per_start=few[2],
-        requests_per_unit=scored,
-        requests_per_part_indexed=indexed,
+        **count_requests(),
         index_bytes_per_part=index_bytes,
         start_seconds=started,
         sha256_bytes_per_second=hashed,
         scan_bytes_per_second=scanned,
         check_bytes_per_second=checked,
     )
+
+
+def refshard(*words: object) -> float:
+    """Run a command; give its seconds."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "stages.cli", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return time.perf_counter() - start
+
+
+def count_requests() -> dict[str, float]:
+    """Count the requests of workers to an object store, whatever the machine; give the constants by name."""
+    from support.models import make_model, make_tokenizer
+    from support.object_store import CREDENTIALS, environment, faulty, s3_server
+    from support.runs import simple_rows, write_config, write_jsonl
+
+    counted: Counter[str] = Counter()
+
+    def count(method: str, path: str) -> None:
+        counted[method] += 1
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_model(folder / "model", make_tokenizer(bos=True))
+
+        def requests(units: int) -> list[int]:
+            """Of a worker that scores half of the units, and of one that joins, scores the rest and ends."""
+            config = write_config(
+                folder / f"{units}.yaml",
+                data={"path": str(write_jsonl(folder / f"{units}.jsonl", simple_rows(units)))},
+                policy={"model": str(model)},
+                precompute={"output": f"s3://shards/{units}", "rows_per_shard": 1, "tokens_per_batch": 512},
+            )
+            found = []
+            for worker in ("0/2", "1/2"):
+                counted.clear()
+                refshard("precompute", "--config", config, "--worker", worker)
+                found.append(counted.total())
+            return found
+
+        with s3_server() as server, faulty(server, count) as proxy, environment(AWS_ENDPOINT_URL=proxy, **CREDENTIALS):
+            few, many = requests(8), requests(40)
+    scored = (many[0] - few[0]) / 16
+    indexed = (many[1] - few[1] - 16 * scored) / 32
+    return {
+        "requests_per_start": few[1] - 4 * scored - 8 * indexed,
+        "requests_per_unit": scored,
+        "requests_per_part_indexed": indexed,
+    }
 
 
 def join_constants() -> dict[str, float]:
@@ -319,11 +334,15 @@ def written_page() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plan a large run on paper, from measured constants.")
     parser.add_argument("--measure", action="store_true", help="measure the constants again")
+    parser.add_argument("--count", action="store_true", help="count the requests again")
     parser.add_argument("--write", action="store_true", help="write docs/scale.md")
     chosen = parser.parse_args()
     if chosen.measure:
         CONSTANTS.write_text(json.dumps(asdict(measure()), indent=1) + "\n", encoding="utf-8")
-    if chosen.measure or chosen.write:
+    elif chosen.count:
+        constants = json.loads(CONSTANTS.read_text(encoding="utf-8")) | count_requests()
+        CONSTANTS.write_text(json.dumps(constants, indent=1) + "\n", encoding="utf-8")
+    if chosen.measure or chosen.count or chosen.write:
         PAGE.write_text(written_page(), encoding="utf-8")
     else:
         print(written_page())
