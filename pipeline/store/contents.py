@@ -231,8 +231,8 @@ def margin_note(entry: Mapping[str, Any]) -> str:
     margin = entry["reference_margin"]
     return (
         f"The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs, "
-        f"per token in {margin['share_chosen_preferred_per_token']:.1%}. A margin is log p(chosen) minus log p(rejected) "
-        "under the reference. A margin per token is the difference of the completions' mean token log-probs."
+        f"per token in {margin['share_chosen_preferred_per_token']:.1%}. A margin is log p(chosen) minus "
+        "log p(rejected) under the reference. A margin per token is the difference of the completions' mean token log-probs."
     )
 
 
@@ -258,8 +258,8 @@ def suspicious_blocks(entry: Mapping[str, Any], most: int = _EXAMPLES) -> Iterat
     found = entry["suspicious"]
     if worst := found["likely_mislabelled"]:
         text = (
-            "Likely mislabelled: the reference gives the rejected completion more probability, in sum and per token. The "
-            "lowest margins per token come first. The reference itself may be wrong about these pairs."
+            "Likely mislabelled: the reference gives the rejected completion more probability, in sum and per token. "
+            "The lowest margins per token come first. The reference itself may be wrong about these pairs."
         )
         yield _pairs_block(text, worst[:most])
     duplicates, same, swapped = found["duplicates"], found["same_on_both_sides"], found["likely_swapped"]
@@ -275,9 +275,7 @@ def suspicious_blocks(entry: Mapping[str, Any], most: int = _EXAMPLES) -> Iterat
             f"{swapped['tolerance_per_token']:.1g} nats a token, with chosen and rejected exchanged."
         )
         if others := swapped["coincide_in_the_same_order"]:
-            text += (
-                f" Without an exchange, {others:,} other pairs match, so about as many of these may match by chance."
-            )
+            text += f" Without an exchange, {others:,} other pairs match, so about as many of these may be chance."
         yield _pairs_block(text, [pair for both in swapped["examples"][: most // 2] for pair in both])
     if worst or duplicates["count"] or same["count"] or swapped["count"]:
         # A store's folder is named after its set.
