@@ -252,7 +252,7 @@ class _Looking:
         if 2 * count <= len(given):
             return None
         return (
-            "chosen and rejected begin with the text of the prompt, which stands there twice, in "
+            "chosen and rejected begin with the text of the prompt, so it occurs twice, in "
             f"{self._share(count)}. Cut it from both, or take the column {self.columns.get('prompt', 'prompt')} out"
         )
 

@@ -25,17 +25,17 @@ __all__ = ["PERCENTILES", "REASONS", "Example", "Survey", "percentiles"]
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 REASONS = {
-    "prompt_too_long": "prompt alone fills max_length, nothing is left to score",
+    "prompt_too_long": "the prompt alone fills max_length, so no token is left to score",
     "truncated": "a completion is cut at max_length",
-    "eos_cut": "the end token was there and is cut off",
-    "no_eos": "a completion has no end token, so the policy does not learn to stop there",
-    "doubled_eos": "two end tokens in a row",
-    "no_bos": "the tokenizer begins a text with its beginning token, the pair begins without",
-    "several_bos": "the pair begins with several beginning tokens in a row",
-    "merged_at_the_prompt's_end": "tokens merge across the prompt's end, the completion starts a little earlier",
-    "template_differs": "the chat template writes the prompt otherwise when the answer follows",
+    "eos_cut": "EOS is lost: the completion is cut at max_length",
+    "no_eos": "a completion has no EOS, so the policy does not learn to stop there",
+    "doubled_eos": "two EOS in a row",
+    "no_bos": "the tokenizer begins a text with BOS, but the pair has none",
+    "several_bos": "the pair begins with several BOS in a row",
+    "merged_at_the_prompt's_end": "tokens merge across the prompt's end, so the completion starts a little earlier",
+    "template_differs": "the chat template renders the prompt differently without the generation prompt",
     "identical": "chosen and rejected are equal",
-    "identical_after_truncation": "chosen and rejected are equal once they are cut",
+    "identical_after_truncation": "chosen and rejected are equal after the cut",
 }
 """Meaning of each remark, for people."""
 

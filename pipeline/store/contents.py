@@ -232,7 +232,8 @@ def margin_note(entry: Mapping[str, Any]) -> str:
     return (
         f"The reference itself prefers the chosen completion in {margin['share_chosen_preferred']:.1%} of the pairs, "
         f"per token in {margin['share_chosen_preferred_per_token']:.1%}. A margin is log p(chosen) minus "
-        "log p(rejected) under the reference. A margin per token is the difference of the completions' mean token log-probs."
+        "log p(rejected) under the reference. A margin per token is the difference of the completions' mean token "
+        "log-probs."
     )
 
 

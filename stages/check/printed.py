@@ -111,7 +111,7 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
         for label in ("prompt", "chosen", "rejected", "total"):
             rows.append([label, *(f"{length:,}" for length in percentiles(survey.lengths[label]).values())])
         yield from (f"  {line}" for line in aligned(rows))
-        yield f"  before truncation at max_length {max_length}; total: prompt and longer completion"
+        yield f"  Lengths before the cut at max_length {max_length}. Total: prompt and longer completion."
     if ledger.kept:
         shared, unshared, padded = survey.shared_tokens, _unshared_tokens(survey), survey.padded_tokens
         prompts = survey.prompt_groups()
