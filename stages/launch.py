@@ -92,8 +92,9 @@ class _Processes:
         while self._running:
             left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             wait([process.sentinel for process in self._running], left)
-            # If two ended at once, the one that was killed is the more likely cause.
-            for process in sorted(self._running, key=lambda process: process.exitcode or 0):
+            # If two ended at once, the one that was killed is the more likely cause, and the one that failed because
+            # another was gone (1) the least likely.
+            for process in sorted(self._running, key=lambda process: (process.exitcode == 1, process.exitcode or 0)):
                 if process.exitcode is not None:
                     self._running.remove(process)
                     self._note(process)

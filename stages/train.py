@@ -411,6 +411,9 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
         best = on_main_process(lambda: best_checkpoint(output, saved_as))
         trainer.load_best(best, lambda folder: load_policy(at_checkpoint(run.config, folder)))
         step = int(best.name.removeprefix("checkpoint-"))
+    elif run.arguments.load_best_model_at_end:
+        wanted = run.arguments.metric_for_best_model
+        _say(f"warning: no evaluation gave a finite {wanted}; the weights are those of the last step, {last}")
     metrics = metrics_of(trainer, step) if run.config.train.evaluates_at_end else {}
     save_policy(trainer, run.attempt)
     if not PartialState().is_main_process:

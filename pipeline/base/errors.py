@@ -139,9 +139,23 @@ def interruption_of(error: BaseException) -> UnfinishedError | None:
     return None
 
 
+def _loss_of_peer(error: BaseException) -> RefshardError | None:
+    """Make the error of a process whose collective failed as another process of the run was gone.
+
+    Its status is 1: that of the other process says whether to run again.
+    """
+    words = ("closed by peer", "reset by peer", "remote process exiting prematurely", "Connection was likely closed")
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in words):
+        return None
+    return RefshardError(
+        f"another process of this run has ended ({first_line(error)}), and this one can't go on without it. See what "
+        "the other one said"
+    )
+
+
 def status_and_text(error: Exception) -> tuple[int, str]:
     """Give the exit status of an error that ends a command, and its line for the user."""
-    error = interruption_of(error) or error
+    error = interruption_of(error) or _loss_of_peer(error) or error
     if isinstance(error, RefshardError):
         return error.exit_status, one_line(str(error))
     bug = f"{type(error).__name__}: {one_line(str(error), most=500)}"

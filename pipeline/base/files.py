@@ -30,6 +30,7 @@ __all__ = [
     "parse_json",
     "put_if_absent",
     "read_file",
+    "read_head",
     "read_json",
     "replace_file",
     "special_kind",
@@ -120,6 +121,14 @@ def read_file(file: Path, *, most: int) -> bytes:
         if (size := os.fstat(stream.fileno()).st_size) > most:
             raise DataError(f"{file}: must have at most {most:,} bytes, got {size:,}. Put the right file there")
         return stream.read()
+
+
+def read_head(file: Path, size: int) -> bytes:
+    """Read the first bytes of a file; none of what is no regular file. Raises OSError if it can't be read."""
+    if not file.is_file():
+        return b""
+    with open_file(file) as stream:
+        return stream.read(size)
 
 
 def open_file(file: Path) -> BufferedReader:

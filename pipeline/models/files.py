@@ -284,7 +284,9 @@ def _is_cached(model: NamedModel) -> bool:
         return False
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return all((folder / name).exists() for name in set(read_json(index)["weight_map"].values()))
+        files = read_json(index).get("weight_map")
+        # `NamedModel.folder` refuses a damaged index.
+        return not isinstance(files, dict) or all((folder / str(name)).exists() for name in files.values())
     return (folder / "model.safetensors").exists()
 
 

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from pipeline.base.errors import ConfigError, printable
-from pipeline.base.files import make_folder, read_file, replace_file
+from pipeline.base.files import make_folder, read_head, replace_file
 
 __all__ = [
     "COLORS",
@@ -164,7 +164,7 @@ _OF_A_PAGE = b"default-src 'none'; script-src 'unsafe-inline'"
 
 def write_page(file: Path, text: str) -> None:
     """Write a page, whole or not at all. Raises StorageError; ConfigError if the file is there and no page of ours."""
-    is_page = file.is_file() and _OF_A_PAGE in read_file(file, most=2**32)[:1000]
+    is_page = _OF_A_PAGE in read_head(file, 1000)
     if file.exists() and not is_page:
         raise ConfigError(f"{file}: must be a new file or a page of refshard, it is neither. Name another file")
     make_folder(file.parent)

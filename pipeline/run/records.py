@@ -48,6 +48,8 @@ __all__ = [
 LOG, INPUTS, MARGINS, COSTS = "log.jsonl", "inputs.json", "margins", "costs"
 
 _COST_SCHEMA = Schema(__package__, "cost")
+_LARGEST_COST = 2**20
+"""Most bytes of a file of costs, which has some hundred"""
 
 
 MARGIN_COLUMNS = ("ref_margin", "policy_margin", "reward_margin", "chosen_shift", "rejected_shift")
@@ -138,8 +140,8 @@ def read_costs(output: Folder) -> list[dict[str, Any]]:
     folder = output.child(COSTS)
     costs = []
     with contextlib.suppress(StorageError):
-        for name in folder.names():
-            if name.endswith(".json"):
+        for name, size in sorted(folder.sizes().items()):
+            if name.endswith(".json") and size <= _LARGEST_COST:
                 with contextlib.suppress(StorageError, DataError, FileNotFoundError):
                     costs.append(_COST_SCHEMA.parse(folder.place(name), folder.read(name)))
     return costs

@@ -17,6 +17,9 @@ from pipeline.store.store import PartHeader, is_finished, load_store, parts_ther
 
 __all__ = ["delete_foreign", "finish_store", "longest_pair", "reopen_store"]
 
+_MOST_SKIPPED = 2**28
+"""Bytes of skipped.jsonl beyond which no further part's rows are listed, as memory holds all; the index counts all"""
+
 
 def finish_store(
     where: Where,
@@ -48,7 +51,7 @@ def finish_store(
             f"{folder}: was replaced by another run's store while this worker was at work; it writes no index. Run the "
             "command of the store that shall be there"
         )
-    totals, noise, parts, skipped, samples = Ledger(), NoiseFloor(), [], [], {}
+    totals, noise, parts, skipped, samples = Ledger(), NoiseFloor(), [], bytearray(), {}
     foreign: dict[int, ForeignPartError] = {}
     for unit in range(num_units):
         # Check all bytes once: from here on the index vouches for them.
@@ -60,7 +63,8 @@ def finish_store(
             continue
         totals.add(part.ledger.as_dict())
         noise += part.noise
-        skipped += part.skipped
+        for entry in part.skipped if len(skipped) < _MOST_SKIPPED else ():
+            skipped += json.dumps(entry, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
         if approve is not None:
             samples[unit] = longest_pair(part.table)
         parts.append(
@@ -80,8 +84,7 @@ def finish_store(
     if approve is not None:
         approve(samples, noise)
     if skipped:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-        folder.replace(format.SKIPPED, lines.encode("utf-8", errors="backslashreplace"))
+        folder.replace(format.SKIPPED, bytes(skipped))
     fingerprint = manifest["fingerprint"]
     index = {"fingerprint": fingerprint, "parts": parts, "totals": totals.as_dict(), "noise": vars(noise)}
     folder.put_if_absent(format.INDEX, format.sealed(index))

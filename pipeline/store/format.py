@@ -280,7 +280,8 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 def is_ours(folder: Folder) -> bool:
     """Return True if a folder's manifest is this program's. A damaged one counts if the program's name is in it."""
-    if folder.size(MANIFEST) is None:
+    size = folder.size(MANIFEST)
+    if size is None or size > MAX_BYTES:
         return False
     content = folder.read(MANIFEST)
     try:

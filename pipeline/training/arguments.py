@@ -5,6 +5,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,14 @@ import transformers
 from transformers.integrations import integration_utils
 
 from pipeline.base.errors import ConfigError, one_line
+from pipeline.base.files import special_kind
 from pipeline.config.schema import Config
 
 __all__ = ["arguments_of_loop", "in_one_piece", "training_arguments", "trial_arguments"]
+
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Fields that may name a JSON file"""
+_LARGEST_SETTINGS = 2**24
 
 
 def training_arguments(config: Config) -> transformers.TrainingArguments:
@@ -89,6 +95,7 @@ def _make(kind: type[transformers.TrainingArguments], settings: Mapping[str, Any
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if settings.get(key, 1) < 1:
             raise ConfigError(f"train.{key}: must be at least 1, got {settings[key]}. Raise it")
+    _check_files(settings)
     try:
         return kind(**settings, remove_unused_columns=False, label_names=[])
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -162,6 +169,22 @@ def _check_launcher(settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"train.{key}: must be set, as accelerate launch was told to use {name}, got none. Set it, and leave "
                 f"{name} out of accelerate's own settings"
+            )
+
+
+def _check_files(settings: Mapping[str, Any]) -> None:
+    """Refuse what is no regular file where the library opens one: it would wait for a FIFO's writer for ever."""
+    for key in _FILES:
+        named = settings.get(key)
+        if not isinstance(named, str):
+            continue
+        try:
+            kind, size = special_kind(Path(named)), Path(named).stat().st_size
+        except (OSError, ValueError):
+            continue  # The library names a file that is missing. A text may be the settings themselves.
+        if kind is not None or size > _LARGEST_SETTINGS:
+            raise ConfigError(
+                f"train.{key}: must be a regular file of settings, got {kind or f'{size:,} bytes'}, {named}. Name one"
             )
 
 

@@ -74,6 +74,15 @@ class FiniteWatch(transformers.TrainerCallback):
             "train.learning_rate, or set train.on_nonfinite: continue to see how it goes on"
         )
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Warn of held-out losses that are not finite: the step is finite, and training goes on."""
+        for name, value in (metrics or {}).items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                self._say(
+                    f"warning: {name} is {value} at step {state.global_step}: a held-out pair's loss is not finite. "
+                    "This evaluation is never the best one"
+                )
+
 
 def _largest_weight(model: torch.nn.Module) -> float:
     """Give the largest magnitude of the trained weights that this process holds; NaN if one is NaN."""

@@ -196,7 +196,8 @@ class PairTrainer(transformers.Trainer):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._margins is not None:
             self._margins.finish_set(metric_key_prefix, self.state.global_step)
-        return metrics
+        # The library takes an infinite margin for the best for ever, and NaN never.
+        return {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
 
     def finish_evaluation(self, checkpoint: Path) -> None:
         """Evaluate if the resumed checkpoint was saved by a stop request during an evaluation."""

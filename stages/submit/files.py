@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from pipeline.base.errors import ConfigError, StorageError
-from pipeline.base.files import replace_file
+from pipeline.base.files import read_head, replace_file
 from pipeline.base.progress import say
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.reader import settings_text
@@ -155,7 +155,8 @@ def write_and_submit(
 
 def _is_ours(script: Path) -> bool:
     """Return True if a script is the one that this program writes, by the sentence at its start."""
-    return script.is_file() and any(words in script.read_bytes()[:1000] for words in _OPENINGS)
+    head = read_head(script, 1000)
+    return any(words in head for words in _OPENINGS)
 
 
 _OPENINGS = (b"# Each job waits for the one before it", b"# Each Job begins when the one before it")

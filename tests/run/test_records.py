@@ -1,6 +1,7 @@
 """What a run writes down: lines that a kill or a full disk cuts, margins as columns, costs of all workers."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,13 @@ def test_a_cost_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: pyte
     (tmp_path / "shards").write_text("a file stands where the folder should")
     write_cost(open_folder(str(tmp_path / "shards")), {"set": "train"})
     assert "what scoring train took is not written down" in capsys.readouterr().err
+
+
+def test_a_file_of_costs_that_is_far_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = open_folder(str(tmp_path / "shards"))
+    write_cost(output, {"set": "train", "worker": "0/1", "seconds": 2.5, "tokens": 100})
+    large = tmp_path / "shards" / "costs" / "train-000000000000.json"
+    large.touch()
+    os.truncate(large, 2**40)
+    (tmp_path / "shards" / "costs" / "train-edited.json").write_text('{"set": "train", "seconds": "long"}')
+    assert [cost["seconds"] for cost in read_costs(output)] == [2.5]

@@ -1,5 +1,7 @@
 """One command as several processes: what they end with, what reaches them, and what is left when one is gone."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -78,6 +82,26 @@ def test_a_launch_ends_with_the_status_of_the_first_that_failed_and_waits_for_no
     behaviours: tuple[Callable[[], None], ...], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _launched(behaviours, monkeypatch) == status
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [((1, 75), 75), ((75, 1), 75), ((1, 65, 75), 65), ((1, -9), 137), ((1, 1), 1), ((0, 75, 1), 75)],
+)
+def test_of_processes_that_ended_at_once_the_cause_is_not_the_one_that_missed_another(
+    codes: tuple[int, ...], status: int
+) -> None:
+    processes: Any = object.__new__(launch._Processes)
+    with contextlib.ExitStack() as open_ends:
+        ends = [multiprocessing.Pipe() for _ in codes]
+        for ours, theirs in ends:
+            open_ends.enter_context(ours)
+            theirs.close()
+        running = [
+            SimpleNamespace(exitcode=code, sentinel=ours, pid=0) for code, (ours, _) in zip(codes, ends, strict=True)
+        ]
+        vars(processes).update(_running=running, _asked=True, _status=0, _deadline=None)
+        assert processes.wait() == status
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

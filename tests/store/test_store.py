@@ -32,6 +32,7 @@ from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger, Outcome
 from pipeline.data.rows import Row
 from pipeline.scoring.agreement import NoiseFloor
+from pipeline.store import finishing
 from pipeline.store.finishing import delete_foreign, finish_store, reopen_store
 from pipeline.store.format import ForeignPartError, ScoredPair, SummedPair, part_name, schema, sealed
 from pipeline.store.store import (
@@ -287,6 +288,19 @@ def test_no_skipped_row_makes_a_footer_that_readers_refuse(tmp_path: Path) -> No
     footer = pq.read_schema(tmp_path / part_name(0)).metadata
     assert 2000 < len(json.loads(footer[b"refshard.skipped"])) < 9000
     assert open_store(tmp_path).index["totals"]["dropped"] == {"missing_column": 9000}
+
+
+def test_rows_that_were_skipped_are_listed_up_to_what_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finishing, "_MOST_SKIPPED", 100)
+    header = create_store(tmp_path, IDENTITY, {}, {})
+    for unit in range(3):
+        skipped = [{"row": unit, "place": "p" * 80, "reason": "not_json", "message": ""}]
+        write_part(tmp_path, unit, [], Ledger(rows=1, dropped=Counter(not_json=1), skipped=skipped), header=header)
+    assert finish_store(tmp_path, 3) == []
+    assert [json.loads(line)["row"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [0]
+    assert open_store(tmp_path).index["totals"]["dropped"] == {"not_json": 3}
 
 
 def test_sums_alone_make_the_same_part_as_the_tokens_that_they_sum(tmp_path: Path) -> None:

@@ -120,3 +120,12 @@ def test_a_run_that_turns_nan_keeps_its_last_finite_checkpoint_and_says_the_step
     assert "training loss nan" in went_on.stdout
     assert checkpoint_folders(output).keys() == {1}
     assert any(weight.isnan().any() for weight in load_file(output / "model.safetensors").values())
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told_and_training_goes_on(step: Step) -> None:
+    state = SimpleNamespace(global_step=4)
+    step.watch.on_evaluate(None, state, None, metrics={"eval_a_loss": NAN, "eval_b_loss": 0.5, "eval_runtime": INF})
+    step.watch.on_evaluate(None, state, None)
+    (said,) = step.said
+    assert said.startswith("warning: eval_a_loss is nan at step 4:")
+    step.end(0.5)

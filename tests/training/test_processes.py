@@ -527,3 +527,16 @@ def test_the_main_processes_value_is_that_of_all(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training_processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
     monkeypatch.setattr(training_processes, "broadcast_object_list", lambda values: ["the main one's"])
     assert of_main_process("mine") == "the main one's"
+
+
+@pytest.mark.parametrize("key", ["accelerator_config", "deepspeed", "fsdp_config"])
+def test_a_file_of_settings_that_is_no_regular_file_or_far_too_large_is_refused_unopened(
+    make_run: Callable[..., Path], tmp_path: Path, key: str
+) -> None:
+    config, fifo, large = make_run(), tmp_path / "fifo.json", tmp_path / "large.json"
+    os.mkfifo(fifo)
+    large.touch()
+    os.truncate(large, 2**40)
+    for file, kind in ((fifo, "a FIFO"), (large, "1,099,511,627,776 bytes"), (tmp_path, "a folder")):
+        with pytest.raises(ConfigError, match=f"train.{key}: must be a regular file of settings, got {kind}"):
+            training_arguments(load_config(config, [f"train.{key}={file}"]))

@@ -1,5 +1,6 @@
 """The best checkpoint's weights replace all of the policy's, whatever the policy is."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,3 +51,25 @@ def test_all_weights_of_the_best_checkpoint_are_loaded(kind: str, tmp_path: Path
     trainer.load_best(tmp_path / "checkpoint-2", transformers.AutoModelForCausalLM.from_pretrained)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert all(torch.equal(value, best[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+def test_an_evaluation_that_is_not_finite_is_never_the_best(
+    greater_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = object.__new__(PairTrainer)
+    trainer.args = SimpleNamespace(
+        metric_for_best_model="rewards/margins",
+        greater_is_better=greater_is_better,
+        save_strategy="steps",
+        device=torch.device("cpu"),
+    )
+    trainer.state = SimpleNamespace(best_metric=None, best_global_step=None, global_step=1)
+    trainer._margins = None
+    found = []
+    for value in (math.nan, math.inf, -math.inf, 0.5, math.inf, -math.inf, math.nan):
+        monkeypatch.setattr(
+            transformers.Trainer, "evaluate", lambda *args, value=value: {"eval_rewards/margins": value}
+        )
+        found.append(trainer._determine_best_metric(trainer.evaluate(), None))
+    assert (found.index(True), sum(found), trainer.state.best_metric) == (3, 1, 0.5)
