@@ -3,7 +3,7 @@
 #   make train                      both stages on the embedded default, no network needed once installed
 #   make train CONFIG=run.yaml      both stages on your data and model
 #   make test                       everything that CI runs but the linters
-#   make test-nightly               longer versions of some tests
+#   make test-nightly               longer runs of the randomized tests
 #   make bench                      speed and memory beside TRL on this processor, half an hour; docs/benchmarks.md
 #   make bench-gpu                  the same on a CUDA GPU
 

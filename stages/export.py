@@ -67,7 +67,7 @@ def run(config: Config, output: Path) -> None:
         raise StorageError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    say(f"In {output}; read it with datasets.load_from_disk")
+    say(f"The dataset is in {output}; datasets.load_from_disk reads it")
 
 
 @dataclasses.dataclass

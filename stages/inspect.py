@@ -116,4 +116,4 @@ def _bars(store: Contents) -> Iterator[str]:
         bar = "#" * (max(1, round(count / largest * _BAR)) if count else 0)
         yield f"  {low:>10,.{digits}f} to {high:>9,.{digits}f}{count:>12,}  {bar}".rstrip()
     if found.below or found.above:
-        yield f"  {found.below:,} pairs are below, {found.above:,} above."
+        yield f"  Not shown: {found.below:,} pairs below, {found.above:,} above."

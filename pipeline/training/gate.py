@@ -141,7 +141,7 @@ def run_gate(
     gaps = measure(state)
     judged = gate.judge(gaps)
     if judged.agrees:
-        say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards, {judged}")
+        say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards: {judged}")
         return
     error = _explain(gate, gaps, which, measure, state, fresh)
     if not gate.warn_only:

@@ -122,8 +122,8 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
             f"{1 - shared / padded:.0%})"
         )
         yield (
-            f"  equal         {survey.duplicates:,} pairs are duplicates; {prompts['distinct']:,} distinct prompts, "
-            f"{prompts['shared']:,} of them in several pairs, at most {prompts['largest']:,}"
+            f"  equal         {survey.duplicates:,} duplicate pairs; {prompts['distinct']:,} distinct prompts, "
+            f"{prompts['shared']:,} of them in several pairs (one in {prompts['largest']:,} at most)"
         )
 
 
