@@ -46,7 +46,7 @@ def main(debug: bool) -> None:
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
     75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
-    79 another attempt of this run has taken over; 1 a bug.
+    79 another attempt of this run has taken over; 130 Ctrl-C before anything began, or pressed twice; 1 a bug.
     """
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError
-from pipeline.base.folders import open_folder
 from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_rows
@@ -21,7 +20,8 @@ from pipeline.models.lengths import exact_length_of_reference
 from pipeline.run.outputs import guard_output
 from pipeline.store.dating import with_template_date
 from pipeline.store.reference_table import load_reference_table
-from pipeline.store.store import Store, check_identity, open_store
+from pipeline.store.serving import open_stores, remedy_for_missing
+from pipeline.store.store import Store, check_identity
 
 __all__ = ["run"]
 
@@ -45,7 +45,7 @@ def run(config: Config, output: Path) -> None:
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
     names = config.data.sets
-    stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in names}
+    stores = open_stores(config, names)
     check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
@@ -98,8 +98,8 @@ class _Rows:
                 yield {**names, **row, **sums}
             elif self.config.train.on_missing != "drop":
                 raise DataError(
-                    f"{pair.place} of {describe(self.source)} has no reference logps in {self.store.folder}. Score it "
-                    "with refshard precompute into a new precompute.output, or set train.on_missing: drop"
+                    f"{pair.place} of {describe(self.source)} has no reference logps in {self.store.folder}. "
+                    f"{remedy_for_missing(self.store)}"
                 )
 
     def __reduce__(self) -> Any:

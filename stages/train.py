@@ -50,7 +50,8 @@ from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.dating import with_template_date
-from pipeline.store.store import Store, check_identity, open_store
+from pipeline.store.serving import open_stores
+from pipeline.store.store import Store, check_identity
 from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
@@ -215,8 +216,7 @@ def _is_trained(checkpoint: Path) -> bool:
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
-    folder = open_folder(config.precompute.output)
-    stores = {name: open_store(folder.child(name)) for name in names}
+    stores = open_stores(config, names)
     check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     return stores
 

@@ -180,7 +180,7 @@ class PrecomputeConfig:
     output: PathText
     """Folder of the stores: `output/train` and one for each held-out set."""
     reuse: list[PathText] = field(default_factory=list)
-    """Stores of the same reference and tokenization, from which log-probs are copied: `[runs/a/shards/train]`."""
+    """Stores of the same reference and tokenization, or folders of them, to copy log-probs from: `[runs/a/shards]`."""
     rows_per_shard: int = 1024
     """Number of dataset rows of one unit (one Parquet file). A killed or stopped worker loses at most one unit."""
     tokens_per_batch: int | None = None

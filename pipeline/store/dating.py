@@ -8,7 +8,7 @@ from pipeline.base.folders import open_folder
 from pipeline.config.schema import Config
 from pipeline.data.dates import asks_for_date
 from pipeline.store.format import MANIFEST
-from pipeline.store.store import read_manifest
+from pipeline.store.store import find_stores, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,8 @@ def with_template_date(config: Config, tokenizer: "PreTrainedTokenizerBase", *, 
         return config
     output = open_folder(config.precompute.output)
     stores = [] if overwrite else [output.child(name) for name in config.data.sets]
-    for folder in (*stores, *map(open_folder, config.precompute.reuse)):
+    stores += [store for reused in config.precompute.reuse for store in find_stores(reused)]
+    for folder in stores:
         if folder.size(MANIFEST) is not None:
             date = read_manifest(folder)["identity"]["tokenization"].get("template_date")
             break

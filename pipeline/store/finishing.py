@@ -13,9 +13,9 @@ from pipeline.data.intake import Ledger
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import format
 from pipeline.store.format import ForeignPartError, part_name
-from pipeline.store.store import PartHeader, is_finished, load_store, parts_there, read_content, read_manifest
+from pipeline.store.store import PartHeader, Store, is_finished, load_store, parts_there, read_content, read_manifest
 
-__all__ = ["delete_foreign", "finish_store", "longest_pair", "reopen_store"]
+__all__ = ["delete_foreign", "finish_store", "longest_pair", "lost_parts", "reopen_store"]
 
 _MOST_SKIPPED = 2**28
 """Bytes of skipped.jsonl beyond which no further part's rows are listed, as memory holds all; the index counts all"""
@@ -124,8 +124,13 @@ def reopen_store(where: Where) -> list[str]:
         StorageError: A file can't be deleted.
     """
     store = load_store(where)
-    sizes = store.folder.sizes()
-    lost = [part["file"] for part in store.index.get("parts", ()) if sizes.get(part["file"]) != part["bytes"]]
+    lost = lost_parts(store)
     for name in [format.INDEX, *lost] if lost else ():
         store.folder.delete(name)
     return lost
+
+
+def lost_parts(store: Store) -> list[str]:
+    """Name the parts of a finished store that are gone or have another size than its index says."""
+    sizes = store.folder.sizes()
+    return [part["file"] for part in store.index.get("parts", ()) if sizes.get(part["file"]) != part["bytes"]]

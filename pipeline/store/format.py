@@ -27,7 +27,7 @@ from pipeline.scoring.agreement import NoiseFloor
 __all__ = [
     "DELETE_INDEX",
     "DELETE_PART",
-    "DELETE_VOUCHED_PART",
+    "MAKE_AGAIN",
     "MANIFEST",
     "MANIFEST_SCHEMA",
     "MAX_BYTES",
@@ -102,7 +102,7 @@ class ForeignPartError(IdentityError):
 PART_NAME = re.compile(r"part-([0-9]{5,})\.parquet")
 DELETE_PART = "Delete this part, then run refshard precompute again: it scores this unit only"
 SCORE_ANEW = "Run refshard precompute again: it deletes this part, and scores its unit anew"
-DELETE_VOUCHED_PART = "Delete this part and index.json, then run refshard precompute again: it scores this unit only"
+MAKE_AGAIN = "Run refshard precompute again: it scores this unit only"
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores one pair of each part twice"
 MAX_BYTES = 2**32
 """Largest part, manifest, or index. Parts of the default size have some megabytes"""
@@ -198,7 +198,7 @@ def check_part(
         ForeignPartError: The part is another run's.
         IdentityError: So it is, though the index vouches for it; or it is another program's.
     """
-    place, remedy = folder.place(part_name(unit)), DELETE_VOUCHED_PART if vouched else DELETE_PART
+    place, remedy = folder.place(part_name(unit)), DELETE_PART
     fingerprint, identity = manifest["fingerprint"], manifest["identity"]
     expected = schema(token_logps=bool(identity["tokenization"]["token_logps"]))
     try:

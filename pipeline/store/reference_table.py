@@ -223,7 +223,7 @@ def _piece(
             if not np.allclose(whole, sums, rtol=1e-5, atol=1e-5):
                 raise DataError(
                     f"{store.folder}, part {number}: its sums are not those of its token logps, so one of the two was "
-                    "changed after scoring. Delete the part and index.json, then run refshard precompute again"
+                    "changed after scoring. Delete the part, then run refshard precompute again"
                 )
             sums = weighted
             lists.append(cut)

@@ -13,7 +13,7 @@ from pipeline.base.errors import ConfigError, DataError, IdentityError
 from pipeline.data.intake import KeptPair
 from pipeline.models.identity import differences
 from pipeline.store.format import ScoredPair, pair_keys
-from pipeline.store.store import Store, open_store, read_part, read_parts
+from pipeline.store.store import Store, find_stores, open_store, read_part, read_parts
 
 __all__ = ["Reusable", "copy_scored", "open_reusable"]
 
@@ -35,14 +35,14 @@ class Reusable:
 
 
 def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusable:
-    """Open stores to copy from. Their identity must equal this run's in every field.
+    """Open stores, or folders of stores, to copy from. Their identity must equal this run's in every field.
 
     Raises:
         ConfigError: A store has no token logps, without which a row can't be copied.
         IdentityError: A store is of another reference or tokenization; the message names the fields.
         DataError: A store is missing or damaged.
     """
-    stores = [open_store(folder) for folder in folders]
+    stores = [open_store(store) for folder in folders for store in find_stores(folder)]
     keys: list[npt.NDArray[np.bytes_]] = []
     places: list[npt.NDArray[np.int64]] = []
     for number, store in enumerate(stores):

@@ -41,6 +41,7 @@ __all__ = [
     "open_store",
     "part_exists",
     "parts_there",
+    "plan_differences",
     "read_checked_part",
     "read_content",
     "read_manifest",
@@ -78,6 +79,11 @@ class Store:
     @property
     def fingerprint(self) -> str:
         return str(self.manifest["fingerprint"])
+
+    @property
+    def is_imported(self) -> bool:
+        """True if the log-probs come from a file of the user's."""
+        return "imported" in self.manifest["plan"]
 
     @property
     def digest(self) -> str:
@@ -185,14 +191,11 @@ def create_store(
         folder.put_if_absent(format.MANIFEST, format.sealed(manifest))
     # Read back: another worker may have been first.
     stored = read_manifest(folder)
-    found = differences(stored["identity"], identity, joining=False)
-    # Compare the plan as JSON gives it back.
-    recorded = {**stored["plan"], "dataset": as_recorded(stored["plan"].get("dataset"), plan.get("dataset"))}
-    found += describe_differences(recorded, json.loads(json.dumps(plan)))
-    if found:
+    of_identity = differences(stored["identity"], identity, joining=False)
+    if found := of_identity + plan_differences(stored["plan"], plan):
         raise IdentityError(
             f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
-            "Set precompute.output to a new folder, or pass --overwrite to refshard precompute to delete these shards"
+            + _remedy(folder, stored, reusable=not of_identity)
         )
     return PartHeader(
         fingerprint=fingerprint,
@@ -200,6 +203,22 @@ def create_store(
         token_logps=bool(identity["tokenization"]["token_logps"]),
         provenance=provenance or {},
     )
+
+
+def plan_differences(stored: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """Name every field in which a store's plan differs from a run's, which is compared as JSON gives it back."""
+    recorded = {**stored, "dataset": as_recorded(stored.get("dataset"), plan.get("dataset"))}
+    return describe_differences(recorded, json.loads(json.dumps(plan)))
+
+
+def _remedy(folder: Folder, manifest: Mapping[str, Any], *, reusable: bool) -> str:
+    """Say what to do with a store of another run; a reusable one has the run's identity."""
+    if "imported" in manifest["plan"]:
+        return "Set precompute.output to a new folder, or pass --overwrite to refshard import to import anew"
+    new = "Set precompute.output to a new folder"
+    if reusable and manifest["identity"]["tokenization"]["token_logps"]:
+        new += f" and precompute.reuse: [{folder}], which copies the pairs that are scored already"
+    return f"{new}, or pass --overwrite to refshard precompute to delete these shards"
 
 
 def _refuse_others_files(folder: Folder) -> None:
@@ -299,12 +318,12 @@ def read_checked_part(
         return format.check_part(store.folder, unit, content, store.manifest, columns)
     place, entry = store.folder.place(name), store.index["parts"][unit]
     if (size := store.folder.size(name)) is None:
-        raise DataError(f"{place}: missing, though the index lists it. {format.DELETE_VOUCHED_PART}")
+        raise DataError(f"{place}: missing, though the index lists it. {format.MAKE_AGAIN}")
     # The size first: a file that is longer than it should be is not read at all.
     if size != entry["bytes"] or hashlib.sha256(
-        content := read_content(store.folder, name, format.DELETE_VOUCHED_PART)
+        content := read_content(store.folder, name, format.DELETE_PART)
     ).hexdigest() != entry.get("sha256"):
-        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {format.DELETE_VOUCHED_PART}")
+        raise DataError(f"{place}: damaged, its SHA-256 is not the one in index.json. {format.DELETE_PART}")
     return format.check_part(store.folder, unit, content, store.manifest, columns, vouched=not thorough)
 
 

@@ -259,8 +259,8 @@ def _explain(
     if bad and len(bad) < len(by_part):
         names = ", ".join(part_name(part) for part in bad)
         return DataError(
-            f"{found}, but only in {names}: the values there are not those of this reference. Delete it and "
-            "index.json, then run refshard precompute again"
+            f"{found}, but only in {names}: the values there are not those of this reference. Delete it, then run "
+            "refshard precompute again"
         )
     starts_with_adapter = gate.relation.adapters_off and gate.relation.at_start and fresh
     if starts_with_adapter and gate.judge(measure(_ADAPTER_OFF)).agrees:

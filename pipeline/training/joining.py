@@ -21,6 +21,7 @@ from pipeline.models.lengths import length_error, most_positions
 from pipeline.run.inputs import SetInputs
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
+from pipeline.store.serving import remedy_for_missing
 from pipeline.store.store import Store
 
 __all__ = ["count_pairs", "join_sets", "joined_files", "joined_token_logps", "open_joined"]
@@ -125,9 +126,7 @@ def _check_matched(report: JoinReport, kept: int, dataset: str, store: Store, on
     if report.missing and on_missing == "stop":
         raise DataError(
             f"{report.missing:,} of {kept:,} pairs of {dataset} have no reference logps in {store.folder} (first: "
-            f"{report.first_missing}). If the dataset has changed since they were scored, run refshard precompute "
-            "into a new precompute.output; if it has not, run refshard precompute --overwrite, which scores all again. "
-            "To train without these pairs, set train.on_missing: drop"
+            f"{report.first_missing}). {remedy_for_missing(store)}"
         )
     if report.matched == 0:
         raise DataError(f"{dataset}: none of its {kept:,} pairs is in {store.folder}; nothing to train on")

@@ -23,6 +23,7 @@ from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference, length_error, most_positions
 from pipeline.models.loading import pick_device
 from pipeline.store.dating import with_template_date
+from pipeline.store.serving import remedy_for_missing
 from pipeline.store.store import check_identity, load_store
 from pipeline.training.settings import check_training, too_few_pairs
 from stages.check.estimate import Estimate, estimate
@@ -146,8 +147,7 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
         if state is not None and state.pairs_missing and config.train.on_missing == "stop":
             yield DataError(
                 f"{state.pairs_missing:,} of {ledger.kept:,} pairs of {dataset} have no reference logps in "
-                f"{state.folder}: the dataset has changed since they were scored. Score again into a new "
-                "precompute.output, or set train.on_missing: drop to train without these pairs"
+                f"{state.folder}. {remedy_for_missing(load_store(state.folder))}"
             )
 
 

@@ -31,7 +31,7 @@ from pipeline.models.files import (
     reference_sources,
 )
 from pipeline.models.identity import check_dtypes, identity_of_run
-from pipeline.models.lengths import check_max_length
+from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import pick_device
 from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
@@ -39,6 +39,7 @@ from pipeline.scoring.memory import free_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.dating import with_template_date
 from pipeline.store.reuse import Reusable, open_reusable
+from pipeline.store.serving import serving_store
 from pipeline.store.store import create_store, delete_store, is_finished, open_store
 from pipeline.training.settings import check_training, too_few_pairs
 from pipeline.training.windows import next_window
@@ -103,7 +104,8 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     if config.reference.declared is not None:
         raise ConfigError(
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
-            "refshard import, or name a model in reference.model"
+            f"refshard import FILE --config F --set NAME (for {', '.join(config.data.sets)}), or name a model in "
+            "reference.model"
         )
     guard_shards(config, overwrite=overwrite)
     if not config.train.is_empty:
@@ -149,6 +151,8 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             delete_store(open_folder(config.precompute.output).child(name))
             delete_costs(costs_in, name)
         job = _make_job(name, source, rows if name == "train" else None, worker, identity)
+        if job is None:
+            continue
         missing += worker.score(job)
         if is_finished(job.folder):
             kept = _report_finished(job)
@@ -160,8 +164,8 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
 
 def _make_job(
     name: str, source: Source, rows: frozenset[int] | None, worker: Worker, identity: Mapping[str, Any]
-) -> ScoringJob:
-    """Create the store of a set, or check that the one that is there is this run's."""
+) -> ScoringJob | None:
+    """Create the store of a set, or check that the one that is there is this run's; None if another one serves it."""
     config = worker.config
     folder = open_folder(config.precompute.output).child(name)
     # Before the plan takes the data's digest: a change in between must be noticed.
@@ -171,6 +175,10 @@ def _make_job(
         "another precompute.output (precompute.reuse copies)",
     )
     plan = _plan(config, source, worker.reusable, rows)
+    if store := serving_store(folder, identity, plan, exact_length_of_reference(config)):
+        for_what = "this run" if store.is_imported else f"max_length {config.data.max_length}"
+        say(f"{name}: these shards serve {for_what} as they are; in {folder} ({len(store.units)} parts)")
+        return None
     header = create_store(folder, identity, plan, _declared(config, source), _provenance(config))
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 

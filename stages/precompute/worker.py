@@ -4,10 +4,11 @@ rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> 
 '------------- loading processes ---------------'   '---- this process ---'   '----- a thread -----'
 """
 
+import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
+from pipeline.base.errors import ConfigError, DataError, UnfinishedError, stopped_as_asked
 from pipeline.base.folders import Folder
 from pipeline.base.progress import Progress, emit, say
 from pipeline.base.signals import StopFlag
@@ -126,6 +127,7 @@ class Worker:
             num_loaders=count_loaders(job.source, to_do, size, most=_MOST_LOADERS),
         )
         with (
+            self._telling_what_is_saved(job),
             queue as units,
             _Account(self.costs_in, job.name, self.name, to_do) as account,
             _Writer(job.folder, job.header, written) as writer,
@@ -141,6 +143,21 @@ class Worker:
                 writer.put(unit, scored, noise)
         job.files.check()
         return queue.num_units
+
+    @contextlib.contextmanager
+    def _telling_what_is_saved(self, job: ScoringJob) -> Iterator[None]:
+        """Count the saved units in the error of a stop request, once the last parts are written."""
+        try:
+            yield
+        except UnfinishedError:
+            if not self.flag:
+                raise
+            total, size = count_rows(job.source) if job.rows is None else None, self.config.precompute.rows_per_shard
+            of_all = "" if total is None else f" of {-(-total // size):,}"
+            saved = f"{len(parts_there(job.folder)):,}{of_all} units of {job.name} saved"
+            raise stopped_as_asked(
+                f"{saved}; rows since then are scored again (precompute.rows_per_shard: {size})"
+            ) from None
 
     def _score_unit(self, unit: Unit, account: "_Account", check: StoredPairs) -> tuple[list[ScoredPair], NoiseFloor]:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""

@@ -146,8 +146,8 @@ MUTATIONS = [
     Mutation(
         "the manifest compared with the run",
         "pipeline/store/store.py",
-        'found = differences(stored["identity"], identity, joining=False)',
-        "found = []",
+        'of_identity = differences(stored["identity"], identity, joining=False)',
+        "of_identity = []",
         "tests/store/test_store.py",
     ),
     Mutation(

@@ -168,7 +168,7 @@ def test_a_time_limit_that_is_known_ends_both_stages_with_75_and_they_go_on(
     train = words(scenario, output)
     precompute = ["precompute", *train[1:], "-o", f"precompute.output={output}-shards"]
     left = refshard(*precompute, "--stop-after", "0s", check=75)
-    assert "finished units are saved" in left.stderr
+    assert "units of train saved" in left.stderr
     refshard(*precompute, "--stop-after", "1h")
     refshard(*train, "--stop-after", "0s", check=75)
     refshard(*train, "--stop-after", "1h")

@@ -502,7 +502,7 @@ def test_sums_that_are_not_those_of_the_token_logps_are_refused(tmp_path: Path, 
     with pytest.raises(DataError, match=r"train, part 1: its sums are not those of its token logps") as caught:
         load_reference_table([store], max_length)
     assert caught.value.exit_status == 65
-    assert "Delete the part and index.json" in str(caught.value)
+    assert "Delete the part, then run refshard precompute" in str(caught.value)
 
 
 def test_a_sum_rounded_otherwise_is_taken(tmp_path: Path) -> None:
