@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.base.errors import ConfigError, RefshardError, is_out_of_memory, one_line
 from pipeline.base.files import sync_tree
 from pipeline.run.attempts import Attempt
+from pipeline.training.hub import POLICY
 from pipeline.training.processes import on_main_process
 from pipeline.training.trainer import PairTrainer, saving
 
@@ -72,7 +73,8 @@ def metrics_of(trainer: PairTrainer, step: int) -> dict[str, float]:
 def save_policy(trainer: PairTrainer, attempt: Attempt) -> None:
     """Save the policy in a folder of this attempt, then rename each file to its place in the run's folder.
 
-    The files of two attempts that save at once thus never mix.
+    The files of two attempts that save at once thus never mix, nor do those of an earlier run that was overwritten: its
+    adapter beside these weights would be loaded with them.
     """
     output, staging = attempt.run_folder, attempt.run_folder / f"{STAGING}{attempt.name}"
     with saving(f"{output}: the policy"):
@@ -83,6 +85,9 @@ def save_policy(trainer: PairTrainer, attempt: Attempt) -> None:
         sync_tree(staging)
         attempt.check()
         with saving(f"{output}: the policy"):
+            for stale in {path for pattern in POLICY for path in output.glob(pattern)}:
+                if not (staging / stale.relative_to(output)).exists():
+                    stale.unlink()
             for file in sorted(path for path in staging.rglob("*") if path.is_file()):
                 target = output / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,15 +18,18 @@ from pipeline.base.progress import say
 from pipeline.run.checkpoints import MARKER
 from pipeline.run.reading import SETTINGS
 
-__all__ = ["Hub", "HubCallback"]
+__all__ = ["POLICY", "Hub", "HubCallback"]
 
-_POLICY = (
+POLICY = (
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
+    "model.safetensors",
+    "model-[0-9]*-of-[0-9]*.safetensors",
     "model.safetensors.index.json",
     "adapter_config.json",
-    "adapter_model*.safetensors",
+    "adapter_model.safetensors",
+    "adapter_model-[0-9]*-of-[0-9]*.safetensors",
+    "adapter_model.safetensors.index.json",
     "added_tokens.json",
     "additional_chat_templates/*.jinja",
     "chat_template.jinja",
@@ -35,14 +38,14 @@ _POLICY = (
     "sentencepiece.bpe.model",
     "spiece.model",
     "tokenizer.model",
-    "*.tiktoken",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
-    "README.md",
-    SETTINGS,
 )
+"""Files that a policy is loaded from, as patterns of names in its folder"""
+
+_PUSHED = (*POLICY, "*.tiktoken", "README.md", SETTINGS)
 """Files that are pushed of a policy's folder"""
 
 _STATE = (
@@ -76,7 +79,7 @@ class Hub:
             if (error := running.exception()) is not None:
                 say(f"warning: a checkpoint was not pushed to {self._repo} ({first_line(error)})")
         with _reaching(self._repo):
-            self._upload(folder, _POLICY, message)
+            self._upload(folder, _PUSHED, message)
         return self._repo
 
     def begin_checkpoint(self, folder: Path) -> None:
@@ -85,10 +88,10 @@ class Hub:
         if strategy == "end" or (busy and not self._arguments.hub_always_push):
             return
         message = f"Training in progress, {folder.name}"
-        self._running.append(self._api.run_as_future(self._upload, folder, _POLICY, message))
+        self._running.append(self._api.run_as_future(self._upload, folder, _PUSHED, message))
         if strategy in ("checkpoint", "all_checkpoints"):
             into = "last-checkpoint/" if strategy == "checkpoint" else f"{folder.name}/"
-            self._running.append(self._api.run_as_future(self._upload, folder, (*_POLICY, *_STATE), message, into))
+            self._running.append(self._api.run_as_future(self._upload, folder, (*_PUSHED, *_STATE), message, into))
 
     def _upload(self, folder: Path, patterns: Sequence[str], message: str, into: str = "") -> None:
         """Upload the files of the patterns in one commit, under the prefix `into`."""

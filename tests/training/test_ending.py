@@ -13,7 +13,7 @@ from pipeline.config.reader import load_config
 from pipeline.models.loading import load_policy
 from pipeline.run.attempts import Attempt
 from pipeline.run.reading import read_run
-from pipeline.training.ending import rehearse_saving
+from pipeline.training.ending import rehearse_saving, save_policy
 from stages.sweep.command import _row
 from support.runs import refshard, simple_rows, write_jsonl
 
@@ -86,3 +86,32 @@ def test_the_step_and_the_metrics_are_those_of_the_weights_that_were_saved(make_
     assert f"the policy is that of step {step}" in page
     said = refshard("generate", output, "--prompts", 1, "--max-tokens", 2).stdout
     assert f"policy after step {step}:" in said
+
+
+@pytest.mark.parametrize(
+    "saved", [("config.json", "model.safetensors"), ("adapter_config.json", "adapter_model.safetensors")]
+)
+def test_nothing_of_an_overwritten_runs_policy_stays_beside_the_new_one(tmp_path: Path, saved: tuple[str, ...]) -> None:
+    """A loader would take an adapter beside weights with them, and a whole file before its shards."""
+    mine = ("model_backup.safetensors", "notes.json", "config.json.bak", "checkpoint-2/adapter_config.json")
+    earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "additional_chat_templates/a.jinja")
+    for name in (
+        *mine,
+        *earlier,
+        "config.json",
+        "model.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("earlier")
+
+    def save_model(folder: str, _internal_call: bool) -> None:
+        Path(folder).mkdir()
+        for name in (*saved, "tokenizer.json"):
+            (Path(folder) / name).write_text("new")
+
+    trainer: Any = SimpleNamespace(save_model=save_model, accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+    save_policy(trainer, Attempt(tmp_path, 1))
+    there = {file.relative_to(tmp_path).as_posix(): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert there == dict.fromkeys(mine, "earlier") | dict.fromkeys((*saved, "tokenizer.json"), "new")
