@@ -22,7 +22,7 @@ from pipeline.base.progress import say
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger, kept_rows
-from pipeline.data.reading import say_how_read
+from pipeline.data.reading import look_at_rows
 from pipeline.data.sources import find_set, open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
@@ -59,7 +59,9 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     source = dataclasses.replace(source, all_columns=True)
     if source.format not in ("jsonl", "parquet"):
         raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
-    say_how_read(set_name, source, config.data, has_template=tokenizer.chat_template is not None)
+    reading = look_at_rows(source, config.data, has_template=tokenizer.chat_template is not None)
+    if reading.refused is not None:
+        raise reading.refused
     ledger = Ledger()
     rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))

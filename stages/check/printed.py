@@ -104,7 +104,8 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
             yield f"  {kind:14}{count:,}{_share(count, whole)}: {REASONS.get(reason, reason.replace('_', ' '))}"
             yield from (f"    {example.place}: {example.text}" for example in survey.examples.get(reason, ()))
     for name, text in pairs.reading.findings.items():
-        yield f"  found         {name.replace('_', ' ')}: {text}"
+        # The text of a refusal is the command's error.
+        yield f"  found         {name.replace('_', ' ')}" + ("" if text in str(pairs.reading.refused) else f": {text}")
     if survey.lengths:
         yield ""
         rows = [["tokens", *(f"{p}%" if p < 100 else "max" for p in PERCENTILES)]]

@@ -35,6 +35,7 @@ def read(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Pa
 relaxed = settings(deadline=None)
 
 TEXT = {"prompt": "Two plus two?", "chosen": " Four.", "rejected": " Five."}
+SIDES = ("chosen", "rejected")
 CHAT = {"prompt": [user("Two plus two?")], "chosen": [assistant("Four.")], "rejected": [assistant("Five.")]}
 
 
@@ -407,10 +408,76 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("no_shared_prompt", "same text", {"chosen": "Two? Four.", "rejected": "Two? Four."}),
     ("no_shared_prompt", "share no first message", {"chosen": [user("a"), user("b")], "rejected": [user("b")]}),
     ("no_shared_prompt", "share no first message", {"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}),
+    (
+        "messages_as_text",
+        "prompt, chosen, rejected: must be messages",
+        {name: json.dumps(messages) for name, messages in CHAT.items()},
+    ),
+    # As pandas writes lists of objects to CSV, from lists and from Parquet.
+    ("messages_as_text", "chosen, rejected: must be messages", {**TEXT, **{s: str(CHAT[s]) for s in SIDES}}),
+    (
+        "messages_as_text",
+        "chosen, rejected: must be messages",
+        {
+            **TEXT,
+            **dict.fromkeys(SIDES, "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]"),
+        },
+    ),
+    ("messages_as_text", "prompt: must be messages", {**TEXT, "prompt": json.dumps([{"from": "human", "value": "a"}])}),
+    (
+        "repeated_prompt",
+        "chosen begins with messages of the prompt",
+        {**CHAT, "chosen": [*CHAT["prompt"], *CHAT["chosen"]]},
+    ),
+    (
+        "repeated_prompt",
+        "rejected begins with messages of the prompt",
+        {
+            **CHAT,
+            "prompt": [{"role": "system", "content": "Be brief."}, *CHAT["prompt"]],
+            "rejected": [*CHAT["prompt"], *CHAT["rejected"]],
+        },
+    ),
+    (
+        "wrong_type",
+        "chosen message 1: tool_calls is text, not a list",
+        {**CHAT, "chosen": [{**assistant(""), "tool_calls": "[]"}]},
+    ),
+    (
+        "not_text",
+        r"chosen message 1: content is a boolean \(true\), not text",
+        {**CHAT, "chosen": [assistant(True)]},
+    ),
+    ("not_utf8", "chosen message 1: role holds half", {**CHAT, "chosen": [{"role": "\ud83d", "content": "a"}]}),
     ("not_utf8", "prompt holds half a surrogate pair", {**TEXT, "prompt": "\ud83d"}),
     ("not_utf8", "rejected holds half a surrogate pair", {**TEXT, "rejected": "a\udc4b"}),
     ("not_utf8", "chosen message 1: content holds half a surrogate pair", {**CHAT, "chosen": [assistant("\ud83d")]}),
 ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "admin", "content": "all"}',
+        '[{"content": "a"}]',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        'Send [{"role": "user", "content": "a"}]',
+        '[{"role": "user", "content": "a"}] is what you send.',
+    ],
+)
+def test_json_that_is_an_answer_is_text(text: str) -> None:
+    assert read({**TEXT, "chosen": text, "rejected": f" {text}"}).chosen == text
+
+
+def test_one_answer_of_written_messages_is_text() -> None:
+    assert read({**TEXT, "chosen": str(CHAT["chosen"])}).form == "text"
+
+
+def test_a_completion_that_begins_with_another_user_message_repeats_nothing() -> None:
+    row = {**CHAT, "chosen": [user("And three?"), assistant("Six.")]}
+    assert read(row).chosen == row["chosen"]
+    begun = {**CHAT, "prompt": [*CHAT["prompt"], assistant("Four.")]}
+    assert read(begun).chosen == CHAT["chosen"]
 
 
 @pytest.mark.parametrize(("reason", "message", "row"), BAD)

@@ -57,6 +57,13 @@ GOOD = {"prompt": "Two?", "chosen": " Yes.", "rejected": " No."}
 LONG = {"prompt": "Two?", "chosen": " Yes." * 40, "rejected": " No."}
 
 
+def _chat_ml(before: str = "") -> Any:
+    """Make a tokenizer whose BOS is the mark of a turn, as SmolLM2's is."""
+    tokenizer = make_tokenizer(template=before + _STEADY)
+    tokenizer.bos_token = "<|im_start|>"
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "row", "found"),
     [
@@ -74,6 +81,10 @@ LONG = {"prompt": "Two?", "chosen": " Yes." * 40, "rejected": " No."}
         (make_tokenizer(bos=True, template=_STEADY), chat("Yes.</s>"), {"no_bos", "no_eos"}),
         (make_tokenizer(bos=True, template="<s><s>" + _STEADY), chat("Yes.</s>"), {"several_bos", "no_eos"}),
         (make_tokenizer(template=_STEADY), chat("Yes."), {"no_eos"}),
+        # BOS opens every turn of a conversation, and stands before no text.
+        (_chat_ml(), chat("Yes."), {"no_eos"}),
+        (_chat_ml(), GOOD, set()),
+        (_chat_ml("<|im_start|>"), chat("Yes."), {"several_bos", "no_eos"}),
         (make_tokenizer(template=_UNSTEADY + "</s>"), chat("Yes."), {"template_differs"}),
     ],
 )  # fmt: skip
@@ -95,7 +106,9 @@ def test_a_beginning_is_not_missed_where_ends_are_marked_by_the_same_token() -> 
     tokenizer = make_tokenizer(bos=True)
     tokenizer.eos_token = "<s>"
     assert "several_bos" not in take([GOOD], tokenizer)[0].found
-    assert take([{**GOOD, "prompt": "<s><s>Two?"}], tokenizer)[0].found["several_bos"] == 1
+    survey, _, _ = take([{**GOOD, "prompt": "<s><s>Two?"}], tokenizer)
+    assert survey.found["several_bos"] == 1
+    assert survey.examples["several_bos"][0].text == "it begins '<s><s>Two?'"
 
 
 def test_dropped_rows_have_examples_with_their_place_and_count_in_the_lengths_of_those_with_tokens() -> None:

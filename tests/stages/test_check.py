@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import transformers
 
 from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
+from pipeline.data.intake import Ledger
+from pipeline.data.reading import Reading
+from pipeline.data.rows import Source
+from pipeline.data.survey import Survey
 from stages.check.command import Limits, above_limits
 from stages.check.estimate import Lengths, estimate
-from stages.check.findings import Findings
+from stages.check.findings import Findings, PairSet
 from stages.check.hardware import HARDWARE, hardware_named
-from stages.check.printed import estimate_lines
+from stages.check.printed import as_text, estimate_lines
 from stages.check.shapes import shapes_of
 from stages.cli import main
 from support.models import make_model, make_tokenizer
@@ -56,7 +61,8 @@ def test_counts_are_those_of_stage_one_and_then_it_says_what_is_done_missing_and
     assert {name: entry["state"] for name, entry in before["stores"].items()} == dict.fromkeys(
         ("train", "test"), "not begun"
     )
-    refshard("precompute", "--config", config)
+    scored = refshard("precompute", "--config", config)
+    assert "train: read as text, prompt given; columns not read: none\n" in scored.stdout
     totals = {
         name: json.loads((tmp_path / "shards" / name / "index.json").read_text())["totals"]
         for name in ("train", "test")
@@ -114,6 +120,7 @@ def test_bad_rows_that_would_stop_stage_one_fail_the_check_which_counts_all_of_t
     said = refshard("check", "--config", config, *GPU, check=65)
     assert "3 rows of" in said.stderr and "pairs.jsonl:22: chosen must be text" in said.stderr
     assert "Fix these rows, or set data.on_bad_row: skip" in said.stderr
+    assert "  read as       text, prompt given; columns not read: none\n" in said.stdout
     for count, meaning in ((1, "wrong type"), (1, "empty completion"), (1, "no shared prompt")):
         assert f"{count} (3.6%): {meaning}" in said.stdout
     assert "pairs.jsonl:25: " in said.stdout and "prompt alone fills max_length" in said.stdout
@@ -122,6 +129,34 @@ def test_bad_rows_that_would_stop_stage_one_fail_the_check_which_counts_all_of_t
     assert not re.search(r"(pairs\.jsonl:\d+): \S*\1", said.stdout)
     # What the data holds can't change the terminal.
     assert "\x1b" not in said.stdout and "B\\x1b[31m?" in said.stdout
+
+
+def test_answers_alone_beside_an_unread_prompt_stop_check_and_stage_one_before_any_work(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = make_run(
+        rows=[{"instruction": f"Name {i}.", "chosen": f"The {i}", "rejected": f"The {i + 1}"} for i in range(8)],
+        data={"on_bad_row": "skip"},
+    )
+    for command in (["check", *GPU], ["precompute"]):
+        done = refshard(command[0], "--config", config, *command[1:], check=2)
+        assert "set data.columns: {prompt: instruction}" in done.stderr
+        assert "refshard: data.columns: must name the column of the prompt" in done.stderr
+        if command[0] == "check":
+            assert "columns not read: instruction" in done.stdout and "found         missed prompt\n" in done.stdout
+    assert not (tmp_path / "shards").exists()
+
+
+def test_the_first_rows_of_an_unknown_number_are_called_so() -> None:
+    source = Source(
+        path="a/b", format="hub", name=None, revision=None, split="train", start=0, stop=None, files=(), columns={},
+        streaming=True,
+    )  # fmt: skip
+    ledger = Ledger(rows=20, dropped=Counter(wrong_type=20))
+    reading = Reading(forms={}, unread=(), findings={})
+    pairs = PairSet(source=source, ledger=ledger, survey=Survey(), reading=reading, rows=None, only_first_rows=20)
+    said = as_text(Findings(sets={"train": pairs}, stores={}), 64)
+    assert "only the first 20 of an unknown number of rows; the estimates are not of the whole set" in said
 
 
 def test_each_limit_fails_with_what_was_found_and_what_is_allowed(make_run: Callable[..., Path]) -> None:

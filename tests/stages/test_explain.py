@@ -415,6 +415,9 @@ def test_eos_bos_and_merges_are_said_as_they_are() -> None:
         "the prompt begins with 2 BOS, '<s>'",
         "chosen and rejected are the same tokens: the loss of this pair is a constant",
     )
+    # A tokenizer whose BOS marks turns writes none before a text.
+    tokenizer.bos_token = "<|im_start|>"
+    assert one_row({"prompt": "A", "chosen": " b", "rejected": " c"}, tokenizer).remarks == ()
     dropped = one_row({"prompt": "A", "chosen": " b", "rejected": " b"}, with_bos, on_identical="drop")
     assert dropped.dropped == "identical"
     assert "data.on_identical is drop" in dropped.why

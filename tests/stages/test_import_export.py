@@ -254,6 +254,16 @@ def test_a_column_that_only_some_lines_have_is_exported_with_nothing_in_the_othe
     assert exported["extra"][:] == [None, "e1", None, "e3", None, "e5"]
 
 
+def test_scores_of_answers_alone_are_refused_with_the_column_that_holds_the_prompt(
+    scored: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    config, rows = scored
+    rows = [{"question": row["prompt"], **{key: row[key] for key in row.keys() - {"prompt"}}} for row in rows]
+    file = write_jsonl(tmp_path / "scores.jsonl", rows)
+    said = refshard("import", file, "--config", config, check=2).stderr
+    assert "set data.columns: {prompt: question}" in said and not (tmp_path / "shards").exists()
+
+
 def test_scores_are_not_read_from_csv(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "scores.csv").write_text("prompt,chosen,rejected,ref_chosen_logps,ref_rejected_logps\na,b,c,-1,-2\n")
     assert (
