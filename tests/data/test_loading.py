@@ -33,6 +33,7 @@ from support.models import make_tokenizer
 from support.processes import ROOT
 from support.runs import simple_rows, write_jsonl
 from support.stores import bytes_of_stores
+from support.watched import Watched
 
 MakeRun = Callable[..., Path]
 
@@ -373,27 +374,25 @@ def test_a_process_that_ends_with_a_queue_still_open_ends_at_once(source: Source
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-def _start(config: Path) -> subprocess.Popen[str]:
-    # Slow enough to be caught in the middle.
-    code = (
-        "import sys, time, stages.precompute.worker as s; from stages.cli import run; f = s.Reference.score_unit\n"
-        "s.count_loaders = lambda *a, **k: 3\n"
-        "def slow(*a): time.sleep(0.3); return f(*a)\n"
-        f"s.Reference.score_unit = slow; sys.argv = ['refshard', 'precompute', '--config', {str(config)!r}]; run()"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def _slow_with_three_loaders() -> None:
+    """Change stage one in its process, the first of a group: slow enough to be caught in the middle."""
+    os.setsid()
+    score = worker.Reference.score_unit
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return score(*arguments)
+
+    worker.Reference.score_unit = slow
+    worker.count_loaders = lambda *_, **__: 3
 
 
-def _wait_for_a_part(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
-    while process.poll() is None and not list(folder.glob("part-*")):
-        time.sleep(0.01)
+def _start(config: Path) -> Watched:
+    return Watched("precompute", "--config", config, before=_slow_with_three_loaders)
+
+
+def _wait_for_a_part(process: Watched, folder: Path) -> list[psutil.Process]:
+    assert process.wait_until(lambda: bool(list(folder.glob("part-*")))), process.err
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 3
     return children
@@ -410,7 +409,6 @@ def test_a_killed_stage_one_leaves_no_loader_behind(make_run: MakeRun, tmp_path:
     _, alive = psutil.wait_procs(started, timeout=3)
     for loader in alive:
         loader.kill()
-    process.communicate()
     assert not alive
 
 
@@ -423,10 +421,10 @@ def test_a_signal_ends_stage_one_and_its_loaders_with_75(make_run: MakeRun, tmp_
     if whole_group:
         os.killpg(process.pid, signal.SIGTERM)
     else:
-        process.terminate()
+        process.signal(signal.SIGTERM)
     start = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 75, errors
+    assert process.finish(30) == 75, process.err
+    errors = process.err
     assert "Traceback" not in errors
     assert "Run the same command again" in errors.splitlines()[-1]
     assert time.monotonic() - start < 5

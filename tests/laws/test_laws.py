@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from pipeline.models.loading import load_policy
 from pipeline.scoring.forward import prepare, score
 from pipeline.scoring.packing import pad_pairs
 from support.models import make_model
-from support.processes import ROOT
 from support.runs import kept, logged_steps, refshard, simple_rows, write_jsonl
 from support.stores import digests, stored_rows
-from support.watched import Watched
+from support.watched import Watched, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -226,15 +223,8 @@ def test_one_batch_of_eight_equals_eight_micro_batches_and_two_processes(make_ru
         if processes == 1:
             refshard(*arguments)
         else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            done = subprocess.run(
-                [sys.executable, *launcher, "-m", "stages.cli", *arguments],
-                cwd=ROOT,
-                timeout=300,
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            ranks = start_ranks(processes, *arguments)
+            assert [rank.finish() for rank in ranks] == [0] * processes, [rank.err for rank in ranks]
         return logged_steps(tmp_path / name)
 
     whole = train("whole", 8, 1)

@@ -8,15 +8,14 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from support.processes import ROOT, Command
+
 WRITTEN = sorted((ROOT / "tests" / "data").glob("written_by_*"))
 
 pytestmark = pytest.mark.slow
@@ -36,17 +35,11 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 def refshard(folder: Path, *words: str) -> str:
     """Run a command of refshard in the folder, on the CPU and on one thread; give what it prints."""
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    line = [sys.executable, "-m", "stages.cli", *words]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    command = Command(*words, folder=folder, environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    status = command.wait()
+    out, err = command.said()
+    assert status == 0, f"exit {status}\n{out}\n{err}"
+    return out
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,22 @@ _FORKS.set_forkserver_preload([*(f"stages.{name}" for name in _STAGES), "s3fs", 
 
 
 class Command:
-    """A `refshard` command that runs, in a working folder and an environment."""
+    """A `refshard` command that runs, in a working folder and an environment.
 
-    def __init__(self, *arguments: Any, folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
+    `before` is called in the process before the command is; it is a function of a module, or a partial of one.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        folder: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self.words = ["refshard", *map(str, arguments)]
         self._said = tempfile.TemporaryDirectory()
         environment = dict(os.environ if environment is None else environment)
-        self._process = _FORKS.Process(target=_run, args=(self.words, self._said.name, environment, folder))
+        self._process = _FORKS.Process(target=_run, args=(self.words, self._said.name, environment, folder, before))
         self._process.start()
 
     @property
@@ -74,10 +83,14 @@ def redirected(folder: str, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _run(words: list[str], said_in: str, environment: dict[str, str], folder: Path) -> None:
+def _run(
+    words: list[str], said_in: str, environment: dict[str, str], folder: Path, before: Callable[[], None] | None
+) -> None:
     redirected(said_in, environment)
     os.chdir(folder)
     sys.argv = words
+    if before is not None:
+        before()
     from stages.cli import run
 
     run()

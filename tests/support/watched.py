@@ -18,9 +18,11 @@ class Watched(Command):
     # Kept as long as the process is.
     meeting_point: TCPStore | None = None
 
-    def __init__(self, *words: Any, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *words: Any, environment: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+    ) -> None:
         with mock.patch.dict(os.environ, environment or {}):
-            super().__init__(*words)
+            super().__init__(*words, before=before)
 
     def finish(self, seconds: float = 120) -> int:
         """Wait for its end; gives the exit status, negative where a signal ended it."""

@@ -1,9 +1,8 @@
 """What is pushed to the hub, read by a hub on this machine: the policy, and nothing else of the run's folder."""
 
+import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.base.errors import ConfigError, StorageError
 from pipeline.run.checkpoints import MARKER
 from pipeline.training.hub import Hub
 from support.hub import LocalHub, local_hub
-from support.processes import ROOT
+from support.processes import Command
 from support.runs import refshard
 from support.tally import tally
 
@@ -89,6 +88,11 @@ def test_a_hub_that_refuses_or_is_not_there_is_said(hub: LocalHub, output: Path)
         Hub(arguments(output)).open()
 
 
+def _ask_the_hub_at(url: str) -> None:
+    """Set what the hub's client has read from the environment when it was imported."""
+    huggingface_hub.constants.ENDPOINT, huggingface_hub.constants.HF_HUB_OFFLINE = url, False
+
+
 @pytest.mark.slow
 def test_a_run_is_pushed_once_it_is_whole_and_tries_before_its_first_step(
     make_run: Callable[..., Path], tmp_path: Path
@@ -98,18 +102,18 @@ def test_a_run_is_pushed_once_it_is_whole_and_tries_before_its_first_step(
     with local_hub() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_canary", "HF_HUB_OFFLINE": "0"}
 
-        def train() -> subprocess.CompletedProcess[str]:
-            # The hub's client reads its address when it is imported, which a fork has done.
-            words = [sys.executable, "-m", "stages.cli", "train", "--config", str(config)]
-            return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+        def train(status: int) -> tuple[str, str]:
+            there = functools.partial(_ask_the_hub_at, hub.url)
+            command = Command("train", "--config", config, environment=environment, before=there)
+            assert command.wait() == status, command.said()
+            return command.said()
 
         hub.is_open = False
-        refused = train()
-        assert refused.returncode == 74
-        assert "train.push_to_hub: the hub must let this user write" in refused.stderr
-        assert "train: 1 of" not in refused.stderr
+        _, refused = train(74)
+        assert "train.push_to_hub: the hub must let this user write" in refused
+        assert "train: 1 of" not in refused
         hub.is_open = True
-        assert train().returncode == 0
+        train(0)
         assert hub.files.keys() == POLICY
         tally("what a run pushes to the hub, read there", 1, outcome="the policy, its card and settings, nothing else")
         output = tmp_path / "policy"
@@ -120,5 +124,5 @@ def test_a_run_is_pushed_once_it_is_whole_and_tries_before_its_first_step(
         # A push that did not come through is made up for.
         record.write_text(json.dumps(told))
         hub.files.clear()
-        assert "The policy is on the hub, in ada/policy" in train().stdout
+        assert "The policy is on the hub, in ada/policy" in train(0)[0]
         assert hub.files.keys() == POLICY
