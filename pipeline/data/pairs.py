@@ -31,7 +31,7 @@ Form = Literal["text", "text_shared", "transcripts", "chat", "chat_shared", "cha
 FORMS: Mapping[Form, str] = {
     "text": "text, prompt given",
     "text_shared": "text, prompt = what the two texts share",
-    "transcripts": "text, prompt = what the two transcripts share, to an Assistant: turn",
+    "transcripts": "text, prompt = all up to the last Assistant: turn that the two share",
     "chat": "conversations, prompt given",
     "chat_shared": "conversations, prompt = the messages that the two share",
     "chat_whole": "conversations, prompt = the messages that the two share, text prompt ignored",

@@ -151,4 +151,16 @@ def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, templa
     try:
         return apply_template(tokenizer, messages, arguments, template_date)
     except TemplateError as error:
+        # Templates that can do without a content are let be.
+        if silent := _without_content(pair):
+            raise BadRow("not_text", f"{place}: {silent}: content is null, not text. Take the row out") from error
         raise BadRow("template_error", f"{place}: the chat template refuses it: {error}") from error
+
+
+def _without_content(pair: Pair) -> str | None:
+    """Name the first message that has neither content nor tool calls; None if all have."""
+    for name, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for number, message in enumerate(messages, start=1):
+            if isinstance(message, dict) and message.get("content") is None and not message.get("tool_calls"):
+                return f"{name} message {number}"
+    return None
