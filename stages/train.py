@@ -3,10 +3,9 @@
 stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO loss -> a folder that loads
 """
 
-import contextlib
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, loa
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import load_policy
+from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import ATTEMPT_NAME, Attempt, claim_run
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import (
@@ -37,12 +37,14 @@ from pipeline.run.checkpoints import (
     delete_references,
     delete_run,
     find_checkpoint,
+    is_last,
     is_recorded,
     newest_step,
     processes_of,
     refuse_other_run,
+    reopening,
 )
-from pipeline.run.identity import check_same_run, run_identity
+from pipeline.run.identity import check_same_run, is_longer, run_identity
 from pipeline.run.inputs import RunInputs, SetInputs, describe_policy, describe_reference
 from pipeline.run.outputs import guard_run
 from pipeline.run.reading import RECORD, SETTINGS, read_record
@@ -149,14 +151,17 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         if is_recorded(output):
             record = read_record(output)
             check_same_run(output, record.get("identity", {}), identity)
-            if arguments.push_to_hub and "pushed_to" not in record:
+            if is_longer(record["identity"], identity):
+                _say(reopening(output, record))
+            elif arguments.push_to_hub and "pushed_to" not in record:
                 on_main_process(lambda: _push(output, Hub(arguments), record))
+                return
             else:
                 _say(f"{output}: this run is finished already; nothing to do.")
-            return
+                return
         refuse_other_run(output, identity)
     attempt = on_main_process(lambda: claim_run(output, identity))
-    with _while_owned(attempt):
+    with attempt.owning():
         checkpoint = on_main_process(lambda: _begin(config, attempt, identity, overwrite=overwrite))
         window, scored = None, config
         if config.reference.sync:
@@ -174,7 +179,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
                 attempt=attempt,
                 flag=flag,
                 checkpoint=checkpoint,
-                all_steps_are_done=checkpoint is not None and _is_trained(checkpoint),
+                all_steps_are_done=checkpoint is not None and is_last(checkpoint, identity),
                 window=window,
                 scored=scored,
                 stores=stores,
@@ -190,6 +195,10 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
     output = attempt.run_folder
     if overwrite:
         delete_run(output)
+    elif is_recorded(output):
+        # The run is made longer: its end is another one.
+        (output / RECORD).unlink()
+        (output / GENERATIONS).unlink(missing_ok=True)
     delete_named(output / _JOINED, ATTEMPT_NAME)
     delete_named(output, re.compile(re.escape(STAGING) + ATTEMPT_NAME.pattern))
     checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
@@ -197,22 +206,6 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / SETTINGS, settings_text(config).encode())
     return checkpoint
-
-
-@contextlib.contextmanager
-def _while_owned(attempt: Attempt) -> Iterator[None]:
-    """Report that another attempt has taken over, if so, in place of any error: the error is a consequence of it."""
-    try:
-        yield
-    except Exception:
-        with contextlib.suppress(OSError):
-            attempt.check()
-        raise
-
-
-def _is_trained(checkpoint: Path) -> bool:
-    state = read_json(checkpoint / "trainer_state.json")
-    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,16 @@ class Attempt:
                 f"{self.run_folder}: attempt {newest} of this run has taken over from this one (attempt "
                 f"{self.number}), which stops and saves nothing more. Let the newer one finish"
             )
+
+    @contextlib.contextmanager
+    def owning(self) -> Iterator[None]:
+        """Report that another attempt has taken over, if so, in place of any error: the error follows from it."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.check()
+            raise
 
 
 def claim_run(run_folder: Path, identity: Mapping[str, Any]) -> Attempt:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.digests import read_sha256
-from pipeline.base.errors import ConfigError, DataError, StorageError, UnfinishedError
-from pipeline.base.files import TEMPORARY, delete_named, sync_tree, write_json
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError, UnfinishedError
+from pipeline.base.files import TEMPORARY, delete_named, read_json, sync_tree, write_json
 from pipeline.base.schemas import Schema
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel, find_adapter
 from pipeline.run.attempts import set_aside
-from pipeline.run.identity import check_same_run
+from pipeline.run.identity import check_same_run, is_longer
 from pipeline.run.reading import RECORD, SETTINGS, read_record
 from pipeline.run.records import delete_records
 
@@ -33,6 +33,7 @@ __all__ = [
     "delete_run",
     "digests_of_weights",
     "find_checkpoint",
+    "is_last",
     "is_recorded",
     "newest_step",
     "problem_of",
@@ -40,6 +41,7 @@ __all__ = [
     "reference_folder",
     "reference_folders",
     "refuse_other_run",
+    "reopening",
     "saved_policy",
     "trained_weights",
 ]
@@ -173,6 +175,24 @@ def trained_weights(config: Config, folder: Path, option: str) -> Path:
             f"{error}. Name the folder of a run of these settings (its train.output_dir), or a checkpoint"
         ) from error
     return folder
+
+
+def is_last(checkpoint: Path, identity: Mapping[str, Any]) -> bool:
+    """Return True if a committed checkpoint is that of the run's last step, and the run was not made longer since."""
+    state = read_json(checkpoint / "trainer_state.json")
+    is_done = state["global_step"] >= state["max_steps"]
+    return bool(is_done) and not is_longer(_read_marker(checkpoint / MARKER)["identity"], identity)
+
+
+def reopening(run_folder: Path, record: Mapping[str, Any]) -> str:
+    """Say where a finished run that was made longer resumes. Raises IdentityError if it has kept no checkpoint."""
+    step, done = newest_step(run_folder), record.get("trained_steps", record["step"])
+    if not step:
+        raise IdentityError(
+            f"{run_folder}: can't be made longer: it is finished after {done} steps and has kept no checkpoint to "
+            "resume. Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+        )
+    return f"{run_folder}: finished after step {done}, and made longer since; it resumes after step {step}."
 
 
 def is_recorded(run_folder: Path) -> bool:

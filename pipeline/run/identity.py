@@ -14,7 +14,7 @@ from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.sources import as_recorded, digests_of_data, open_source
 from pipeline.models.identity import describe_differences, identity_of_reference
 
-__all__ = ["check_same_run", "run_identity"]
+__all__ = ["check_same_run", "is_longer", "run_identity"]
 
 # Settings that may change when a run resumes, since no step's result depends on them: outputs and their frequency,
 # measurements, the fetching of batches, the saving of memory. All others must stay.
@@ -61,14 +61,59 @@ _FREE_KINDS = (
 )
 
 
+# The schedules whose rates up to a step are the same in a longer run.
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+_LENGTHS = {"max_steps": -1, "num_train_epochs": 3.0}
+"""Fields that say how long a run is, with their defaults"""
+
+
 def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Raise IdentityError, which names each difference, if a run with other settings has saved it."""
-    found = describe_differences(_as_recorded(stored, run), run, "saved")
-    if found:
-        raise IdentityError(
-            f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. "
-            "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+    """Raise IdentityError, which names each difference, if what was saved is not this run's or its beginning."""
+    recorded = _as_recorded(stored, run)
+    found = describe_differences(recorded, run, "saved")
+    if not found or is_longer(stored, run):
+        return
+    why = _why_not_its_beginning(run) if _has_grown(recorded, run) else ""
+    raise IdentityError(
+        f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. {why}"
+        "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+    )
+
+
+def is_longer(stored: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    """Return True if a run is one that was saved, made longer: the saved steps would be its first ones.
+
+    Steps or epochs are more, all else is equal, and no step of training depends on their number.
+    """
+    return _has_grown(_as_recorded(stored, run), run) and not _why_not_its_beginning(run)
+
+
+def _has_grown(recorded: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    """Return True if the two differ in their length alone, and the run's is larger."""
+    before, now = ({**_LENGTHS, **one.get("train", {})} for one in (recorded, run))
+    unit = "max_steps" if now["max_steps"] != -1 else "num_train_epochs"
+    if (before["max_steps"] == -1) != (now["max_steps"] == -1) or not before[unit] < now[unit]:
+        return False
+    shorter = {**recorded, "train": {**before, unit: now[unit]}}
+    return not describe_differences(shorter, {**run, "train": now})
+
+
+def _why_not_its_beginning(run: Mapping[str, Any]) -> str:
+    """Say why the steps of a shorter run are not the first ones of this run; empty if they are."""
+    train = run.get("train", {})
+    schedule = train.get("lr_scheduler_type", "linear")
+    if schedule not in _WITHOUT_END:
+        return (
+            f"It can't be made longer: with train.lr_scheduler_type {schedule} the learning rates of all steps depend "
+            f"on their number; with {', '.join(_WITHOUT_END)} they do not. "
         )
+    if train.get("warmup_ratio") or 0 < train.get("warmup_steps", 0) < 1:
+        return "It can't be made longer: its warmup is a share of all steps. "
+    if run.get("sync") is not None:
+        return "It can't be made longer: the references of a finished run with reference.sync are deleted. "
+    if train.get("deepspeed"):
+        return "It can't be made longer: DeepSpeed has a schedule of its own. "
+    return ""
 
 
 def _as_recorded(stored: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
