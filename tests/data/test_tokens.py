@@ -235,7 +235,7 @@ def test_template_that_fails_is_a_bad_row_that_names_the_place(template: str, me
 
 def test_a_message_without_content_is_named_if_the_template_refuses_it() -> None:
     silent = replace(CONVERSATION, rejected=[{"role": "assistant"}, *CONVERSATION.rejected])
-    with pytest.raises(BadRow, match="^row: rejected message 1: content is null, not text") as caught:
+    with pytest.raises(BadRow, match=r"^row: rejected message 1: content is null, not text") as caught:
         tokenize(silent, chat("{% for m in messages %}{{ m.content + '' }}{% endfor %}"), "row")
     assert caught.value.reason == "not_text"
     assert tokenize(silent, chat("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"), "row").rejected_ids
