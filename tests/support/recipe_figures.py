@@ -85,7 +85,7 @@ MODELS: Mapping[str, Architecture] = {
 }
 
 _NAMES = ("stage one", "stage two", "disk", "host memory")
-_ESTIMATED = "# Estimated by `refshard check`, not measured; the time is of computing alone."
+_ESTIMATED = "# Estimated by `refshard check`, not measured. The times count only computation."
 _DATA = re.compile(
     r"^#   data +([\d,]+) pairs, ([\d,]+) held out; (\d+) tokens of prompt, (\d+) chosen, (\d+) rejected, on average$",
     re.MULTILINE,
