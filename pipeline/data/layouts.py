@@ -204,7 +204,7 @@ def _conversation(
             if _repeats(prompt, completion):
                 raise BadRow(
                     "repeated_prompt",
-                    f"{place}: {name} begins with messages of the prompt, which would stand there twice. Take them out "
+                    f"{place}: {name} begins with messages of the prompt, which would then occur twice. Take them out "
                     "of chosen and rejected, or take the column of the prompt out: it is then what the two share",
                 )
         return "chat", prompt, chosen, rejected

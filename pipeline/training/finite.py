@@ -71,7 +71,7 @@ class FiniteWatch(transformers.TrainerCallback):
         kept = f"checkpoint-{saved} is the last finite one" if saved else "no checkpoint was saved before"
         raise DataError(
             f"{self._run_folder}: training must stay finite, got NaN or infinity since {where}: {parts}; {kept}. Lower "
-            "train.learning_rate, or set train.on_nonfinite: continue to see how it goes on"
+            "train.learning_rate, or set train.on_nonfinite: continue to train on anyway"
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:

@@ -93,14 +93,15 @@ class StoredPairs:
         for row, entry in stored.items():
             if row not in found:
                 raise IdentityError(
-                    f"{entry['place']}: row {row} of the dataset is not the pair that was scored: the data is read "
-                    "otherwise here. Restore the data and the libraries, or set precompute.output to a new folder"
+                    f"{entry['place']}: row {row} of the dataset is not the pair that was scored: this process "
+                    "reads other data. Restore the data and the libraries, or set precompute.output to a new folder"
                 )
             agreement = self._compare(found[row], entry, noise)
             if not agreement.agrees:
                 raise IdentityError(
-                    f"{entry['place']}: row {row} scored again: {agreement}. Another library, kernel or flag computes "
-                    "here than has written this part. Restore it, or set precompute.output to a new folder"
+                    f"{entry['place']}: row {row} scored again: {agreement}. This process computes with another "
+                    "library, kernel or flag than the one that wrote this part. Restore that one, or set "
+                    "precompute.output to a new folder"
                 )
         checked = "1 stored pair" if len(stored) == 1 else f"{len(stored):,} stored pairs"
         say(f"Checked {checked} by scoring again: equal within the noise floor")

@@ -149,9 +149,9 @@ def _kind(hint: Any) -> str:
     if kind is Literal:
         return ", ".join(f"`{choice}`" for choice in members)
     if kind is list:
-        return f"list of {_kind(members[0])}"
+        return f"list of {_kind(members[0])}s"
     if kind is dict:
-        return "sections by name" if dataclasses.is_dataclass(members[1]) else "mapping of text"
+        return "sections by name" if dataclasses.is_dataclass(members[1]) else "mapping of texts"
     assert kind in (Union, UnionType)
     kinds = [member for member in members if member is not type(None)]
     single = [_kind(member) for member in kinds if typing.get_origin(member) is not list]
