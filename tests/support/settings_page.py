@@ -75,8 +75,9 @@ with its names, types and meanings: `num_train_epochs`, `max_steps`, `per_device
 `gradient_accumulation_steps`, `lr_scheduler_type`, `warmup_steps`, `bf16`, `gradient_checkpointing`, `save_steps`,
 `eval_steps`, `seed`, `fsdp`, ...
 
-Fields of outputs, logging, saving, evaluation and data loading, and those that save memory, may change at any time. All
-others need a new `train.output_dir`.
+Fields of outputs, logging, saving, evaluation and data loading, and those that save memory, may change at any time.
+[Some schedules](guide.md#making-a-run-longer) allow more steps or epochs. All other fields need a new
+`train.output_dir`.
 
 These fields have other defaults here:
 """
