@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from pipeline.base.errors import ConfigError
+from pipeline.training.settings import too_few_pairs
 
 __all__ = ["Order", "order_of_run"]
 
@@ -34,7 +34,7 @@ class Order:
 
 
 def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> Order:
-    """Give the pairs of every step of a run of one process. Raises ConfigError if there are no steps to train."""
+    """Give the pairs of every step of a run of one process. Raises ConfigError if no batch is full."""
     arguments = copy.copy(arguments)
     arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
     trainer = transformers.Trainer(
@@ -47,17 +47,12 @@ def order_of_run(arguments: transformers.TrainingArguments, num_pairs: int) -> O
     accumulation = arguments.gradient_accumulation_steps
     steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
-    if not len(loader):
-        raise ConfigError(
-            f"train.dataloader_drop_last: must be false for {num_pairs} pairs, which are fewer than a batch, got true. "
-            "Set a smaller train.per_device_train_batch_size"
-        )
+    if error := too_few_pairs(vars(arguments), num_pairs, 1):
+        raise error
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(math.ceil(total / steps_per_epoch)):
         loader.set_epoch(epoch)
         batches = [batch["index"].cpu().numpy() for batch in loader]
         # The last step of an epoch takes the remaining micro-batches.
         steps += [np.concatenate(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation)]
-    if not steps[:total]:
-        raise ConfigError("train.num_train_epochs: must be above 0 with reference.sync, got 0. Train at least one step")
     return Order(steps[:total], steps_per_epoch)

@@ -312,8 +312,8 @@ def test_an_adapter_on_shared_embeddings_is_refused(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.num_train_epochs=0", "num_train_epochs: must be above 0"),
-        ("train.dataloader_drop_last=true", "dataloader_drop_last: must be false for 38 pairs"),
+        ("train.num_train_epochs=0", "num_train_epochs: must be positive"),
+        ("train.dataloader_drop_last=true", "dataloader_drop_last: must be false with fewer pairs than one batch"),
         ("train.train_sampling_strategy=group_by_length", "got group_by_length"),
         ("train.save_strategy=best", "metric_for_best_model"),
         ("train.save_total_limit=1", "at least 2"),
