@@ -348,13 +348,13 @@ def test_the_hh_recipe_runs_both_stages_on_real_transcripts(tmp_path: Path, caps
     make_model(tmp_path / "model", make_tokenizer(bos=True))
     overrides = {
         "data.path": HH,
-        "data.split": "train[:1300]",
-        "data.eval": "{test: {split: 'train[1300:]'}}",
+        "data.split": "train[:500]",
+        "data.eval": "{test: {split: 'train[1400:]'}}",
         "data.max_length": 512,
         "policy.model": tmp_path / "model",
         "reference.dtype": "float32",
         "precompute.output": tmp_path / "shards",
-        "precompute.rows_per_shard": 256,
+        "precompute.rows_per_shard": 128,
         "train.output_dir": tmp_path / "policy",
         "train.bf16": "false",
         "train.max_steps": 4,
@@ -371,7 +371,7 @@ def test_the_hh_recipe_runs_both_stages_on_real_transcripts(tmp_path: Path, caps
 
     assert all(word in scored.stderr for word in ("rows/s", "tokens/s"))
     totals = {}
-    for name, rows in (("train", 1300), ("test", 200)):
+    for name, rows in (("train", 500), ("test", 100)):
         totals[name] = json.loads((tmp_path / "shards" / name / "index.json").read_text())["totals"]
         assert totals[name]["rows"] == rows
         assert totals[name]["kept"] + sum(totals[name]["dropped"].values()) == rows
