@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.reader import load_config
-from support.runs import refshard, simple_rows
+from support.runs import has_stepped, refshard, simple_rows
 from support.slurm_cluster import WHY_NOT, Slurm, slurm_cluster
 from support.tally import tally
 
@@ -352,7 +352,7 @@ def log_of(job: str, folder: Path) -> Path:
 def wait_for_steps(job: str, folder: Path) -> Path:
     """Wait until a training has taken steps; gives its log."""
     log = log_of(job, folder)
-    wait_for(lambda: " steps, " in log.read_text(), folder)
+    wait_for(lambda: has_stepped(log.read_text()), folder)
     return log
 
 
@@ -382,14 +382,14 @@ def test_the_pipeline_survives_a_killed_task_and_a_requeue_in_the_middle_of_trai
     refshard("train", "--config", config, *undisturbed)
 
     run = ("-o", f"train.output_dir={odd / 'policy'}", "-o", f"precompute.output={odd / 'shards'}")
-    array, finish, train = launch(config, *run, "--workers", "4")
+    array, finish, train = launch(config, *run, "--workers", "2")
     folder = odd / "policy" / "jobs"
     # Before it can have done its share.
-    wait_for(lambda: slurm.programs("precompute", SLURM_ARRAY_TASK_ID="2"), folder)
-    os.kill(slurm.programs("precompute", SLURM_ARRAY_TASK_ID="2")[0], signal.SIGKILL)
+    wait_for(lambda: slurm.programs("precompute", SLURM_ARRAY_TASK_ID="1"), folder)
+    os.kill(slurm.programs("precompute", SLURM_ARRAY_TASK_ID="1")[0], signal.SIGKILL)
     assert slurm.wait(finish) == "COMPLETED", logs(folder)
     states = slurm.states()
-    assert [states[f"{array}_{task}"] for task in range(4)] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    assert [states[f"{array}_{task}"] for task in range(2)] == ["COMPLETED", "FAILED"]
     assert parts(odd / "shards" / "train") == parts(tmp_path / "other-shards" / "train")
 
     log = wait_for_steps(train, folder)
@@ -433,9 +433,14 @@ esac
 def test_stage_two_does_not_start_when_stage_one_failed(
     slurm: Slurm, launch: Callable[..., list[str]], make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rows: list[Any] = simple_rows(24)
-    rows[20] = {"prompt": "Hm?", "chosen": " Yes."}
-    array, finish, train = launch(make_run(rows, cluster=CPU), "--workers", "2")
+    # The first worker and the check come upon a bad row.
+    program = f"""#!/bin/bash
+[ "$1" = precompute ] || touch {tmp_path}/trained
+[ "$5" = 1/2 ] || {{ echo pairs.jsonl:21 >&2; exit 65; }}
+"""
+    (tmp_path / "refshard").write_text(program)
+    (tmp_path / "refshard").chmod(0o755)
+    array, finish, train = launch(make_run(cluster={**CPU, "setup": f"PATH={tmp_path}:$PATH"}), "--workers", "2")
     assert slurm.wait(train) == "CANCELLED"
     folder = tmp_path / "policy" / "jobs"
     states = slurm.states()
@@ -443,8 +448,8 @@ def test_stage_two_does_not_start_when_stage_one_failed(
     assert states[finish] == "FAILED"
     assert not list(folder.glob(f"*-{train}.log"))
     assert "pairs.jsonl:21" in next(iter(folder.glob(f"*-{finish}.log"))).read_text()
-    assert not (tmp_path / "policy" / "attempts").exists()
-    tally("a bad row in one task of an array", 1, outcome="65, the row named; stage two never started")
+    assert not (tmp_path / "trained").exists()
+    tally("a task of an array that ends with 65, its program played", 1, outcome="FAILED; stage two never started")
 
 
 @slow

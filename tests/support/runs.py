@@ -1,7 +1,9 @@
 """Rows, settings and commands: what a run is made of, and what it leaves."""
 
 import json
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,22 @@ def write_config(file: Path, **sections: Any) -> Path:
     return file
 
 
-def refshard(*arguments: Any, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+def refshard(
+    *arguments: Any, check: int | None = 0, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the real command in a process of its own; `check` is the exit status to expect."""
-    command = Command(*arguments)
+    command = Command(*arguments, before=before)
     status = command.wait()
     assert status is not None, f"{command.words} still runs after 600 s"
     out, err = command.said()
     if check is not None:
         assert status == check, f"exit {status}, expected {check}\n{out}\n{err}"
     return subprocess.CompletedProcess(command.words, status, out, err)
+
+
+def has_stepped(said: str) -> bool:
+    """Whether a training that said this has taken a step; its line shows what comes before that, too."""
+    return re.search(r"^train: (?!0 )[\d,]+ of [\d,]+ steps", said, re.MULTILINE) is not None
 
 
 def logged_steps(output: Path) -> list[dict[str, float]]:
