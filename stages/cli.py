@@ -1,6 +1,5 @@
 """The `refshard` command. Each stage is imported when it is called, so that help does not load torch."""
 
-import atexit
 import io
 import os
 import signal
@@ -19,7 +18,7 @@ from pipeline.config.schema import Config
 from stages import options
 from stages.check.hardware import HARDWARE
 from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
-from stages.subprocesses import Commands
+from stages.subprocesses import Commands, leave
 
 __all__ = ["main", "run"]
 
@@ -72,9 +71,12 @@ def precompute(config: Config, processes: int, **given: Any) -> None:
     if processes > 1:
         _launch(config, processes)
         return
-    from stages.precompute import command as stage
+    from stages import finished
 
-    stage.run(config, **given)
+    if given["overwrite"] or not finished.reported_stores(config):
+        from stages.precompute import command as stage
+
+        stage.run(config, **given)
 
 
 @main.command(short_help="Stage two: train the policy on the shards.")
@@ -101,9 +103,12 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
         trdpo.run(config, _commands(given["stop_at"]), words, overwrite=given["overwrite"])
         return
-    from stages import train as stage
+    from stages import finished
 
-    stage.run(config, **given)
+    if given["overwrite"] or not finished.reported_run(config):
+        from stages import train as stage
+
+        stage.run(config, **given)
 
 
 _SHARE = click.FloatRange(0, 1)
@@ -428,20 +433,7 @@ def run() -> None:
         status, text = status_and_text(error)
         say(f"refshard: {text}", err=True)
         emit("error", {"text": text, "status": status})
-    _leave(status if isinstance(status, int) else 0)
-
-
-def _leave(status: int) -> None:
-    """End the process; one of several ends without its C++ destructors.
-
-    Threads of torch's process groups outlive them and sometimes abort a finished rank, which ends the launch as failed.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    leave(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

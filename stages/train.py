@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from accelerate import PartialState
 
@@ -29,6 +28,7 @@ from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, loa
 from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import load_policy
+from pipeline.models.recollection import Recollection, facts_of_run
 from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import ATTEMPT_NAME, Attempt, claim_run
 from pipeline.run.card import model_card
@@ -40,11 +40,10 @@ from pipeline.run.checkpoints import (
     is_last,
     is_recorded,
     newest_step,
-    processes_of,
     refuse_other_run,
     reopening,
 )
-from pipeline.run.identity import check_same_run, is_longer, run_identity
+from pipeline.run.identity import check_same_run, identity_of_training, is_longer, run_identity
 from pipeline.run.inputs import RunInputs, SetInputs, describe_policy, describe_reference
 from pipeline.run.outputs import guard_run
 from pipeline.run.reading import RECORD, SETTINGS, read_record
@@ -63,7 +62,7 @@ from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
 from pipeline.training.joining import count_pairs, join_sets, joined_files, joined_token_logps, open_joined
 from pipeline.training.losses import balance_weight
-from pipeline.training.processes import on_main_process
+from pipeline.training.processes import on_main_process, other_processes
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
 from pipeline.training.steps import order_of_run
@@ -127,6 +126,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         FencedError: Another attempt of this run has taken over.
     """
     flag = watch_signals(stop_at)
+    recollection = Recollection("train", config)
     arguments = training_arguments(config)
     output = config.train.folder
     # Before any process makes something in the folder.
@@ -137,6 +137,9 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     # Before any identity takes their digests.
     base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
     tokenizer = load_tokenizer(config)
+    training = identity_of_training(config)
+    facts = facts_of_run(config, tokenizer, training, pushes=arguments.push_to_hub)
+    on_main_process(lambda: recollection.remember(facts))
     config = with_template_date(config, tokenizer)
     if config.reference.sync:
         check_mixable(config)
@@ -145,7 +148,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     else:
         stores = _open_stores(config, config.data.sets, tokenizer)
         fingerprints = {name: store.fingerprint for name, store in stores.items()}
-    identity = run_identity(config, fingerprints, PartialState().num_processes)
+    identity = run_identity(config, fingerprints, PartialState().num_processes, training)
 
     if not overwrite:
         if is_recorded(output):
@@ -231,7 +234,7 @@ def _train(run: TrainingRun) -> None:
     hub = Hub(run.arguments) if run.arguments.push_to_hub else None
     on_main_process(lambda: _rehearse(run, trainer, inputs, sets, hub))
     if run.checkpoint is not None:
-        _say(f"Resuming {run.checkpoint}{_with_other_processes(run.checkpoint, scorer.model)}")
+        _say(f"Resuming {run.checkpoint}{other_processes(run.checkpoint, scorer.model)}")
     finishes = run.window is None or run.window.is_last
     try:
         _run_steps(run, trainer)
@@ -364,17 +367,6 @@ def _rehearse(
     if hub is not None:
         hub.open()
         trainer.add_callback(HubCallback(hub))
-
-
-def _with_other_processes(checkpoint: Path, policy: Any) -> str:
-    """Describe a change in the number of processes since the checkpoint was saved; empty if there is none."""
-    before, now = processes_of(checkpoint), PartialState().num_processes
-    if before == now:
-        return ""
-    changed = f", saved by {before} process{'es' if before > 1 else ''}, in {now}"
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.modules()):
-        changed += "; dropout draws other random numbers from here on than it would have"
-    return changed
 
 
 def _run_steps(run: TrainingRun, trainer: PairTrainer) -> None:

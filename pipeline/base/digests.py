@@ -16,11 +16,12 @@ from typing import Any
 from pipeline.base.errors import DataError, IdentityError, StorageError
 from pipeline.base.files import make_folder, open_file, read_json, replace_file, storage_errors
 
-__all__ = ["WatchedFiles", "read_sha256", "sha256_of_file", "sha256_of_files", "stamp_of"]
+__all__ = ["WatchedFiles", "add_to_cache", "read_cache", "read_sha256", "sha256_of_file", "sha256_of_files", "stamp_of"]
 
 Stamp = tuple[int, int, int, int]
 """Size, time of change of the content, of content or name (both in ns), inode"""
 
+_CACHE = "digests.json"
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
@@ -39,18 +40,34 @@ def read_sha256(file: Path) -> str:
 
 def sha256_of_file(file: Path) -> str:
     """Return a file's SHA-256 in hex, from the cache if the file is as it was. Raises StorageError."""
-    cache_file = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / "digests.json"
     entry = "|".join(map(str, (file.resolve(), *stamp_of(file))))
-    digest, _, sample = str(_read_cache(cache_file).get(entry, "")).partition(" ")
+    digest, _, sample = str(read_cache(_CACHE).get(entry, "")).partition(" ")
     if sample and sample == _sample(file):
         return digest
     digest = read_sha256(file)
-    # Other processes may have added to the cache. If it can't be written, that costs time, never correctness.
-    entries = [*_read_cache(cache_file).items(), (entry, f"{digest} {_sample(file)}")]
-    with contextlib.suppress(StorageError):
-        make_folder(cache_file.parent)
-        replace_file(cache_file, json.dumps(dict(entries[-1000:]), indent=0).encode())
+    add_to_cache(_CACHE, entry, f"{digest} {_sample(file)}", most=1000)
     return digest
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """Read a file of the user's cache; it is empty if it can't be read."""
+    try:
+        return read_json(_cache_file(name))
+    except (DataError, StorageError):
+        return {}
+
+
+def add_to_cache(name: str, key: str, value: Any, *, most: int) -> None:
+    """Add an entry to a file of the user's cache, which keeps the newest. If it can't be written, that costs time."""
+    # Other processes may have added to the cache.
+    entries = [*read_cache(name).items(), (key, value)]
+    with contextlib.suppress(StorageError):
+        make_folder(_cache_file(name).parent)
+        replace_file(_cache_file(name), json.dumps(dict(entries[-most:]), indent=0).encode())
+
+
+def _cache_file(name: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / name
 
 
 def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
@@ -107,10 +124,3 @@ def _sample(file: Path) -> str:
             stream.seek(last * number // (_BLOCKS - 1))
             digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()[:32]
-
-
-def _read_cache(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except (DataError, StorageError):
-        return {}

@@ -1,10 +1,7 @@
 """Fix the date that a chat template reads from the clock (`strftime_now`), so that tokens depend on no day."""
 
 import datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any, Protocol
 
 __all__ = ["asks_for_date", "fix_date"]
 
@@ -12,7 +9,12 @@ _CLOCK = "strftime_now"
 """The one function by which the library tells a template the time"""
 
 
-def asks_for_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+class _Templated(Protocol):
+    @property
+    def chat_template(self) -> Any: ...
+
+
+def asks_for_date(tokenizer: _Templated) -> bool:
     """Return True if the tokenizer's chat template, or one of its templates, reads the clock."""
     return _CLOCK in str(tokenizer.chat_template)
 

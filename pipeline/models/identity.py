@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA_VERSION",
     "PolicyReferenceRelation",
+    "TokenizerFacts",
     "check_dtypes",
     "describe_differences",
     "differences",
@@ -62,17 +63,33 @@ _IRRELEVANT_CONFIG = frozenset(
 )
 
 
-def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """All of a tokenizer that an identity depends on; stands for a tokenizer that is not loaded."""
+
+    digest: str
+    """SHA-256 of the rules from text to ids"""
+    chat_template: str | None
+    eos_token: str | None
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenizerFacts":
+        template: Any = tokenizer.chat_template
+        return cls(_digest_of_tokenizer(tokenizer), str(template) if template else None, tokenizer.eos_token)
+
+
+def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase | TokenizerFacts") -> dict[str, Any]:
     """Collect everything that a log-prob of this run's reference depends on. Reads files, loads no weights."""
-    dated = config.data.template_date is not None and asks_for_date(tokenizer)
+    known = tokenizer if isinstance(tokenizer, TokenizerFacts) else TokenizerFacts.of(tokenizer)
+    dated = config.data.template_date is not None and asks_for_date(known)
     return {
         "schema": SCHEMA_VERSION,
         "reference": identity_of_reference(config),
         "tokenization": {
             "version": TOKENIZATION_VERSION,
-            "tokenizer": _digest_of_tokenizer(tokenizer),
-            "chat_template": _digest(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
-            "eos": tokenizer.eos_token,
+            "tokenizer": known.digest,
+            "chat_template": None if known.chat_template is None else _digest(known.chat_template),
+            "eos": known.eos_token,
             **({"template_date": config.data.template_date} if dated else {}),
             "max_length": config.data.max_length,
             "token_logps": config.precompute.token_logps,

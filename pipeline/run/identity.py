@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from pipeline.base.errors import IdentityError
 from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.sources import as_recorded, digests_of_data, open_source
 from pipeline.models.identity import describe_differences, identity_of_reference
 
-__all__ = ["check_same_run", "is_longer", "run_identity"]
+__all__ = ["check_same_run", "identity_of_training", "is_longer", "run_identity"]
 
 # Settings that may change when a run resumes, since no step's result depends on them: outputs and their frequency,
 # measurements, the fetching of batches, the saving of memory. All others must stay.
@@ -137,12 +135,13 @@ def _unplaced(settings: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[st
     return {key: value for key, value in settings.items() if key != "path" or key in of_run}
 
 
-def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int) -> dict[str, Any]:
-    """Collect what a checkpoint must agree with to be resumed as if training had never stopped.
+def identity_of_training(config: Config) -> dict[str, Any]:
+    """Collect what of the `train` section a checkpoint must agree with. A setting that equals its default is left out.
 
-    A setting that equals its default is left out. The number of processes may change as long as a step has as many
-    pairs: micro-batches are dealt to the processes in turn, so the pairs of a step stay the same.
+    The library's defaults are asked for, which loads torch; `run_identity` takes the answer.
     """
+    import transformers
+
     defaults: dict[str, Any] = {"on_missing": "stop"}
     for field in dataclasses.fields(transformers.TrainingArguments):
         make = field.default_factory
@@ -153,6 +152,23 @@ def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int
         for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
+    return _plain(
+        {
+            "train": fixed,
+            "accumulation": options.get("gradient_accumulation_steps", 1),
+            "deepspeed": bool(options.get("deepspeed")),
+        }
+    )
+
+
+def run_identity(
+    config: Config, fingerprints: Mapping[str, str], processes: int, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Collect what a checkpoint must agree with to be resumed as if training had never stopped.
+
+    The number of processes may change as long as a step has as many pairs: micro-batches are dealt to the processes in
+    turn, so the pairs of a step stay the same. `training` is that of `identity_of_training`.
+    """
     run, contents = as_dict(config), {}
     held_out = run["data"].pop("eval")
     for name, settings in {"train": run["data"], **held_out}.items():
@@ -169,16 +185,20 @@ def run_identity(config: Config, fingerprints: Mapping[str, str], processes: int
         "policy": run["policy"],
         "loss": run["loss"],
         "sync": run["reference"]["sync"],
-        "train": fixed,
-        "processes x gradient_accumulation_steps": processes * options.get("gradient_accumulation_steps", 1),
+        "train": training["train"],
+        "processes x gradient_accumulation_steps": processes * training["accumulation"],
     }
     if config.policy.has_adapter:
         # Checkpoints hold the adapter alone.
         base = ReferenceConfig(dtype=config.policy.dtype, disable_adapters=True)
         identity["policy_base"] = identity_of_reference(dataclasses.replace(config, reference=base))
-    if options.get("deepspeed"):
+    if training["deepspeed"]:
         # DeepSpeed's shares can be loaded only by as many processes.
         identity["processes"] = processes
-    # As JSON gives it back, without tuples.
+    return _plain(identity)
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an identity as JSON gives it back, without tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain

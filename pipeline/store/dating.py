@@ -13,10 +13,14 @@ from pipeline.store.store import find_stores, read_manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.models.identity import TokenizerFacts
+
 __all__ = ["with_template_date"]
 
 
-def with_template_date(config: Config, tokenizer: "PreTrainedTokenizerBase", *, overwrite: bool = False) -> Config:
+def with_template_date(
+    config: Config, tokenizer: "PreTrainedTokenizerBase | TokenizerFacts", *, overwrite: bool = False
+) -> Config:
     """Give settings with the date for the chat template, if it asks for one and `data.template_date` does not say it.
 
     It is that of the first store in `precompute.output` (none of which counts with `overwrite`) or `precompute.reuse`,

@@ -1,15 +1,17 @@
 """Decisions that the processes of a run share: all get the same answer, and none waits for another in vain."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 
 from pipeline.base.errors import RefshardError, interruption_of
+from pipeline.run.checkpoints import processes_of
 
-__all__ = ["largest", "of_main_process", "on_main_process"]
+__all__ = ["largest", "of_main_process", "on_main_process", "other_processes"]
 
 T = TypeVar("T")
 
@@ -52,3 +54,14 @@ def largest(value: int) -> int:
     if state.num_processes == 1:
         return value
     return int(gather(torch.tensor([value], device=state.device)).max().item())
+
+
+def other_processes(checkpoint: Path, policy: Any) -> str:
+    """Describe a change in the number of processes since the checkpoint was saved; empty if there is none."""
+    before, now = processes_of(checkpoint), PartialState().num_processes
+    if before == now:
+        return ""
+    changed = f", saved by {before} process{'es' if before > 1 else ''}, in {now}"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.modules()):
+        changed += "; dropout draws other random numbers from here on than it would have"
+    return changed

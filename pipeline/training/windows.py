@@ -39,7 +39,7 @@ from pipeline.run.checkpoints import (
     reference_folder,
     reference_folders,
 )
-from pipeline.run.identity import run_identity
+from pipeline.run.identity import identity_of_training, run_identity
 from pipeline.run.reading import part
 from pipeline.training.arguments import training_arguments
 from pipeline.training.mixing import MARKER, mix
@@ -226,7 +226,7 @@ def next_window(
     order = order_of_run(arguments, len(kept))
     check_mixable(config)
     fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
-    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size)
+    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size, identity_of_training(config))
     # Refuses another run's checkpoints too, before the reference is moved to them.
     checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)

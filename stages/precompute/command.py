@@ -6,41 +6,36 @@ Each process of one launch is a worker, unless they hold one reference together 
 process is the only worker.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, DataError, is_out_of_memory
+from pipeline.base.errors import ConfigError, is_out_of_memory
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
-from pipeline.data.intake import Ledger
 from pipeline.data.reading import say_how_read
 from pipeline.data.rows import Source
-from pipeline.data.sources import count_rows, data_files, describe, digests_of_data, open_source
+from pipeline.data.sources import count_rows, data_files, open_source
 from pipeline.models.adapters import check_adapters
-from pipeline.models.files import (
-    declared_reference,
-    files_of_model,
-    load_tokenizer,
-    reference_sources,
-)
+from pipeline.models.files import files_of_model, load_tokenizer, reference_sources
 from pipeline.models.identity import check_dtypes, identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.models.loading import pick_device
+from pipeline.models.recollection import Recollection, facts_of_stores
 from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.records import delete_costs
 from pipeline.scoring.memory import free_memory
 from pipeline.scoring.tensor_parallel import Ensemble, LeaderModel, processes_of_launch, share_of_process
 from pipeline.store.dating import with_template_date
-from pipeline.store.reuse import Reusable, open_reusable
+from pipeline.store.plan import declared_of, plan_of, report_of
+from pipeline.store.reuse import open_reusable
 from pipeline.store.serving import serving_store
-from pipeline.store.store import create_store, delete_store, is_finished, open_store
+from pipeline.store.store import create_store, delete_store, is_finished
 from pipeline.training.settings import check_training, too_few_pairs
 from pipeline.training.windows import next_window
 from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
@@ -107,6 +102,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             f"refshard import FILE --config F --set NAME (for {', '.join(config.data.sets)}), or name a model in "
             "reference.model"
         )
+    recollection = Recollection("precompute", config)
     guard_shards(config, overwrite=overwrite)
     if not config.train.is_empty:
         guard_run(config)
@@ -145,7 +141,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         flag=flag,
         costs_in=costs_in,
     )
-    missing = 0
+    missing, kept = 0, {}
     for name, source in sources.items():
         if overwrite:
             delete_store(open_folder(config.precompute.output).child(name))
@@ -155,9 +151,12 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             continue
         missing += worker.score(job)
         if is_finished(job.folder):
-            kept = _report_finished(job)
+            report, kept[name] = report_of(name, job.folder)
+            say(report)
             if name == "train" and rows is None:
-                _check_enough(config, kept)
+                _check_enough(config, kept[name])
+    if len(kept) == len(sources):
+        recollection.remember(facts_of_stores(tokenizer, kept))
     if missing:
         say(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
 
@@ -174,12 +173,12 @@ def _make_job(
         "Parts written before are kept. Restore the file and run the same command again, or score the new one into "
         "another precompute.output (precompute.reuse copies)",
     )
-    plan = _plan(config, source, worker.reusable, rows)
+    plan = plan_of(config, source, worker.reusable, rows)
     if store := serving_store(folder, identity, plan, exact_length_of_reference(config)):
         for_what = "this run" if store.is_imported else f"max_length {config.data.max_length}"
         say(f"{name}: these shards serve {for_what} as they are; in {folder} ({len(store.units)} parts)")
         return None
-    header = create_store(folder, identity, plan, _declared(config, source), _provenance(config))
+    header = create_store(folder, identity, plan, declared_of(config, source), _provenance(config))
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 
 
@@ -188,59 +187,6 @@ def _check_enough(config: Config, pairs: int) -> None:
     launch = config.cluster.train
     if error := too_few_pairs(config.train.options, pairs, launch.nodes * launch.processes):
         raise error
-
-
-def _report_finished(job: ScoringJob) -> int:
-    """Say what the finished store of a set holds; give its number of pairs. Raises DataError if there are none."""
-    store = open_store(job.folder)
-    totals = Ledger()
-    totals.add(dict(store.index["totals"]))
-    say(f"{job.name}: {totals.summary()}; in {job.folder} ({len(store.units)} parts)")
-    if totals.kept == 0:
-        raise DataError(f"{job.folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
-    return totals.kept
-
-
-def _plan(config: Config, source: Source, reusable: Reusable, rows: frozenset[int] | None) -> dict[str, Any]:
-    """Give what a part's content depends on besides the identity; a store is continued only if all of it is equal.
-
-    `data.on_bad_row` is left out: no part holds a bad row. So a run that stopped at one can resume with `skip`.
-    """
-    of_window = {}
-    if rows is not None:
-        digest = hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
-        of_window = {"window": f"{len(rows)} pairs in the order of training ({digest[:12]})"}
-    remote = {"path": source.path, "name": source.name, "revision": source.revision}
-    return {
-        **of_window,
-        "rows_per_shard": config.precompute.rows_per_shard,
-        "on_identical": config.data.on_identical,
-        "columns": dict(source.columns),
-        "reuse": [store.digest for store in reusable.stores],
-        "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
-        # Local data is identified by content: a moved file is the same, an edited one is not.
-        "dataset": digests_of_data(source) or remote,
-        "split": source.split,
-    }
-
-
-def _declared(config: Config, source: Source) -> dict[str, Any]:
-    range_of_rows = "" if (source.start, source.stop) == (0, None) else f"[{source.start}:{source.stop or ''}]"
-    return {
-        **declared_reference(config),
-        "dataset": describe(source),
-        # The settings of `data` that read the set's rows again.
-        "data": {
-            "path": source.path,
-            "name": source.name,
-            "revision": source.revision,
-            "split": source.split + range_of_rows,
-            "format": source.format,
-            "columns": dict(source.columns),
-            "streaming": source.streaming,
-        },
-        "tokens_per_batch": config.precompute.tokens_per_batch,
-    }
 
 
 def _provenance(config: Config) -> Mapping[str, Any]:

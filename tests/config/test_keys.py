@@ -13,8 +13,8 @@ from pipeline.config.reader import as_dict, load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.models.identity import differences, identity_of_run
-from pipeline.run.identity import run_identity
-from stages.precompute.command import _plan
+from pipeline.run.identity import identity_of_training, run_identity
+from pipeline.store.plan import plan_of
 from support.runs import simple_rows, write_jsonl
 
 LISTED = {setting.key: setting for setting in settings()}
@@ -129,6 +129,6 @@ def _asked_of(config: Config, tokenizer: Any) -> dict[str, Any]:
     nothing = SimpleNamespace(stores=[])
     return {
         "identity": identity,
-        "plan": _plan(config, open_source(config.data), nothing, None),  # type: ignore[arg-type]
-        "run": run_identity(config, {}, processes=1),
+        "plan": plan_of(config, open_source(config.data), nothing, None),  # type: ignore[arg-type]
+        "run": run_identity(config, {}, 1, identity_of_training(config)),
     }

@@ -17,7 +17,18 @@ BELOW = {name: {n for below in FLOORS[:i] for n in below} for i, floor in enumer
 
 SHARED_BY_STAGES = {"stages.subprocesses"}
 
-TORCH_FREE = ["base", "config", "data", "models.files", "models.identity", "store", "replies.records", "run", "report"]
+TORCH_FREE = [
+    "base",
+    "config",
+    "data",
+    "models.files",
+    "models.identity",
+    "models.recollection",
+    "store",
+    "replies.records",
+    "run",
+    "report",
+]
 LOADS_TORCH = {"pipeline.data.loading"}
 """Modules of those packages that load it"""
 STAGES_WITHOUT_TORCH = [
@@ -25,6 +36,7 @@ STAGES_WITHOUT_TORCH = [
     "stages.check.hardware",
     "stages.demo.reviews",
     "stages.explain",
+    "stages.finished",
     "stages.inspect",
     "stages.report",
     "stages.submit",

@@ -30,7 +30,7 @@ from pipeline.run.checkpoints import (
     reference_folders,
     refuse_other_run,
 )
-from pipeline.run.identity import check_same_run, run_identity
+from pipeline.run.identity import check_same_run, identity_of_training, run_identity
 from pipeline.training.commit import CommitCallback
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from support.runs import simple_rows, write_jsonl
@@ -642,7 +642,7 @@ def identity_of(make_run: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
             key: config.train.given[key] for key in ("save_strategy", "use_cpu", *train) if key in config.train.given
         }
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, given=kept))
-        return run_identity(config, {"train": "f" * 64}, processes)
+        return run_identity(config, {"train": "f" * 64}, processes, identity_of_training(config))
 
     return identity
 

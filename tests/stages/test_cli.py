@@ -14,13 +14,13 @@ from support.runs import refshard
 
 _LEAVE = """
 import atexit
-from stages.cli import _leave
+from stages.subprocesses import leave
 class Last:
     def __del__(self): print("destructors")
 last = Last()
 atexit.register(print, "exit handlers")
 print("work")
-_leave(75)
+leave(75)
 """
 
 
