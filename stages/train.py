@@ -5,7 +5,7 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from pipeline.base.versions import library_versions
 from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
 from pipeline.models.adapters import check_adapters
-from pipeline.models.files import NamedModel, at_checkpoint, files_of_model, load_tokenizer
+from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
 from pipeline.models.identity import fingerprint_of, identity_of_run
-from pipeline.models.lengths import check_max_length, exact_length_of_reference
+from pipeline.models.lengths import check_max_length
 from pipeline.models.loading import load_policy
 from pipeline.models.recollection import Recollection, facts_of_run
 from pipeline.replies.records import GENERATIONS
@@ -51,8 +51,7 @@ from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.dating import with_template_date
-from pipeline.store.serving import open_stores
-from pipeline.store.store import Store, check_identity
+from pipeline.store.store import Store
 from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.commit import CommitCallback
@@ -60,9 +59,18 @@ from pipeline.training.ending import STAGING, metrics_of, rehearse_saving, save_
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
-from pipeline.training.joining import count_pairs, join_sets, joined_files, joined_token_logps, open_joined
+from pipeline.training.joining import (
+    check_joined,
+    count_pairs,
+    join_sets,
+    joined_token_logps,
+    open_joined,
+    open_stores_of_run,
+    watch_inputs,
+    watch_joined,
+)
 from pipeline.training.losses import balance_weight
-from pipeline.training.processes import on_main_process, other_processes
+from pipeline.training.processes import first_on_each_machine, on_main_process, other_processes
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
 from pipeline.training.steps import order_of_run
@@ -84,7 +92,9 @@ class TrainingRun:
     """The `train` section, as the user has set it"""
     tokenizer: Any
     base: WatchedFiles
-    """Files of the policy's model before training"""
+    """Files of the policy's model, and of its adapter, before training"""
+    data: WatchedFiles
+    """Local files of the sets"""
     identity: Mapping[str, Any]
     """Identity that a checkpoint must have"""
     attempt: Attempt
@@ -134,8 +144,8 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     check_training(config)
     check_adapters(config)
     check_max_length(config)
-    # Before any identity takes their digests.
-    base = WatchedFiles(files_of_model(NamedModel.policy(config).folder()))
+    # Before any identity takes their digests, which the other processes of a machine then find in the cache.
+    base, data = first_on_each_machine(lambda: watch_inputs(config), lambda: watch_inputs(config))
     tokenizer = load_tokenizer(config)
     training = identity_of_training(config)
     facts = facts_of_run(config, tokenizer, training, pushes=arguments.push_to_hub)
@@ -146,7 +156,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         # The stores change with every window; the first reference does not.
         stores, fingerprints = {}, {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
     else:
-        stores = _open_stores(config, config.data.sets, tokenizer)
+        stores = open_stores_of_run(config, config.data.sets, tokenizer)
         fingerprints = {name: store.fingerprint for name, store in stores.items()}
     identity = run_identity(config, fingerprints, PartialState().num_processes, training)
 
@@ -171,13 +181,14 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
             order = order_of_run(arguments, count_pairs(config, tokenizer, flag))
             window = window_at(config, arguments, order, checkpoint)
             scored = window_config(config, window, output)
-            stores = _open_stores(scored, filter(window.uses, config.data.sets), tokenizer)
+            stores = open_stores_of_run(scored, filter(window.uses, config.data.sets), tokenizer)
         _train(
             TrainingRun(
                 config=config,
                 arguments=arguments,
                 tokenizer=tokenizer,
                 base=base,
+                data=data,
                 identity=identity,
                 attempt=attempt,
                 flag=flag,
@@ -211,12 +222,6 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
     return checkpoint
 
 
-def _open_stores(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
-    stores = open_stores(config, names)
-    check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
-    return stores
-
-
 # Train.
 
 
@@ -225,6 +230,8 @@ def _train(run: TrainingRun) -> None:
     described = on_main_process(
         lambda: join_sets(run.config, run.stores, run.tokenizer, run.joined, run.flag, window=window)
     )
+    run.data.check()
+    first_on_each_machine(lambda: check_joined(run.joined), lambda: None)
     sets = {name: open_joined(run.joined, name) for name in described}
     if error := too_few_pairs(run.config.train.options, len(sets["train"]), PartialState().num_processes):
         raise error
@@ -299,10 +306,10 @@ def _make_trainer(
     config, arguments, window = run.config, run.arguments, run.window
     state = PartialState()
     held_out = {name: rows for name, rows in sets.items() if name != "train"}
-    watched = [WatchedFiles(joined_files(run.joined), "Run the same command again, which joins the sets again")]
-    if config.policy.has_adapter:
-        # Other checkpoints are whole models.
-        watched.append(run.base)
+    # Other checkpoints than adapters are whole models.
+    watched = [run.base] if config.policy.has_adapter else []
+    if state.is_main_process:
+        watched.append(watch_joined(run.joined))
     keep = arguments.save_total_limit
     commit = CommitCallback(run.identity, run.flag, attempt=run.attempt, keep=keep, watched=watched)
     margins = Margins(run.attempt, next(iter(held_out)) if len(held_out) == 1 else None)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 
 import pyarrow as pa
@@ -16,9 +15,6 @@ from pipeline.store.format import ForeignPartError, part_name
 from pipeline.store.store import PartHeader, Store, is_finished, load_store, parts_there, read_content, read_manifest
 
 __all__ = ["delete_foreign", "finish_store", "longest_pair", "lost_parts", "reopen_store"]
-
-_MOST_SKIPPED = 2**28
-"""Bytes of skipped.jsonl beyond which no further part's rows are listed, as memory holds all; the index counts all"""
 
 
 def finish_store(
@@ -63,8 +59,7 @@ def finish_store(
             continue
         totals.add(part.ledger.as_dict())
         noise += part.noise
-        for entry in part.skipped if len(skipped) < _MOST_SKIPPED else ():
-            skipped += json.dumps(entry, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
+        format.add_skipped(skipped, part)
         if approve is not None:
             samples[unit] = longest_pair(part.table)
         parts.append(
@@ -85,6 +80,9 @@ def finish_store(
         approve(samples, noise)
     if skipped:
         folder.replace(format.SKIPPED, bytes(skipped))
+    elif folder.size(format.SKIPPED) is not None:
+        # Of parts that are made again by now.
+        folder.delete(format.SKIPPED)
     fingerprint = manifest["fingerprint"]
     index = {"fingerprint": fingerprint, "parts": parts, "totals": totals.as_dict(), "noise": vars(noise)}
     folder.put_if_absent(format.INDEX, format.sealed(index))

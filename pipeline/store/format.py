@@ -31,6 +31,7 @@ __all__ = [
     "MANIFEST",
     "MANIFEST_SCHEMA",
     "MAX_BYTES",
+    "MOST_SKIPPED",
     "PART_NAME",
     "CheckedPart",
     "ForeignPartError",
@@ -104,6 +105,8 @@ DELETE_PART = "Delete this part, then run refshard precompute again: it scores t
 SCORE_ANEW = "Run refshard precompute again: it deletes this part, and scores its unit anew"
 MAKE_AGAIN = "Run refshard precompute again: it scores this unit only"
 DELETE_INDEX = "Delete it and run refshard precompute again: it scores one pair of each part twice"
+MOST_SKIPPED = 2**28
+"""Bytes of skipped.jsonl beyond which no further part's rows are listed, as memory holds all; the index counts all"""
 MAX_BYTES = 2**32
 """Largest part, manifest, or index. Parts of the default size have some megabytes"""
 
@@ -262,6 +265,12 @@ def content_digest(table: pa.Table, footer: Mapping[str, str]) -> str:
 def sealed(content: Mapping[str, Any]) -> bytes:
     """Encode a JSON file that holds the SHA-256 of its own content."""
     return (json.dumps({**content, "sha256": _seal(content)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def add_skipped(lines: bytearray, part: CheckedPart) -> None:
+    """Append a part's skipped rows, one a line, to the content of skipped.jsonl."""
+    for entry in part.skipped if len(lines) < MOST_SKIPPED else ():
+        lines += json.dumps(entry, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:

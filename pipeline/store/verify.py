@@ -2,6 +2,7 @@
 
     manifest -> its own digest, the fingerprint of its identity
     index    -> its own digest, every unit; the parts' counts and noise add up to its totals
+    skipped  -> the rows that the parts list as skipped
     part     -> size and SHA-256 of the index, page checksums, content digest, fingerprint, schema
     rows     -> in their unit's range, once each, finite, sums those of their tokens; equal keys, equal values
 
@@ -24,7 +25,17 @@ from pipeline.base.folders import LEFTOVERS, Folder
 from pipeline.data.intake import Ledger
 from pipeline.models.identity import differing_fields
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store.format import DELETE_INDEX, INDEX, MANIFEST, SKIPPED, is_ours, pair_keys, part_name
+from pipeline.store.format import (
+    DELETE_INDEX,
+    INDEX,
+    MANIFEST,
+    MOST_SKIPPED,
+    SKIPPED,
+    add_skipped,
+    is_ours,
+    pair_keys,
+    part_name,
+)
 from pipeline.store.store import Store, load_store, parts_there, read_checked_part, read_manifest
 
 __all__ = ["Findings", "delete_leftovers", "verify_store"]
@@ -99,7 +110,7 @@ def delete_leftovers(folder: Folder, older_than: float = 3600.0) -> int:
 def _check_parts(store: Store, findings: Findings) -> None:
     keys: list[npt.NDArray[np.bytes_]] = []
     sums: list[npt.NDArray[np.float32]] = []
-    last, totals, noise = -1, Ledger(), NoiseFloor()
+    last, totals, noise, skipped = -1, Ledger(), NoiseFloor(), bytearray()
     for unit in store.units:
         try:
             part = read_checked_part(store, unit, thorough=True)
@@ -110,6 +121,7 @@ def _check_parts(store: Store, findings: Findings) -> None:
         findings.parts += 1
         totals.add(part.ledger.as_dict())
         noise += part.noise
+        add_skipped(skipped, part)
         place = store.folder.place(part_name(unit))
         problems = [*_problems_of_rows(unit, table, store.manifest["plan"], last)]
         if unit < len(store.index.get("parts", ())) - 1:
@@ -125,8 +137,25 @@ def _check_parts(store: Store, findings: Findings) -> None:
             f"{store.folder.place(INDEX)}: {name} is {stored}, its parts add up to {found}. {DELETE_INDEX}"
             for name, stored, found in _differing_counts(store.index, totals, noise)
         )
+        findings.problems += _problems_of_skipped(store.folder, skipped)
     if keys:
         _check_duplicates(np.concatenate(keys), np.concatenate(sums), findings)
+
+
+def _problems_of_skipped(folder: Folder, lines: bytes) -> Iterator[RefshardError | str]:
+    """Yield what is wrong with the list of skipped rows, which is the parts' own, put together."""
+    try:
+        content = folder.read(SKIPPED) if folder.size(SKIPPED) is not None else b""
+    except RefshardError as error:
+        yield error
+        return
+    # Earlier versions listed more.
+    if content[:MOST_SKIPPED] != lines[:MOST_SKIPPED]:
+        found, wanted = (text.count(b"\n") for text in (content, lines))
+        yield (
+            f"{folder.place(SKIPPED)}: must list the {wanted:,} rows that the parts list as skipped, got {found:,}. "
+            f"Delete {INDEX} and run refshard precompute again: it writes both anew"
+        )
 
 
 def _differing_counts(index: Mapping[str, Any], totals: Ledger, noise: NoiseFloor) -> Iterator[tuple[str, Any, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 
-from pipeline.base.digests import read_sha256, sha256_of_files
+from pipeline.base.digests import WatchedFiles, read_sha256, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.files import read_json, write_json
 from pipeline.base.progress import say
@@ -15,18 +15,42 @@ from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
-from pipeline.data.sources import describe, open_source
-from pipeline.models.files import NamedModel
-from pipeline.models.lengths import length_error, most_positions
+from pipeline.data.sources import data_files, describe, open_source
+from pipeline.models.files import NamedModel, files_of_model, find_adapter
+from pipeline.models.identity import identity_of_run
+from pipeline.models.lengths import exact_length_of_reference, length_error, most_positions
 from pipeline.run.inputs import SetInputs
 from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
-from pipeline.store.serving import remedy_for_missing
-from pipeline.store.store import Store
+from pipeline.store.serving import open_stores, remedy_for_missing
+from pipeline.store.store import Store, check_identity
 
-__all__ = ["count_pairs", "join_sets", "joined_files", "joined_token_logps", "open_joined"]
+__all__ = [
+    "check_joined",
+    "count_pairs",
+    "join_sets",
+    "joined_token_logps",
+    "open_joined",
+    "open_stores_of_run",
+    "watch_inputs",
+    "watch_joined",
+]
 
 _DIGESTS = "digests.json"
+
+
+def watch_inputs(config: Config) -> tuple[WatchedFiles, WatchedFiles]:
+    """Take the digests of the policy's files and of the sets'."""
+    adapter = None if config.policy.adapter is None else find_adapter(config.policy.adapter, "policy.adapter")
+    rows = [file for name in config.data.sets for file in data_files(open_source(config.data, name))]
+    return WatchedFiles(files_of_model(NamedModel.policy(config).folder(), adapter)), WatchedFiles(rows)
+
+
+def open_stores_of_run(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
+    """Open the finished stores of sets. Raises IdentityError for one of another reference or tokenization."""
+    stores = open_stores(config, names)
+    check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
+    return stores
 
 
 def join_sets(
@@ -78,35 +102,40 @@ def join_sets(
             store=None if store is None else str(store.folder),
             noise=None if store is None else dict(store.index["noise"]),
         )
-    write_json(folder / _DIGESTS, sha256_of_files(joined_files(folder)))
+    write_json(folder / _DIGESTS, sha256_of_files(_joined_files(folder)))
     return joined
 
 
-def joined_files(folder: Path) -> list[Path]:
-    """List the files of the joined sets and of their token logps, which are in use until training ends."""
+def watch_joined(folder: Path) -> WatchedFiles:
+    """Watch the files of the joined sets and of their token logps, which are in use until training ends."""
+    return WatchedFiles(_joined_files(folder), "Run the same command again, which joins the sets anew")
+
+
+def _joined_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in (".arrow", ".f32"))
 
 
+def check_joined(folder: Path) -> None:
+    """Compare the joined sets and their token logps, read whole, with their digests. Raises DataError."""
+    for name, digest in read_json(folder / _DIGESTS).items():
+        file = folder / name
+        if read_sha256(file) != digest:
+            raise DataError(
+                f"{file}: must hold what was joined, got other bytes. Check the disk, and run the command again"
+            )
+
+
 def open_joined(folder: Path, name: str) -> datasets.Dataset:
-    """Open a joined set, memory-mapped, after a check of its digest. Raises DataError."""
-    return datasets.Dataset.from_file(str(_checked(_joined_file(folder, name))))
+    """Open a joined set, memory-mapped; `check_joined` comes first."""
+    return datasets.Dataset.from_file(str(_joined_file(folder, name)))
 
 
 def joined_token_logps(folder: Path) -> TokenLogps:
-    """Give the reference token logps that the joined sets' `token_start` counts in. Raises DataError as `open_joined`.
+    """Give the reference token logps that the joined sets' `token_start` counts in; `check_joined` comes first.
 
     A run without losses that need them has none.
     """
-    file = _token_file(folder)
-    return TokenLogps(_checked(file) if file.exists() else file)
-
-
-def _checked(file: Path) -> Path:
-    if read_sha256(file) != read_json(file.parent / _DIGESTS).get(file.name):
-        raise DataError(
-            f"{file}: must hold what was joined, got other bytes. Check the disk, and run the command again"
-        )
-    return file
+    return TokenLogps(_token_file(folder))
 
 
 def count_pairs(config: Config, tokenizer: Any, flag: StopFlag) -> int:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather
 from pipeline.base.errors import RefshardError, interruption_of
 from pipeline.run.checkpoints import processes_of
 
-__all__ = ["largest", "of_main_process", "on_main_process", "other_processes"]
+__all__ = ["first_on_each_machine", "largest", "of_main_process", "on_main_process", "other_processes"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,30 @@ def on_main_process(action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[no-any-return]
+
+
+def first_on_each_machine(first: Callable[[], T], then: Callable[[], T]) -> T:
+    """Run `first` in one process of each machine, then `then` in the others; each returns its own result.
+
+    If one fails, every process raises a RefshardError of its exit status.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return first()
+    result, failure = None, None
+    if state.is_local_main_process:
+        try:
+            result = first()
+        except Exception as error:
+            failure = error
+    status = largest(getattr(failure, "exit_status", 1) if failure is not None else 0)
+    if failure is not None:
+        raise failure
+    if status:
+        other = RefshardError("another process of the run failed, and names the reason")
+        other.exit_status = status
+        raise other
+    return then() if not state.is_local_main_process else result  # type: ignore[return-value]
 
 
 def of_main_process(value: T) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pipeline.base.errors import ConfigError
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say
 from pipeline.config.schema import Config
@@ -23,6 +24,7 @@ from pipeline.models.files import (
     reference_sources,
 )
 from pipeline.models.identity import identity_of_run
+from pipeline.models.lengths import check_max_length, exact_length_of_reference
 from pipeline.report import pages
 from pipeline.run.checkpoints import trained_weights
 from pipeline.scoring.agreement import allowed_gap
@@ -90,7 +92,8 @@ def _with_logps(config: Config, found: Findings, tokenizer: Any, recompute: bool
     pair, gap = found.pair, None
     assert pair.key is not None
     folder = open_folder(config.precompute.output).child(pair.set_name)
-    stored, remarks = find_stored(folder, pair.key, pair.row, identity_of_run(config, tokenizer))
+    exact = exact_length_of_reference(config)
+    stored, remarks = find_stored(folder, pair.key, pair.row, identity_of_run(config, tokenizer), exact)
     if stored is not None:
         pair = with_stored(pair, stored)
     if recompute and config.reference.declared is None:
@@ -109,6 +112,10 @@ def _with_logps(config: Config, found: Findings, tokenizer: Any, recompute: bool
 def _remarks(config: Config, recompute: bool, has_policy: bool) -> Iterator[str]:
     if config.reference.sync is not None:
         yield "reference.sync: this is the reference before its first move, and its shards"
+    try:
+        check_max_length(config)
+    except ConfigError as error:
+        yield str(error)
     if recompute and config.reference.declared is not None:
         yield "reference.declared: a reference known by name alone can't be scored with again"
     if has_policy and config.loss.ld_alpha is not None:

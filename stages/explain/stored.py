@@ -37,9 +37,9 @@ class StoredPair:
 
 
 def find_stored(
-    folder: Folder, key: str, row: int, identity: Mapping[str, Any]
+    folder: Folder, key: str, row: int, identity: Mapping[str, Any], exact: int | None
 ) -> tuple[StoredPair | None, tuple[str, ...]]:
-    """Look up a pair by its key, in hex; its row tells where to look first.
+    """Look up a pair by its key, in hex; its row tells where to look first; `exact` is the reference's exact length.
 
     Returns:
         The stored pair, and remarks: why there is none, or why it may not be of this run, which `identity` describes.
@@ -49,7 +49,7 @@ def find_stored(
         store = load_store(folder)
         if store.unfinished is not None:
             remarks.append(str(store.unfinished))
-        found = differences(store.manifest["identity"], identity, joining=True)
+        found = differences(store.manifest["identity"], identity, joining=True, exact=exact)
         if found:
             remarks.append(f"{folder}: of another reference or tokenization than this run's: {'; '.join(found)}")
         stored = _search(store, bytes.fromhex(key), row)

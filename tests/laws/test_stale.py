@@ -21,8 +21,7 @@ from pipeline.base.errors import DataError, RefshardError
 from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.models.files import load_tokenizer
-from pipeline.training.joining import join_sets, joined_token_logps, open_joined
-from stages import train
+from pipeline.training.joining import check_joined, join_sets, open_joined, open_stores_of_run
 from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
@@ -55,7 +54,7 @@ class Scored:
         """The joined set, as training would read it."""
         config = load_config(self.folder / "run.yaml", self._here(overrides))
         tokenizer = load_tokenizer(config)
-        stores = train._open_stores(config, ["train"], tokenizer)
+        stores = open_stores_of_run(config, ["train"], tokenizer)
         joined = self.folder / "policy" / "joined"
         join_sets(config, stores, tokenizer, joined, StopFlag())
         return open_joined(joined, "train").data.table
@@ -96,8 +95,7 @@ def test_a_joined_set_that_is_damaged_before_it_is_opened_is_named(scored: Score
     content[len(content) // 2] ^= 0x40
     (joined / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{joined / name}: must hold what was joined"):
-        open_joined(joined, "train")
-        joined_token_logps(joined)
+        check_joined(joined)
 
 
 def change_json(file: Path, **values: Any) -> None:

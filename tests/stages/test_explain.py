@@ -188,15 +188,30 @@ def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch:
         return read_checked_part(store, number, columns)
 
     monkeypatch.setattr(stored_module, "read_checked_part", watched)
-    stored, _ = find_stored(folder, key.hex(), 1, identity)
+    stored, _ = find_stored(folder, key.hex(), 1, identity, None)
     assert stored is not None
     assert len(stored.token_logps["chosen"]) == stored.lengths["chosen"]
     assert read == [(0, False), (0, True)]
     read.clear()
-    stored, remarks = find_stored(folder, "00" * 16, 9, identity)
+    stored, remarks = find_stored(folder, "00" * 16, 9, identity, None)
     assert stored is None
     assert "no pair in it has this key" in remarks[-1]
     assert read == [(2, False), (0, False), (1, False)]
+
+
+def test_a_store_beyond_the_references_exact_length_is_remarked_on(scored: Path, tmp_path: Path) -> None:
+    """Stores of earlier versions may hold pairs that a longer neighbour has changed."""
+    folder = open_folder(scored / "shards" / "train")
+    identity = read_manifest(folder)["identity"]
+    shorter = {**identity, "tokenization": {**identity["tokenization"], "max_length": 64}}
+    _, (remark, *_) = find_stored(folder, "00" * 16, 9, shorter, 64)
+    assert "with pairs of more than 64 tokens, this reference's log-probs depend on the batch" in remark
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+    longrope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    model = make_model(tmp_path / "longrope", make_tokenizer(), rope_parameters=longrope)
+    config = load_config(scored / "run.yaml", [f"policy.model={model}"])
+    (remark,) = command._remarks(config, recompute=False, has_policy=False)
+    assert remark.startswith("data.max_length: must be at most 32 for policy.model")
 
 
 def test_what_is_no_number_is_null_in_json(tokenizer: Any) -> None:

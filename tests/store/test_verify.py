@@ -147,6 +147,35 @@ def test_nothing_is_deleted_in_another_programs_folder(tmp_path: Path) -> None:
     assert left.exists()
 
 
+@pytest.mark.parametrize("changed", ["gone", "cut", "edited", "another's", "a FIFO"])
+def test_the_list_of_skipped_rows_is_compared_with_the_parts(tmp_path: Path, changed: str) -> None:
+    folder, file = LocalFolder(tmp_path), tmp_path / "skipped.jsonl"
+    skipped = [{"row": row, "place": "p.jsonl", "reason": "not_json", "message": "é \ud800"} for row in (0, 1)]
+    counts = Ledger(rows=2, dropped=Counter(not_json=2), skipped=[] if changed == "another's" else skipped)
+    write_part(folder, 0, [], counts, header=create_store(folder, IDENTITY, PLAN, {}))
+    finish_store(folder, 1)
+    assert problems_of(folder) == ""
+    content = b"" if changed == "another's" else file.read_bytes()
+    file.unlink(missing_ok=True)
+    match changed:
+        case "cut":
+            file.write_bytes(content[: content.index(b"\n") + 1])
+        case "edited":
+            file.write_bytes(content.replace(b'"row": 1', b'"row": 7'))
+        case "another's":
+            file.write_bytes(b"{}\n")
+        case "a FIFO":
+            os.mkfifo(file)
+    assert "skipped.jsonl: " in problems_of(folder)
+    if changed == "a FIFO":
+        file.unlink()
+    # As the message says.
+    (tmp_path / "index.json").unlink()
+    finish_store(folder, 1)
+    assert problems_of(folder) == ""
+    assert (file.read_bytes() if file.exists() else b"") == content
+
+
 @pytest.mark.slow
 def test_the_command_tells_whole_unfinished_damaged_and_cleans_up(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(rows=simple_rows(24), data={"eval": {"test": {"split": "train[:8]"}}})

@@ -28,7 +28,7 @@ from pipeline.training import processes as training_processes
 from pipeline.training.arguments import training_arguments
 from pipeline.training.fsdp import load_optimizer
 from pipeline.training.gate import Gaps
-from pipeline.training.processes import of_main_process
+from pipeline.training.processes import first_on_each_machine, of_main_process
 from stages import train
 from support.models import make_model, make_tokenizer
 from support.processes import ROOT
@@ -540,3 +540,23 @@ def test_a_file_of_settings_that_is_no_regular_file_or_far_too_large_is_refused_
     for file, kind in ((fifo, "a FIFO"), (large, "1,099,511,627,776 bytes"), (tmp_path, "a folder")):
         with pytest.raises(ConfigError, match=f"train.{key}: must be a regular file of settings, got {kind}"):
             training_arguments(load_config(config, [f"train.{key}={file}"]))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_process_of_a_machine_reads_first_and_its_failure_is_everyones(
+    monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    state = SimpleNamespace(num_processes=4, is_local_main_process=is_first)
+    monkeypatch.setattr(training_processes, "PartialState", lambda: state)
+    monkeypatch.setattr(training_processes, "largest", lambda value: value)
+    calls: list[str] = []
+    assert first_on_each_machine(lambda: calls.append("first"), lambda: calls.append("then")) is None
+    assert calls == ["first" if is_first else "then"]
+
+    def fail() -> None:
+        raise DataError("damaged")
+
+    monkeypatch.setattr(training_processes, "largest", lambda value: max(value, DataError.exit_status))
+    with pytest.raises(RefshardError, match="damaged" if is_first else "another process of the run failed") as caught:
+        first_on_each_machine(fail, lambda: calls.append("then"))
+    assert (caught.value.exit_status, len(calls)) == (65, 1)

@@ -1,0 +1,68 @@
+"""The joined sets and their inputs: what changes on the disk while it is in use is noticed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.base.digests import sha256_of_files
+from pipeline.base.errors import DataError, IdentityError
+from pipeline.base.files import write_json
+from pipeline.config.reader import load_config
+from pipeline.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.training.joining import check_joined, join_sets, watch_inputs
+from stages import train
+from stages.precompute import command as precompute
+from support.runs import simple_rows, write_jsonl
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", "pairs.jsonl", "heldout.jsonl"])
+def test_the_policys_files_its_adapters_and_the_data_are_watched(
+    make_run: MakeRun, model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    for folder in (model := tmp_path / "model", adapter := tmp_path / "adapter"):
+        folder.mkdir()
+    (model / "config.json").write_text("{}")
+    for place in (model / "model.safetensors", adapter / ADAPTER_WEIGHTS):
+        place.write_bytes(b"weights")
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    held_out = write_jsonl(tmp_path / "heldout.jsonl", simple_rows(4))
+    config = make_run(
+        policy={"model": str(model), "adapter": str(adapter)}, data={"eval": {"heldout": {"path": str(held_out)}}}
+    )
+    watched = watch_inputs(load_config(config))
+    (changed,) = tmp_path.rglob(name)
+    changed.write_bytes(changed.read_bytes() + b" ")
+    with pytest.raises(IdentityError, match=f"{name}: changed while it was in use"):
+        for files in watched:
+            files.check()
+
+
+def test_data_that_changes_while_it_is_joined_is_not_trained_on(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's identity is of the rows before, in their order."""
+    config = load_config(make_run(rows=simple_rows(16)))
+    precompute.run(config)
+
+    def reorder_and_join(*given: object, **more: object) -> object:
+        write_jsonl(tmp_path / "pairs.jsonl", simple_rows(16)[::-1])
+        return join_sets(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "join_sets", reorder_and_join)
+    with pytest.raises(IdentityError, match=r"pairs\.jsonl: changed while it was in use"):
+        train.run(config)
+    assert not (tmp_path / "policy" / "run.json").exists()
+
+
+def test_a_joined_file_that_does_not_hold_its_digest_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.arrow"
+    file.write_bytes(b"rows")
+    write_json(tmp_path / "digests.json", sha256_of_files([file]))
+    check_joined(tmp_path)
+    file.write_bytes(b"sows")
+    with pytest.raises(DataError, match=f"{file}: must hold what was joined"):
+        check_joined(tmp_path)
