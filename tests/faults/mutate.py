@@ -137,6 +137,27 @@ MUTATIONS = [
         "tests/store/test_store.py",
     ),
     Mutation(
+        "no index for a store that was replaced",
+        "pipeline/store/finishing.py",
+        "if header is not None and (header.fingerprint, header.plan) != stamp:",
+        "if False:",
+        "tests/store/test_store.py",
+    ),
+    Mutation(
+        "no store among another program's files",
+        "pipeline/store/store.py",
+        "if named and not any(",
+        "if False and not any(",
+        "tests/store/test_store.py",
+    ),
+    Mutation(
+        "only our names deleted",
+        "pipeline/base/files.py",
+        "if names.fullmatch(path.name)]:",
+        "if names]:",
+        "tests/base/test_files.py tests/run/test_checkpoints.py",
+    ),
+    Mutation(
         "the unit in a part's footer",
         "pipeline/store/format.py",
         'if footer.get("refshard.unit") != str(unit):',
@@ -261,6 +282,13 @@ MUTATIONS = [
         "        _check_weight_index(folder",
         "        str(folder",
         "tests/faults/test_damage.py -k model",
+    ),
+    Mutation(
+        "the data unchanged while it is joined",
+        "stages/train.py",
+        "    run.data.check()\n",
+        "",
+        "tests/training/test_joining.py",
     ),
     Mutation(
         "the data file unchanged while it is scored",

@@ -32,7 +32,8 @@ FILES = {
     "Disks, networks, workers": ("faults/test_store_faults", "faults/test_stage_one_faults", "scoring/test_memory"),
     "Ends": ("faults/test_ends", "training/test_finite", "training/test_hub"),
     "Checkpoints": ("run/test_checkpoints",),
-    "Stale": ("laws/test_stale", "faults/test_random_changes"),
+    "Stale": ("laws/test_stale", "faults/test_random_changes", "stages/test_canary", "training/test_joining"),
+    "Outputs": ("run/test_outputs",),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
     "Input": ("faults/test_damage", "faults/test_fuzz", "faults/test_security"),
 }

@@ -15,6 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.report.pages import page, write_page
 from pipeline.run.outputs import guard_output, guard_run, guard_shards
 from support.runs import refshard
+from support.tally import tally
 
 Load = Callable[..., Config]
 
@@ -64,12 +65,14 @@ def test_a_run_that_would_touch_another_folder_is_refused_and_makes_nothing(load
     with pytest.raises(ConfigError, match=r"^train\.output_dir: must "):
         guard_run(load(f"train.output_dir={folder}"))
     assert sorted(Path().rglob("*")) == before
+    tally("a run's output that is, holds or lies in a folder of the user's", 1, outcome="2, nothing made")
 
 
 @pytest.mark.parametrize("folder", ["model", "model/shards", "dataset", "run", "run/shards", "pairs/train.jsonl"])
 def test_shards_that_would_touch_another_folder_are_refused(load: Load, folder: str) -> None:
     with pytest.raises(ConfigError, match=r"^precompute\.output: must "):
         guard_shards(load(f"precompute.output={folder}"))
+    tally("shards that are, hold or lie in a folder of the user's", 1, outcome="2, nothing made")
 
 
 @pytest.mark.parametrize("folder", ["policy", "shards/policy", "old/policy", "pairs/policy", "new/a/b", "run", "sft2"])
@@ -93,6 +96,7 @@ def test_a_folder_with_files_that_a_run_replaces_but_without_a_runs_mark_is_refu
     (Path("policy") / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"^train\.output_dir: .* holds {name} of another program"):
         guard_run(load())
+    tally("a file of another program under a name that a run writes", 1, outcome="2, nothing made")
 
 
 def test_a_folder_of_which_only_a_committed_checkpoint_was_kept_is_a_run(load: Load) -> None:
@@ -160,6 +164,7 @@ def test_shards_to_reuse_are_not_deleted_by_overwrite(load: Load, output: str, r
     guard_shards(config)
     with pytest.raises(ConfigError, match=r"^precompute\.reuse: must not be what --overwrite deletes, got "):
         guard_shards(config, overwrite=True)
+    tally("shards to reuse that --overwrite would delete", 1, outcome="2, nothing deleted")
 
 
 @pytest.mark.parametrize("reused", ["old2/train", "s3://bucket/shards2/train", "s3://bucket/shards/train2"])

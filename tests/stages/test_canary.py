@@ -15,6 +15,7 @@ from pipeline.store.format import ScoredPair, part_name
 from stages.precompute import command, worker
 from support.runs import simple_rows
 from support.stores import bytes_of_stores
+from support.tally import tally
 
 MakeRun = Callable[..., Path]
 
@@ -95,6 +96,7 @@ def test_another_way_of_computing_is_refused_with_the_difference(
     compute_otherwise(monkeypatch, 1e-5)
     precompute(config)
     assert (store / "index.json").exists()
+    tally("a worker whose kernel computes otherwise", 1, outcome="78, the difference shown; nothing written")
 
 
 def test_a_row_that_is_read_otherwise_is_refused(
@@ -128,6 +130,7 @@ def test_parts_of_another_run_are_scored_anew_by_the_same_command(
     precompute(config)
     assert f"another run's, and scored anew: {part_name(0)}, {part_name(2)}" in capsys.readouterr().out
     assert bytes_of_stores(store) == whole
+    tally("a part that a worker of a replaced store has written", 2, outcome="named, scored anew; the same bytes")
 
 
 def test_parts_that_are_gone_are_made_again_by_the_same_command(make_run: MakeRun, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.training.joining import check_joined, join_sets, watch_inputs
 from stages import train
 from stages.precompute import command as precompute
 from support.runs import simple_rows, write_jsonl
+from support.tally import tally
 
 MakeRun = Callable[..., Path]
 
@@ -56,6 +57,7 @@ def test_data_that_changes_while_it_is_joined_is_not_trained_on(
     with pytest.raises(IdentityError, match=r"pairs\.jsonl: changed while it was in use"):
         train.run(config)
     assert not (tmp_path / "policy" / "run.json").exists()
+    tally("data reordered while stage two joins it", 1, outcome="78, nothing trained")
 
 
 def test_a_joined_file_that_does_not_hold_its_digest_is_named(tmp_path: Path) -> None:
