@@ -37,6 +37,7 @@ __all__ = [
     "ForeignPartError",
     "ScoredPair",
     "SummedPair",
+    "add_skipped",
     "check_part",
     "content_digest",
     "is_our_file",

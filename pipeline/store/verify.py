@@ -137,7 +137,7 @@ def _check_parts(store: Store, findings: Findings) -> None:
             f"{store.folder.place(INDEX)}: {name} is {stored}, its parts add up to {found}. {DELETE_INDEX}"
             for name, stored, found in _differing_counts(store.index, totals, noise)
         )
-        findings.problems += _problems_of_skipped(store.folder, skipped)
+        findings.problems += _problems_of_skipped(store.folder, bytes(skipped))
     if keys:
         _check_duplicates(np.concatenate(keys), np.concatenate(sums), findings)
 
