@@ -32,7 +32,7 @@ from pipeline.base.folders import LocalFolder
 from pipeline.data.intake import Ledger, Outcome
 from pipeline.data.rows import Row
 from pipeline.scoring.agreement import NoiseFloor
-from pipeline.store import finishing
+from pipeline.store import format
 from pipeline.store.finishing import delete_foreign, finish_store, reopen_store
 from pipeline.store.format import ForeignPartError, ScoredPair, SummedPair, part_name, schema, sealed
 from pipeline.store.store import (
@@ -293,7 +293,7 @@ def test_no_skipped_row_makes_a_footer_that_readers_refuse(tmp_path: Path) -> No
 def test_rows_that_were_skipped_are_listed_up_to_what_memory_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finishing, "_MOST_SKIPPED", 100)
+    monkeypatch.setattr(format, "MOST_SKIPPED", 100)
     header = create_store(tmp_path, IDENTITY, {}, {})
     for unit in range(3):
         skipped = [{"row": unit, "place": "p" * 80, "reason": "not_json", "message": ""}]
