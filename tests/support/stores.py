@@ -49,7 +49,7 @@ def write_store(folder: Path) -> None:
         if unit == UNITS - 1:
             ledger.rows += 1
             ledger.dropped["empty"] += 1
-            ledger.skipped.append({"row": 9, "reason": "empty"})
+            ledger.skipped.append({"row": 9, "place": "p.jsonl:10", "reason": "empty", "message": "no text"})
         write_part(folder, unit, pairs, ledger, header=header)
     assert finish_store(folder, UNITS) == []
 
