@@ -141,7 +141,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     output = config.train.folder
     # Before any process makes something in the folder.
     on_main_process(lambda: guard_run(config))
-    check_training(config)
+    check_training(config, arguments)
     check_adapters(config)
     check_max_length(config)
     # Before any identity takes their digests, which the other processes of a machine then find in the cache.

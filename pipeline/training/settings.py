@@ -19,15 +19,16 @@ from pipeline.training.metrics import evaluated_metrics
 __all__ = ["building", "check_metric", "check_training", "quantized_error", "too_few_pairs"]
 
 
-def check_training(config: Config) -> None:
+def check_training(config: Config, made: transformers.TrainingArguments | None = None) -> None:
     """Refuse settings of stage two that contradict each other, the policy's files or the libraries here.
 
-    Stage one and `check` call it too, if there is a `train` section: it loads no weights and joins no other processes.
+    It loads no weights. `made` are the library's arguments in a process that trains; stage one and `check`, which call
+    it if there is a `train` section, make a trial of them.
 
     Raises:
         ConfigError: A setting is impossible.
     """
-    made = trial_arguments(config)
+    made = made or trial_arguments(config)
     policy = NamedModel.policy(config)
     method = (read_json(policy.folder(weights=False) / "config.json").get("quantization_config") or {}).get(
         "quant_method"

@@ -255,3 +255,9 @@ LOADING: list[tuple[Callable[..., Any], set[str]]] = [
 @pytest.mark.parametrize(("taker", "options"), LOADING, ids=lambda value: getattr(value, "__qualname__", ""))
 def test_options_without_documentation_are_taken(taker: Callable[..., Any], options: set[str]) -> None:
     assert options <= inspect.signature(taker).parameters.keys()
+
+
+def test_the_arguments_look_for_devices_in_one_place() -> None:
+    assert "_setup_devices" in vars(transformers.TrainingArguments)
+    assert transformers.TrainingArguments.device.fget is not None
+    assert "self._setup_devices" in inspect.getsource(transformers.TrainingArguments.device.fget)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from pipeline.base.errors import ConfigError
@@ -127,3 +128,11 @@ def test_a_batch_must_be_filled_if_incomplete_ones_are_dropped(
 ) -> None:
     error = too_few_pairs({"dataloader_drop_last": drops}, pairs, processes)
     assert (error is not None) == refused
+
+
+def test_a_trial_of_the_arguments_joins_no_processes(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers of stage one that were launched together, none may wait for the other."""
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    check_training(load_config(make_run()))
+    assert not torch.distributed.is_initialized()  # type: ignore[no-untyped-call]
