@@ -148,10 +148,12 @@ def _named_lengths(model: Any, max_length: int | None) -> Iterator[tuple[int, in
 
     def named(settings: Mapping[str, Any]) -> Iterator[int]:
         for name, value in settings.items():
-            if isinstance(value, Mapping):
-                yield from named(value)
-            elif type(value) is int and any(part in name for part in parts):
-                yield value
+            # A list has a value for each layer.
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, Mapping):
+                    yield from named(one)
+                elif type(one) is int and any(part in name for part in parts):
+                    yield one
 
     most = max_length or _USUAL_LENGTH
     most = min(most, positions_of(model) or most)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import ConfigError
 from pipeline.data.tokens import TokenizedPair
-from pipeline.scoring import attention
+from pipeline.scoring import attention, selfcheck
 from pipeline.scoring import forward as scoring_forward
 from pipeline.scoring.forward import LOGPS, Scores, Want, prepare, score, sum_logps, weighted_sums
 from pipeline.scoring.packing import Batch, Layout, pack_pairs, pad_pairs
@@ -673,6 +673,20 @@ def test_a_sequence_scores_as_it_does_alone_or_its_length_is_refused(kind: str) 
         packed = check_scoring(model, "policy.model", 64)
         found = score(model, pack_pairs(_LONG) if packed else pad_pairs(_LONG, 0)).tokens.logps
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
+
+
+def test_the_lengths_that_a_config_names_are_found_at_any_depth() -> None:
+    named = {
+        "sliding_window": 24,
+        "of_layers": [{"chunk_size": 40}, {}],
+        "window_sizes": [16, 48, 900],
+        "hidden_size": 32,
+    }
+    config = types.SimpleNamespace(to_dict=lambda: {**named, "rope_parameters": {"original_length": 20}})
+    model: Any = torch.nn.Linear(1, 1)
+    model.config = types.SimpleNamespace(get_text_config=lambda: config)
+    found = dict(selfcheck._named_lengths(model, 64))
+    assert found == {16: 40, 20: 44, 24: 48, 40: 64, 48: 64}
 
 
 def widen_the_window(module: Any, *tensors: Any, **keywords: Any) -> Any:
