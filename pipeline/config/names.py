@@ -1,5 +1,6 @@
 """Name the right key for one that other trainers use, or for a misspelled one."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from pipeline.base.errors import did_you_mean, nearest
@@ -10,7 +11,7 @@ NAMES_ELSEWHERE = {
     # The policy, in TRL's ModelConfig, PEFT, LLaMA-Factory and axolotl.
     "policy.model": ("base_model", "model", "model_name", "model_name_or_path", "pretrained_model_name_or_path"),
     "policy.revision": ("model_revision",),
-    "policy.adapter": ("adapter_name_or_path", "lora_model_dir", "peft_model"),
+    "policy.adapter": ("adapter", "adapter_name_or_path", "lora_model_dir", "peft_model"),
     "policy.lora": ("peft", "peft_config", "use_lora", "use_peft"),
     "policy.lora.r": ("lora_r", "lora_rank", "rank"),
     "policy.lora.alpha": ("alpha", "lora_alpha"),
@@ -105,7 +106,18 @@ def hint_for_key(section: str, key: str, known: Sequence[str]) -> str:
     path = _PATHS.get(key)
     if path is not None and path != f"{section}.{key}":
         return f"; did you mean {path}?"
-    return f"; {NOT_NEEDED[key]}. Leave it out" if key in NOT_NEEDED else did_you_mean(key, known)
+    if key in NOT_NEEDED:
+        return f"; {NOT_NEEDED[key]}. Leave it out"
+    if section != "train" and nearest(key, known) is None and key in _fields_of_training():
+        return f"; did you mean train.{key}?"
+    return did_you_mean(key, known)
+
+
+def _fields_of_training() -> set[str]:
+    # Imported here: the module pulls torch, and settings are read by commands that answer without it.
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 def hint_for_value(value: object, choices: Sequence[str], where: str) -> str:

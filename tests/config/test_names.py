@@ -49,6 +49,8 @@ def test_a_name_stands_for_one_key() -> None:
         ("train", "packing", "; batches never have padding. Leave it out"),
         ("loss", "bata", "; did you mean beta?"),
         ("loss", "xyz", "; known: type, beta"),
+        ("", "weight_decay", "; did you mean train.weight_decay?"),
+        ("", "adapter", "; did you mean policy.adapter?"),
     ],
 )
 def test_a_key_is_answered_with_its_name_here(section: str, key: str, hint: str) -> None:

@@ -648,6 +648,10 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("hub_token: hf_x", "train.hub_token: must not be in the settings, which are saved. Set HF_TOKEN instead"),
         ("activation_offload: some", "train.activation_offload: "),
         ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
+        (
+            "xyz: 1",
+            "train.xyz: no such field of TrainingArguments; known: output_dir, on_missing, on_mismatch, on_nonfinite",
+        ),
     ],
 )
 def test_a_wrong_train_field_is_refused(train: Callable[[str], dict[str, Any]], text: str, message: str) -> None:
