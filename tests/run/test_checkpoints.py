@@ -218,6 +218,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit_marker(f, lambda m: m.pop("identity")),
         f"{MARKER}: identity: must be there",
     ),
+    "marker of data that is no section": (
+        lambda f: _edit_marker(f, lambda m: m["identity"].update(data=[1])),
+        f"{MARKER}: identity.data: must be object, got a list",
+    ),
+    "marker of a held-out set that is no section": (
+        lambda f: _edit_marker(f, lambda m: m["identity"].update(held_out={"a": 1})),
+        f"{MARKER}: identity.held_out.a: must be object, got 1",
+    ),
     "marker without digest": (
         lambda f: _edit_marker(f, lambda m: m.pop("digest"), sealed=False),
         f"{MARKER}: digest: must be there",
