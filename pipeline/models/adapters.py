@@ -75,11 +75,13 @@ def _check_tokens(model: NamedModel, adapter: Path, key: str) -> None:
 
 
 def _template_in(folder: Path) -> Any:
-    """Give the chat template that is saved in a folder, None if there is none."""
+    """Give the chat template that is saved in a folder, the default one of several; None if there is none."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.exists():
         return read_file(file, most=2**24).decode(errors="replace")
-    return read_json(settings).get("chat_template") if settings.exists() else None
+    saved = read_json(settings).get("chat_template") if settings.exists() else None
+    named = {one.get("name"): one.get("template") for one in saved} if isinstance(saved, list) else {}
+    return named.get("default", saved)
 
 
 def _vocabularies_differ(base: Path, adapter: Path) -> bool:

@@ -1,5 +1,6 @@
 """An adapter that does not fit its model is refused at the start, by the setting's key and with the reason."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -137,6 +138,19 @@ def test_an_adapter_with_another_template_is_refused(model_folder: Path, tokeniz
         check(model_folder, adapter=str(adapter))
     with refused("reference.adapter", "which holds another chat template"):
         check(model_folder, ReferenceConfig(adapter=str(adapter)))
+
+
+def test_a_model_with_named_templates_takes_an_adapter_with_its_default_one(model_folder: Path, tmp_path: Path) -> None:
+    model, adapter = tmp_path / "model", save_adapter(model_folder, tmp_path / "adapter")
+    shutil.copytree(model_folder, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "default", "template": "{{ 1 }}"}, {"name": "rag", "template": "{{ 2 }}"}]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (adapter / "chat_template.jinja").write_text("{{ 1 }}")
+    check(model, adapter=str(adapter))
+    (adapter / "chat_template.jinja").write_text("{{ 2 }}")
+    with refused("policy.adapter", "which holds another chat template"):
+        check(model, adapter=str(adapter))
 
 
 def test_an_adapter_with_other_tokens_is_refused_and_one_that_pads_otherwise_is_not(
