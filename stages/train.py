@@ -73,6 +73,7 @@ from pipeline.training.losses import balance_weight
 from pipeline.training.processes import first_on_each_machine, on_main_process, other_processes
 from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
+from pipeline.training.spacing import SpacingWatch
 from pipeline.training.steps import order_of_run
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
@@ -357,7 +358,7 @@ def _make_trainer(
         eval_dataset=(held_out if len(held_out) > 1 else next(iter(held_out.values()), None)),
         processing_class=run.tokenizer,
         # A stop request comes last, since it overrules what the others want done at a step's end.
-        callbacks=[finite, record, *([] if window is None else [WindowCallback(window)]), commit],
+        callbacks=[SpacingWatch(_say), finite, record, *([] if window is None else [WindowCallback(window)]), commit],
     )
     for librarys_own in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(librarys_own)
@@ -422,7 +423,8 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     delete_references(output)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     which = "" if step == last else f"; its weights are those of step {step}, the best"
-    say(f"The policy is in {output} ({last} steps{mean}){which}")
+    widened = f"; its weights are {inputs.policy.widened}" if inputs.policy.widened else ""
+    say(f"The policy is in {output} ({last} steps{mean}){which}{widened}")
     if hub is not None:
         _push(output, hub, without_nan(record))
 

@@ -74,6 +74,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     from pipeline.data.sources import open_source, read_rows
     from pipeline.models.files import in_one_process, load_tokenizer
     from pipeline.models.identity import differences, identity_of_run
+    from pipeline.models.precision import recorded_precision
     from pipeline.scoring.agreement import allowed_gap, compare, completion_gap
     from pipeline.scoring.scorer import load_scorer
 
@@ -103,7 +104,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
             ]
     reference_settings = stored_identity["reference"]
     bits = (reference_settings.get("quantization") or {}).get("bits")
-    allowed = allowed_gap(store.noise, str(reference_settings["dtype"]), in_8_bits=bits == 8)
+    allowed = allowed_gap(store.noise, recorded_precision(reference_settings).products, in_8_bits=bits == 8)
     found_gap = compare(gaps, allowed)
     said = f"{len(pairs)} pairs scored again with {model}: {found_gap}"
     if not found_gap.agrees:
@@ -134,6 +135,7 @@ def _config(store: Store, model: str) -> Config:
             model=model,
             adapter=declared.get("reference_adapter"),
             dtype=reference["dtype"],
+            autocast=reference.get("autocast"),
             quantization=None if quantization is None else Quantization(**quantization),
         ),
         precompute=PrecomputeConfig(output=str(store.folder), token_logps=tokenization["token_logps"]),

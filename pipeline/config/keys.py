@@ -38,6 +38,7 @@ _CHANGES: dict[str, Change] = {
     "data.template_date": "shards",
     "policy": "run",
     "policy.adapter": "shards",
+    "policy.dtype": "shards",
     "policy.model": "shards",
     "policy.quantization": "shards",
     "policy.revision": "shards",

@@ -156,7 +156,9 @@ class ReferenceConfig:
     disable_adapters: bool = False
     """If `policy.adapter` is set: score with its base model alone."""
     dtype: Dtype = "auto"
-    """Dtype of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` computes as the policy will, in its dtype and under its autocast."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Dtype of autocast; if left out, that of `train.bf16` or `fp16` if `dtype` is `auto`, and none otherwise."""
     quantization: Quantization | None = None
     """Load the weights in 4 or 8 bits; if this and `model` are left out, as the policy."""
     declared: str | None = None
@@ -167,7 +169,8 @@ class ReferenceConfig:
     def __post_init__(self) -> None:
         _refuse_both("adapter", "disable_adapters", self.disable_adapters and self.adapter is not None)
         if self.declared is not None:
-            for key in ("model", "revision", "adapter", "disable_adapters", "dtype", "quantization", "sync"):
+            loaded = ("model", "revision", "adapter", "disable_adapters", "dtype", "autocast", "quantization", "sync")
+            for key in loaded:
                 _refuse_both(key, "declared", getattr(self, key) not in (None, False, "auto"))
         # A reference that moves is kept in float32.
         _refuse_both("quantization", "sync", self.sync is not None and self.quantization is not None)

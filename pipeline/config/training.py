@@ -94,6 +94,12 @@ class TrainSection:
         return options
 
     @property
+    def autocast(self) -> str | None:
+        """Dtype of autocast in training, None without it. Unlike `options`, it needs no library."""
+        dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+        return next((d for key, d in dtypes.items() if convert(self.given.get(key) or False, bool, f"train.{key}")), None)
+
+    @property
     def evaluates_at_end(self) -> bool:
         """True unless the settings say `eval_strategy: no`: the held-out sets are evaluated with the saved policy."""
         return bool(self.options.get("eval_strategy") != "no")

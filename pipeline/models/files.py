@@ -1,7 +1,6 @@
-"""Find the files, the config and the dtype of a model, a tokenizer or an adapter; read no weights."""
+"""Find the files and the config of a model, a tokenizer or an adapter; read no weights."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line
 from pipeline.base.files import find_special, read_json
-from pipeline.config.schema import Config, Dtype, Quantization, ReferenceConfig
+from pipeline.config.schema import Config, Quantization, ReferenceConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +26,9 @@ __all__ = [
     "load_tokenizer",
     "model_settings",
     "policy_as_reference",
-    "policy_dtype",
-    "reference_dtype",
     "reference_quantization",
     "reference_sources",
     "reference_weights",
-    "resolve_dtype",
 ]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,23 +87,14 @@ class NamedModel:
 
 
 def policy_as_reference(config: Config, folder: Path) -> Config:
-    """Give settings whose reference is the trained policy in a folder: frozen, in the dtype of its products."""
+    """Give settings whose reference is the trained policy in a folder: frozen, computing as it trained."""
     policy = config.policy
-    dtype: Any = policy_dtype(config)
     if policy.has_adapter:
         base: dict[str, Any] = {"revision": policy.revision, "quantization": policy.quantization}
-        reference = ReferenceConfig(model=policy.model, adapter=str(folder), dtype=dtype, **base)
+        reference = ReferenceConfig(model=policy.model, adapter=str(folder), **base)
     else:
-        reference = ReferenceConfig(model=str(folder), dtype=dtype)
+        reference = ReferenceConfig(model=str(folder))
     return dataclasses.replace(config, reference=reference)
-
-
-def policy_dtype(config: Config) -> str:
-    """Name the dtype that the policy's products run in: autocast's where `train` switches it on."""
-    options = config.train.options
-    if options.get("bf16") or options.get("fp16"):
-        return "bfloat16" if options.get("bf16") else "float16"
-    return resolve_dtype(config.policy.dtype, read_json(NamedModel.policy(config).folder() / "config.json"))
 
 
 def _is_weight_file(name: str) -> bool:
@@ -323,14 +310,6 @@ def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokeni
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def resolve_dtype(dtype: Dtype, model_config: Mapping[str, Any]) -> str:
-    """Name the dtype that `auto` means: the one in the checkpoint's config.json, else float32."""
-    if dtype != "auto":
-        return dtype
-    named = model_config.get("dtype") or model_config.get("torch_dtype") or "float32"
-    return str(named).removeprefix("torch.")
-
-
 def at_checkpoint(config: Config, folder: Path) -> Config:
     """Give settings whose policy is the one saved in a folder: a checkpoint, or a finished run."""
     policy = config.policy
@@ -350,14 +329,6 @@ def in_one_process(config: Config) -> Config:
     spread = before.tp_plan is not None or before.device_map is not None or torch.cuda.device_count() > 1
     precompute = dataclasses.replace(before, tp_plan=None, device_map="auto" if spread else None)
     return dataclasses.replace(config, precompute=precompute)
-
-
-def reference_dtype(config: Config) -> Dtype:
-    """Name the dtype that the reference is scored in. Fetches no weights."""
-    if config.reference.dtype != "auto":
-        return config.reference.dtype
-    named, _ = reference_sources(config)
-    return cast(Dtype, resolve_dtype("auto", read_json(named.folder(weights=False) / "config.json")))
 
 
 def model_settings(config: Config) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.dates import asks_for_date
 from pipeline.data.tokens import TOKENIZATION_VERSION
 from pipeline.models import files
+from pipeline.models.precision import Precision, policy_precision, recorded_precision, reference_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,8 @@ __all__ = [
     "identity_of_reference",
     "identity_of_run",
     "policy_reference_relation",
-    "significand_bits",
+    "precisions_apart",
+    "remedy",
 ]
 
 SCHEMA_VERSION = 1
@@ -98,17 +100,19 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase | Tokeni
 
 
 def identity_of_reference(config: Config) -> dict[str, Any]:
-    """Collect the reference's identity: digests of weights, config and adapter; dtype and quantization."""
+    """Collect the reference's identity: digests of weights, config and adapter; precision."""
     if config.reference.declared is not None:
         return {"declared": config.reference.declared}
     model, adapter = files.reference_sources(config)
     model_config, weights = files.reference_weights(model)
     kept = {key: value for key, value in model_config.items() if key not in _IRRELEVANT_CONFIG}
-    quantization = files.reference_quantization(config)
+    quantization, precision = files.reference_quantization(config), reference_precision(config)
     return {
         "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
         "config": _digest(json.dumps(kept, sort_keys=True)),
-        "dtype": files.resolve_dtype(config.reference.dtype, model_config),
+        "dtype": precision.weights,
+        # Without autocast the identity is that of stores from before it was recorded.
+        **({} if precision.autocast is None else {"autocast": precision.autocast}),
         "adapter": None if adapter is None else _digest_of_adapter(adapter),
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
@@ -119,7 +123,7 @@ class PolicyReferenceRelation:
     """Conditions under which the policy and its reference are the same model."""
 
     at_start: bool
-    """The policy before training is the reference, except for the dtype"""
+    """The policy before training is the reference, except for the precision"""
     adapters_off: bool
     """The policy with its adapter switched off is the reference, at any step"""
     frozen_adapter: Path | None
@@ -198,6 +202,19 @@ def differences(
     return found
 
 
+def remedy(stored: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """Name the settings with which a run uses a store whose reference differs in the precision alone, as a sentence.
+
+    Empty if other fields differ, and if the gate would refuse the store's wider precision.
+    """
+    fields = {field for field, *_ in differing_fields(stored["reference"], run["reference"])}
+    theirs, ours = recorded_precision(stored["reference"]), recorded_precision(run["reference"])
+    if not fields or not fields <= {"dtype", "autocast"} or theirs.bits > ours.bits:
+        return ""
+    second = "" if theirs.autocast is None else f" and reference.autocast: {theirs.autocast}"
+    return f" To use these as they are, set reference.dtype: {theirs.weights}{second}."
+
+
 def _show(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text[:12] if len(text) == 64 else text
@@ -225,19 +242,25 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
     return _digest(json.dumps([rules, special], sort_keys=True))
 
 
+def precisions_apart(config: Config) -> tuple[Precision, Precision] | None:
+    """Give the precisions of reference and policy if the settings set them apart; None if one model starts as both."""
+    if config.reference.dtype == "auto" and config.reference.autocast is None:
+        return None
+    relation = policy_reference_relation(config)
+    if not (relation.at_start or relation.adapters_off):
+        return None
+    reference, policy = reference_precision(config), policy_precision(config)
+    return None if reference == policy else (reference, policy)
+
+
 def check_dtypes(config: Config) -> None:
     """Refuse, as the gate would after scoring, a policy that starts as its reference but computes in fewer digits."""
-    relation = policy_reference_relation(config)
-    if config.train.on_mismatch == "warn" or not (relation.at_start or relation.adapters_off):
+    apart = precisions_apart(config)
+    if config.train.on_mismatch == "warn" or apart is None:
         return
-    policy, reference = files.policy_dtype(config), files.reference_dtype(config)
-    if significand_bits(policy) < significand_bits(reference):
+    reference, policy = apart
+    if policy.bits < reference.bits:
         raise ConfigError(
-            f"reference.dtype: the reference would be scored in {reference}, but the policy trains in {policy}, so "
-            f"their log-ratios would not start at 0. Set reference.dtype: {policy}"
+            f"reference.dtype: must be left out, or be no wider than {policy}, in which the policy trains, got "
+            f"{reference}: their log-ratios would not start at 0. Leave reference.dtype out"
         )
-
-
-def significand_bits(dtype: str) -> int:
-    """Give the number of significand bits of a dtype, 24 if it is unknown."""
-    return {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}.get(dtype, 24)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.base.errors import ConfigError, DataError, did_you_mean, is_out_of_memory, one_line
 from pipeline.base.files import read_json
 from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
-from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources, resolve_dtype
+from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources
+from pipeline.models.precision import reference_precision, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ def load_reference(config: Config, device: "torch.device") -> Any:
         spread["device_map"] = config.precompute.device_map
     if config.precompute.tp_plan is not None:
         spread["distributed_config"] = _split_layers(named, config.precompute.tp_plan)
-    model = _load(named, config.reference.dtype, device, reference_quantization(config), section, spread)
+    dtype: Any = reference_precision(config).weights
+    model = _load(named, dtype, device, reference_quantization(config), section, spread)
     if config.precompute.tp_plan is not None:
         _make_head_whole(model)
     if adapter is not None:

@@ -13,9 +13,10 @@ from pipeline.base.errors import DataError
 from pipeline.base.progress import Progress, say, without_other_bars
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
-from pipeline.models.files import policy_as_reference, reference_dtype
+from pipeline.models.files import policy_as_reference
 from pipeline.models.identity import policy_reference_relation
 from pipeline.models.loading import load_reference, pick_device
+from pipeline.models.precision import reference_precision
 from pipeline.replies.records import Reply
 from pipeline.replies.sampling import Sampling, draw_replies, leave_if_asked, score_replies, stop_ids
 from pipeline.scoring.memory import peak_memory
@@ -58,7 +59,8 @@ def draw_both(
         return score_replies(scorer, prompts, of_policy, of_reference)
 
     try:
-        if policy_reference_relation(config).adapters_off and reference_dtype(config) == reference_dtype(trained):
+        alike = reference_precision(config) == reference_precision(trained)
+        if alike and policy_reference_relation(config).adapters_off:
             with loaded_scorer(trained, "policy", tokenizer) as scorer:
                 with scorer.model.disable_adapter():
                     of_reference = draw(scorer)
@@ -96,4 +98,6 @@ def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Scorer:
     visible = (w for w in model.parameters() if w.is_floating_point() and w.device.type != "meta")
     if not all(bool(weight.isfinite().all()) for weight in visible):
         raise DataError(f"the {what}'s weights must be finite, got NaN or infinity: its training has diverged")
-    return Scorer.check(model, tokenizer, f"the {what}", config.data.max_length)
+    scorer = Scorer.check(model, tokenizer, f"the {what}", config.data.max_length)
+    scorer.compute_in(reference_precision(config))
+    return scorer

@@ -76,6 +76,7 @@ def model_card(
         "|---|---|",
         f"| policy before training | {_code(inputs.policy.model)} |",
         f"| trained weights | {_code(adapter) if adapter else 'all'} |",
+        *([f"| dtype of the weights | {inputs.policy.widened} |"] if inputs.policy.widened else []),
         f"| reference | {_code(inputs.reference.name)} |",
         f"| fingerprint of the reference log-probs | `{inputs.reference.fingerprint}` |",
         f"| data | {_code(dataset)}, {pairs:,} pairs |",

@@ -11,6 +11,7 @@ from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.sources import as_recorded, digests_of_data, open_source
 from pipeline.models.identity import describe_differences, identity_of_reference
+from pipeline.models.precision import policy_precision
 
 __all__ = ["check_same_run", "identity_of_training", "is_longer", "run_identity"]
 
@@ -190,7 +191,8 @@ def run_identity(
     }
     if config.policy.has_adapter:
         # Checkpoints hold the adapter alone.
-        base = ReferenceConfig(dtype=config.policy.dtype, disable_adapters=True)
+        dtype: Any = policy_precision(config).weights
+        base = ReferenceConfig(dtype=dtype, disable_adapters=True)
         identity["policy_base"] = identity_of_reference(dataclasses.replace(config, reference=base))
     if training["deepspeed"]:
         # DeepSpeed's shares can be loaded only by as many processes.

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.base.files import read_json
 from pipeline.config.schema import Config, PolicyConfig
+from pipeline.models.files import NamedModel
+from pipeline.models.precision import resolve_dtype
 from pipeline.store.store import Store
 
 __all__ = ["PolicyInputs", "ReferenceInputs", "RunInputs", "SetInputs", "describe_policy", "describe_reference"]
@@ -30,6 +33,8 @@ class PolicyInputs:
     dtype: str | None
     parameters: int
     trained_parameters: int
+    widened: str | None = None
+    """Dtypes of the trained weights and of their narrower checkpoint, for people; None with an adapter, or if equal"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,17 @@ def describe_policy(config: PolicyConfig, policy: Any) -> PolicyInputs:
         dtype=config.dtype,
         parameters=sum(p.numel() for p in parameters),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        widened=None if adapter else _widened(config, policy.dtype),
     )
+
+
+def _widened(config: PolicyConfig, dtype: Any) -> str | None:
+    """Tell that weights of `dtype` are larger than those of the policy's checkpoint; None if they are not."""
+    folder = NamedModel(config.model, config.revision, "policy.model").folder(weights=False)
+    ours, checkpoint = str(dtype).removeprefix("torch."), resolve_dtype("auto", read_json(folder / "config.json"))
+    if (ours, checkpoint) not in (("float32", "bfloat16"), ("float32", "float16")):
+        return None
+    return f"{ours}, twice as large as the {checkpoint} checkpoint"
 
 
 def describe_reference(config: Config, store: Store) -> ReferenceInputs:

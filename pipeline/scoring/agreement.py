@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ROUNDING", "Agreement", "NoiseFloor", "allowed_gap", "compare", "completion_gap"]
+__all__ = [
+    "ROUNDING",
+    "Agreement",
+    "NoiseFloor",
+    "allowed_gap",
+    "compare",
+    "completion_gap",
+    "distance_from_start",
+    "token_noise",
+]
 
 _FLOORS = 4.0
 """Multiple of the noise floor that is allowed: training batches differ more from stage one's than those did"""
@@ -97,3 +106,18 @@ def allowed_gap(noise: NoiseFloor, dtype: str, *, in_8_bits: bool = False) -> tu
     """
     mean, largest = ROUNDING["int8" if in_8_bits else dtype]
     return mean + _FLOORS * noise.mean, largest + _FLOORS * noise.largest
+
+
+def token_noise(dtype: str) -> float:
+    """Give the usual distance of a token logp in a dtype from that in float32, root mean square, nats."""
+    return {"bfloat16": 0.05, "float16": 0.006}.get(dtype, 1e-5)
+
+
+def distance_from_start(margins: Sequence[float], beta: float) -> str:
+    """Say how far from 0 and ln 2 the first rewards and loss are, by policy minus reference margins of pairs, nats."""
+    rewards = beta * np.asarray(margins, dtype=np.float64)
+    loss = float(np.logaddexp(0, -rewards).mean())
+    return (
+        f"on {len(rewards)} pairs, rewards/margins begin {float(np.sqrt((rewards**2).mean())):.2g} away from 0 (root "
+        f"mean square), and the sigmoid loss at {loss:.4f}, where equal models have 0 and ln 2, 0.6931"
+    )

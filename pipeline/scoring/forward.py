@@ -17,7 +17,17 @@ from pipeline.scoring.attention import NOT_A_MASK
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
 from pipeline.scoring.packing import Batch
 
-__all__ = ["LOGPS", "Scores", "Want", "input_device", "prepare", "score", "sum_logps", "weighted_sums"]
+__all__ = [
+    "LOGPS",
+    "Scores",
+    "Want",
+    "input_device",
+    "prepare",
+    "score",
+    "sum_logps",
+    "under_autocast",
+    "weighted_sums",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +106,13 @@ def prepare(model: Any) -> None:
     forward.__signature__ = inspect.signature(type(causal).forward)  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
     head.forward = types.MethodType(project_or_score, head)
+
+
+def under_autocast(model: Any, dtype: torch.dtype) -> None:
+    """Run a prepared model's forward under autocast, as accelerate runs that of a model in training."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    autocast = torch.autocast(input_device(model).type, dtype)
+    causal.forward = types.MethodType(autocast(causal.forward.__func__), causal)
 
 
 # Not traced by torch.compile, which would recompile the head's chunks for every length.

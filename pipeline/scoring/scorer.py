@@ -15,7 +15,8 @@ from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
-from pipeline.scoring.forward import LOGPS, input_device, prepare, score
+from pipeline.models.precision import Precision, reference_precision
+from pipeline.scoring.forward import LOGPS, input_device, prepare, score, under_autocast
 from pipeline.scoring.memory import free_memory, tokens_that_fit
 from pipeline.scoring.packing import make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
@@ -50,6 +51,11 @@ class Scorer:
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         packed = check_scoring(model, key, max_length)
         return cls(model=model, packed=packed, pad_id=pad_id, key=key)
+
+    def compute_in(self, precision: Precision) -> None:
+        """Switch autocast on in the model's forward passes if the precision has it; the weights are in it already."""
+        if precision.autocast is not None:
+            under_autocast(self.model, getattr(torch, precision.autocast))
 
     def fit(self) -> int:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
@@ -132,5 +138,6 @@ def load_scorer(
     """
     model = load_reference(config, pick_device())
     scorer = Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, config.data.max_length)
+    scorer.compute_in(reference_precision(config))
     scorer.tokens_per_batch = tokens_per_batch
     return scorer

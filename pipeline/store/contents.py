@@ -14,6 +14,7 @@ from pipeline.base import statistics
 from pipeline.base.errors import DataError
 from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
+from pipeline.models.precision import recorded_precision
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import ranking
 from pipeline.store.format import pair_keys, schema
@@ -186,7 +187,7 @@ def _described_reference(reference: Mapping[str, Any]) -> str:
     if "declared" in reference:
         return "declared by name, weights unknown"
     quantization = f", {reference['quantization']['bits']} bits" if reference.get("quantization") else ""
-    return f"{reference['dtype']}{quantization}, weights {reference['weights'][:12]}"
+    return f"{recorded_precision(reference)}{quantization}, weights {reference['weights'][:12]}"
 
 
 def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError
 from pipeline.data.intake import KeptPair
-from pipeline.models.identity import differences
+from pipeline.models.identity import differences, remedy
 from pipeline.store.format import ScoredPair, pair_keys
 from pipeline.store.store import Store, find_stores, open_store, read_part, read_parts
 
@@ -56,7 +56,7 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
         if found:
             raise IdentityError(
                 f"precompute.reuse: {store.folder}: scored by another reference or tokenization. It differs in "
-                f"{'; '.join(found)}. Leave it out, or restore the settings"
+                f"{'; '.join(found)}.{remedy(stored, identity)} Leave it out, or restore the settings"
             )
         for part, table in enumerate(read_parts(store, ["pair_key"])):
             keys.append(pair_keys(table))

@@ -24,7 +24,7 @@ from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
 from pipeline.data.sources import as_recorded
-from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of
+from pipeline.models.identity import SCHEMA_VERSION, describe_differences, differences, fingerprint_of, remedy
 from pipeline.scoring.agreement import NoiseFloor
 from pipeline.store import format
 from pipeline.store.format import CheckedPart, ScoredPair, SummedPair, part_name
@@ -194,8 +194,8 @@ def create_store(
     of_identity = differences(stored["identity"], identity, joining=False)
     if found := of_identity + plan_differences(stored["plan"], plan):
         raise IdentityError(
-            f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}. "
-            + _remedy(folder, stored, reusable=not of_identity)
+            f"{folder}: holds the shards of another run. It differs in {'; '.join(found)}."
+            f"{remedy(stored['identity'], identity)} " + _remedy(folder, stored, reusable=not of_identity)
         )
     return PartHeader(
         fingerprint=fingerprint,
@@ -389,5 +389,6 @@ def check_identity(stores: Sequence[Store], identity: Mapping[str, Any], exact: 
         if found:
             raise IdentityError(
                 f"{store.folder}: these shards are not of this run's reference and tokenization. They differ in "
-                f"{'; '.join(found)}. Score again into another precompute.output, or restore the settings"
+                f"{'; '.join(found)}.{remedy(store.manifest['identity'], identity)} Score again into another "
+                "precompute.output, or restore the settings"
             )

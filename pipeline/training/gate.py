@@ -20,9 +20,16 @@ import torch
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
 from pipeline.config.schema import Config
-from pipeline.models.files import policy_dtype
-from pipeline.models.identity import PolicyReferenceRelation, policy_reference_relation, significand_bits
-from pipeline.scoring.agreement import ROUNDING, Agreement, allowed_gap, compare, completion_gap
+from pipeline.models.identity import PolicyReferenceRelation, policy_reference_relation
+from pipeline.models.precision import Precision, policy_precision, recorded_precision
+from pipeline.scoring.agreement import (
+    ROUNDING,
+    Agreement,
+    allowed_gap,
+    compare,
+    completion_gap,
+    distance_from_start,
+)
 from pipeline.scoring.forward import LOGPS, score
 from pipeline.store.format import part_name
 from pipeline.store.store import Store
@@ -46,6 +53,8 @@ class Gaps:
     """Gaps of each completion, from `completion_gap`"""
     parts: list[int]
     """Part of each completion"""
+    margins: list[float]
+    """Policy margin minus stored margin of each pair, nats"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +64,9 @@ class Gate:
     store: Store
     allowed: tuple[float, float]
     """Mean and largest gap that the store's noise floor allows, nats a token"""
-    reference_dtype: str
-    policy_dtype: str
-    """Dtype of the policy's products: autocast's if it is on"""
+    reference: Precision
+    policy: Precision
+    beta: float
     relation: PolicyReferenceRelation
     """States in which the policy must equal the reference"""
     start: int
@@ -82,12 +91,13 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
         relation = PolicyReferenceRelation(at_start=copied, adapters_off=False, frozen_adapter=None)
     reference = store.manifest["identity"]["reference"]
     # Nothing is known of a reference that is known by name alone, and nothing is compared.
-    dtype = str(reference.get("dtype", "float32"))
+    precision, in_8_bits = recorded_precision(reference), (reference.get("quantization") or {}).get("bits") == 8
     return Gate(
         store=store,
-        allowed=allowed_gap(store.noise, dtype, in_8_bits=(reference.get("quantization") or {}).get("bits") == 8),
-        reference_dtype=dtype,
-        policy_dtype=policy_dtype(config),
+        allowed=allowed_gap(store.noise, precision.products, in_8_bits=in_8_bits),
+        reference=precision,
+        policy=policy_precision(config),
+        beta=config.loss.beta,
         relation=relation,
         start=0 if window is None else window.first,
         warn_only=config.train.on_mismatch == "warn",
@@ -142,11 +152,23 @@ def run_gate(
     judged = gate.judge(gaps)
     if judged.agrees:
         say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards: {judged}")
+        if relation.at_start and fresh and gate.reference != gate.policy:
+            say(f"warning: {_distance(gate, gaps.margins)}")
         return
     error = _explain(gate, gaps, which, measure, state, fresh)
     if not gate.warn_only:
         raise error
     say(f"warning: {error}")
+
+
+def _distance(gate: Gate, margins: Sequence[float]) -> str:
+    """Say how far from ln 2 a policy starts that computes otherwise than its reference did."""
+    start = distance_from_start(margins, gate.beta)
+    return (
+        f"reference.dtype: the reference was scored in {gate.reference}, the policy computes in {gate.policy}: {start}"
+        ". To start at ln 2, leave reference.dtype and reference.autocast out, and score again into another "
+        "precompute.output"
+    )
 
 
 def choose_sample(dataset: Any) -> list[int]:
@@ -214,7 +236,7 @@ def _measure(
     model = trainer.model_wrapped
     was_training = model.training
     size = trainer.args.per_device_train_batch_size
-    gaps = Gaps([], [])
+    gaps = Gaps([], [], [])
     # The run's random state must not depend on whether the gate ran.
     with torch.random.fork_rng(devices=gpus_of(trainer)), torch.no_grad(), trainer.accelerator.autocast():
         with state(trainer.accelerator.unwrap_model(model)):
@@ -232,11 +254,14 @@ def _add_gaps(gaps: Gaps, trainer: Any, rows: Sequence[dict[str, Any]]) -> None:
     scores = score(trainer.model_wrapped, joined.batch.to(trainer.args.device), want=LOGPS)
     ends = np.cumsum(scores.lengths.cpu().numpy())[:-1]
     stored = [] if joined.ref_token_logps is None else np.split(joined.ref_token_logps.double().numpy(), ends)
+    sums = []
     for i, ours in enumerate(np.split(scores.tokens.logps.double().cpu().numpy(), ends)):
         row, side = rows[i % len(rows)], ("chosen", "rejected")[i // len(rows)]
         # Sums are never weighted here: ld_alpha needs token logps.
         gaps.values.append(completion_gap(ours, stored[i] if stored else None, row[f"ref_{side}_logps"]))
         gaps.parts.append(row["part"])
+        sums.append(float(ours.sum()) - row[f"ref_{side}_logps"])
+    gaps.margins.extend(chosen - rejected for chosen, rejected in zip(*np.split(np.array(sums), 2), strict=True))
 
 
 def _silence_adapter_dropout(model: Any) -> None:
@@ -280,14 +305,10 @@ def _explain(
             f"{found}. Every token is off by the same {-shift:+.3g}, which no model does: the stored values were "
             "shifted. Score again into another precompute.output"
         )
-    if (
-        significand_bits(gate.policy_dtype) < significand_bits(gate.reference_dtype)
-        and judged.mean <= ROUNDING[gate.policy_dtype][0]
-    ):
+    if gate.policy.bits < gate.reference.bits and judged.mean <= ROUNDING[gate.policy.products][0]:
         return IdentityError(
-            f"{found}. The gap grows with length and is that of a dtype: the reference was scored in "
-            f"{gate.reference_dtype}, the policy computes in {gate.policy_dtype}. Set reference.dtype: "
-            f"{gate.policy_dtype} and score again into another precompute.output, or train in {gate.reference_dtype}"
+            f"{found}. The gap grows with length and is that of a dtype. {_distance(gate, gaps.margins)}, or train in "
+            f"{gate.reference.products}"
         )
     edge = _share_at_edges(gaps)
     if edge > 0.9:

@@ -28,7 +28,7 @@ from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.intake import Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
-from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter, reference_dtype
+from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter
 from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
 from pipeline.run.checkpoints import (
     checkpoint_folders,
@@ -118,7 +118,7 @@ def window_config(config: Config, window: Window, output: Path) -> Config:
     folder = reference_folder(output, window.first)
     return dataclasses.replace(
         config,
-        reference=ReferenceConfig(model=str(folder), dtype=reference_dtype(config)),
+        reference=ReferenceConfig(model=str(folder), dtype=config.reference.dtype, autocast=config.reference.autocast),
         precompute=dataclasses.replace(config.precompute, output=str(folder / "shards"), reuse=[]),
     )
 

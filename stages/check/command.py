@@ -6,6 +6,7 @@ the weights on disk are read once for their digests, which tell if the shards ar
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,14 @@ from pipeline.base.errors import ConfigError, DataError, RefshardError
 from pipeline.config.schema import Config
 from pipeline.data.dates import asks_for_date
 from pipeline.data.sources import describe
+from pipeline.data.survey import Survey
 from pipeline.models.adapters import check_adapters
-from pipeline.models.files import load_tokenizer, model_settings, resolve_dtype
-from pipeline.models.identity import check_dtypes, identity_of_run
+from pipeline.models.files import load_tokenizer, model_settings
+from pipeline.models.identity import check_dtypes, identity_of_run, precisions_apart
 from pipeline.models.lengths import check_max_length, exact_length_of_reference, length_error, most_positions
 from pipeline.models.loading import pick_device
+from pipeline.models.precision import policy_precision, reference_precision
+from pipeline.scoring.agreement import token_noise
 from pipeline.store.dating import with_template_date
 from pipeline.store.serving import remedy_for_missing
 from pipeline.store.store import check_identity, load_store
@@ -77,7 +81,12 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     if sets["train"].ledger.kept:
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
         host = this_hardware(torch.device("cpu")).memory if planned is None else None
-        found = dataclasses.replace(found, estimate=_estimate(config, found, planned, device), host_memory=host)
+        found = dataclasses.replace(
+            found,
+            estimate=_estimate(config, found, planned, device),
+            host_memory=host,
+            start=None if config.train.is_empty else _distance_from_start(config, found.sets["train"].survey),
+        )
     click.echo(json.dumps(as_dict(found), indent=1) if as_json else as_text(found, config.data.max_length))
     if others := [load_store(state.folder) for state in stores.values() if state.differences]:
         check_identity(others, identity_of_run(config, tokenizer), exact_length_of_reference(config))
@@ -91,26 +100,35 @@ def _estimate(config: Config, found: Findings, planned: Hardware | None, device:
     assert lengths is not None
     policy_model, reference_model = model_settings(config)
     shapes = shapes_of(policy_model, config.policy)
-    dtype: Any = resolve_dtype(config.reference.dtype, reference_model.to_dict())
-    probe = None
-    if planned is None:
-        options = config.train.options
-        probe = probe_layer(
-            policy_model,
-            shapes,
-            device,
-            scoring=dtype,
-            training=resolve_dtype(config.policy.dtype, policy_model.to_dict()),
-            autocast=torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else None,
-        )
+    scoring, training = reference_precision(config), policy_precision(config)
+    dtype: Any = training.weights
+    probe = None if planned else probe_layer(policy_model, shapes, device, scoring=scoring, training=training)
     return estimate(
-        dataclasses.replace(config, reference=dataclasses.replace(config.reference, dtype=dtype)),
+        dataclasses.replace(config, policy=dataclasses.replace(config.policy, dtype=dtype)),
         shapes,
         lengths,
         planned or this_hardware(device),
         reference=None if reference_model is policy_model else shapes_of(reference_model),
         held_out=add_up({name: pairs for name, pairs in found.sets.items() if name != "train"}, found.stores),
         probe=probe,
+    )
+
+
+def _distance_from_start(config: Config, survey: Survey) -> str | None:
+    """Tell how far from ln 2 training starts, by the rounding of a token and the number of tokens; None if it does."""
+    apart = precisions_apart(config)
+    if apart is None:
+        return None
+    options, beta = config.train.options, config.loss.beta
+    pairs = int(options.get("per_device_train_batch_size", 8)) * int(options.get("gradient_accumulation_steps", 1))
+    tokens = (survey.scored["chosen"] + survey.scored["rejected"]) / max(1, survey.lengths["pair"].total())
+    token = max(token_noise(precision.products) for precision in apart)
+    margin = beta * token * math.sqrt(tokens)
+    return (
+        f"reference.dtype: the reference is scored in {apart[0]}, the policy computes in {apart[1]}. The first "
+        f"rewards/margins are about {margin:.2g} away from 0, and the first sigmoid loss, of {pairs} pairs, about "
+        f"{margin / 2 / math.sqrt(pairs):.2g} from ln 2 (assumed: {token:g} nats a token, {tokens:.0f} tokens a pair, "
+        f"beta {beta:g}; both stages measure it). To start at ln 2, leave reference.dtype and reference.autocast out"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.models.files import reference_quantization
+from pipeline.models.precision import reference_precision
 from pipeline.scoring.head import positions_of_chunk
 from pipeline.scoring.memory import tokens_for
 from stages.check.hardware import Hardware
@@ -135,7 +136,7 @@ def estimate(
     """Estimate what both stages of a run take on given hardware. Reads no file and loads nothing.
 
     Args:
-        config: The run's settings. `reference.dtype: auto` stands for bfloat16, the dtype of most checkpoints.
+        config: The run's settings, in which `policy.dtype` names a dtype.
         shapes: Sizes of the policy; and `reference` of the reference, if it is another model.
         lengths: Tokens of the training set; and `held_out` of all held-out sets together.
         hardware: Devices of both stages; one process on one device alternates between them if the reference moves.
@@ -170,9 +171,9 @@ def _stage_one(
     hardware: Hardware,
     measured: float | None,
 ) -> StageEstimate:
-    dtype = config.reference.dtype
-    size = bytes_of(dtype)
-    weights = weight_bytes(shapes, dtype, reference_quantization(config))
+    precision = reference_precision(config)
+    size, product = bytes_of(precision.weights), bytes_of(precision.products)
+    weights = weight_bytes(shapes, precision.weights, reference_quantization(config))
     at_work = hardware.count
     if config.precompute.tp_plan:
         # Only layers are split. Each process has the whole embedding and the whole head.
@@ -182,7 +183,7 @@ def _stage_one(
         # A batch passes one device's layers after another's.
         weights, at_work = weights // hardware.count, 1
     # Nothing is kept for backward: a layer's input, its norm in float32, and the widest of its tensors.
-    per_token = (4 + 2 * size) * shapes.hidden + size * max(3 * shapes.intermediate, 3 * shapes.query)
+    per_token = (4 + 2 * size) * shapes.hidden + product * max(3 * shapes.intermediate, 3 * shapes.query)
     own, context = _own_memory(hardware)
     tokens = config.precompute.tokens_per_batch
     if tokens is None:
@@ -195,14 +196,17 @@ def _stage_one(
     memory = {
         "weights": weights,
         "one batch": tokens * per_token,
-        "logits of a chunk": _chunk_bytes(shapes, scored, size, hardware, buffers=1),
+        "logits of a chunk": _chunk_bytes(shapes, scored, product, hardware, buffers=1),
         own: context,
     }
+    if product < size:
+        # Autocast makes a copy of one weight at a time; the head's is the largest.
+        memory["copies of weights"] = product * shapes.vocabulary * shapes.hidden
     return StageEstimate(
         memory=memory,
         total_memory=sum(memory.values()),
         flops=flops,
-        seconds=_seconds(flops, replace(hardware, count=at_work), measured, sixteen=size == 2),
+        seconds=_seconds(flops, replace(hardware, count=at_work), measured, sixteen=product == 2),
         tokens=round(sum(share * s.stage_one_tokens for share, s in done)),
         batch_tokens=tokens,
     )

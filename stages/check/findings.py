@@ -84,6 +84,8 @@ class Findings:
     """None if no training pair was kept."""
     host_memory: int | None = None
     """Bytes of this machine's memory; None if the run is planned for another one."""
+    start: str | None = None
+    """Warning that training does not start at ln 2, since the settings set policy and reference apart."""
 
 
 def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, batch_pairs: int) -> PairSet:

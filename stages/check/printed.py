@@ -21,6 +21,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
     return {
         "sets": {name: _set_as_dict(pairs) for name, pairs in found.sets.items()},
         "template_date": found.template_date,
+        "start": found.start,
         "estimate": None if found.estimate is None else _estimate_as_dict(found.estimate, found.host_memory),
         "stores": {
             name: {key: value for key, value in dataclasses.asdict(state).items() if value is not None}
@@ -84,6 +85,8 @@ def as_text(found: Findings, max_length: int | None) -> str:
         lines += [f"{name}: {describe(pairs.source)}", *_set_lines(pairs, max_length), ""]
     if found.template_date is not None:
         lines += [f"template date: {found.template_date}, which the chat template asks for (data.template_date)", ""]
+    if found.start is not None:
+        lines += [f"warning: {found.start}", ""]
     if found.estimate is not None:
         lines += [*estimate_lines(found.estimate, found.host_memory), ""]
     for name, state in found.stores.items():

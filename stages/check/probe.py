@@ -13,6 +13,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from pipeline.models.lengths import positions_of
+from pipeline.models.precision import Precision
 from pipeline.scoring.memory import name_of_device
 from stages.check.hardware import Hardware
 from stages.check.shapes import Shapes, forward_flops, shapes_of
@@ -53,14 +54,13 @@ def probe_layer(
     shapes: Shapes,
     device: torch.device,
     *,
-    scoring: str,
-    training: str,
-    autocast: torch.dtype | None,
+    scoring: Precision,
+    training: Precision,
 ) -> Probe | None:
-    """Time a few passes of one layer of a transformers config, with stage one's dtype and with training's.
+    """Time a few passes of one layer of a transformers config, in stage one's precision and in training's.
 
-    Training's products run in `autocast` if it is given. `shapes` tell if the weights or an adapter are trained. Return
-    None if one layer can't be made alone, or takes more than a quarter of the device's memory.
+    `shapes` tell if the weights or an adapter are trained. Return None if one layer can't be made alone, or takes more
+    than a quarter of the device's memory.
     """
     # Weights and gradients in float32.
     if 8 * shapes.layer_parameters // shapes.layers > this_hardware(device).memory / 4:
@@ -73,19 +73,19 @@ def probe_layer(
     tokens = min(tokens, positions_of(model) or tokens)
     ids = torch.arange(tokens, device=device)[None] % _VOCABULARY
 
-    def forward() -> Any:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def forward(precision: Precision) -> Any:
+        autocast = precision.autocast
+        with torch.autocast(device.type, getattr(torch, autocast)) if autocast else nullcontext():
+            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def train() -> None:
-        with torch.autocast(device.type, autocast) if autocast is not None else nullcontext():
-            hidden = forward()
-        hidden.float().sum().backward()
+        forward(training).float().sum().backward()
         model.zero_grad()
 
-    model.eval().to(getattr(torch, scoring))
+    model.requires_grad_(False).eval().to(getattr(torch, scoring.weights))
     with torch.inference_mode():
-        forward_seconds = _seconds_of(forward)
-    model.train().to(getattr(torch, training))
+        forward_seconds = _seconds_of(lambda: forward(scoring))
+    model.train().to(getattr(torch, training.weights))
     for name, parameter in model.named_parameters():
         # A trained embedding makes backward compute the gradient of the layer's input.
         parameter.requires_grad_(not shapes.has_adapter or "embed" in name)

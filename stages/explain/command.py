@@ -19,12 +19,12 @@ from pipeline.models.files import (
     in_one_process,
     load_tokenizer,
     policy_as_reference,
-    reference_dtype,
     reference_quantization,
     reference_sources,
 )
 from pipeline.models.identity import identity_of_run
 from pipeline.models.lengths import check_max_length, exact_length_of_reference
+from pipeline.models.precision import reference_precision
 from pipeline.report import pages
 from pipeline.run.checkpoints import trained_weights
 from pipeline.scoring.agreement import allowed_gap
@@ -102,7 +102,8 @@ def _with_logps(config: Config, found: Findings, tokenizer: Any, recompute: bool
         if stored is not None:
             quantization = reference_quantization(config)
             in_8_bits = quantization is not None and quantization.bits == 8
-            gap = compare(pair, allowed_gap(stored.noise, reference_dtype(config), in_8_bits=in_8_bits))
+            products = reference_precision(config).products
+            gap = compare(pair, allowed_gap(stored.noise, products, in_8_bits=in_8_bits))
     if trained is not None:
         pair = with_logps(pair, "policy", *_score(pair, tokenizer, str(found.policy), trained, "--policy"))
     remarks = (*remarks, *_remarks(config, recompute, trained is not None))

@@ -19,7 +19,8 @@ from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair
 from pipeline.data.loading import UnitQueue
 from pipeline.data.rows import Source
-from pipeline.models.files import reference_dtype, reference_quantization
+from pipeline.models.files import reference_quantization
+from pipeline.models.precision import reference_precision
 from pipeline.scoring.agreement import Agreement, NoiseFloor, allowed_gap, compare, completion_gap
 from pipeline.store.finishing import longest_pair
 from pipeline.store.format import ForeignPartError, ScoredPair, part_name
@@ -115,6 +116,6 @@ class StoredPairs:
         ]
         quantization = reference_quantization(self.config)
         in_8_bits = quantization is not None and quantization.bits == 8
-        mean, largest = allowed_gap(noise, reference_dtype(self.config), in_8_bits=in_8_bits)
+        mean, largest = allowed_gap(noise, reference_precision(self.config).products, in_8_bits=in_8_bits)
         # In one pair a single token may be as far off as any token of the store.
         return compare(gaps, (mean + largest / sum(map(len, gaps)), largest))

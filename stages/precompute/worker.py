@@ -39,6 +39,7 @@ from pipeline.store.format import ForeignPartError, ScoredPair
 from pipeline.store.reuse import Reusable, copy_scored
 from pipeline.store.store import PartHeader, is_finished, part_exists, parts_there, write_part
 from stages.precompute.canary import StoredPairs
+from stages.precompute.distance import say_distance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,7 +164,9 @@ class Worker:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
         copied = copy_scored(self.reusable, unit.pairs)
         new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
-        if new and self.reference.load():
+        if new and not self.reference.is_loaded:
+            self._say_distance(new)
+            self.reference.load()
             # Neither the rate nor the cost counts the loading.
             account.restart()
         if new:
@@ -176,6 +179,11 @@ class Worker:
         if copied:
             unit.ledger.noted["copied from other shards"] += len(copied)
         return scored, noise
+
+    def _say_distance(self, pairs: list[KeptPair]) -> None:
+        """Let the first of the workers, before it has loaded the reference, tell how far from ln 2 training starts."""
+        if self.share[0] == 0 and not self.config.train.is_empty:
+            say_distance(self.config, self.tokenizer, pairs, lambda sample: self.reference.score(sample, self.flag))
 
     def _rows_to_do(self, job: ScoringJob, share: tuple[int, int]) -> int | None:
         """Count the rows of a share's missing units; None where the set's size is not known."""
@@ -258,6 +266,10 @@ class Reference:
         self._config, self._tokenizer, self._files, self._ensemble = config, tokenizer, files, ensemble
         self._scorer: Scorer | None = None
         self._positions: tuple[int, str] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._scorer is not None
 
     def load(self) -> bool:
         """Load and check the model. Return False if it was loaded before."""

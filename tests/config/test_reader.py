@@ -57,6 +57,7 @@ DEFAULTS = {
         "adapter": None,
         "disable_adapters": False,
         "dtype": "auto",
+        "autocast": None,
         "quantization": None,
         "declared": None,
         "sync": None,

@@ -232,7 +232,7 @@ SERVED: dict[str, tuple[Callable[[Scored], None], tuple[str, ...]]] = {
     "tokens in a batch": (nothing, ("precompute.tokens_per_batch=64",)),
     "a moved model": (move_model, ()),
     "a revision of a folder": (nothing, ("policy.revision=v2",)),
-    "the policy's dtype": (nothing, ("policy.dtype=bfloat16",)),
+    "the policy's dtype": (nothing, ("policy.dtype=bfloat16", "reference.dtype=float32")),
     "the loss": (nothing, ("loss={type: ipo, beta: 0.5}",)),
     "a shorter cut": (nothing, ("data.max_length=100",)),
 }

@@ -1,6 +1,7 @@
 """What enters the identity, what does not, and how a mismatch is told."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.models.identity import (
     fingerprint_of,
     identity_of_run,
     policy_reference_relation,
+    remedy,
 )
 from support.models import make_model, make_tokenizer
 
@@ -46,7 +48,6 @@ def identity(file: Path, *overrides: str) -> dict[str, Any]:
         "train.seed=7",
         "train.output_dir=elsewhere",
         "policy.lora={r: 64}",
-        "policy.dtype=bfloat16",
         "precompute.output=elsewhere",
         "precompute.tokens_per_batch=99",
         "precompute.rows_per_shard=99",
@@ -70,6 +71,10 @@ def test_what_no_log_prob_depends_on_leaves_the_fingerprint(config_file: Path, o
         ("data.max_length=77", "tokenization.max_length"),
         ("data.max_length=null", "tokenization.max_length"),
         ("reference.dtype=bfloat16", "reference.dtype"),
+        ("policy.dtype=bfloat16", "reference.dtype"),
+        ("train.bf16=true", "reference.autocast"),
+        ("train.fp16=true", "reference.autocast"),
+        ("reference.autocast=bfloat16", "reference.autocast"),
         ("precompute.token_logps=false", "tokenization.token_logps"),
         ("reference.quantization.bits=8", "reference.quantization"),
         ("reference.quantization={bits: 4, double: on}", "reference.quantization"),
@@ -80,6 +85,37 @@ def test_what_a_log_prob_depends_on_changes_it_by_name(config_file: Path, overri
     assert fingerprint_of(a) != fingerprint_of(b)
     (found,) = differences(a, b, joining=False)
     assert found.startswith(f"{field}: ")
+
+
+def test_a_store_without_the_autocast_field_counts_as_without_autocast(config_file: Path) -> None:
+    """Stores from before it was recorded keep their fingerprint, so they are continued and resumed."""
+    plain = identity(config_file)
+    assert "autocast" not in plain["reference"]
+    under = identity(config_file, "train.bf16=true")
+    assert under["reference"]["autocast"] == "bfloat16"
+    assert differences(plain, under, joining=True) == ["reference.autocast: shards none, this run bfloat16"]
+
+
+def test_the_settings_that_a_refusal_names_make_the_run_use_the_store(config_file: Path) -> None:
+    """A store that an earlier `auto` scored in the checkpoint's bfloat16, and one that was scored under autocast."""
+    for scored, this_run in (
+        (["reference.dtype=bfloat16"], []),
+        (["reference.dtype=bfloat16"], ["train.bf16=true"]),
+        (["train.bf16=true"], []),
+    ):
+        stored = identity(config_file, *scored)
+        named = re.findall(r"(reference\.\w+): (\w+)", remedy(stored, identity(config_file, *this_run)))
+        assert named
+        assert identity(config_file, *this_run, *("=".join(pair) for pair in named)) == stored
+
+
+def test_a_refusal_names_no_settings_that_the_gate_would_refuse(config_file: Path) -> None:
+    plain = identity(config_file)
+    assert remedy(plain, identity(config_file, "train.bf16=true")) == ""
+    assert remedy(plain, plain) == ""
+    other = {**identity(config_file, "reference.dtype=bfloat16")}
+    other["reference"] = {**other["reference"], "weights": "0" * 64}
+    assert remedy(other, plain) == ""
 
 
 def test_each_way_of_quantizing_is_another_reference(config_file: Path) -> None:

@@ -282,7 +282,9 @@ def test_moved_references_are_on_the_disk_in_float32(
 
 def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole() -> None:
     workers, turns, split = (
-        made(make_config(None, plan), "8xa100-80gb").precompute
+        made(
+            dataclasses.replace(make_config(None, plan), reference=ReferenceConfig(dtype="bfloat16")), "8xa100-80gb"
+        ).precompute
         for plan in ({}, {"device_map": "auto"}, {"tp_plan": "auto"})
     )
     assert workers.memory["weights"] == 16 * 10**9
@@ -293,6 +295,15 @@ def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole()
     assert workers.seconds is not None and turns.seconds is not None and split.seconds is not None
     assert turns.seconds[1] == pytest.approx(8 * workers.seconds[1])
     assert split.seconds[1] == pytest.approx(workers.seconds[1])
+
+
+def test_a_reference_under_autocast_has_float32_weights_and_16_bit_products() -> None:
+    plain, under = (made(make_config(bf16=bf16), "h100-80gb").precompute for bf16 in ("false", "true"))
+    assert under.memory["weights"] == plain.memory["weights"] == 32 * 10**9
+    assert under.memory["copies of weights"] == 2 * EIGHT.vocabulary * EIGHT.hidden
+    assert "copies of weights" not in plain.memory
+    assert plain.seconds is not None and under.seconds is not None
+    assert under.seconds[1] < plain.seconds[1] / 2
 
 
 def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:

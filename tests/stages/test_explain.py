@@ -23,6 +23,7 @@ from pipeline.base.tables import width_of
 from pipeline.config.reader import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.rows import Row
+from pipeline.models.precision import Precision, reference_precision
 from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal
 from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.scoring import scorer
@@ -149,7 +150,7 @@ def test_a_policy_is_looked_for_before_a_model_is_loaded(
     loaded: list[Any] = []
 
     def load(config: Any, device: Any) -> Any:
-        loaded.append(config.reference)
+        loaded.append(config)
         raise DataError("loaded")
 
     monkeypatch.setattr(scorer, "load_reference", load)
@@ -168,13 +169,14 @@ def test_a_policy_is_looked_for_before_a_model_is_loaded(
             explain_here(load_config(scored / "run.yaml", overrides), policy=folder)
     assert loaded == []
 
-    # Of a run that goes on it is the newest whole checkpoint; in the dtype that training computes in.
+    # Of a run that goes on it is the newest whole checkpoint, which computes as in training.
     for step in (2, 4):
         shutil.copytree(other, run / f"checkpoint-{step}")
     commit_checkpoint(run / "checkpoint-2", 2, {})
     with pytest.raises(DataError, match="loaded"):
         explain_here(config, policy=run, recompute=False)
-    assert [(reference.model, reference.dtype) for reference in loaded] == [(str(run / "checkpoint-2"), "bfloat16")]
+    assert [config.reference.model for config in loaded] == [str(run / "checkpoint-2")]
+    assert reference_precision(loaded[0]) == Precision(weights="float32", autocast="bfloat16")
 
 
 def test_of_parts_without_the_pair_only_keys_are_read(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ with its names, types and meanings: `num_train_epochs`, `max_steps`, `per_device
 `eval_steps`, `seed`, `fsdp`, ...
 
 Fields of outputs, logging, saving, evaluation and data loading, and those that save memory, may change at any time.
+`bf16` and `fp16` need new shards, since the reference computes [as the policy will](guide.md#precision).
 [Some schedules](guide.md#making-a-run-longer) allow more steps or epochs. All other fields need a new
 `train.output_dir`.
 

@@ -18,6 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.models import loading
 from pipeline.models.identity import PolicyReferenceRelation
+from pipeline.models.precision import Precision
 from pipeline.scoring import scorer
 from pipeline.scoring.agreement import NoiseFloor, allowed_gap
 from pipeline.scoring.attention import switch_attention
@@ -179,16 +180,25 @@ def test_an_eos_that_was_scored_otherwise_is_seen_at_the_completions_end(make_ru
 # Faults in how the policy computes.
 
 
-@pytest.mark.parametrize("override", ["train.bf16=true", "policy.dtype=bfloat16"])
-def test_another_dtype_than_the_references_is_caught(make_run: MakeRun, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "differs", "precision"),
+    [
+        ("train.bf16=true", "reference.autocast: shards none, this run bfloat16", "float32 under bfloat16 autocast"),
+        ("policy.dtype=bfloat16", "reference.dtype: shards float32, this run bfloat16", "bfloat16"),
+    ],
+)
+def test_another_precision_than_the_references_is_caught(
+    make_run: MakeRun, override: str, differs: str, precision: str
+) -> None:
     config = make_run()
     refshard("precompute", "--config", config)
     message = refused(config, 78, "-o", override)
-    assert "was scored in float32, the policy computes in bfloat16" in message
-    assert "reference.dtype: bfloat16" in message
-    assert "reference.dtype: shards float32, this run bfloat16" in refused(
-        config, 78, "-o", override, "-o", "reference.dtype=bfloat16"
-    )
+    assert differs in message
+    # The gate would refuse a reference of more digits, too.
+    assert "To use these as they are" not in message
+    message = refused(config, 78, "-o", override, "-o", "reference.dtype=float32")
+    assert f"was scored in float32, the policy computes in {precision}: on 24 pairs, rewards/margins begin" in message
+    assert "leave reference.dtype and reference.autocast out" in message
 
 
 def test_dropout_left_on_is_caught(
@@ -227,7 +237,8 @@ def test_an_adapter_with_a_change_declared_fresh_is_caught(make_run: MakeRun, mo
 def test_on_mismatch_warn_says_it_and_trains(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run()
     refshard("precompute", "--config", config)
-    done = refshard("train", "--config", config, "-o", "train.bf16=true", "-o", "train.on_mismatch=warn")
+    words = ("train.bf16=true", "reference.dtype=float32", "train.on_mismatch=warn")
+    done = refshard("train", "--config", config, *(part for word in words for part in ("-o", word)))
     assert "warning: the policy before its first step is not the reference" in done.stdout
     assert len(steps(tmp_path / "policy")) == 4
 
@@ -366,8 +377,9 @@ def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
     return Gate(
         store=store,
         allowed=allowed_gap(noise, dtype),
-        reference_dtype=dtype,
-        policy_dtype=dtype,
+        reference=Precision(weights=dtype),
+        policy=Precision(weights=dtype),
+        beta=0.1,
         relation=nothing,
         start=0,
         warn_only=False,
@@ -376,7 +388,7 @@ def make_gate(noise: NoiseFloor, dtype: str = "float32") -> Gate:
 
 def gaps(*values: float) -> Gaps:
     array: npt.NDArray[np.float64] = np.array(values)
-    return Gaps([array], [0])
+    return Gaps([array], [0], [])
 
 
 @pytest.mark.parametrize(

@@ -517,7 +517,9 @@ def test_every_process_decides_by_the_main_ones_gaps(
 ) -> None:
     config = make_run()
     refshard("precompute", "--config", config)
-    monkeypatch.setattr(gate, "of_main_process", lambda gaps: Gaps([values + 1 for values in gaps.values], gaps.parts))
+    monkeypatch.setattr(
+        gate, "of_main_process", lambda gaps: Gaps([values + 1 for values in gaps.values], gaps.parts, gaps.margins)
+    )
     with pytest.raises(RefshardError, match="is not the reference"):
         train.run(load_config(config))
 
