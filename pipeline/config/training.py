@@ -97,7 +97,9 @@ class TrainSection:
     def autocast(self) -> str | None:
         """Dtype of autocast in training, None without it. Unlike `options`, it needs no library."""
         dtypes = {"bf16": "bfloat16", "fp16": "float16"}
-        return next((d for key, d in dtypes.items() if convert(self.given.get(key) or False, bool, f"train.{key}")), None)
+        return next(
+            (d for key, d in dtypes.items() if convert(self.given.get(key) or False, bool, f"train.{key}")), None
+        )
 
     @property
     def evaluates_at_end(self) -> bool:
