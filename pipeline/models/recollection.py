@@ -32,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
 
 
 class Recollection:
-    """What one command found out with these settings, if the cache has it."""
+    """Holds the answers that one command found with these settings, if the cache has them."""
 
     def __init__(self, command: str, config: Config) -> None:
         """Take the digests of all that the answers depend on. Do this before it is read for the answers."""
