@@ -12,6 +12,7 @@ import click
 
 from pipeline.base.errors import ConfigError, one_line, status_and_text
 from pipeline.base.progress import emit, say
+from pipeline.base.quiet import silence_libraries
 from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
@@ -406,6 +407,7 @@ def run() -> None:
     # Imports ask for GPUs. torch's usual way of asking initializes CUDA, and forks of this process could not use them
     # (see torch.cuda.is_available).
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    silence_libraries()
     if not sys.stderr.isatty():
         # The libraries' bars are carriage returns, which a log keeps in one line.
         for library in ("HF_HUB", "HF_DATASETS"):

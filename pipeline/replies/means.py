@@ -21,7 +21,12 @@ class Mean:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+        if not self.error or not math.isfinite(self.error):
+            return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+        # Two digits of the error, and no digit of the mean that the error does not allow.
+        digits = 1 - math.floor(math.log10(self.error))
+        mean, error = round(self.mean, digits) + 0.0, round(self.error, digits)
+        return f"{mean:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
 
 
 def estimate_kl(generations: Sequence[Generation]) -> Mean:

@@ -22,6 +22,8 @@ from pipeline.run.reading import Curve
 __all__ = ["Line", "Point", "histogram_chart", "line_chart", "point_chart", "running_mean", "style_of", "thin"]
 
 _MOST_POINTS, _MOST_MARKERS, _FEWEST_SMOOTHED, _MOST_BINS = 2000, 60, 80, 50
+_POINT_CHART, _LINE_HEIGHT = 460, 16
+"""Height of a chart of points, and of a line of text, pixels"""
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _FAINT = {"line": {"color": GRAY, "width": 1, "dash": "dot"}, "layer": "below"}
 
@@ -177,15 +179,26 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
     """Draw points with their errors, each with its name beside it."""
     figure = _new_figure()
     middle = max(point.x.mean for point in points) / 2
-    for point in points:
+    low, high = _ends([point.y for point in points])
+    labels = _label_shifts(points, low, high)
+    for point, shift in zip(points, labels, strict=True):
+        # Names point inward, where a narrow screen has room too.
+        inward = "right" if point.x.mean > middle > 0 else "left"
+        figure.add_annotation(
+            x=point.x.mean,
+            y=point.y.mean,
+            text=_text(point.name),
+            showarrow=False,
+            xanchor=inward,
+            yshift=shift,
+            xshift=-6 if inward == "right" else 6,
+            font={"color": point.color},
+        )
         figure.add_scatter(
             x=_rounded([point.x.mean]),
             y=_rounded([point.y.mean]),
             name=_text(point.name),
-            mode="markers+text",
-            text=[_text(point.name)],
-            # Names point inward, where a narrow screen has room too.
-            textposition="top left" if point.x.mean > middle > 0 else "top right",
+            mode="markers",
             cliponaxis=False,
             marker={"size": 9, "color": point.color},
             error_x=_error(point.x, point.color),
@@ -193,9 +206,35 @@ def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: s
             hovertemplate="%{x:.4g}, %{y:.4g}",
         )
     _lay_out(figure, x_title, y_title, hovermode="closest")
-    figure.update_layout(showlegend=False, height=460)
+    figure.update_layout(showlegend=False, height=_POINT_CHART)
+    figure.update_yaxes(range=(low, high))
     figure.update_xaxes(autorangeoptions={"include": 0}, zeroline=True)
     return chart(figure, title=title, label=f"{title}: {y_title} over {x_title}")
+
+
+def _ends(values: Sequence[Mean]) -> tuple[float, float]:
+    """Give the ends of an axis with room for all means, their errors and a name above the highest."""
+    low = min(value.mean - (value.error or 0.0) for value in values)
+    high = max(value.mean + (value.error or 0.0) for value in values)
+    room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + 2 * room
+
+
+def _label_shifts(points: Sequence[Point], low: float, high: float) -> list[float]:
+    """Give how far above its point each name stands, in pixels, so that no two names lie on each other."""
+    x_span = max(point.x.mean for point in points) - min(0.0, *(point.x.mean for point in points)) or 1.0
+    placed: list[tuple[float, float]] = []
+    shifts = dict.fromkeys(range(len(points)), 0.0)
+    for i in sorted(shifts, key=lambda i: points[i].y.mean):
+        x, height = points[i].x.mean / x_span, (points[i].y.mean - low) / (high - low) * (_POINT_CHART - 80)
+        # Names of points in one half of a narrow chart may reach each other.
+        near = [other for at, other in placed if abs(at - x) < 0.5]
+        shift = 12.0
+        while any(abs(height + shift - other) < _LINE_HEIGHT for other in near):
+            shift += 1.0
+        placed.append((x, height + shift))
+        shifts[i] = shift
+    return list(shifts.values())
 
 
 def _error(value: Mean, color: str) -> dict[str, Any]:

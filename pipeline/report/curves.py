@@ -29,6 +29,8 @@ class _Panel:
     bounds: tuple[float, float] | None = None
     level: tuple[float, str] | None = None
     smoothed: bool = True
+    from_zero: bool = True
+    """The axis shows 0; otherwise the curves and the level fill it"""
 
 
 _Drawn = tuple[str, _Panel, Sequence[Line]]
@@ -54,7 +56,7 @@ _PANELS = (
         unit="nats per completion",
         series={"chosen": "logps/chosen_shift", "rejected": "logps/rejected_shift"},
     ),
-    _Panel(title="Entropy of the policy", unit="nats per token", series={"": "entropy"}),
+    _Panel(title="Entropy of the policy", unit="nats per token", series={"": "entropy"}, from_zero=False),
     _Panel(title="Gradient norm", unit="norm, before clipping", series={"": "grad_norm"}, held_out=False),
     _Panel(title="Learning rate", unit="learning rate", series={"": "learning_rate"}, held_out=False, smoothed=False),
 )
@@ -68,7 +70,7 @@ _NOTE = (
 def _panels(shown: Sequence[Shown]) -> list[_Panel]:
     plain = all((one.run.settings.get("loss") or {}).get("type") in ("sigmoid", ["sigmoid"]) for one in shown)
     level = (math.log(2), "ln 2: policy = reference") if plain else None
-    return [_Panel(title="Loss", unit="loss", series={"": "loss"}, level=level), *_PANELS]
+    return [_Panel(title="Loss", unit="loss", series={"": "loss"}, level=level, from_zero=False), *_PANELS]
 
 
 def curves_of_one(one: Shown) -> list[Section]:
@@ -146,15 +148,24 @@ def _section(title: str, charts: Sequence[_Drawn], notes: Sequence[str], marks: 
     drawn, single = [], []
     for name, panel, lines in charts:
         if any(len(line.curve.steps) > 1 for line in lines):
-            drawn.append(
-                line_chart(name, lines, y_title=panel.unit, bounds=panel.bounds, level=panel.level, marks=marks)
-            )
+            bounds = panel.bounds if panel.from_zero else _span(lines, panel.level)
+            drawn.append(line_chart(name, lines, y_title=panel.unit, bounds=bounds, level=panel.level, marks=marks))
         else:
             single += [[name, line.name, line.curve.steps[0], line.curve.last] for line in lines if line.curve.steps]
     body = beside(drawn) if drawn else Markup("")
     if single:
         body += table(["measured once", "curve", "after step", "value"], single)
     return [Section(title=title, body=body, note=" ".join(notes))] if body else []
+
+
+def _span(lines: Sequence[Line], level: tuple[float, str] | None) -> tuple[float, float] | None:
+    """Give the ends of an axis that the curves and the level fill; None without a value."""
+    values = [value for line in lines for value in line.curve.values if value is not None]
+    if not values:
+        return None
+    values += [] if level is None else [level[0]]
+    margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
+    return min(values) - margin, max(values) + margin
 
 
 def held_out_sets(shown: Sequence[Shown]) -> list[str]:

@@ -32,7 +32,7 @@ def _data(shown: Sequence[Shown]) -> Section:
 def _data_rows(run: Run) -> list[list[object]]:
     moves = bool(part(run.settings, "reference", "sync"))
     rows: list[list[object]] = []
-    for name, given in part(run.inputs, "sets").items():
+    for name, given in sorted(part(run.inputs, "sets").items(), key=_train_first):
         ledger, tokens, noise = (part(given, key) for key in ("ledger", "tokens", "noise"))
         rows.append(
             [
@@ -106,10 +106,14 @@ def _stage_one_rows(run: Run) -> list[list[object]]:
     by_set: dict[str, list[Mapping[str, Any]]] = {}
     for cost in run.inputs.get("stage_one") or []:
         by_set.setdefault(str(cost.get("set")), []).append(cost)
-    rows = [_stage_one_row(name, costs) for name, costs in sorted(by_set.items())]
+    rows = [_stage_one_row(name, costs) for name, costs in sorted(by_set.items(), key=_train_first)]
     if len(rows) > 1:
         rows.append(_stage_one_row("all", [cost for costs in by_set.values() for cost in costs]))
     return rows
+
+
+def _train_first(item: tuple[str, object]) -> tuple[bool, str]:
+    return item[0] != "train", item[0]
 
 
 def _stage_one_row(name: str, costs: Sequence[Mapping[str, Any]]) -> list[object]:

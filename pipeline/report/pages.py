@@ -3,6 +3,7 @@
 Plotly draws the charts (`pip install 'refshard[report]'`). It is imported with the first chart.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -35,6 +36,8 @@ GRAY = "#6b7787"
 """Colors of lines. Each is distinct from its neighbours and from both backgrounds; gray is for references."""
 
 _MOST_CHARACTERS = 8000
+_NUMBER = re.compile(r"[-+−–]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%| [KMGT]i?B)?")
+"""A number as text, perhaps with a unit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,23 +96,31 @@ def beside(charts: Sequence[Markup]) -> Markup:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     """Make a table. Columns of numbers align right, and their numbers are formatted; Markup stays as it is."""
-    numbers = [any(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    numbers = [_is_column_of_numbers([row[i] for row in rows]) for i in range(len(header))]
     head = Markup("").join(
         Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(_text(name))
         for name, number in zip(header, numbers, strict=True)
     )
-    lines = Markup("").join(Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, row))) for row in rows)
+    lines = Markup("").join(
+        Markup("<tr>{}</tr>").format(Markup("").join(_cell(*cell) for cell in zip(row, numbers, strict=True)))
+        for row in rows
+    )
     return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
         head, lines
     )
 
 
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool | str | None)
+def _is_column_of_numbers(cells: Sequence[object]) -> bool:
+    """Return True if a cell is a number, or all texts are: `85.0%`, `1.20 GiB`."""
+    if any(not isinstance(cell, bool | str | None) for cell in cells):
+        return True
+    texts = [cell for cell in cells if cell not in (None, "")]
+    return bool(texts) and all(isinstance(text, str) and _NUMBER.fullmatch(text) for text in texts)
 
 
-def _cell(value: object) -> Markup:
-    return Markup('<td class="number">{}</td>' if _is_number(value) else "<td>{}</td>").format(_text(value))
+def _cell(value: object, number: bool) -> Markup:
+    right = number and not isinstance(value, bool)
+    return Markup('<td class="number">{}</td>' if right else "<td>{}</td>").format(_text(value))
 
 
 def facts(pairs: Mapping[str, object]) -> Markup:

@@ -5,8 +5,10 @@ Everything on it comes from the runs' own records. The page computes only means,
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
@@ -17,15 +19,19 @@ from pipeline.report.charts import histogram_chart
 from pipeline.report.comparison import Shown, common_folder, differing_settings, runs_table, show_runs
 from pipeline.report.curves import curves_of_many, curves_of_one, held_out_sets
 from pipeline.report.input_sections import input_sections
-from pipeline.report.pages import GRAY, Section, beside, facts, page, preformatted
+from pipeline.report.pages import GRAY, Section, beside, facts, page, preformatted, table
 from pipeline.report.reply_sections import frontier_section, replies_section
-from pipeline.run.reading import MarginRows, Run, part
+from pipeline.report.verdict import verdict_of
+from pipeline.run.reading import SETTINGS, MarginRows, Run, part
 
 __all__ = ["report_page"]
 
 _HELD_OUT = {"loss": "loss", "accuracy": "rewards/accuracies", "reward margin": "rewards/margins"}
 """Name -> metric of the numbers in the summary"""
 
+_MOST_WORST = 10
+_OF_WORST = ("ref_margin", "policy_margin", "chosen_shift", "rejected_shift")
+_WORST_HEADER = ["row", "change of the margin", "margin before", "after", "log-prob shift of chosen", "of rejected"]
 _MARGINS = ("ref_margin", "policy_margin", "reward_margin")
 
 
@@ -42,7 +48,11 @@ def report_page(runs: Sequence[Run]) -> str:
         *_settings(shown),
     ]
     where = common_folder(runs)
-    title = f"Run {runs[0].folder.name}" if len(runs) == 1 else f"{len(runs)} runs in {where.name or where}"
+    title = (
+        f"Run {'/'.join(runs[0].folder.absolute().parts[-2:])}"
+        if len(runs) == 1
+        else f"{len(runs)} runs in {where.name or where}"
+    )
     return page(title, sections, subtitle=f"{where}, read on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
 
 
@@ -50,7 +60,8 @@ def _summary(shown: Sequence[Shown]) -> Section:
     remarks = [remark if one.alone else f"{one.name}: {remark}" for one in shown for remark in one.run.remarks]
     if len({part(one.run.inputs, "reference").get("fingerprint") for one in shown} - {None}) > 1:
         remarks.append("the runs have different references; each run's KL, shifts and rewards use its own")
-    body = _figures_of_all(shown)
+    verdicts = verdict_of(shown[0].run) if shown[0].alone else []
+    body = Markup("").join(Markup("<p>{}</p>").format(printable(text)) for text in verdicts) + _figures_of_all(shown)
     if remarks:
         listed = Markup("").join(Markup("<li>{}</li>").format(printable(remark)) for remark in remarks)
         body += Markup("<ul>{}</ul>").format(listed)
@@ -105,7 +116,7 @@ def _margins(shown: Sequence[Shown]) -> list[Section]:
         return []
     charts, broken = [], []
     rows: list[tuple[Shown, Sequence[object]]] = []
-    for name in sorted(names, key=lambda name: (name == "train", name)):
+    for name in sorted(names, key=lambda name: (name != "train", name)):
         measured = [(one, one.run.margins[name]) for one in shown if name in one.run.margins]
         charts.append(_margin_chart(name, measured))
         for one, margins in measured:
@@ -122,7 +133,33 @@ def _margins(shown: Sequence[Shown]) -> list[Section]:
     )
     if broken:
         note += f" Left out of shares, means and charts: {'; '.join(broken)}."
-    return [Section(title="Margins before and after", body=beside(charts) + runs_table(header, rows), note=note)]
+    body = beside(charts) + runs_table(header, rows)
+    sections = [Section(title="Margins before and after", body=body, note=note)]
+    return sections + (_worst_pairs(shown[0].run) if shown[0].alone else [])
+
+
+def _worst_pairs(run: Run) -> list[Section]:
+    """List the pairs of each set whose margin has fallen most; a file of an earlier version does not say which."""
+    body = Markup("")
+    for name, margins in sorted(run.margins.items(), key=lambda item: (item[0] != "train", item[0])):
+        if margins.rows is None:
+            continue
+        columns = margins.columns
+        change = columns["policy_margin"].astype(np.float64) - columns["ref_margin"]
+        # A pair of the training set may be among the last ones several times; the last time counts.
+        latest = {int(row): i for i, row in enumerate(margins.rows) if change[i] < 0}
+        worst = sorted(latest.values(), key=lambda i: change[i])[:_MOST_WORST]
+        shown: list[npt.NDArray[Any]] = [change, *(columns[name] for name in _OF_WORST)]
+        rows = [[int(margins.rows[i]), *(f"{values[i]:+.2f}" for values in shown)] for i in worst]
+        if rows:
+            body += Markup("<h3>{}</h3>").format(printable(name)) + table(_WORST_HEADER, rows)
+    if not body:
+        return []
+    note = (
+        "Pairs whose margin has fallen most, in nats: training moved them toward the rejected completion. "
+        f"refshard explain --config {run.folder / SETTINGS} --set SET --row ROW --policy {run.folder} shows one."
+    )
+    return [Section(title="Pairs that got worst", body=body, note=note)]
 
 
 def _margin_chart(name: str, measured: Sequence[tuple[Shown, MarginRows]]) -> Markup:

@@ -116,7 +116,8 @@ def find_stores(where: Where) -> list[Folder]:
     folder = open_folder(where)
     if folder.size(format.MANIFEST) is not None:
         return [folder]
-    found = [folder.child(name) for name in folder.names() if folder.child(name).size(format.MANIFEST) is not None]
+    names = sorted(folder.names(), key=lambda name: (name != "train", name))
+    found = [folder.child(name) for name in names if folder.child(name).size(format.MANIFEST) is not None]
     if not found:
         raise DataError(f"{folder}: no shards there, neither a manifest.json nor folders with one")
     return found

@@ -121,7 +121,7 @@ def test_curves_and_margins_of_a_run_are_those_of_its_training(trained: Path) ->
 
     stored = pq.read_table(sorted((trained / "shards" / "test").glob("part-*.parquet"))).to_pylist()
     margins = np.array([row["ref_chosen_logps"] - row["ref_rejected_logps"] for row in stored])
-    header, held_out, train = rows_of(page, "Margins before and after")
+    header, train, held_out = rows_of(page, "Margins before and after")
     told_of = dict(zip(header, held_out, strict=True))
     last = {key: value for entry in history if "eval_loss" in entry for key, value in entry.items()}
     assert (told_of["pairs of"], told_of["after step"], told_of["pairs"]) == ("test", "4", "9")
@@ -170,7 +170,7 @@ def test_runs_of_a_sweep_are_named_by_the_settings_that_differ(sweep: list[Path]
     summary = [dict(zip(rows[0], row, strict=True)) for rows in [rows_of(page, "Summary")] for row in rows[1:]]
     assert [row["run"] for row in summary] == ["beta=0.1", "beta=0.5"]
     assert [row["loss.beta"] for row in summary] == ["0.1", "0.5"]
-    assert [row["reward of replies"] for row in summary] == ["2 ± 1", "5 ± 0"]
+    assert [row["reward of replies"] for row in summary] == ["2.0 ± 1.0", "5 ± 0"]
     for run, row in zip(sweep, summary, strict=True):
         metrics = json.loads((run / "run.json").read_text())["metrics"]
         assert float(row["test: accuracy"]) == pytest.approx(metrics["eval_rewards/accuracies"], rel=1e-3)
@@ -237,8 +237,8 @@ def test_the_cost_of_stage_one_is_the_sum_over_its_workers(tmp_path: Path) -> No
     # Once for both: they are on the same shards.
     found = [row for row in rows_of(page, "Cost") if row[0] in ("train", "test", "all")]
     assert [row[:7] for row in found] == [
-        ["test", "1", "10", "1,000", "0:00:20", "50", "1.00 GiB"],
         ["train", "2", "1,100", "10,000", "0:01:40", "100", "3.00 GiB"],
+        ["test", "1", "10", "1,000", "0:00:20", "50", "1.00 GiB"],
         ["all", "2", "1,110", "11,000", "0:02:00", "91", "3.00 GiB"],
     ]
     assert "2 prompt too long, 1 x" in rows_of(page, "Data")[1]
@@ -268,9 +268,9 @@ def test_kl_and_rewards_are_means_over_replies_and_nothing_in_a_reply_is_obeyed(
     assert (reference["x"], reference["y"]) == ([0], [-1])
     assert (policy["x"], policy["y"]) == ([3], [2])
     assert policy["error_x"]["value"] == policy["error_y"]["value"] == pytest.approx(error, rel=1e-5)
-    assert "<dt>KL, nats per reply</dt><dd>3 ± 1.5</dd>" in page
+    assert "<dt>KL, nats per reply</dt><dd>3.0 ± 1.5</dd>" in page
     assert "Replies of run were drawn at temperature 0.7" in page
-    assert rows_of(page, "Replies before and after")[2][3] == "2 ± 1.5"
+    assert rows_of(page, "Replies before and after")[2][3] == "2.0 ± 1.5"
 
 
 def test_without_rewards_accuracy_stands_against_kl(tmp_path: Path) -> None:

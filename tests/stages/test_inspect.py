@@ -171,7 +171,7 @@ def test_the_page_has_the_pictures_in_itself_and_escapes_what_it_is_told(
     for title in ("train: Margins of the reference", "test: Parts", "test: Suspicious pairs"):
         assert f">{title}</h2>" in text
     worst = json.loads(done.stdout)[0]["suspicious"]["likely_mislabelled"][0]
-    assert f"<td>{worst['row']}</td>" in text
+    assert f'<td class="number">{worst["row"]}</td>' in text
     assert "--set test --row N" in text
 
 

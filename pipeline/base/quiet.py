@@ -1,0 +1,16 @@
+"""Silence the warnings of libraries that a user can do nothing about; all others are shown."""
+
+import logging
+import warnings
+
+__all__ = ["silence_libraries"]
+
+
+def silence_libraries() -> None:
+    """Leave out warnings of the installed libraries about their own parts."""
+    # A kernel for 4-bit products on CPUs that is not installed; another one computes the same.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
+    )
+    # A library that reads an attribute of another one by its old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
