@@ -4,7 +4,8 @@
 #   make train CONFIG=run.yaml      both stages on your data and model
 #   make test                       everything that CI runs but the linters
 #   make test-nightly               longer runs of the randomized tests
-#   make bench                      speed and memory beside TRL on this processor, half an hour; docs/benchmarks.md
+#   make bench                      speed and memory beside TRL on this processor, an hour; docs/benchmarks.md, README
+#   make bench ARGS='--only score-hh,train-hh --rounds 2'     some of it; the other results stay
 #   make bench-gpu                  the same on a CUDA GPU
 
 PYTHON ?= python3

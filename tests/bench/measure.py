@@ -10,8 +10,6 @@ import os
 import sys
 import warnings
 
-SIDES = ("ours", "trl", "trl-live")
-
 
 def main() -> None:
     side, count, threads = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -29,6 +27,8 @@ def main() -> None:
     workload = from_json(json.loads(sys.argv[4]))
     # A side imports its own library alone.
     functions = importlib.import_module("ours" if side == "ours" else "theirs")
+    if side == "trl-completions":
+        functions.score_completions_only()
     if workload.stage == 1:
         outcome = functions.run_stage_one(workload, count)
     elif side == "ours":

@@ -12,7 +12,7 @@ from outcome import Outcome, StepClock, add_adapter, step_arguments
 from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
 
 from pipeline.config.schema import LossConfig
-from pipeline.data.tokens import TokenizedPair
+from pipeline.data.tokens import TokenizedPair, pair_key
 from pipeline.scoring.forward import prepare
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
@@ -51,6 +51,7 @@ def run_stage_two(workload: Workload, count: int) -> Outcome:
             "chosen_ids": chosen,
             "rejected_ids": rejected,
             "row": i,
+            "pair_key": pair_key(TokenizedPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)),
             "truncated": False,
             "ref_chosen_logps": references[0],
             "ref_rejected_logps": references[1],

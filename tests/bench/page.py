@@ -1,4 +1,4 @@
-"""Results -> docs/benchmarks.md and its pictures.
+"""Results -> docs/benchmarks.md and its pictures, and the comparison in README.md beside docs.
 
 python tests/bench/page.py                  from tests/bench/results into docs
 python tests/bench/page.py --results DIR --docs DIR
@@ -11,7 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from pictures import draw_counts, draw_join, draw_memory, draw_ratios, draw_shares
-from report import LONG_RUN, RUN, compare, describe, join_tables, shape_table, sides, table, tables
+from readme import write_comparison
+from report import (
+    LONG_RUN,
+    RUN,
+    SIDES,
+    compare,
+    describe,
+    describe_peer,
+    join_tables,
+    shape_table,
+    sides,
+    table,
+    tables,
+)
+from rounds import AGREEMENT
 from workloads import from_json
 
 HERE = Path(__file__).parent
@@ -23,9 +37,12 @@ Both sides get the same random weights (from one seed), the same dtype and the s
 workload. The lengths of prompts and completions are log-normal. They are the quantiles of equally likely parts, so a
 few pairs have the distribution's mean. No tokenizer and no text is involved.
 
-- **Rounds.** The order is refshard, TRL, refshard, TRL, ... Each ratio compares the two of one round. The tables give
-  the median, the smallest and the largest. Every measurement is a process of its own and warms up before its clock
-  starts. The processor times come from a separate set of measurements, on one thread.
+- **Two ways of TRL.** On CUDA, TRL projects only the completions' positions through its head. On a CPU it projects
+  every position, prompts and padding too. "TRL, completion positions only" does on the CPU what TRL does on CUDA: the
+  benchmark switches TRL's own code. "TRL" is TRL as it runs on this device.
+- **Rounds.** The order is refshard, TRL in each way, refshard, ... Each ratio compares two sides of one round. The
+  tables give the median, the smallest and the largest. Every measurement is a process of its own and warms up before
+  its clock starts. The processor times come from a separate set of measurements, on one thread.
 - **Stage one** of TRL is `DPOTrainer(precompute_ref_log_probs=True)` with its own loader, collator and passes, {batch}
   pairs a batch. This is its default; a smaller batch has less padding (`--only curve-batch` measures it). The time runs
   from its first batch to its last. Writing TRL's cache and refshard's shards is not timed. refshard scores with its
@@ -48,8 +65,9 @@ few pairs have the distribution's mean. No tokenizer and no text is involved.
   column before the command is TRL's padded tokens a pair in the measurement, divided by those of {long_run} pairs. A
   speed ratio divided by this number is the ratio of a long run.
 - **Agreement** is the largest difference of a completion's summed log-probs over all pairs and rounds, or the
-  difference of the losses of the first step. In bfloat16 both sides round, and each shape of a batch
-  rounds differently.
+  difference of the losses of the first step. In float32, the benchmark stops if a sum, a loss or a gradient norm
+  differs by more than {agreement} of itself. In bfloat16 both sides round, and each shape of a batch rounds
+  differently.
 """
 
 JOIN = """\
@@ -71,8 +89,9 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "refshard side by side with TRL's `DPOTrainer`. `make bench` measures everything that needs no GPU, and "
-        "writes this page. The command beside a table or a picture repeats that measurement alone.",
+        "refshard side by side with TRL's `DPOTrainer`. `make bench` measures everything that needs no GPU, in about "
+        "an hour on two quiet cores, and writes this page. The command beside a table or a picture repeats that "
+        "measurement alone; add `--json tests/bench/results/cpu.json` to put it on the page.",
         "",
         *(_processor_section(cpu["results"], chosen.docs) if cpu else ["Not measured. Command: `make bench`.", ""]),
         "## GPU",
@@ -86,6 +105,9 @@ def main() -> None:
         *(_join_section(joined, chosen.docs) if joined else ["Not measured. Command: `python tests/bench/join.py`."]),
     ]
     (chosen.docs / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    readme = chosen.docs.parent / "README.md"
+    if cpu and readme.exists():
+        write_comparison(cpu["results"], readme)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -107,11 +129,13 @@ def _processor_section(results: Sequence[dict[str, Any]], docs: Path) -> list[st
     rows = [r for r in results if not any(r in curve for curve in curves.values())]
     first = from_json(results[0]["workload"])
     made = ["## Machine", "", *_machines(results)]
-    made += [METHOD.format(batch=first.peer_batch, tokens=first.tokens_per_batch, long_run=LONG_RUN)]
+    numbers = {"batch": first.peer_batch, "tokens": first.tokens_per_batch, "agreement": f"{AGREEMENT:.0e}"}
+    made += [METHOD.format(long_run=LONG_RUN, **numbers)]
     if rows:
         draw_ratios(rows, docs / "bench-ratios.svg")
         draw_memory(rows, docs / "bench-memory.svg")
         made += ["## Against TRL", "", "![Ratio to TRL](bench-ratios.svg)", "", "Command: `make bench`", ""]
+        made += [*describe_peer(r["workload"]["peers"][0] for r in rows), ""]
         made += [*tables(rows), "![Memory above the model](bench-memory.svg)", "", f"Command: `{RUN}`", ""]
         made += ["### Models and lengths", "", *shape_table(rows)]
     for kind, title, name, picture, draw in (
@@ -131,10 +155,11 @@ def _processor_section(results: Sequence[dict[str, Any]], docs: Path) -> list[st
 def _curve(name: str, results: Sequence[dict[str, Any]]) -> list[str]:
     shape, rows = from_json(results[0]["workload"]).shape.describe(), []
     for result in results:
-        measured, compared = sides(result, "wall"), compare(result, "wall", "trl")
-        seconds = [f"{measured[side].wall.middle:.2f}" for side in ("ours", "trl")]
+        peer = result["workload"]["peers"][0]
+        measured, compared = sides(result, "wall"), compare(result, "wall", peer)
+        seconds = [f"{measured[side].wall.middle:.2f}" for side in ("ours", peer)]
         rows.append([result["workload"]["name"], *seconds, f"{compared.ratio:.1f}x", f"{compared.gap:.0e}"])
-    heads = ["", "refshard, s", "TRL, s", "ratio", "largest difference"]
+    heads = ["", "refshard, s", f"{SIDES[results[0]['workload']['peers'][0]]}, s", "ratio", "largest difference"]
     return [f"Command: `{RUN} --only {name}`. {shape}; float32.", "", *table(heads, rows)]
 
 

@@ -8,9 +8,10 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from report import MIB, compare, sides
+from report import MIB, SIDES, compare, sides
 
 OURS, THEIRS, HEIGHT = "#1b6ca8", "#c9803a", 0.36
+_COLORS = {"ours": OURS, "trl-completions": THEIRS, "trl": "#e3bf97"}
 
 plt.rcParams.update(
     {
@@ -27,18 +28,27 @@ plt.rcParams.update(
 
 
 def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Bars of the ratios to TRL, wall clock and processor time, with a line from the smallest to the largest."""
-    figure, axes = _bars(results, "times TRL's speed, median of the rounds; thin lines from smallest to largest")
+    """Draw the ratios to each workload's first peer, wall clock and processor time, as bars.
+
+    A thin line goes from the smallest to the largest; a diamond marks the ratio to TRL as it runs on this device.
+    """
+    label = "times TRL's speed, median of the rounds; thin lines from smallest to largest"
+    figure, axes = _bars(results, label)
+    marked = None
     for shift, mode, color, ink, label in (
         (-0.5, "wall", OURS, "white", "wall clock"),
         (0.5, "cpu", "#7fb2d6", "#222222", "CPU time, one thread"),
     ):
         for i, result in enumerate(results):
             if mode in result["measured"]:
-                found, y = compare(result, mode, "trl").ratios, i + shift * HEIGHT
+                first, *others = result["workload"]["peers"]
+                found, y = compare(result, mode, first).ratios, i + shift * HEIGHT
                 axes.barh(y, found.middle, HEIGHT, color=color, label=label if i == 0 else None)
                 axes.plot([found.least, found.most], [y, y], color="#555555", linewidth=1)
                 axes.text(0, y, f" {found.middle:.1f}x", va="center", fontsize=9, color=ink)
+                for peer in others:
+                    ratio, said = compare(result, mode, peer).ratio, None if marked else "TRL as it runs on this device"
+                    (marked,) = axes.plot(ratio, y, "D", color=THEIRS, markersize=4, label=said)
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
     _finish(figure, axes, file)
 
@@ -46,11 +56,15 @@ def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
 def draw_memory(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Bars of the memory above the loaded model."""
     figure, axes = _bars(results, "peak memory above the loaded model, MiB")
-    for shift, side, color, label in ((-0.5, "ours", OURS, "refshard"), (0.5, "trl", THEIRS, "TRL")):
-        for i, result in enumerate(results):
-            extra, y = sides(result, "wall")[side].extra / MIB, i + shift * HEIGHT
-            axes.barh(y, extra, HEIGHT, color=color, label=label if i == 0 else None)
-            axes.text(extra, y, f"  {extra:,.0f}", va="center", fontsize=9)
+    named: set[str] = set()
+    for i, result in enumerate(results):
+        measured = sides(result, "wall")
+        height = 2 * HEIGHT / len(measured)
+        for j, (side, found) in enumerate(measured.items()):
+            extra, y = found.extra / MIB, i + (j + 0.5) * height - HEIGHT
+            axes.barh(y, extra, height, color=_COLORS[side], label=None if side in named else SIDES[side])
+            axes.text(extra, y, f"  {extra:,.0f}", va="center", fontsize=9 if len(measured) == 2 else 7)
+            named.add(side)
     _finish(figure, axes, file)
 
 
@@ -74,7 +88,8 @@ def draw_counts(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Lines of the time of stage one against the number of pairs."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     counts = [result["workload"]["pairs"] for result in results]
-    for side, color, label in (("trl", THEIRS, "TRL"), ("ours", OURS, "refshard")):
+    peer = results[0]["workload"]["peers"][0]
+    for side, color, label in ((peer, THEIRS, SIDES[peer]), ("ours", OURS, "refshard")):
         times = [sides(result, "wall")[side].wall.middle for result in results]
         axes.plot(counts, times, "o-", color=color, label=label)
         axes.annotate(f"{times[-1]:.1f} s", (counts[-1], times[-1]), (6, 0), textcoords="offset points", va="center")
@@ -91,7 +106,7 @@ def draw_shares(results: Sequence[dict[str, Any]], file: Path) -> None:
     """A line of the ratio to TRL against the prompt's share of the length."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     percents = [int(result["workload"]["name"].split("-")[1]) for result in results]
-    ratios = [compare(result, "wall", "trl").ratio for result in results]
+    ratios = [compare(result, "wall", result["workload"]["peers"][0]).ratio for result in results]
     axes.plot(percents, ratios, "o-", color=OURS)
     for percent, ratio in zip(percents, ratios, strict=True):
         axes.annotate(f"{ratio:.1f}x", (percent, ratio), (0, 8), textcoords="offset points", ha="center")

@@ -40,7 +40,26 @@ def run_workload(workload: Workload, rounds: int, *, say: Callable[[str], None])
                 done.append(measure(workload, side, count, cores))
                 say(f"{workload.name}, {mode}, round {i + 1}, {side}: {done[-1]['wall']:.2f} s")
         measured[mode] = sides
+        if workload.dtype == "float32":
+            _require_agreement(workload, sides)
     return {"workload": to_json(workload), "measured": measured}
+
+
+AGREEMENT = 1e-4
+"""Largest relative difference of a value in float32: a sum of log-probs, a loss, a gradient norm"""
+
+
+def _require_agreement(workload: Workload, sides: dict[str, list[Measured]]) -> None:
+    """Require the values of all sides to be equal; a live reference gives other losses, and is left out.
+
+    Raises:
+        RuntimeError: A side computes something else, so its time says nothing.
+    """
+    for side in sides.keys() - {"ours", "trl-live"}:
+        for ours, theirs in zip(sides["ours"], sides[side], strict=True):
+            for a, b in zip(ours["values"], theirs["values"], strict=True):
+                if not abs(a - b) <= AGREEMENT * max(1.0, abs(a)):
+                    raise RuntimeError(f"{workload.name}: refshard computed {a}, {side} {b}")
 
 
 def measure(workload: Workload, side: str, count: int, cores: int) -> Measured:

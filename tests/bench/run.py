@@ -2,13 +2,14 @@
 
 python tests/bench/run.py                       all workloads of this machine's processor, three rounds
 python tests/bench/run.py --gpu                 on a CUDA GPU: stage one, a LoRA step, a full step of an 8B Llama
-python tests/bench/run.py --only score-32k      one of them; may be given again
+python tests/bench/run.py --only score-hh,train-hh --rounds 2      some of them
 python tests/bench/run.py --list                their names
-python tests/bench/run.py --json FILE           also keep the results, for page.py
+python tests/bench/run.py --json FILE           also put the results into a file, for page.py; others in it stay
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from workloads import CURVES, GPU, GPU_SHAPES, TOY, WORKLOADS
 def main() -> None:
     known = {workload.name: [workload] for workload in (*WORKLOADS, *GPU, *TOY)} | CURVES
     parser = argparse.ArgumentParser(description="Benchmark refshard against TRL.")
-    parser.add_argument("--only", action="append", choices=list(known), metavar="NAME", help="a workload's name")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved pairs of runs (default 3)")
+    parser.add_argument(
+        "--only", action="extend", type=_names(known), metavar="NAMES", help="workloads, comma-separated"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of every side (default 3)")
     parser.add_argument("--pairs", type=int, help="pairs of a measurement, in place of the workload's own")
     parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation")
     parser.add_argument("--json", type=Path, help="file to put the results into, beside those of other workloads")
@@ -51,6 +54,16 @@ def main() -> None:
             if chosen.json:
                 # At once: a run that is stopped keeps what it has.
                 merge(chosen.json, result)
+
+
+def _names(known: Container[str]) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"no workload is called {', '.join(unknown)}; --list names them")
+        return names
+
+    return read
 
 
 def _add_gpu(here: dict[str, Any]) -> int:

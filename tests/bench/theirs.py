@@ -1,10 +1,11 @@
-"""TRL's side: its DPOTrainer, given the same token ids, with nothing changed in what it computes."""
+"""TRL's side: its DPOTrainer, given the same token ids."""
 
 import tempfile
 from typing import Any
 
 import datasets
 import transformers
+import trl.trainer.utils
 from gauge import Gauge
 from model import build_model
 from outcome import Outcome, StepClock, lora_config, step_arguments
@@ -13,6 +14,17 @@ from trl import DPOConfig, DPOTrainer
 from workloads import Workload, make_pairs, reference_logps
 
 _SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
+
+
+def score_completions_only() -> None:
+    """Let TRL project only the completions' positions through its head, as it does on CUDA.
+
+    Elsewhere it projects every position, prompts and padding too, and masks the others afterwards. It decides by what
+    `_use_triton` says of the device; its kernels ask a function of the same name in their own module, which stays.
+    """
+    if not callable(getattr(trl.trainer.utils, "_use_triton", None)):
+        raise RuntimeError("this version of TRL no longer chooses its head's positions by _use_triton")
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 class _OnIds(DPOTrainer):

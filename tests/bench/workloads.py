@@ -89,8 +89,9 @@ class Workload:
     lora: bool = False
     checkpointing: bool = False
     device: str = "cpu"
-    peers: tuple[str, ...] = ("trl",)
-    """Sides to compare with: trl, and in stage two trl-live, with its reference in memory"""
+    peers: tuple[str, ...] = ("trl-completions", "trl")
+    """Sides to compare with, the headline's first. trl-completions: as TRL runs on CUDA, its head on completion
+    positions alone. trl: as it runs on this device. trl-live: in stage two, with its reference in memory"""
 
     @property
     def is_autocast(self) -> bool:
@@ -208,7 +209,17 @@ GPU_SHAPES = {
     "1b": Shape(128_256, 2048, 16, 8_192, 32, 8),
 }
 _SCORE = Workload(
-    "gpu-score", 1, GPU_SHAPES["8b"], UF, "bfloat16", 256, 0, tokens_per_batch=32_768, peer_batch=8, device="cuda"
+    "gpu-score",
+    1,
+    GPU_SHAPES["8b"],
+    UF,
+    "bfloat16",
+    256,
+    0,
+    tokens_per_batch=32_768,
+    peer_batch=8,
+    device="cuda",
+    peers=("trl",),
 )
 # Checkpointing: the library's default for TRL, and what a model of this size needs in either.
 _STEP = replace(_SCORE, stage=2, pairs=24, checkpointing=True, peers=("trl", "trl-live"))
@@ -233,7 +244,7 @@ TOY = [
 
 def _curves() -> dict[str, list[Workload]]:
     """Stage one at growing numbers of pairs, at growing shares of the prompt in one length, at TRL's batch sizes."""
-    first = replace(WORKLOADS[0], cpu_pairs=0)
+    first = replace(WORKLOADS[0], cpu_pairs=0, peers=WORKLOADS[0].peers[:1])
     small = replace(first, shape=replace(first.shape, hidden=256, layers=4, intermediate=704, heads=4, kv_heads=4))
     total, shares = 512, []
     for percent in (10, 30, 50, 70, 90):

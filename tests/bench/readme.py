@@ -1,0 +1,68 @@
+"""Results -> the comparison in README.md, between two marks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from report import MIB, compare, describe_peer, sides, table
+from workloads import from_json
+
+BEGIN = "<!-- Made by tests/bench/page.py: -->"
+END = "<!-- until here. -->"
+
+_ROWS = {
+    "score-32k": "stage one, UltraFeedback-like lengths, float32",
+    "score-32k-bf16": "the same, bfloat16",
+    "score-hh": "stage one, HH-like lengths (long prompts), float32",
+    "train-32k": "a step of stage two, UltraFeedback-like, float32",
+    "train-32k-bf16": "the same, bfloat16 autocast",
+    "train-hh": "a step of stage two, HH-like, float32",
+}
+
+
+def write_comparison(results: Sequence[dict[str, Any]], readme: Path) -> None:
+    """Replace what stands between the two marks."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    made = "\n".join([BEGIN, "", *comparison(results), END])
+    readme.write_text(before + made + after, encoding="utf-8")
+
+
+def comparison(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Make the table of the workloads that README names, and the sentences around it."""
+    shown = [result for result in results if result["workload"]["name"] in _ROWS]
+    rounds = sorted({len(result["measured"]["wall"]["ours"]) for result in shown})
+    machine, shape = shown[0]["machine"], from_json(shown[0]["workload"]).shape
+    peers = list(dict.fromkeys(result["workload"]["peers"][0] for result in shown))
+    heads = ["", "refshard", "TRL", "times TRL's speed"]
+    if "trl-completions" in peers:
+        heads.append("times TRL's speed as it runs on a CPU")
+    rows = [_row(result, as_it_runs="trl-completions" in peers) for result in shown]
+    return [
+        f"Compared with TRL {machine['trl']}'s `DPOTrainer`: same weights, token ids and dtype, a Llama of "
+        f"{shape.parameters / 1e6:.0f} million parameters",
+        f"with a vocabulary of {shape.vocabulary:,}, {machine['cores']} cores of an {machine['processor']} with "
+        f"{machine['memory_gib']} GiB, medians of {' to '.join(map(str, rounds))} interleaved",
+        "rounds ([all results](docs/benchmarks.md), `make bench`):",
+        "",
+        *table([*heads, "memory above the model's, refshard", "TRL"], rows),
+        *describe_peer(peers),
+        "",
+    ]
+
+
+def _row(result: dict[str, Any], *, as_it_runs: bool) -> list[str]:
+    workload, measured = from_json(result["workload"]), sides(result, "wall")
+    peer = workload.peers[0]
+    ours, theirs = measured["ours"], measured[peer]
+    unit = "pairs/s" if workload.stage == 1 else "s"
+    rates = [f"{side.rate.middle:.2f} {unit}" for side in (ours, theirs)]
+    ratio = f"**{compare(result, 'wall', peer).ratio:.1f}x**"
+    extras = [f"{side.extra / MIB:,.0f} MiB" for side in (ours, theirs)]
+    if not as_it_runs:
+        return [_ROWS[workload.name], *rates, ratio, *extras]
+    if peer == "trl":
+        # Measured before the other side was: none of its cells may hold this one's numbers.
+        rates[1] = ratio = extras[1] = "not measured"
+    return [_ROWS[workload.name], *rates, ratio, f"{compare(result, 'wall', 'trl').ratio:.1f}x", *extras]
