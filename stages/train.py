@@ -59,6 +59,7 @@ from pipeline.training.ending import STAGING, metrics_of, rehearse_saving, save_
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
+from pipeline.training.joined_cache import JoinedCache, joined_folder
 from pipeline.training.joining import (
     check_joined,
     count_pairs,
@@ -96,6 +97,8 @@ class TrainingRun:
     """Files of the policy's model, and of its adapter, before training"""
     data: WatchedFiles
     """Local files of the sets"""
+    cache: JoinedCache
+    """Joined sets of earlier runs; those of a window lie with its reference, and are deleted with it"""
     identity: Mapping[str, Any]
     """Identity that a checkpoint must have"""
     attempt: Attempt
@@ -136,8 +139,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         DataError: Pairs have no reference log-probs, or files are damaged.
         FencedError: Another attempt of this run has taken over.
     """
-    flag = watch_signals(stop_at)
-    recollection = Recollection("train", config)
+    flag, recollection = watch_signals(stop_at), Recollection("train", config)
     arguments = training_arguments(config)
     output = config.train.folder
     # Before any process makes something in the folder.
@@ -190,6 +192,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
                 tokenizer=tokenizer,
                 base=base,
                 data=data,
+                cache=JoinedCache(joined_folder(scored), lambda: recollection.is_current() and data.are_untouched()),
                 identity=identity,
                 attempt=attempt,
                 flag=flag,
@@ -229,7 +232,7 @@ def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, ove
 def _train(run: TrainingRun) -> None:
     window = None if run.window is None else run.window.number
     described = on_main_process(
-        lambda: join_sets(run.config, run.stores, run.tokenizer, run.joined, run.flag, window=window)
+        lambda: join_sets(run.config, run.stores, run.tokenizer, run.joined, run.flag, window=window, cache=run.cache)
     )
     run.data.check()
     first_on_each_machine(lambda: check_joined(run.joined), lambda: None)

@@ -16,7 +16,16 @@ from typing import Any
 from pipeline.base.errors import DataError, IdentityError, StorageError
 from pipeline.base.files import make_folder, open_file, read_json, replace_file, storage_errors
 
-__all__ = ["WatchedFiles", "add_to_cache", "read_cache", "read_sha256", "sha256_of_file", "sha256_of_files", "stamp_of"]
+__all__ = [
+    "WatchedFiles",
+    "add_to_cache",
+    "cache_folder",
+    "read_cache",
+    "read_sha256",
+    "sha256_of_file",
+    "sha256_of_files",
+    "stamp_of",
+]
 
 Stamp = tuple[int, int, int, int]
 """Size, time of change of the content, of content or name (both in ns), inode"""
@@ -66,8 +75,13 @@ def add_to_cache(name: str, key: str, value: Any, *, most: int) -> None:
         replace_file(_cache_file(name), json.dumps(dict(entries[-most:]), indent=0).encode())
 
 
+def cache_folder() -> Path:
+    """Return this program's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard"
+
+
 def _cache_file(name: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard" / name
+    return cache_folder() / name
 
 
 def sha256_of_files(files: Iterable[Path]) -> dict[str, str]:
@@ -87,6 +101,10 @@ class WatchedFiles:
         self._remedy = remedy
         # The stamp first: a change while the digest is taken must be noticed.
         self._known = {file: (stamp_of(file), sha256_of_file(file)) for file in files}
+
+    def are_untouched(self) -> bool:
+        """Return True if no file was touched since its digest was taken."""
+        return all(file.exists() and stamp_of(file) == stamp for file, (stamp, _) in self._known.items())
 
     def check_untouched(self) -> None:
         """Refuse what was loaded if a file was touched since its digest was taken, even if it was put back.

@@ -47,6 +47,8 @@ class TrainSection:
 
     output_dir: PathText | None = None
     """Folder of the run: checkpoints, the trained policy, its records."""
+    joined_dir: PathText | None = None
+    """Folder that keeps joined sets for later runs; if left out, `.joined` beside the stores in `precompute.output`."""
     on_missing: Literal["stop", "drop"] = "stop"
     """Stop at pairs that have no reference log-probs, or drop them."""
     on_mismatch: Literal["stop", "warn"] = "stop"

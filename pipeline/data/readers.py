@@ -20,7 +20,7 @@ from pipeline.base.files import find_special, open_file, read_json
 from pipeline.config.schema import PAIR_COLUMNS
 from pipeline.data.rows import LARGEST_ROW, Row, Source
 
-__all__ = ["READERS", "is_json_array", "json_lines", "load_saved", "open_parquet", "saved_folder"]
+__all__ = ["READERS", "is_json_array", "json_lines", "load_hub", "load_saved", "open_parquet", "saved_folder"]
 
 _LARGEST_ARRAY = 2**30
 """Most bytes of a JSON array. It is held as a whole, and takes some ten times the memory once it is parsed."""
@@ -356,7 +356,11 @@ def _checked_row(dataset: Any, checked: set[int], number: int) -> Mapping[str, A
     return row
 
 
-def _read_hub(source: Source) -> Iterator[Row]:
+def load_hub(source: Source) -> Any:
+    """Open a hub dataset, which is fetched unless it is streamed, without media columns.
+
+    Raises ConfigError if the hub has no such dataset, StorageError if it can't be reached.
+    """
     import datasets
 
     try:
@@ -374,7 +378,11 @@ def _read_hub(source: Source) -> Iterator[Row]:
         ) from error
     except datasets.exceptions.DatasetsError as error:
         raise DataError(f"data.path: {source.path!r}: the library can't read it: {first_line(error)}") from error
-    loaded = _without_media(loaded)
+    return _without_media(loaded)
+
+
+def _read_hub(source: Source) -> Iterator[Row]:
+    loaded = load_hub(source)
     if not source.streaming:
         yield from _map_style_rows(loaded, source, loaded.__getitem__)
         return

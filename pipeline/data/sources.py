@@ -16,7 +16,7 @@ from pipeline.base.digests import sha256_of_file, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, first_line
 from pipeline.base.files import read_json, special_kind
 from pipeline.config.schema import DataConfig, EvalSetConfig
-from pipeline.data.readers import READERS, is_json_array, json_lines, load_saved, open_parquet, saved_folder
+from pipeline.data.readers import READERS, is_json_array, json_lines, load_hub, load_saved, open_parquet, saved_folder
 from pipeline.data.rows import Row, Source
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "data_files",
     "describe",
     "digests_of_data",
+    "digests_of_rows",
     "find_set",
     "open_source",
     "read_rows",
@@ -117,6 +118,17 @@ def digests_of_data(source: Source) -> dict[str, str]:
     state = json.dumps([names, read_json(folder / "dataset_info.json").get("features")], sort_keys=True)
     digests = {(within / name).as_posix(): sha256_of_file(folder / name) for name in names}
     return {**digests, (within / _STATE).as_posix(): hashlib.sha256(state.encode()).hexdigest()}
+
+
+def digests_of_rows(source: Source) -> dict[str, str] | None:
+    """Return the SHA-256 of what decides the rows, by file; None if they are streamed, so that nobody knows them.
+
+    Those of a hub dataset are of the files that it was fetched into.
+    """
+    if source.format != "hub":
+        return digests_of_data(source)
+    files = [] if source.streaming else [Path(file["filename"]) for file in load_hub(source).cache_files]
+    return {f"{number}/{file.name}": sha256_of_file(file) for number, file in enumerate(files)} or None
 
 
 def as_recorded(stored: Any, now: Any) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "WEIGHT_SUFFIXES",
     "NamedModel",
     "at_checkpoint",
     "check_base",
@@ -29,9 +30,11 @@ __all__ = [
     "reference_quantization",
     "reference_sources",
     "reference_weights",
+    "texts_of_model",
 ]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ def files_of_model(folder: Path, adapter: Path | None = None) -> list[Path]:
     """List the files that a model and its adapter are loaded from."""
     files = [file for pattern in ("config.json", "*.index.json", "*.safetensors") for file in folder.glob(pattern)]
     return sorted(files) + ([] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS])
+
+
+def texts_of_model(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the files that settings, tokenizer and chat templates are read from, and those of further templates."""
+    places = (folder, folder / "additional_chat_templates")
+    top, further = ([file for file in sorted(place.glob("*")) if file.is_file()] for place in places)
+    return [file for file in top if file.suffix not in WEIGHT_SUFFIXES], further
 
 
 def find_adapter(name: str, key: str) -> Path:

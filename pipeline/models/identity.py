@@ -30,6 +30,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "PolicyReferenceRelation",
     "TokenizerFacts",
+    "as_json",
     "check_dtypes",
     "describe_differences",
     "differences",
@@ -143,6 +144,12 @@ def policy_reference_relation(config: Config) -> PolicyReferenceRelation:
         adapters_off=same_base and reference["adapter"] is None and config.policy.has_adapter,
         frozen_adapter=files.reference_sources(config)[1] if at_start else None,
     )
+
+
+def as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Give an identity as JSON gives it back, without tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from pipeline.models.files import NamedModel, reference_sources
 from pipeline.models.identity import TokenizerFacts
 from pipeline.models.lengths import exact_length_of_reference
 
-__all__ = ["Recollection", "facts_of_run", "facts_of_stores"]
+__all__ = ["Recollection", "digest_of_code", "facts_of_run", "facts_of_stores"]
 
 _CACHE = "recollections.json"
 _MOST_ENTRIES = 200
@@ -46,8 +46,12 @@ class Recollection:
 
     def remember(self, found: Mapping[str, Any]) -> None:
         """Remember what was found out, unless a file was touched meanwhile, even if it was put back."""
-        if self._key is not None and (self._stamps, self._key) == self._look() and self.recall() != found:
+        if self.is_current() and self._key is not None and self.recall() != found:
             add_to_cache(_CACHE, self._key, dict(found), most=_MOST_ENTRIES)
+
+    def is_current(self) -> bool:
+        """Return True if no file of the models was touched since the digests were taken."""
+        return self._key is not None and (self._stamps, self._key) == self._look()
 
     def _look(self) -> tuple[list[Any], str | None]:
         """Give the stamps of all files, and the entry's key; None if the models are not there to be looked at."""
@@ -60,7 +64,7 @@ class Recollection:
                 "settings": as_dict(self._config),
                 "versions": library_versions(),
                 "libraries": {name: _place_of(name) for name in _LIBRARIES},
-                "code": _digest_of_code(),
+                "code": digest_of_code(),
                 "files": [(file.name, _content(file)) for file in files],
             }
         except (RefshardError, OSError):
@@ -115,7 +119,8 @@ def _place_of(library: str) -> Any:
     return [str(package), stamp_of(package)[1], stamp_of(package.parent)[1]]
 
 
-def _digest_of_code() -> str:
+def digest_of_code() -> str:
+    """Give the SHA-256, in hex, of this program's own sources."""
     digest = hashlib.sha256()
     for name in ("pipeline", "stages"):
         for file in sorted((Path(__file__).parents[2] / name).rglob("*.py")):

@@ -1,7 +1,6 @@
 """Identify a run: the settings that must stay the same for it to resume a checkpoint."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pipeline.base.errors import IdentityError
 from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.sources import as_recorded, digests_of_data, open_source
-from pipeline.models.identity import describe_differences, identity_of_reference
+from pipeline.models.identity import as_json, describe_differences, identity_of_reference
 from pipeline.models.precision import policy_precision
 
 __all__ = ["check_same_run", "identity_of_training", "is_longer", "run_identity"]
@@ -153,7 +152,7 @@ def identity_of_training(config: Config) -> dict[str, Any]:
         for key, value in {"on_missing": config.train.on_missing, **options}.items()
         if key not in _FREE and not key.startswith(_FREE_KINDS) and value != defaults.get(key)
     }
-    return _plain(
+    return as_json(
         {
             "train": fixed,
             "accumulation": options.get("gradient_accumulation_steps", 1),
@@ -197,10 +196,4 @@ def run_identity(
     if training["deepspeed"]:
         # DeepSpeed's shares can be loaded only by as many processes.
         identity["processes"] = processes
-    return _plain(identity)
-
-
-def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Give an identity as JSON gives it back, without tuples."""
-    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
-    return plain
+    return as_json(identity)

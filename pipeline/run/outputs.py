@@ -12,7 +12,7 @@ from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import TEMPORARY, read_file
 from pipeline.base.folders import Folder, LocalFolder, open_folder
 from pipeline.config.schema import Config
-from pipeline.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHT_SUFFIXES
 from pipeline.run.attempts import ATTEMPT_NAME
 from pipeline.run.checkpoints import MARKER, checkpoint_folders
 from pipeline.run.reading import RECORD, SETTINGS
@@ -28,7 +28,6 @@ _OF_A_RUN = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 """Names that a run writes, besides its checkpoints and `attempts`"""
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _OF_A_DATASET = ("state.json", "dataset_info.json")
 """Names that `save_to_disk` writes"""
 _MOST_FOLDERS = 1000
@@ -68,6 +67,8 @@ def guard_run(config: Config) -> None:
         for name in (*config.data.sets, COSTS):
             _refuse_overlap("train.output_dir", folder, f"precompute.output/{name}", shards.path / name)
     guard_output("train.output_dir", folder, config, ours="a run")
+    if config.train.joined_dir:
+        guard_output("train.joined_dir", Path(config.train.joined_dir), config)
     if not _is_run(folder):
         there = [name for name in _OF_A_RUN if (folder / name).exists()]
         there += [path.name for path in checkpoint_folders(folder).values()]
@@ -163,7 +164,7 @@ def _kind_of(folder: Path) -> str | None:
                 return "a store"
         if (folder / ADAPTER_CONFIG).is_file():
             return "an adapter"
-        if (folder / "config.json").is_file() and any(file.suffix in _WEIGHTS for file in folder.iterdir()):
+        if (folder / "config.json").is_file() and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
             return "a model"
         if (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in _OF_A_DATASET):
             return "a dataset"

@@ -1,4 +1,4 @@
-"""Join the sets of a run to their stores: one Arrow file a set, which every process of the run then reads."""
+"""Join the sets of a run to their stores, or take what an earlier run has joined: one Arrow file a set."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from pipeline.base.digests import WatchedFiles, read_sha256, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
-from pipeline.base.files import read_json, write_json
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag
 from pipeline.config.schema import Config
@@ -24,6 +23,7 @@ from pipeline.store.join import JoinReport, join
 from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.serving import open_stores, remedy_for_missing
 from pipeline.store.store import Store, check_identity
+from pipeline.training.joined_cache import CachedSets, JoinedCache, cached_sets, read_joined, write_joined
 
 __all__ = [
     "check_joined",
@@ -35,8 +35,6 @@ __all__ = [
     "watch_inputs",
     "watch_joined",
 ]
-
-_DIGESTS = "digests.json"
 
 
 def watch_inputs(config: Config) -> tuple[WatchedFiles, WatchedFiles]:
@@ -61,17 +59,68 @@ def join_sets(
     flag: StopFlag,
     *,
     window: int | None = None,
+    cache: JoinedCache | None = None,
 ) -> dict[str, SetInputs]:
     """Join every set to its store, into files in `folder`; give what became of its rows, by set.
 
-    Within a window, sets that are not used have no store. Pairs outside of the window are kept without logps.
+    Within a window, sets that are not used have no store. Pairs outside of the window are kept without logps. What the
+    cache has is not joined again.
 
     Raises:
         DataError: Pairs have no reference logps, and `train.on_missing` is stop.
         ConfigError: The tokenizer gives an id, or a pair has a position, that the policy does not have.
         UnfinishedError: A signal or the time asked to stop.
     """
-    joined = {}
+
+    def find() -> CachedSets | None:
+        if cache is None:
+            return None
+        return cached_sets(cache.folder, config, stores, tokenizer, keep_missing=window is not None)
+
+    found = find()
+    if found is not None and found.take(folder):
+        sets = read_joined(folder)["sets"]
+        for name in config.data.sets:
+            say(_summary(name, sets[name], window))
+    else:
+        sets = _join_anew(config, stores, tokenizer, folder, flag, window)
+        made_from = None if found is None else found.made_from
+        write_joined(folder, {"made_from": made_from, "files": sha256_of_files(_joined_files(folder)), "sets": sets})
+        # What changed while it was read is known by other digests than those of the rows that were read.
+        if cache is not None and found is not None and cache.unchanged() and find() == found:
+            found.keep(folder)
+    return {name: _inputs_of(config, name, sets[name], stores.get(name)) for name in config.data.sets}
+
+
+def _inputs_of(config: Config, name: str, counts: Mapping[str, Any], store: Store | None) -> SetInputs:
+    return SetInputs(
+        dataset=describe(open_source(config.data, name)),
+        ledger=counts["ledger"],
+        matched=counts["matched"],
+        missing=counts["missing"],
+        tokens=counts["tokens"],
+        store=None if store is None else str(store.folder),
+        noise=None if store is None else dict(store.index["noise"]),
+    )
+
+
+def _summary(name: str, counts: Mapping[str, Any], window: int | None) -> str:
+    """Say what became of the rows of a set."""
+    if window is not None:
+        return f"{name}: {counts['matched']:,} of {counts['ledger']['kept']:,} pairs scored for window {window}"
+    ledger = Ledger()
+    ledger.add(counts["ledger"])
+    report = JoinReport(counts["matched"], counts["missing"], None, counts["surplus"])
+    return f"{name}: {ledger.summary()}; {report.summary()}"
+
+
+def _join_anew(
+    config: Config, stores: Mapping[str, Store], tokenizer: Any, folder: Path, flag: StopFlag, window: int | None
+) -> dict[str, dict[str, Any]]:
+    """Join every set; give the counts of its rows, as they are recorded."""
+    # Token logps are appended.
+    _token_file(folder).unlink(missing_ok=True)
+    sets = {}
     for name in config.data.sets:
         source, store, ledger = open_source(config.data, name), stores.get(name), Ledger()
         pairs = _until_stopped(_within_model(load_pairs(source, tokenizer, config.data, ledger), config), flag)
@@ -83,27 +132,22 @@ def join_sets(
             token_file=_token_file(folder),
         )
         report = join(pairs, table, _joined_file(folder, name), keep_missing=window is not None)
-        if window is not None:
-            say(f"{name}: {report.matched:,} of {ledger.kept:,} pairs scored for window {window}")
-        else:
-            assert store is not None
-            say(f"{name}: {ledger.summary()}; {report.summary()}")
-            _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
         columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
-        joined[name] = SetInputs(
-            dataset=describe(source),
-            ledger=ledger.as_dict(),
-            matched=report.matched,
-            missing=report.missing,
-            tokens={
+        sets[name] = {
+            "ledger": ledger.as_dict(),
+            "matched": report.matched,
+            "missing": report.missing,
+            "surplus": report.surplus,
+            "tokens": {
                 side: int(pc.sum(pc.list_value_length(columns[f"{side}_ids"])).as_py() or 0)
                 for side in ("prompt", "chosen", "rejected")
             },
-            store=None if store is None else str(store.folder),
-            noise=None if store is None else dict(store.index["noise"]),
-        )
-    write_json(folder / _DIGESTS, sha256_of_files(_joined_files(folder)))
-    return joined
+        }
+        say(_summary(name, sets[name], window))
+        if window is None:
+            assert store is not None
+            _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
+    return sets
 
 
 def watch_joined(folder: Path) -> WatchedFiles:
@@ -117,7 +161,7 @@ def _joined_files(folder: Path) -> list[Path]:
 
 def check_joined(folder: Path) -> None:
     """Compare the joined sets and their token logps, read whole, with their digests. Raises DataError."""
-    for name, digest in read_json(folder / _DIGESTS).items():
+    for name, digest in read_joined(folder)["files"].items():
         file = folder / name
         if read_sha256(file) != digest:
             raise DataError(

@@ -144,7 +144,7 @@ def test_after_any_change_the_full_command_looks(done: Path, tmp_path: Path, wha
                 os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-@pytest.mark.parametrize("name", ["library_versions", "_digest_of_code", "_place_of"])
+@pytest.mark.parametrize("name", ["library_versions", "digest_of_code", "_place_of"])
 def test_other_libraries_and_other_code_recall_nothing(done: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(recollection, name, lambda *given: {"torch": "0"})
     assert answers(done) == (False, False)

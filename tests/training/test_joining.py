@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import DataError, IdentityError
-from pipeline.base.files import write_json
 from pipeline.config.reader import load_config
 from pipeline.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipeline.training.joined_cache import write_joined
 from pipeline.training.joining import check_joined, join_sets, watch_inputs
 from stages import train
 from stages.precompute import command as precompute
@@ -63,7 +63,7 @@ def test_data_that_changes_while_it_is_joined_is_not_trained_on(
 def test_a_joined_file_that_does_not_hold_its_digest_is_named(tmp_path: Path) -> None:
     file = tmp_path / "train.arrow"
     file.write_bytes(b"rows")
-    write_json(tmp_path / "digests.json", sha256_of_files([file]))
+    write_joined(tmp_path, {"made_from": None, "files": sha256_of_files([file]), "sets": {}})
     check_joined(tmp_path)
     file.write_bytes(b"sows")
     with pytest.raises(DataError, match=f"{file}: must hold what was joined"):
