@@ -192,7 +192,6 @@ CHANGES: dict[str, Change] = {
     "beta": (no_change, ("loss.beta=0.7",), True),
     "another loss": (no_change, ("loss.type=[sigmoid, sft]",), True),
     "an adapter": (no_change, ("policy.lora.r=4",), True),
-    "the policy's dtype": (no_change, ("policy.dtype=bfloat16",), True),
     "the learning rate": (no_change, ("train.learning_rate=3e-4",), True),
     "the run's folder": (no_change, ("train.output_dir=other",), True),
     "rows in another order": (shuffle, (), False),
