@@ -24,6 +24,7 @@ from pipeline.data.sources import count_rows, read_rows
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import NamedModel
 from pipeline.models.lengths import exact_length
+from pipeline.models.parts import causal_of
 from pipeline.scoring.forward import input_device
 from pipeline.scoring.scorer import Scorer
 
@@ -121,7 +122,7 @@ def draw_replies(
         ConfigError: A prompt leaves no room for a reply.
         UnfinishedError: A stop was requested.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
 
     def stop_is_asked(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((len(input_ids),), bool(flag), device=input_ids.device)

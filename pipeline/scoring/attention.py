@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -85,11 +85,13 @@ def _packed(
     attention_mask: torch.Tensor | None = None,
     *,
     layout: Layout,
+    s_aux: torch.Tensor | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over a packed row: query [1, heads, T, size], key and value [1, heads or fewer, T, size].
 
-    Give [1, T, heads, size], and None in place of the attention weights.
+    `s_aux` are the attention sinks of a layer, one score a head, [heads]. Give [1, T, heads, size], and None in place
+    of the attention weights.
 
     Raises:
         NotImplementedError: The layer uses a keyword or a mask that packed rows do not support.
@@ -107,10 +109,12 @@ def _packed(
         window=keywords.get("sliding_window"),
         softcap=keywords.get("softcap"),
     )
+    if s_aux is not None and kernel.softcap is not None:
+        raise NotImplementedError("packed attention does not support sinks beside a cap")
     if layout.kernels is not None:
         layout.kernels.add(kernel)
     if query.device.type == "cuda":
-        return _flex(module, query, key, value, layout, kernel), None
+        return _flex(module, query, key, value, layout, kernel, s_aux), None
     heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads:
         key, value = (tensor.repeat_interleave(heads // key_heads, dim=1) for tensor in (key, value))
@@ -120,18 +124,23 @@ def _packed(
     outputs = []
     for prompt, (_, *others) in layout.groups:
         q, k, v = next(pieces)
-        outputs.append(_attend(q, k, v, layout, kernel))
+        outputs.append(_attend(q, k, v, layout, kernel, s_aux))
         k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
         for _ in others:
             q, k, v = next(pieces)
             if q.shape[2]:
                 k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            outputs.append(_attend(q, k, v, layout, kernel))
+            outputs.append(_attend(q, k, v, layout, kernel, s_aux))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, kernel: Kernel
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    kernel: Kernel,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally; the queries are the last tokens of the sequence of keys: [1, heads, queries, size]."""
     queries, keys = query.shape[2], key.shape[2]
@@ -140,7 +149,7 @@ def _attend(
     window = None if kernel.window is not None and keys <= kernel.window else kernel.window
     options: dict[str, Any] = {"dropout_p": kernel.dropout, "scale": kernel.scaling}
     if queries == keys and window is None and kernel.softcap is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        return _dot_product(query, key, value, sinks, is_causal=True, **options)
     outputs = []
     for start in range(0, queries, _ROWS):
         q = query[:, :, start : start + _ROWS]
@@ -150,10 +159,45 @@ def _attend(
         k, v = key[:, :, first:end], value[:, :, first:end]
         mask = _causal_mask(layout, rows, end - first, window, q)
         if kernel.softcap is None:
-            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+            outputs.append(_dot_product(q, k, v, sinks, attn_mask=mask, **options))
         else:
             outputs.append(_softcapped(q, k, v, mask, kernel, kernel.softcap))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _dot_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Call the library's attention, with a layer's sinks, [heads], if it has them.
+
+    A sink is a key before all others, of value zero, whose score no query changes. It has a feature of its own, which
+    is 1 in every query.
+    """
+    size, value_size = query.shape[3], value.shape[3]
+    if sinks is not None:
+        scale = size**-0.5 if scale is None else scale
+        key = pad(key, (0, 1, 1, 0))
+        key[:, :, 0, size] = (sinks / scale).to(key.dtype)
+        # Fused kernels take values of the keys' size only.
+        value = pad(value, (0, max(size + 1 - value_size, 0), 1, 0))
+        query = pad(query, (0, 1), value=1.0)
+        if is_causal:
+            # The first query sees the sink alone, so the next one sees the sink and the first token.
+            query = pad(query, (0, 0, 1, 0))
+        elif attn_mask is not None:
+            attn_mask = pad(attn_mask, (1, 0))
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale
+    )
+    return output if sinks is None else output[:, :, int(is_causal) :, :value_size]
 
 
 def _causal_mask(layout: Layout, rows: int, columns: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
@@ -181,7 +225,13 @@ def _softcapped(
 
 
 def _flex(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, kernel: Kernel
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    kernel: Kernel,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     # A model may be spread over several devices.
     name = ("blocks", kernel.window, query.device)
@@ -189,8 +239,14 @@ def _flex(
         layout.masks[name] = _block_mask(layout, kernel.window, query.device)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["flex_attention"]
     options = {"scaling": kernel.scaling, "dropout": kernel.dropout, "softcap": kernel.softcap}
-    output: torch.Tensor = attend(module, query, key, value, layout.masks[name], **options)[0]
-    return output
+    # [1, T, heads, size], and the log of each token's summed weights, [1, heads, T], which only a GPU's kernel gives.
+    output, log_sums = attend(module, query, key, value, layout.masks[name], **options)
+    if sinks is not None:
+        # The sink's weight joins the sum: exp(log_sum) / (exp(log_sum) + exp(sink)) of the output is left.
+        left = torch.sigmoid(log_sums - sinks[:, None])
+        output = output * left.transpose(1, 2)[..., None].to(output.dtype)
+    given: torch.Tensor = output
+    return given
 
 
 _BLOCK = 128

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 
+from pipeline.models.parts import backbone_of, causal_of
 from pipeline.scoring.attention import NOT_A_MASK
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
 from pipeline.scoring.packing import Batch
@@ -74,7 +75,7 @@ def prepare(model: Any) -> None:
 
     Without these arguments forward is unchanged, and so are generation and saving.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     head = causal.get_output_embeddings()
     project, original = head.forward, causal.forward
 
@@ -97,7 +98,7 @@ def prepare(model: Any) -> None:
         if want.aux_loss:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
-            hidden, balance = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None
+            hidden, balance = backbone_of(self)(*args, use_cache=False, **kwargs).last_hidden_state, None
         # [rows, length, hidden] -> [M, hidden]
         hidden = hidden.flatten(0, 1).index_select(0, logit_positions.to(hidden.device))
         return _Output(**self.get_output_embeddings()(hidden, targets=targets, want=want), aux_loss=balance)
@@ -110,7 +111,7 @@ def prepare(model: Any) -> None:
 
 def under_autocast(model: Any, dtype: torch.dtype) -> None:
     """Run a prepared model's forward under autocast, as accelerate runs that of a model in training."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     autocast = torch.autocast(input_device(model).type, dtype)
     causal.forward = types.MethodType(autocast(causal.forward.__func__), causal)
 
@@ -139,7 +140,7 @@ def _hidden_and_balance(
     Give the hidden states before the head, [rows, length, hidden], and that loss.
     """
     caught: list[torch.Tensor] = []
-    hook = causal.base_model.register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
+    hook = backbone_of(causal).register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:
         # Forward always makes logits; one position is the least.
         outputs = forward(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from pipeline.base.errors import ConfigError, is_out_of_memory, one_line
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.lengths import positions_of
+from pipeline.models.parts import causal_of
 from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import LOGPS, input_device, score
@@ -258,4 +259,4 @@ def _vocabulary(model: Any) -> int:
 
 
 def _name_of(model: Any) -> str:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return type(causal_of(model)).__name__

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.base.errors import ConfigError, RefshardError, is_out_of_memory, one_line
 from pipeline.base.files import sync_tree
+from pipeline.models.parts import causal_of
 from pipeline.run.attempts import Attempt
 from pipeline.training.hub import POLICY
 from pipeline.training.processes import on_main_process
@@ -27,7 +28,7 @@ def rehearse_saving(trainer: PairTrainer, attempt: Attempt, write_card: Callable
         StorageError: The disk is full or failing.
     """
     model: Any = trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = causal_of(model)
     tokenizer: Any = trainer.processing_class
     parts: dict[str, Callable[[Path], Any]] = {
         "configuration": base.config.save_pretrained,

@@ -5,6 +5,7 @@ reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is
 delta is s_c - s_r, and x is beta delta. `total_loss` averages each loss over the pairs and adds the losses up.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import LossConfig, LossName
+from pipeline.models.parts import backbone_of, causal_of
 
 __all__ = [
     "PairLoss",
@@ -216,22 +218,35 @@ def router_aux_weight(config: Any, loss: LossConfig) -> float:
         own = getattr(config, "router_aux_loss_coef", 0.0)
         return float(own if loss.router_aux_loss_coef is None else loss.router_aux_loss_coef)
     if loss.router_aux_loss_coef:
-        raise ConfigError(
-            f"loss.router_aux_loss_coef: must be left out for a model without experts that give their router's "
-            f"logits, got {loss.router_aux_loss_coef:g} for {config.model_type}. Remove it"
-        )
+        raise _no_balance(config, loss.router_aux_loss_coef, "a model without experts that give their router's logits")
     return 0.0
 
 
 def balance_weight(model: Any, loss: LossConfig) -> float:
-    """Give the weight of the balance loss for a loaded model; 0 if none of its layers has experts."""
-    return router_aux_weight(model.config.get_text_config(), loss) if _has_router(model) else 0.0
+    """Give the weight of the balance loss for a loaded model; 0 if none of its layers has experts.
+
+    It is 0, too, if the library computes no such loss for the model's class, as for Llama 4.
+
+    Raises ConfigError if a weight is configured for such a class.
+    """
+    config, causal = model.config.get_text_config(), causal_of(model)
+    weight = router_aux_weight(config, loss) if _has_router(causal) else 0.0
+    if weight and "output_router_logits" not in inspect.signature(type(causal).forward).parameters:
+        if loss.router_aux_loss_coef:
+            raise _no_balance(config, weight, "a model whose class has no balance loss")
+        return 0.0
+    return weight
 
 
-def _has_router(model: Any) -> bool:
+def _no_balance(config: Any, weight: float, kind: str) -> ConfigError:
+    return ConfigError(
+        f"loss.router_aux_loss_coef: must be left out for {kind}, got {weight:g} for {config.model_type}. Remove it"
+    )
+
+
+def _has_router(causal: Any) -> bool:
     """Return True if a layer has experts; some members of mixture families have none (Jamba with one expert)."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    recorders = (getattr(causal.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    recorders = (getattr(backbone_of(causal), "_can_record_outputs", None) or {}).get("router_logits")
     if recorders is None:
         return True  # The config alone says so.
     # Each recorder is a class of modules, or holds one, with the modules' name within a layer.

@@ -13,6 +13,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from pipeline.models.lengths import positions_of
+from pipeline.models.parts import backbone_of
 from pipeline.models.precision import Precision
 from pipeline.scoring.memory import name_of_device
 from stages.check.hardware import Hardware
@@ -76,7 +77,7 @@ def probe_layer(
     def forward(precision: Precision) -> Any:
         autocast = precision.autocast
         with torch.autocast(device.type, getattr(torch, autocast)) if autocast else nullcontext():
-            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
 
     def train() -> None:
         forward(training).float().sum().backward()

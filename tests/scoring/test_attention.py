@@ -61,7 +61,11 @@ def test_the_dense_mask_is_what_is_meant() -> None:
 
 
 def dense_attention(
-    tensors: tuple[torch.Tensor, ...], mask: torch.Tensor, scaling: float | None, softcap: float | None
+    tensors: tuple[torch.Tensor, ...],
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[1, T, heads, size] float64."""
     query, key, value = (t.double() for t in tensors)
@@ -70,7 +74,10 @@ def dense_attention(
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(-1, -1, scores.shape[2], -1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : mask.shape[1]]
     return torch.einsum("bhqk,bhkd->bqhd", weights, value)
 
 
@@ -98,13 +105,18 @@ def check(
     dtype: torch.dtype = torch.float32,
     backward: bool = True,
     flex: bool = False,
+    sinks: bool = False,
 ) -> None:
     tensors = make_tensors(length(groups), heads=heads, sizes=sizes, dtype=dtype)
-    expected = dense_attention(tensors, dense_mask(groups, window), scaling, softcap)
+    # Above and below the scores: some heads give the sink nearly all weight, others nearly none.
+    scores = torch.linspace(-4, 9, heads[0]).to(dtype).requires_grad_() if sinks else None
+    expected = dense_attention(tensors, dense_mask(groups, window), scaling, softcap, scores)
     layout = Layout(groups)
     if flex:
         module = torch.nn.Identity().train(backward)
-        found = attention._flex(module, *tensors, layout, Kernel(scaling=scaling, window=window, softcap=softcap))
+        found = attention._flex(
+            module, *tensors, layout, Kernel(scaling=scaling, window=window, softcap=softcap), scores
+        )
     else:
         found, weights = attention._packed(
             torch.nn.Identity(),
@@ -114,6 +126,7 @@ def check(
             scaling=scaling,
             sliding_window=window,
             softcap=softcap,
+            s_aux=scores,
         )
         assert weights is None
     assert found.dtype == dtype and found.shape == expected.shape
@@ -122,6 +135,7 @@ def check(
     torch.testing.assert_close(found.double(), expected, rtol=loose, atol=loose)
     if not backward:
         return
+    tensors = tensors if scores is None else (*tensors, scores)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, tensors, upstream)
     for a, b in zip(torch.autograd.grad(found, tensors, upstream.to(dtype)), wanted, strict=True):
@@ -138,28 +152,30 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     groups=_layouts,
     window=_windows,
-    softcap=st.sampled_from([None, 3.0]),
+    kind=st.sampled_from([{}, {"softcap": 3.0}, {"sinks": True}]),
     scaling=st.sampled_from([None, 0.25]),
     heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     sizes=st.sampled_from([(8, 8), (8, 4), (4, 8)]),
 )
 @settings(max_examples=120, deadline=None)
-def test_segments_give_what_the_dense_mask_gives(groups: Groups, **case: Any) -> None:
-    check(groups, **case)
+def test_segments_give_what_the_dense_mask_gives(groups: Groups, kind: dict[str, Any], **case: Any) -> None:
+    check(groups, **kind, **case)
 
 
-@given(groups=_layouts, window=_windows, softcap=st.sampled_from([None, 3.0]))
+@given(groups=_layouts, window=_windows, kind=st.sampled_from([{}, {"softcap": 3.0}, {"sinks": True}]))
 @settings(max_examples=60, deadline=None)
-def test_segments_longer_than_the_rows_of_one_call_give_it_too(groups: Groups, **case: Any) -> None:
+def test_segments_longer_than_the_rows_of_one_call_give_it_too(
+    groups: Groups, window: int | None, kind: dict[str, Any]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_ROWS", 3)
-        check(groups, **case)
+        check(groups, window=window, **kind)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", [{}, {"softcap": 3.0}, {"sinks": True}], ids=str)
 @pytest.mark.parametrize("window", [None, 7, 40])
-def test_bf16_gives_it_within_its_rounding(few_rows: None, window: int | None, softcap: float | None) -> None:
-    check(((9, (20, 12, 0)), (30, (4,))), window=window, softcap=softcap, dtype=torch.bfloat16)
+def test_bf16_gives_it_within_its_rounding(few_rows: None, window: int | None, kind: dict[str, Any]) -> None:
+    check(((9, (20, 12, 0)), (30, (4,))), window=window, dtype=torch.bfloat16, **kind)
 
 
 def test_a_row_of_real_lengths_with_its_own_number_of_rows() -> None:
@@ -193,13 +209,21 @@ def test_no_mask_is_made_of_the_whole_row() -> None:
     assert 0 < largest <= max(t.numel() for t in tensors) < length(groups) ** 2 / 100
 
 
-@pytest.mark.parametrize("keyword", ["s_aux", "position_bias", "indices", "head_mask"])
+@pytest.mark.parametrize("keyword", ["position_bias", "indices", "head_mask"])
 def test_an_unknown_keyword_is_refused(keyword: str) -> None:
     tensors = make_tensors(5, heads=(2, 2), sizes=(4, 4))
     layout = Layout(((3, (2,)),))
     with pytest.raises(NotImplementedError, match=keyword):
         attention._packed(None, *tensors, attention.NOT_A_MASK, layout=layout, **{keyword: torch.ones(2)})
     attention._packed(None, *tensors, attention.NOT_A_MASK, layout=layout, **{keyword: None})
+
+
+def test_sinks_beside_a_cap_are_refused() -> None:
+    tensors = make_tensors(5, heads=(2, 2), sizes=(4, 4))
+    with pytest.raises(NotImplementedError, match="sinks"):
+        attention._packed(
+            None, *tensors, attention.NOT_A_MASK, layout=Layout(((3, (2,)),)), s_aux=torch.ones(2), softcap=3.0
+        )
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 1, 5)])
@@ -321,6 +345,8 @@ _flex_ways: list[dict[str, Any]] = [
     {"scaling": 0.1},
     {"heads": (6, 2)},
     {"dtype": torch.bfloat16},
+    {"sinks": True},
+    {"sinks": True, "window": 50, "heads": (6, 2), "scaling": 0.1},
 ]
 
 
@@ -333,6 +359,19 @@ def eager_flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         integration, "compile_friendly_flex_attention", lambda *a, training, **k: flex_attention.flex_attention(*a, **k)
     )
+    library = attention.ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def with_log_sums(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        """The library's function, which asks for the log-sums on a GPU alone."""
+        scale, gqa = options["scaling"], query.shape[1] != key.shape[1]
+        asked = integration.get_flex_attention_lse_kwargs(True)
+        _, found = flex_attention.flex_attention(
+            query, key, value, block_mask=mask, scale=scale, enable_gqa=gqa, **asked
+        )
+        log_sums = getattr(found, "lse", found)
+        return library(module, query, key, value, mask, **options)[0], log_sums.to(value.dtype)
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", with_log_sums)
     # Refuses gradients on a CPU, for which there is no kernel; what is written down has them.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     yield

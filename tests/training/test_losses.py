@@ -7,12 +7,21 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import LossConfig, LossName
 from pipeline.scoring.forward import weighted_sums
-from pipeline.training.losses import Pairs, divergence_score, pair_losses, total_loss, wpo_weights
+from pipeline.training.losses import (
+    Pairs,
+    balance_weight,
+    divergence_score,
+    pair_losses,
+    total_loss,
+    wpo_weights,
+)
+from support.models import GROUPED
 
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 Rows = Sequence[Sequence[float]]
@@ -522,6 +531,23 @@ def test_an_impossible_combination_is_refused_and_its_key_named(
     with pytest.raises(ConfigError) as refusal:
         load_config(file, [f"loss.{override}" for override in overrides])
     assert message in str(refusal.value)
+
+
+def test_a_balance_loss_that_the_library_does_not_compute_weighs_nothing() -> None:
+    """Llama 4 has a coefficient and routers, and its class gives no such loss."""
+    settings = {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}
+    with torch.device("meta"):
+        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings))
+        llama4 = transformers.Llama4ForCausalLM(
+            transformers.Llama4TextConfig(**settings, head_dim=8, intermediate_size_mlp=48)
+        )
+    assert llama4.config.router_aux_loss_coef == mixtral.config.router_aux_loss_coef == 0.001
+    assert balance_weight(mixtral, LossConfig()) == 0.001
+    assert balance_weight(llama4, LossConfig()) == 0
+    asked = LossConfig(router_aux_loss_coef=0.1)
+    assert balance_weight(mixtral, asked) == 0.1
+    with pytest.raises(ConfigError, match=r"loss\.router_aux_loss_coef: must be left out .*, got 0\.1 for llama4_text"):
+        balance_weight(llama4, asked)
 
 
 @pytest.mark.parametrize("name", LOSSES)
