@@ -147,9 +147,8 @@ def _attend(
     if queries == 0:
         return query[..., :0].new_zeros((*query.shape[:3], value.shape[3]))
     window = None if kernel.window is not None and keys <= kernel.window else kernel.window
-    options: dict[str, Any] = {"dropout_p": kernel.dropout, "scale": kernel.scaling}
     if queries == keys and window is None and kernel.softcap is None:
-        return _dot_product(query, key, value, sinks, is_causal=True, **options)
+        return _dot_product(query, key, value, None, kernel, sinks)
     outputs = []
     for start in range(0, queries, _ROWS):
         q = query[:, :, start : start + _ROWS]
@@ -159,7 +158,7 @@ def _attend(
         k, v = key[:, :, first:end], value[:, :, first:end]
         mask = _causal_mask(layout, rows, end - first, window, q)
         if kernel.softcap is None:
-            outputs.append(_dot_product(q, k, v, sinks, attn_mask=mask, **options))
+            outputs.append(_dot_product(q, k, v, mask, kernel, sinks))
         else:
             outputs.append(_softcapped(q, k, v, mask, kernel, kernel.softcap))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -169,19 +168,16 @@ def _dot_product(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kernel: Kernel,
     sinks: torch.Tensor | None,
-    *,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    dropout_p: float,
-    scale: float | None,
 ) -> torch.Tensor:
-    """Call the library's attention, with a layer's sinks, [heads], if it has them.
+    """Call the library's attention, with a layer's sinks, [heads], if it has them; causal without a mask.
 
     A sink is a key before all others, of value zero, whose score no query changes. It has a feature of its own, which
     is 1 in every query.
     """
-    size, value_size = query.shape[3], value.shape[3]
+    size, value_size, scale, causal = query.shape[3], value.shape[3], kernel.scaling, mask is None
     if sinks is not None:
         scale = size**-0.5 if scale is None else scale
         key = pad(key, (0, 1, 1, 0))
@@ -189,15 +185,15 @@ def _dot_product(
         # Fused kernels take values of the keys' size only.
         value = pad(value, (0, max(size + 1 - value_size, 0), 1, 0))
         query = pad(query, (0, 1), value=1.0)
-        if is_causal:
+        if mask is None:
             # The first query sees the sink alone, so the next one sees the sink and the first token.
             query = pad(query, (0, 0, 1, 0))
-        elif attn_mask is not None:
-            attn_mask = pad(attn_mask, (1, 0))
+        else:
+            mask = pad(mask, (1, 0))
     output = scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale
+        query, key, value, attn_mask=mask, is_causal=causal, dropout_p=kernel.dropout, scale=scale
     )
-    return output if sinks is None else output[:, :, int(is_causal) :, :value_size]
+    return output if sinks is None else output[:, :, int(causal) :, :value_size]
 
 
 def _causal_mask(layout: Layout, rows: int, columns: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
