@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.base.errors import ConfigError, DataError, did_you_mean, is_out_of_memory, one_line
 from pipeline.base.files import read_json
-from pipeline.config.schema import Config, Dtype, PolicyConfig, Quantization
+from pipeline.config.schema import Config, PolicyConfig, Quantization
 from pipeline.models.files import NamedModel, find_adapter, reference_quantization, reference_sources
 from pipeline.models.precision import reference_precision, resolve_dtype
+from pipeline.models.products import dtype_of_products, products_held_in
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +53,14 @@ def pick_device() -> "torch.device":
 def load_reference(config: Config, device: "torch.device") -> Any:
     """Load the frozen reference for stage one: eval mode, no gradients, dropout off.
 
+    If it is to compute under autocast, the weights of its products are in autocast's dtype, and it runs only so.
     With `precompute.device_map` it is spread over all GPUs that this process sees, and `device` is ignored. With
     `precompute.tp_plan` each process of the launch gets its part of every layer, and all must call this.
 
     Raises ConfigError if it can't be loaded as the settings demand, DataError if a weight file is damaged.
     """
+    import torch
+
     named, adapter = reference_sources(config)
     section = "policy" if config.reference.quantization is None else "reference"
     spread: dict[str, Any] = {}
@@ -69,8 +73,9 @@ def load_reference(config: Config, device: "torch.device") -> Any:
         spread["device_map"] = config.precompute.device_map
     if config.precompute.tp_plan is not None:
         spread["distributed_config"] = _split_layers(named, config.precompute.tp_plan)
-    dtype: Any = reference_precision(config).weights
-    model = _load(named, dtype, device, reference_quantization(config), section, spread)
+    dtype, products = reference_precision(config).weights, dtype_of_products(config)
+    with products_held_in(None if products is None else getattr(torch, products)):
+        model = _load(named, dtype, device, reference_quantization(config), section, spread)
     if config.precompute.tp_plan is not None:
         _make_head_whole(model)
     if adapter is not None:
@@ -186,7 +191,7 @@ def disable_dropout(model: Any) -> None:
 
 def _load(
     named: NamedModel,
-    requested: Dtype,
+    requested: str,
     device: "torch.device | None",
     quantization: Quantization | None,
     section: str,

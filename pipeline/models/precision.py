@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.base.files import read_json
-from pipeline.config.schema import Config, Dtype
+from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel
 
 __all__ = ["Precision", "policy_precision", "recorded_precision", "reference_precision", "resolve_dtype"]
@@ -64,7 +64,7 @@ def recorded_precision(reference: Mapping[str, Any]) -> Precision:
     return Precision(weights=str(reference.get("dtype", "float32")), autocast=reference.get("autocast"))
 
 
-def resolve_dtype(dtype: Dtype, model_config: Mapping[str, Any]) -> str:
+def resolve_dtype(dtype: str, model_config: Mapping[str, Any]) -> str:
     """Name the dtype that `auto` means for a model's own weights: the one in its config.json, else float32."""
     if dtype != "auto":
         return dtype

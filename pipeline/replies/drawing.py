@@ -98,6 +98,5 @@ def loaded_scorer(config: Config, what: str, tokenizer: Any) -> Scorer:
     visible = (w for w in model.parameters() if w.is_floating_point() and w.device.type != "meta")
     if not all(bool(weight.isfinite().all()) for weight in visible):
         raise DataError(f"the {what}'s weights must be finite, got NaN or infinity: its training has diverged")
-    scorer = Scorer.check(model, tokenizer, f"the {what}", config.data.max_length)
-    scorer.compute_in(reference_precision(config))
-    return scorer
+    autocast = reference_precision(config).autocast
+    return Scorer.check(model, tokenizer, f"the {what}", config.data.max_length, autocast)

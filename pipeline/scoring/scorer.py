@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
-from pipeline.models.precision import Precision, reference_precision
+from pipeline.models.precision import reference_precision
 from pipeline.scoring.forward import LOGPS, input_device, prepare, score, under_autocast
 from pipeline.scoring.memory import free_memory, tokens_that_fit
 from pipeline.scoring.packing import make_batch, plan_batches
@@ -39,23 +39,28 @@ class Scorer:
     """Most tokens of one forward pass; None until `fit` has chosen it"""
 
     @classmethod
-    def check(cls, model: Any, tokenizer: PreTrainedTokenizerBase, key: str, max_length: int | None) -> "Scorer":
+    def check(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str,
+        max_length: int | None,
+        autocast: str | None = None,
+    ) -> "Scorer":
         """Prepare a loaded causal language model for scoring, and check its scores; it keeps its mode.
 
-        `max_length` is the number of tokens of the longest sequence that can come; None if it is not known.
+        `max_length` is the number of tokens of the longest sequence that can come; None if it is not known. With a
+        dtype of `autocast` the model runs under it from here on, for the check too.
 
         Raises:
             ConfigError: The model can't be scored.
         """
         prepare(model)
+        if autocast is not None:
+            under_autocast(model, getattr(torch, autocast))
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        packed = check_scoring(model, key, max_length)
+        packed = check_scoring(model, key, max_length, autocast)
         return cls(model=model, packed=packed, pad_id=pad_id, key=key)
-
-    def compute_in(self, precision: Precision) -> None:
-        """Switch autocast on in the model's forward passes if the precision has it; the weights are in it already."""
-        if precision.autocast is not None:
-            under_autocast(self.model, getattr(torch, precision.autocast))
 
     def fit(self) -> int:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
@@ -137,7 +142,7 @@ def load_scorer(
         DataError: A weight file is damaged.
     """
     model = load_reference(config, pick_device())
-    scorer = Scorer.check(model, tokenizer, key or reference_sources(config)[0].key, config.data.max_length)
-    scorer.compute_in(reference_precision(config))
+    named, autocast = reference_sources(config)[0], reference_precision(config).autocast
+    scorer = Scorer.check(model, tokenizer, key or named.key, config.data.max_length, autocast)
     scorer.tokens_per_batch = tokens_per_batch
     return scorer

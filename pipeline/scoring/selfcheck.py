@@ -22,12 +22,13 @@ _USUAL_LENGTH = 8192
 """Tokens of the longest sequence that is tried if the longest that can come is not known"""
 
 
-def check_scoring(model: Any, key: str, max_length: int | None = 1024) -> bool:
+def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast: str | None = None) -> bool:
     """Compare the scorer with the model's own logits, and the model with itself, on small batches.
 
     Some families do more after the backbone than a projection. A family that head.py does not know would silently get
     wrong numbers, so it is refused; so is a model that sees the tokens that it is to predict. Then try sequences just
     beyond each length that the config names, up to `max_length`: in a batch they must score as they do alone.
+    `autocast` is the dtype of autocast that the model's forward pass runs under; it decides what counts as rounding.
 
     Return True if the model reads packed batches; otherwise its batches must be padded. Messages begin with `key`.
 
@@ -36,14 +37,16 @@ def check_scoring(model: Any, key: str, max_length: int | None = 1024) -> bool:
             a longer sequence of the batch does.
     """
     training = model.training
+    own_dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = "int8" if _is_quantized(model) else autocast or own_dtype
     model.eval()
     try:
         with torch.no_grad():
-            _check_padded(model, key)
+            _check_padded(model, key, dtype)
             before = model.config.get_text_config()._attn_implementation
-            packed = _reads_packed(model)
+            packed = _reads_packed(model, dtype)
             for length, longest in _named_lengths(model, max_length):
-                padded, packed = _agrees_beyond(model, length, longest, packed)
+                padded, packed = _agrees_beyond(model, length, longest, packed, dtype)
                 if not padded:
                     raise ConfigError(
                         f"data.max_length: must be at most {length} for {key}: one longer sequence changes how "
@@ -61,7 +64,7 @@ def _logps_of(model: Any, batch: Batch) -> torch.Tensor:
     return score(model, batch.to(input_device(model)), LOGPS).tokens.logps.float().cpu()
 
 
-def _check_padded(model: Any, key: str) -> None:
+def _check_padded(model: Any, key: str, dtype: str) -> None:
     ids = _some_ids(model, 12)
     others = _some_ids(model, 12, start=1)
     # Equal except the last two tokens of each completion.
@@ -84,7 +87,7 @@ def _check_padded(model: Any, key: str) -> None:
         ) from error
     plain = torch.log_softmax(logits.float().cpu(), dim=-1).flatten(0, 1)[batch.logit_positions, batch.targets]
     # One bf16 logit near 16 is rounded by up to 1/16; float32 agrees to five digits.
-    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+    tolerance = 1e-3 if dtype in ("float32", "float64") else 0.25
     gap = (ours - plain).abs().max().item()
     if not gap <= tolerance:
         raise ConfigError(
@@ -101,7 +104,7 @@ def _check_padded(model: Any, key: str) -> None:
         )
 
 
-def _reads_packed(model: Any) -> bool:
+def _reads_packed(model: Any, dtype: str) -> bool:
     """Return True if a packed row gives the padded rows' log-probs and no sequence attends to another.
 
     The log-probs agree to the dtype's rounding, in which small faults could hide. The rest is exact: tokens that a
@@ -128,13 +131,13 @@ def _reads_packed(model: Any) -> bool:
         # Attention raises NotImplementedError, a RuntimeError, for keywords and masks that it does not support.
         reads = False
     else:
-        reads = _agree(model, found, padded)
+        reads = _agree(found, padded, dtype)
         # The last completion is the same in both batches.
         kept = slice(-len(pairs[-1].rejected_ids), None)
         moved = (padded - other_padded)[kept].abs().max()
         # In another batch experts get other numbers of tokens, which may move a few tokens in only one of the two.
         experts = any("expert" in name for name, _ in model.named_modules())
-        floor = _rounding(model)[0] / 10 * min(1.0, found.std().item()) if experts else 1e-6
+        floor = ROUNDING[dtype][0] / 10 * min(1.0, found.std().item()) if experts else 1e-6
         reads &= bool((found - other_found)[kept].abs().max() <= floor + 4 * moved)
         # A model that ignores positions gives right numbers only for the row's first sequence.
         reads &= not torch.equal(found, misplaced)
@@ -164,7 +167,7 @@ def _named_lengths(model: Any, max_length: int | None) -> Iterator[tuple[int, in
             yield length, min(length + 24, most)
 
 
-def _agrees_beyond(model: Any, length: int, longest: int, packed: bool) -> tuple[bool, bool]:
+def _agrees_beyond(model: Any, length: int, longest: int, packed: bool, dtype: str) -> tuple[bool, bool]:
     """Compare sequences alone with the same in a batch with one of `longest` tokens, which is beyond `length`.
 
     Return whether they agree in padded and, if `packed`, in packed batches. If the model can't run them, or memory does
@@ -181,9 +184,9 @@ def _agrees_beyond(model: Any, length: int, longest: int, packed: bool) -> tuple
             alone = torch.cat([_ends(model, pad_pairs([twin], 0))[0] for twin in twins])
             padded = torch.cat(_ends(model, pad_pairs([pair], 0)))
             # Rounding must not refuse a model.
-            if not _agree(model, alone, padded, slack=4):
+            if not _agree(alone, padded, dtype, slack=4):
                 return False, False
-            packed = packed and _agree(model, alone, torch.cat(_ends(model, pack_pairs([pair]))))
+            packed = packed and _agree(alone, torch.cat(_ends(model, pack_pairs([pair]))), dtype)
     except (LookupError, MemoryError, RuntimeError, TypeError, ValueError):
         free_memory()
     return True, packed
@@ -194,15 +197,11 @@ def _ends(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
     return tuple(logps[-16:] for logps in torch.split(_logps_of(model, batch), batch.lengths.tolist()))
 
 
-def _agree(model: Any, one: torch.Tensor, other: torch.Tensor, slack: float = 1) -> bool:
+def _agree(one: torch.Tensor, other: torch.Tensor, dtype: str, slack: float = 1) -> bool:
     """Return True if two scorings differ by no more than `slack` times the dtype's rounding; NaN does not agree."""
-    mean, largest = _rounding(model)
+    mean, largest = ROUNDING[dtype]
     gap = (one - other).abs()
     return bool(gap.mean() <= slack * mean and gap.max() <= slack * largest)
-
-
-def _rounding(model: Any) -> tuple[float, float]:
-    return ROUNDING["int8" if _is_quantized(model) else str(next(model.parameters()).dtype).removeprefix("torch.")]
 
 
 def not_packed(model: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.schema import Config
 from pipeline.models.files import reference_quantization
 from pipeline.models.precision import reference_precision
+from pipeline.models.products import dtype_of_products
 from pipeline.scoring.head import positions_of_chunk
 from pipeline.scoring.memory import tokens_for
 from stages.check.hardware import Hardware
@@ -174,10 +175,13 @@ def _stage_one(
     precision = reference_precision(config)
     size, product = bytes_of(precision.weights), bytes_of(precision.products)
     weights = weight_bytes(shapes, precision.weights, reference_quantization(config))
+    outside = shapes.outside_parameters * size
+    # Weights of products are held in autocast's dtype.
+    saved = 0 if dtype_of_products(config) is None else size - product
+    weights, outside = weights - saved * shapes.product_parameters, outside - saved * shapes.head_parameters
     at_work = hardware.count
     if config.precompute.tp_plan:
         # Only layers are split. Each process has the whole embedding and the whole head.
-        outside = shapes.outside_parameters * size
         weights = (weights - outside) // hardware.count + outside
     elif config.precompute.device_map:
         # A batch passes one device's layers after another's.
@@ -199,7 +203,7 @@ def _stage_one(
         "logits of a chunk": _chunk_bytes(shapes, scored, product, hardware, buffers=1),
         own: context,
     }
-    if product < size:
+    if product < size and not (saved and shapes.head_parameters):
         # Autocast makes a copy of one weight at a time; the head's is the largest.
         memory["copies of weights"] = product * shapes.vocabulary * shapes.hidden
     return StageEstimate(

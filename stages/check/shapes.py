@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.base.errors import ConfigError
 from pipeline.config.schema import PolicyConfig, Quantization
 from pipeline.models.loading import empty_model
+from pipeline.models.products import has_only_products
 
 __all__ = ["Shapes", "activation_bytes", "bytes_of", "forward_flops", "shapes_of", "weight_bytes"]
 
@@ -38,6 +39,10 @@ class Shapes:
     """All parameters, or the adapter's."""
     rank: int | None = None
     """Rank of the adapter; None if the model itself is trained."""
+    product_parameters: int = 0
+    """Number of parameters that are operands of products and nothing else, a head that is not tied among them."""
+    head_parameters: int = 0
+    """Number of those that are the head's."""
 
     @property
     def has_adapter(self) -> bool:
@@ -80,6 +85,11 @@ def shapes_of(model_config: Any, policy: PolicyConfig | None = None) -> Shapes:
     width = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     parameters = sum(p.numel() for p in model.parameters())
     trained, rank = adapter if adapter is not None else (parameters, None)
+    output: Any = model.get_output_embeddings()
+    tied = output.weight is model.get_input_embeddings().weight
+    head = output.weight.numel() if has_only_products(output) and not tied else 0
+    layer_modules: list[Any] = list(blocks.modules())
+    in_products = sum(module.weight.numel() for module in layer_modules if has_only_products(module))
     return Shapes(
         layers=layers,
         hidden=int(model_config.hidden_size),
@@ -92,6 +102,8 @@ def shapes_of(model_config: Any, policy: PolicyConfig | None = None) -> Shapes:
         active_parameters=total - idle,
         trained_parameters=trained,
         rank=rank,
+        product_parameters=head + in_products,
+        head_parameters=head,
     )
 
 

@@ -82,6 +82,10 @@ def test_parameters_are_counted_without_weights_as_the_library_has_them(family: 
     assert shapes.parameters == shapes.trained_parameters == sum(p.numel() for p in model.parameters())
     layers = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
     assert shapes.layer_parameters == sum(p.numel() for p in layers.parameters())
+    head = 0 if family in ("tied", "not gated") else model.get_output_embeddings().weight.numel()
+    products = [p for name, p in layers.named_parameters() if p.dim() == 2 and "gate.weight" not in name]
+    assert shapes.product_parameters == head + sum(p.numel() for p in products)
+    assert shapes.head_parameters == head
     # Of four experts two are passed, each with three matrices.
     idle = 2 * 2 * 3 * 128 * 352 if family == "experts" else 0
     assert shapes.layer_parameters - shapes.active_parameters == idle
@@ -297,11 +301,16 @@ def test_one_model_over_several_gpus_is_divided_and_workers_each_have_it_whole()
     assert split.seconds[1] == pytest.approx(workers.seconds[1])
 
 
-def test_a_reference_under_autocast_has_float32_weights_and_16_bit_products() -> None:
-    plain, under = (made(make_config(bf16=bf16), "h100-80gb").precompute for bf16 in ("false", "true"))
-    assert under.memory["weights"] == plain.memory["weights"] == 32 * 10**9
-    assert under.memory["copies of weights"] == 2 * EIGHT.vocabulary * EIGHT.hidden
-    assert "copies of weights" not in plain.memory
+def test_a_reference_under_autocast_has_products_in_16_bits_and_the_rest_in_float32() -> None:
+    head = EIGHT.vocabulary * EIGHT.hidden
+    products: dict[str, int] = {"product_parameters": EIGHT.layer_parameters + head, "head_parameters": head}
+    plain, under = (made(make_config(bf16=bf16), "h100-80gb", **products).precompute for bf16 in ("false", "true"))
+    assert plain.memory["weights"] == 32 * 10**9
+    assert under.memory["weights"] == 32 * 10**9 - 2 * products["product_parameters"]
+    assert "copies of weights" not in plain.memory | under.memory
+    # A tied head is cast in each forward pass.
+    tied = made(make_config(bf16="true"), product_parameters=EIGHT.layer_parameters).precompute
+    assert tied.memory["copies of weights"] == 2 * head
     assert plain.seconds is not None and under.seconds is not None
     assert under.seconds[1] < plain.seconds[1] / 2
 

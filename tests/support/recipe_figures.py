@@ -53,7 +53,8 @@ class Architecture:
         """Count the parameters by hand. LoRA has r (in + out) for each linear layer (arXiv 2106.09685)."""
         h = self.hidden
         biases = h + 2 * self.key_value if self.query_biases else 0
-        layers = self.layers * (sum(i * o for i, o in self.products) + biases + 2 * h)
+        products, head = self.layers * sum(i * o for i, o in self.products), 0 if self.tied else self.vocabulary * h
+        layers = products + self.layers * (biases + 2 * h)
         parameters = layers + h + (1 if self.tied else 2) * self.vocabulary * h
         trained = parameters if lora is None else self.layers * lora.r * sum(i + o for i, o in self.products)
         return Shapes(
@@ -68,6 +69,8 @@ class Architecture:
             active_parameters=layers,
             trained_parameters=trained,
             rank=None if lora is None else lora.r,
+            product_parameters=products + head,
+            head_parameters=head,
         )
 
 
