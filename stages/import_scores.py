@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.base.digests import sha256_of_files
+from pipeline.base.digests import WatchedFiles, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.base.progress import say
@@ -44,7 +44,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     Raises:
         ConfigError: The set or the file does not exist, or settings rule imported scores out.
         DataError: A score is missing, of another kind than the first, not finite, above 0, or not one for each token.
-        IdentityError: The output folder holds another store.
+        IdentityError: The output folder holds another store, or the file was changed while it was read.
     """
     find_set(config.data, set_name)
     if not scores.exists():
@@ -57,6 +57,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     config = with_template_date(config, tokenizer, overwrite=overwrite)
     source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
+    watched = WatchedFiles(source.files)
     if source.format not in ("jsonl", "parquet"):
         raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
     reading = look_at_rows(source, config.data, has_template=tokenizer.chat_template is not None)
@@ -92,6 +93,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         # Read before the part is written: rows dropped after the last pair belong to the last part.
         following = [read(pair, row) for pair, row in itertools.islice(rows, config.precompute.rows_per_shard)]
         ledger_copy = ledger_copy if following else ledger
+        watched.check()
         write_part(folder, unit, pairs, ledger_copy.since(written), header=header)  # type: ignore[arg-type]
         pairs, written, unit = following, ledger_copy, unit + 1
     finish_store(folder, unit, header=header)

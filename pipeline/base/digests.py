@@ -76,8 +76,13 @@ def add_to_cache(name: str, key: str, value: Any, *, most: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return this program's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refshard"
+    """Return this program's folder in the user's cache. Raises StorageError for a user without a home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # As the standard says, a relative folder does not count: it would be made wherever the command runs.
+        return Path(named if Path(named).is_absolute() else "~/.cache").expanduser() / "refshard"
+    except RuntimeError as error:
+        raise StorageError(f"~/.cache: there is no cache ({error}). Set XDG_CACHE_HOME") from error
 
 
 def _cache_file(name: str) -> Path:

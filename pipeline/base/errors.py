@@ -4,10 +4,11 @@ A message states in one line where, what was found, and what to do: `KEY: must b
 quote untrusted data, so it is shown through `one_line`.
 """
 
+import contextlib
 import difflib
 import errno
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "is_out_of_memory",
     "nearest",
     "one_line",
+    "panics_as_errors",
     "printable",
     "status_and_text",
     "stopped_as_asked",
@@ -137,6 +139,18 @@ def interruption_of(error: BaseException) -> UnfinishedError | None:
             "memory, or with less to hold (train.gradient_checkpointing: true; a smaller precompute.tokens_per_batch)"
         )
     return None
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise a RuntimeError in place of a panic of a library in Rust, which no `except Exception` would catch."""
+    try:
+        yield
+    except BaseException as error:
+        # The class is each extension's own, and can't be imported.
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(f"the library panicked: {first_line(error)}") from error
+        raise
 
 
 def _loss_of_peer(error: BaseException) -> RefshardError | None:

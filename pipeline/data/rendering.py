@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.base.errors import UnfinishedError, one_line, stopped_as_asked
+from pipeline.base.errors import UnfinishedError, one_line, panics_as_errors, stopped_as_asked
 from pipeline.base.signals import STOP_SIGNALS, is_stop_requested
 from pipeline.data.dates import fix_date
 from pipeline.data.pairs import Message
@@ -172,7 +172,9 @@ def _answer(tokenizer: Any, request: tuple[Sequence[tuple[list[Message], bool]],
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin, **arguments)
             if len(text) > _MOST_CHARACTERS:
                 return f"it writes {len(text):,} characters, more than {_MOST_CHARACTERS:,}"
-            rendered.append((text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+            with panics_as_errors():
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            rendered.append((text, ids))
     except Exception as error:  # a template is a program and may raise anything
         return one_line(str(error)) or type(error).__name__
     return rendered

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.base.errors import BadRow, ConfigError
+from pipeline.base.errors import BadRow, ConfigError, is_out_of_memory, one_line, panics_as_errors
 from pipeline.data.pairs import Pair
 from pipeline.data.rendering import Rendered, TemplateError, apply_template
 
@@ -51,12 +51,18 @@ def tokenize(
     Plain text ends in one EOS if the tokenizer has one, a conversation's turn in what its chat template writes. The ids
     are not truncated.
 
-    Raises BadRow if the template refuses the messages, or the prompt or a completion has no token; ConfigError if a
-    conversation meets a tokenizer without a chat template; UnfinishedError as `apply_template` does.
+    Raises BadRow if template or tokenizer refuses the pair, or the prompt or a completion has no token; ConfigError if
+    a conversation meets a tokenizer without a chat template; UnfinishedError as `apply_template` does.
     """
     template_differs = False
     if isinstance(pair.prompt, str):
-        prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
+        try:
+            with panics_as_errors():
+                prompt, chosen, rejected = _tokenize_text(pair, tokenizer)
+        except Exception as error:  # the library has no type of its own for a text that it can't tokenize
+            if is_out_of_memory(error):
+                raise
+            raise BadRow("tokenizer_error", f"{place}: the tokenizer refuses it: {one_line(str(error))}") from error
     else:
         texts, (prompt, chosen, rejected) = zip(*_render(pair, tokenizer, place, template_date), strict=True)
         template_differs = not all(text.startswith(texts[0]) for text in texts)

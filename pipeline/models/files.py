@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.base.digests import sha256_of_files
-from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line
+from pipeline.base.errors import ConfigError, DataError, RefshardError, first_line, panics_as_errors
 from pipeline.base.files import find_special, read_json
 from pipeline.config.schema import Config, Quantization, ReferenceConfig
 
@@ -312,7 +312,8 @@ def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokeni
 
     folder = NamedModel.policy(config).folder(weights=weights)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Rust library behind it raises no narrower class
         raise ConfigError(
             f"policy.model: {config.policy.model}: its tokenizer can't be loaded: {first_line(error)}"

@@ -78,6 +78,9 @@ class TokenizerFacts:
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenizerFacts":
         template: Any = tokenizer.chat_template
+        if isinstance(template, dict):
+            # The library reads them in the file system's order, which a copy changes.
+            template = dict(sorted(template.items(), key=lambda named: (named[0] != "default", named[0])))
         return cls(_digest_of_tokenizer(tokenizer), str(template) if template else None, tokenizer.eos_token)
 
 
@@ -111,12 +114,25 @@ def identity_of_reference(config: Config) -> dict[str, Any]:
     return {
         "weights": _digest("".join(f"{name}:{digest}\n" for name, digest in sorted(weights.items()))),
         "config": _digest(json.dumps(kept, sort_keys=True)),
+        **_zeroed_position(model_config),
         "dtype": precision.weights,
         # Without autocast the identity is that of stores from before it was recorded.
         **({} if precision.autocast is None else {"autocast": precision.autocast}),
         "adapter": None if adapter is None else _digest_of_adapter(adapter),
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
     }
+
+
+def _zeroed_position(model_config: Mapping[str, Any]) -> dict[str, int]:
+    """Name the position that the padding token's id takes out of XGLM's table of sines; nothing if all are whole.
+
+    Only there does that id decide a log-prob. The table begins with two rows of no position, and XGLM's own padding
+    token is one of them.
+    """
+    row = model_config.get("pad_token_id")
+    if model_config.get("model_type") != "xglm" or not isinstance(row, int) or row < 2:
+        return {}
+    return {"zeroed_position": row - 2}
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,8 @@ def policy_reference_relation(config: Config) -> PolicyReferenceRelation:
         return PolicyReferenceRelation(False, False, None)
     reference = identity_of_reference(config)
     own = identity_of_reference(dataclasses.replace(config, reference=ReferenceConfig()))
-    same_base = all(reference[key] == own[key] for key in ("weights", "config", "quantization"))
+    base = ("weights", "config", "zeroed_position", "quantization")
+    same_base = all(reference.get(key) == own.get(key) for key in base)
     at_start = same_base and reference["adapter"] == own["adapter"]
     return PolicyReferenceRelation(
         at_start=at_start,

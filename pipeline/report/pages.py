@@ -23,6 +23,7 @@ __all__ = [
     "beside",
     "chart",
     "check_charts",
+    "check_page",
     "facts",
     "page",
     "preformatted",
@@ -173,10 +174,15 @@ _OF_A_PAGE = b"default-src 'none'; script-src 'unsafe-inline'"
 """Words at the start of each page"""
 
 
-def write_page(file: Path, text: str) -> None:
-    """Write a page, whole or not at all. Raises StorageError; ConfigError if the file is there and no page of ours."""
+def check_page(file: Path) -> None:
+    """Refuse a name under which a file is that is no page of ours. Raises ConfigError."""
     is_page = _OF_A_PAGE in read_head(file, 1000)
     if file.exists() and not is_page:
         raise ConfigError(f"{file}: must be a new file or a page of refshard, it is neither. Name another file")
+
+
+def write_page(file: Path, text: str) -> None:
+    """Write a page, whole or not at all. Raises StorageError, and as `check_page` does."""
+    check_page(file)
     make_folder(file.parent)
     replace_file(file, text.encode("utf-8", errors="replace"))

@@ -73,14 +73,18 @@ class RunLog:
             return
         line = json.dumps(without_nan({"kind": kind, "time": time.time(), "attempt": self._attempt.number, **record}))
         try:
+            if self._file.exists() and self._file.stat().st_nlink > 1:
+                # A copy of a run that was made with hard links, as backups are, shares its log with the original.
+                replace_file(self._file, self._file.read_bytes())
             with self._file.open("a+b") as log:
                 # Start a new line after one that a kill has cut short.
                 log.seek(-1 if log.tell() else 0, 2)
                 log.write(b"" if log.read(1) in (b"", b"\n") else b"\n")
                 log.write(line.encode() + b"\n")
-        except OSError as error:
+        except (OSError, StorageError) as error:
             if not self._warned:
-                say(f"warning: {self._file}: a line is lost ({error.strerror or error})", err=True)
+                reason = (isinstance(error, OSError) and error.strerror) or error
+                say(f"warning: {self._file}: a line is lost ({reason})", err=True)
             self._warned = True
 
 

@@ -24,7 +24,7 @@ from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import differences, identity_of_run
 from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.report.comparison import show_runs
-from pipeline.report.pages import check_charts, write_page
+from pipeline.report.pages import check_charts, check_page, write_page
 from pipeline.report.run_page import report_page
 from pipeline.run.outputs import guard_run
 from pipeline.run.reading import Run, read_record, read_run
@@ -33,6 +33,8 @@ from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
 
 __all__ = ["Sweep", "run"]
+
+_PAGE = "sweep.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ def run(sweep: Sweep, commands: Commands) -> None:
     except ConfigError as error:
         say(f"warning: there will be no page, only a table: {error}", err=True)
         drawn = False
+    if drawn:
+        check_page(parent / _PAGE)
     import_libraries()
     # A reference that moves has shards of each window.
     if base.reference.declared is None and any(one.config.reference.sync is None for one in runs):
@@ -206,7 +210,7 @@ def _compare(runs: Sequence[Run], parent: Path, *, drawn: bool) -> None:
     table = aligned([header, *([row[name] for name in header] for row in rows)])
     say("\n".join(["", *table, ""]))
     if drawn:
-        page = parent / "sweep.html"
+        page = parent / _PAGE
         write_page(page, report_page(runs))
         say(f"{len(runs)} runs in {page}")
 

@@ -66,6 +66,30 @@ def test_a_damaged_cache_is_not_believed(file: Path, tmp_path: Path) -> None:
         assert sha256_of_file(file) == right
 
 
+@pytest.mark.parametrize("named", ["", "cache", None])
+def test_a_cache_is_never_made_where_the_command_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    """A variable that is set to nothing or to a relative folder counts as not set, as the XDG standard says."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if named is None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+    sha256_of_file(file)
+    assert not list(Path().iterdir())
+    assert (tmp_path / "home/.cache/refshard/digests.json").exists()
+
+
+def test_a_user_without_a_home_has_no_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's user has none whose number is in no file of users."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert sha256_of_file(file) == hashlib.sha256(LARGE).hexdigest()
+
+
 def test_files_in_use_may_be_linked_or_deleted_but_not_changed(file: Path, tmp_path: Path) -> None:
     watched = WatchedFiles([file], "Do this")
     watched.check_untouched()

@@ -1,5 +1,6 @@
 """What enters the identity, what does not, and how a mismatch is told."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +25,7 @@ from pipeline.models.identity import (
     remedy,
 )
 from support.models import make_model, make_tokenizer
+from support.tally import tally
 
 
 @pytest.fixture
@@ -234,6 +237,36 @@ def test_another_vocabulary_template_or_special_token_changes_the_tokenization(
     for field, tokenizer in changed.items():
         folder = make_model(tmp_path / field, tokenizer)
         assert identity(config_file, f"policy.model={folder}")["tokenization"][field] != base[field]
+
+
+def test_named_templates_are_the_same_in_whatever_order_the_disk_lists_them(config_file: Path) -> None:
+    """The library reads `additional_chat_templates` in the file system's order, which a copy changes."""
+    config, named = load_config(config_file), {"default": "{{ 1 }}", "tool_use": "{{ 2 }}", "rag": "{{ 3 }}"}
+    prints = set()
+    for names in (named, reversed(named)):
+        tokenizer = load_tokenizer(config)
+        tokenizer.chat_template = {name: named[name] for name in names}  # type: ignore[assignment]
+        prints.add(fingerprint_of(identity_of_run(config, tokenizer)))
+    assert len(prints) == 1
+
+
+def test_a_padding_token_counts_where_it_takes_a_position_out_of_a_table(config_file: Path, tmp_path: Path) -> None:
+    """XGLM's sines are zero in the row of the padding token's id."""
+    sizes = {"vocab_size": 400, "d_model": 32, "num_layers": 1, "attention_heads": 4, "ffn_dim": 48, "init_std": 0.2}
+    model = transformers.XGLMForCausalLM(transformers.XGLMConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "xglm")
+    make_tokenizer().save_pretrained(tmp_path / "xglm")
+    file, ids = tmp_path / "xglm/config.json", torch.arange(3, 40)[None]
+    found: dict[Any, tuple[str, Any]] = {}
+    for padding in (None, 0, 1, 2, 7):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": padding}))
+        fingerprint = json.dumps(identity(config_file, f"policy.model={file.parent}")["reference"])
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(file.parent)
+        found[padding] = fingerprint, loaded(input_ids=ids).logits.detach()
+    for one, other in itertools.combinations(found.values(), 2):
+        assert (one[0] == other[0]) == torch.equal(one[1], other[1])
+    assert len({fingerprint for fingerprint, _ in found.values()}) == 3
+    tally("a padding token that decides a position", 2, outcome="78 in both stages, the field named")
 
 
 def test_a_longer_stored_cut_serves_a_shorter_run_only_where_token_logps_are_stored(config_file: Path) -> None:

@@ -62,6 +62,17 @@ def test_a_line_that_a_kill_has_cut_does_not_swallow_the_next(tmp_path: Path, cu
     assert whole == ([1, 2, 3] if cut == 1 else [1, 3])
 
 
+def test_the_log_of_a_copy_that_was_made_with_hard_links_is_its_own(tmp_path: Path) -> None:
+    original, copy = (tmp_path / name for name in ("original", "copy"))
+    for folder in (original, copy):
+        folder.mkdir()
+    RunLog(Attempt(original, 1)).add("log", {"step": 1})
+    os.link(original / LOG, copy / LOG)
+    for step in (2, 3):
+        RunLog(Attempt(copy, 2)).add("log", {"step": step})
+    assert [[json.loads(line)["step"] for line in lines(folder)] for folder in (original, copy)] == [[1], [1, 2, 3]]
+
+
 def test_a_disk_that_refuses_costs_lines_not_the_run_and_says_so_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

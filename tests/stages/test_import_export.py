@@ -13,9 +13,14 @@ import pytest
 import transformers
 import trl
 
+from pipeline.base.errors import IdentityError
+from pipeline.config.reader import load_config
+from pipeline.data.intake import kept_rows
 from pipeline.store.store import open_store, read_parts
+from stages import import_scores
 from support.models import make_tokenizer
 from support.runs import refshard, simple_rows, write_jsonl
+from support.tally import tally
 
 pytestmark = pytest.mark.slow
 
@@ -262,6 +267,25 @@ def test_scores_of_answers_alone_are_refused_with_the_column_that_holds_the_prom
     file = write_jsonl(tmp_path / "scores.jsonl", rows)
     said = refshard("import", file, "--config", config, check=2).stderr
     assert "set data.columns: {prompt: question}" in said and not (tmp_path / "shards").exists()
+
+
+def test_a_file_that_changes_while_it_is_imported_gets_no_part_of_it(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan records the digest of the file as it was, and the same command would keep the parts."""
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in simple_rows(12)]
+    file = write_jsonl(tmp_path / "scores.jsonl", rows)
+    config = load_config(make_run(reference={"declared": "some/model"}))
+
+    def changed_at_the_end(*arguments: Any) -> Any:
+        yield from kept_rows(*arguments)
+        write_jsonl(file, [{**row, "ref_chosen_logps": -3.0} for row in rows])
+
+    monkeypatch.setattr(import_scores, "kept_rows", changed_at_the_end)
+    with pytest.raises(IdentityError, match="changed while it was in use"):
+        import_scores.run(config, file, set_name="train", chosen="ref_chosen_logps", rejected="ref_rejected_logps")
+    assert not list((tmp_path / "shards/train").glob("part-*"))
+    tally("a file of scores that is replaced while it is imported", 1, outcome="78, no part")
 
 
 def test_scores_are_not_read_from_csv(make_run: MakeRun, tmp_path: Path) -> None:

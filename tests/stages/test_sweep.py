@@ -19,6 +19,7 @@ from stages.sweep import command
 from support.processes import Command
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import digests
+from support.tally import tally
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +29,17 @@ MakeRun = Callable[..., Path]
 def losses(run: Path) -> list[float]:
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_file_in_the_place_of_the_page_is_refused_before_the_first_run(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "sweep.html").write_text("mine")
+    sweep = command.Sweep(
+        config_file=make_run(), overrides=(), over=["loss.beta=0.1,0.2"], num_prompts=0, max_tokens=8, into=tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"sweep\.html: must be a new file or a page of refshard"):
+        command.run(sweep, Commands(entry=lambda: pytest.fail("begun"), flag=StopFlag()))
+    assert (tmp_path / "sweep.html").read_text() == "mine"
+    tally("a sweep's page that would replace a file", 1, outcome="2 before the first run")
 
 
 def test_three_betas_are_trained_on_shards_that_are_scored_once_through_a_kill_and_compared_on_a_page(
