@@ -39,7 +39,7 @@ def run(config: Config, output: Path) -> None:
     """
     import datasets
 
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise DataError(f"{output}: must be a new folder, it exists already. Name another one")
     guard_output("--output", output, config)
     tokenizer = load_tokenizer(config)
