@@ -9,6 +9,7 @@ import pytest
 from pipeline.base import digests
 from pipeline.base.digests import WatchedFiles, sha256_of_file, stamp_of
 from pipeline.base.errors import IdentityError, StorageError
+from support.tally import tally
 
 LARGE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -81,6 +82,7 @@ def test_a_cache_is_never_made_where_the_command_runs(
     sha256_of_file(file)
     assert not list(Path().iterdir())
     assert (tmp_path / "home/.cache/refshard/digests.json").exists()
+    tally("XDG_CACHE_HOME set to nothing or to a relative folder", 1, outcome="the cache is in the user's home")
 
 
 def test_a_user_without_a_home_has_no_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

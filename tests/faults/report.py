@@ -30,12 +30,15 @@ PAGE = ROOT / "docs" / "reliability.md"
 FILES = {
     "Killed": ("faults/test_kills", "faults/test_preemption", "faults/test_crashes"),
     "Disks, networks, workers": ("faults/test_store_faults", "faults/test_stage_one_faults", "scoring/test_memory"),
-    "Ends": ("faults/test_ends", "training/test_finite", "training/test_hub"),
+    "Ends": ("faults/test_ends", "training/test_finite", "training/test_hub", "stages/test_sweep"),
     "Checkpoints": ("run/test_checkpoints",),
-    "Stale": ("laws/test_stale", "faults/test_random_changes", "stages/test_canary", "training/test_joining"),
-    "Outputs": ("run/test_outputs",),
+    "Stale": (
+        *("laws/test_stale", "faults/test_random_changes", "stages/test_canary", "training/test_joining"),
+        *("models/test_identity", "stages/test_import_export"),
+    ),
+    "Outputs": ("run/test_outputs", "run/test_records", "base/test_digests"),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
-    "Input": ("faults/test_damage", "faults/test_fuzz", "faults/test_security"),
+    "Input": ("faults/test_damage", "faults/test_fuzz", "faults/test_security", "data/test_tokens"),
 }
 """Sections of the page, and the tests whose tallies are in them"""
 

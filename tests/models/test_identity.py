@@ -248,6 +248,7 @@ def test_named_templates_are_the_same_in_whatever_order_the_disk_lists_them(conf
         tokenizer.chat_template = {name: named[name] for name in names}  # type: ignore[assignment]
         prints.add(fingerprint_of(identity_of_run(config, tokenizer)))
     assert len(prints) == 1
+    tally("named chat templates that a copy lists in another order", 1, outcome="served, the same fingerprint")
 
 
 def test_a_padding_token_counts_where_it_takes_a_position_out_of_a_table(config_file: Path, tmp_path: Path) -> None:

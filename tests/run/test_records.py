@@ -24,6 +24,7 @@ from pipeline.run.records import (
     write_cost,
     write_margins,
 )
+from support.tally import tally
 
 
 def lines(folder: Path) -> list[str]:
@@ -71,6 +72,7 @@ def test_the_log_of_a_copy_that_was_made_with_hard_links_is_its_own(tmp_path: Pa
     for step in (2, 3):
         RunLog(Attempt(copy, 2)).add("log", {"step": step})
     assert [[json.loads(line)["step"] for line in lines(folder)] for folder in (original, copy)] == [[1], [1, 2, 3]]
+    tally("a run copied with hard links, and trained on", 1, outcome="the original's log stays as it is")
 
 
 def test_a_disk_that_refuses_costs_lines_not_the_run_and_says_so_once(
