@@ -6,7 +6,7 @@
 #   make test-nightly               longer runs of the randomized tests
 #   make bench                      speed and memory beside TRL on this processor, an hour; docs/benchmarks.md, README
 #   make bench ARGS='--only score-hh,train-hh --rounds 2'     some of it; the other results stay
-#   make bench-gpu                  the same on a CUDA GPU
+#   make bench-gpu                  what must be known of a CUDA GPU, in six minutes (ARGS='--minutes 20')
 
 PYTHON ?= python3
 CONFIG ?=
@@ -59,7 +59,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python tests/bench/page.py
 
 bench-gpu: $(VENV)/.installed-test
-	$(BIN)/python tests/bench/run.py --gpu --json tests/bench/results/gpu.json $(ARGS)
+	$(BIN)/python tests/bench/gpu.py --json tests/bench/results/gpu.json $(ARGS)
 	$(BIN)/python tests/bench/page.py
 
 lint: $(VENV)/.installed-test

@@ -6,17 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.base import signals
 from support.models import make_model, make_tokenizer
 from support.runs import simple_rows, write_config, write_jsonl
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Let `-m gpu` import only the modules that have such tests: a GPU machine may lack what the others need."""
+    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+        return None
+    return "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put modules with slow tests first, so that at the end of a run on two workers neither waits for the other long.
 
-    A module stays whole and in its own order, for its fixtures.
+    A module stays whole and in its own order, for its fixtures. Tests of a GPU are skipped without one.
     """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU is visible"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

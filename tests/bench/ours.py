@@ -4,20 +4,16 @@ import math
 import tempfile
 from collections.abc import Sequence
 
-import datasets
 import transformers
 from gauge import Gauge
 from model import build_model
 from outcome import Outcome, StepClock, add_adapter, step_arguments
 from workloads import PAD_ID, SEED, Workload, make_pairs, reference_logps
 
-from pipeline.config.schema import LossConfig
 from pipeline.data.tokens import TokenizedPair, pair_key
 from pipeline.scoring.forward import prepare
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
-from pipeline.training.batches import Collator
-from pipeline.training.trainer import PairTrainer
 
 
 def run_stage_one(workload: Workload, count: int) -> Outcome:
@@ -44,6 +40,13 @@ def run_stage_one(workload: Workload, count: int) -> Outcome:
 
 
 def run_stage_two(workload: Workload, count: int) -> Outcome:
+    # What a GPU machine may lack, and stage one does without.
+    import datasets
+
+    from pipeline.config.schema import LossConfig
+    from pipeline.training.batches import Collator
+    from pipeline.training.trainer import PairTrainer
+
     pairs = make_pairs(workload, count)
     rows = [
         {

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 from gauge import Gauge, Reading
 from transformers import TrainerCallback
 from workloads import SEED, Workload
@@ -62,7 +61,10 @@ def step_arguments(workload: Workload, count: int, folder: str) -> dict[str, Any
     }
 
 
-def lora_config() -> peft.LoraConfig:
+def lora_config() -> Any:
+    # A GPU machine may lack the library, which stage one does without.
+    import peft
+
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=16,
@@ -72,4 +74,6 @@ def lora_config() -> peft.LoraConfig:
 
 
 def add_adapter(model: Any) -> Any:
+    import peft
+
     return peft.get_peft_model(model, lora_config())

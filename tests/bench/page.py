@@ -98,7 +98,7 @@ def main() -> None:
         "",
         "Command: `make bench-gpu`",
         "",
-        *(_gpu_section(gpu["results"]) if gpu else ["Not measured.", ""]),
+        *(_gpu_section(gpu) if gpu else ["Not measured.", ""]),
         "## Join",
         "",
         JOIN,
@@ -118,8 +118,15 @@ def _machines(results: Sequence[dict[str, Any]]) -> list[str]:
     return [line for said in dict.fromkeys(describe(r["machine"]) for r in results) for line in (f"{said}.", "")]
 
 
-def _gpu_section(results: Sequence[dict[str, Any]]) -> list[str]:
-    return [*_machines(results), *tables(results), *shape_table(results)]
+def _gpu_section(found: dict[str, Any]) -> list[str]:
+    made = [f"{describe(found['machine'])}. One round.", "", *tables(found["results"]), *shape_table(found["results"])]
+    for finding in found["findings"]:
+        made += [f"**{finding['question']}**", "", "```text", *finding["lines"], "```", ""]
+    if found["left_out"]:
+        made += [
+            "Not measured: " + "; ".join(f"{name} ({why.splitlines()[-1]})" for name, why in found["left_out"].items())
+        ]
+    return [*made, ""]
 
 
 def _processor_section(results: Sequence[dict[str, Any]], docs: Path) -> list[str]:

@@ -112,7 +112,8 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def describe(machine: dict[str, Any]) -> str:
     device = f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB), " if machine.get("gpu") else ""
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "trl", "peft"))
+    names = ("driver", "python", "torch", "transformers", "trl", "peft")
+    versions = ", ".join(f"{name} {machine[name]}" for name in names if name in machine)
     return (
         f"{device}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB of memory; "
         f"{machine['threads']} threads for the wall clock; {versions}"

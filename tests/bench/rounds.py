@@ -14,6 +14,8 @@ from workloads import Workload, to_json
 
 ROOT = Path(__file__).parents[2]
 
+VERSIONS = ("torch", "transformers", "trl", "peft")
+
 Measured = dict[str, Any]
 """What one measurement printed"""
 
@@ -62,11 +64,12 @@ def _require_agreement(workload: Workload, sides: dict[str, list[Measured]]) -> 
                     raise RuntimeError(f"{workload.name}: refshard computed {a}, {side} {b}")
 
 
-def measure(workload: Workload, side: str, count: int, cores: int) -> Measured:
+def measure(workload: Workload, side: str, count: int, cores: int, *, timeout: float | None = None) -> Measured:
     """Start one measurement and wait for it.
 
     Raises:
         RuntimeError: It failed; the message is what it said.
+        subprocess.TimeoutExpired: It took longer than `timeout` seconds, and was ended.
     """
     script = str(Path(__file__).with_name("measure.py"))
     done = subprocess.run(
@@ -75,7 +78,8 @@ def measure(workload: Workload, side: str, count: int, cores: int) -> Measured:
         text=True,
         check=False,
         # Memory is measured as a user's process takes it: no setting of the allocator on either side.
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        timeout=timeout,
     )
     if done.returncode != 0:
         raise RuntimeError(f"{workload.name}, {side}: the measurement failed\n{done.stderr[-3000:]}")
@@ -85,7 +89,8 @@ def measure(workload: Workload, side: str, count: int, cores: int) -> Measured:
 
 def machine() -> dict[str, Any]:
     """Name hardware and versions."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
+    installed = {package.name for package in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS if name in installed}
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,7 +1,6 @@
 """Benchmark refshard against TRL.
 
 python tests/bench/run.py                       all workloads of this machine's processor, three rounds
-python tests/bench/run.py --gpu                 on a CUDA GPU: stage one, a LoRA step, a full step of an 8B Llama
 python tests/bench/run.py --only score-hh,train-hh --rounds 2      some of them
 python tests/bench/run.py --list                their names
 python tests/bench/run.py --json FILE           also put the results into a file, for page.py; others in it stay
@@ -16,11 +15,11 @@ from typing import Any
 
 from report import describe, shape_table, tables
 from rounds import machine, merge, run_workload
-from workloads import CURVES, GPU, GPU_SHAPES, TOY, WORKLOADS
+from workloads import CURVES, TOY, WORKLOADS
 
 
 def main() -> None:
-    known = {workload.name: [workload] for workload in (*WORKLOADS, *GPU, *TOY)} | CURVES
+    known = {workload.name: [workload] for workload in (*WORKLOADS, *TOY)} | CURVES
     parser = argparse.ArgumentParser(description="Benchmark refshard against TRL.")
     parser.add_argument(
         "--only", action="extend", type=_names(known), metavar="NAMES", help="workloads, comma-separated"
@@ -29,18 +28,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="pairs of a measurement, in place of the workload's own")
     parser.add_argument("--peer-batch", type=int, help="pairs of a batch in TRL's precomputation")
     parser.add_argument("--json", type=Path, help="file to put the results into, beside those of other workloads")
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA GPU; the full step with the largest that fits")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     chosen = parser.parse_args()
     if chosen.list:
         print(*known, sep="\n")
         return
     here, names = machine(), [*(workload.name for workload in WORKLOADS), *CURVES]
-    if chosen.gpu:
-        memory = _add_gpu(here)
-        # Weights, gradients and a reference in bf16 leave a third of the memory free.
-        fitting = (size for size, shape in GPU_SHAPES.items() if 3 * 2 * shape.parameters < memory * 2 / 3)
-        names = ["gpu-score", "gpu-lora", f"gpu-full-{next(fitting, '1b')}"]
     print(describe(here), flush=True)
     for name in chosen.only or names:
         for workload in known[name]:
@@ -64,17 +57,6 @@ def _names(known: Container[str]) -> Callable[[str], list[str]]:
         return names
 
     return read
-
-
-def _add_gpu(here: dict[str, Any]) -> int:
-    """Name the GPU; give its memory in bytes."""
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA GPU is visible; --only toy-gpu-score runs the same code on the processor")
-    card = torch.cuda.get_device_properties(0)
-    here |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30)}
-    return int(card.total_memory)
 
 
 def _say(text: Any) -> None:

@@ -44,17 +44,28 @@ def test_the_processor_benchmark_prints_both_sides_and_makes_its_page(tmp_path: 
         assert (tmp_path / "docs" / picture).read_text(encoding="utf-8").lstrip().startswith("<?xml")
 
 
-def test_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
-    file = tmp_path / "gpu.json"
-    names = ("toy-gpu-score", "toy-gpu-lora", "toy-gpu-full-8b")
-    words = [word for name in names for word in ("--only", name)]
-    said = run_script("run.py", *words, "--rounds", "1", "--json", str(file))
-    assert len(re.findall(r"\| TRL \| [\d.]+ ", said)) == 3
-    assert len(re.findall(r"\| TRL, live reference \| [\d.]+ ", said)) == 2
-    results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    assert [result["workload"]["name"] for result in results] == list(names)
+def test_the_gpu_benchmark_runs_at_toy_size_and_puts_what_it_found_on_the_page(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "gpu.json"
+    run_script("gpu.py", "--tiny", "--minutes", "15", "--json", str(file))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["left_out"] == {}
+    peers = {result["workload"]["name"]: result["workload"]["peers"] for result in found["results"]}
+    assert peers["tiny-gpu-score"] == ["trl"] and peers["tiny-gpu-lora"] == ["trl", "trl-live"]
     # Autocast to bf16, over float32 sums.
-    assert max(largest_gap(result, "wall") for result in results[1:]) < 1e-2
+    assert all(largest_gap(r, "wall") < 1e-2 for r in found["results"] if r["workload"]["stage"] == 2)
+    compiled, scoring, step, _ = found["findings"]
+    assert compiled["lines"][0].startswith("2 after the self-check")
+    assert len(scoring["lines"]) == len(step["lines"]) == 10
+
+    run_script("page.py", "--results", str(file.parent), "--docs", str(tmp_path / "docs"))
+    page = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert scoring["lines"][0] in page and "| `tiny-gpu-lora` | TRL, live reference |" in page
+
+
+def test_the_gpu_benchmark_stops_in_time_and_says_what_it_left_out(tmp_path: Path) -> None:
+    run_script("gpu.py", "--tiny", "--minutes", "0", "--json", str(tmp_path / "gpu.json"))
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert set(found["left_out"].values()) == {"no time was left"} and len(found["left_out"]) > 10
 
 
 def test_a_measurement_starts_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,13 +208,13 @@ GPU_SHAPES = {
     "3b": Shape(128_256, 3072, 28, 8_192, 24, 8),
     "1b": Shape(128_256, 2048, 16, 8_192, 32, 8),
 }
-_SCORE = Workload(
+GPU_SCORE = Workload(
     "gpu-score",
     1,
     GPU_SHAPES["8b"],
     UF,
     "bfloat16",
-    256,
+    128,
     0,
     tokens_per_batch=32_768,
     peer_batch=8,
@@ -222,22 +222,20 @@ _SCORE = Workload(
     peers=("trl",),
 )
 # Checkpointing: the library's default for TRL, and what a model of this size needs in either.
-_STEP = replace(_SCORE, stage=2, pairs=24, checkpointing=True, peers=("trl", "trl-live"))
-GPU = [
-    _SCORE,
-    replace(_STEP, name="gpu-lora", lora=True),
-    *(replace(_STEP, name=f"gpu-full-{size}", shape=shape) for size, shape in GPU_SHAPES.items()),
-]
+_STEP = replace(GPU_SCORE, stage=2, pairs=24, checkpointing=True, peers=("trl", "trl-live"))
+GPU_LORA = replace(_STEP, name="gpu-lora", lora=True)
 
-_TOY_SHAPE = Shape(vocabulary=512, hidden=32, layers=2, intermediate=64, heads=4, kv_heads=2)
-_TOY_LENGTHS = Lengths("short", prompt=12, prompt_sigma=0.5, completion=10, completion_sigma=0.5, max_length=64)
+
+def full_step(size: str) -> Workload:
+    """Make the full step of a model of GPU_SHAPES."""
+    return replace(_STEP, name=f"gpu-full-{size}", shape=GPU_SHAPES[size])
+
+
+TINY_SHAPE = Shape(vocabulary=512, hidden=32, layers=2, intermediate=64, heads=4, kv_heads=2)
+TOY_LENGTHS = Lengths("short", prompt=12, prompt_sigma=0.5, completion=10, completion_sigma=0.5, max_length=64)
 TOY = [
-    Workload("toy-score", 1, _TOY_SHAPE, _TOY_LENGTHS, "float32", 12, 12),
-    Workload("toy-train", 2, _TOY_SHAPE, _TOY_LENGTHS, "float32", 12, 0),
-    *(
-        replace(w, name=f"toy-{w.name}", shape=_TOY_SHAPE, lengths=_TOY_LENGTHS, pairs=12, device="cpu")
-        for w in GPU[:3]
-    ),
+    Workload("toy-score", 1, TINY_SHAPE, TOY_LENGTHS, "float32", 12, 12),
+    Workload("toy-train", 2, TINY_SHAPE, TOY_LENGTHS, "float32", 12, 0),
 ]
 """To test the benchmark itself, on a processor"""
 

@@ -46,7 +46,13 @@ class _Forks:
 
     @staticmethod
     def run(
-        command: Sequence[str], *, capture_output: bool, text: bool, check: bool, env: Mapping[str, str]
+        command: Sequence[str],
+        *,
+        capture_output: bool,
+        text: bool,
+        check: bool,
+        env: Mapping[str, str],
+        timeout: float | None,
     ) -> subprocess.CompletedProcess[str]:
         assert command[0] == sys.executable and capture_output and text
         return _finished("fork", _become, command[1:], env, check=check)
