@@ -3,8 +3,10 @@
 python tests/bench/gpu.py --minutes 6 --json FILE      FILE holds all that is finished, after every item
 python tests/bench/gpu.py --minutes 6 --json FILE --tiny     the same code at toy size, on a processor
 
-Each item is a process of its own, which gets up to half of the time that is left. TRL is measured beside refshard where it can be
-imported. tests/bench/page.py puts FILE on docs/benchmarks.md if it is tests/bench/results/gpu.json.
+Each item is a process of its own, which gets up to half of the time that is left. TRL is measured beside refshard where
+it can be imported. Stage two needs pyarrow, datasets and fastjsonschema; LoRA needs peft. A folder of packages that are
+unpacked by `pip install --target` must be called site-packages: datasets hashes its inputs with dill, which looks for
+that name. tests/bench/page.py puts FILE on docs/benchmarks.md if it is tests/bench/results/gpu.json.
 """
 
 import argparse
