@@ -2,7 +2,8 @@
 
 `switch_attention` registers an attention function with transformers under a name of its own, and has the model use
 it. If a call carries a layout, the function attends group by group. Otherwise it calls the function that the model
-had before. No model is patched: transformers passes unknown keywords of forward down to its attention.
+had before. No model is patched: transformers passes unknown keywords of forward down to its attention. Layers of a
+few families drop them (StableLM, Nemotron), so the mask that they pass on carries the layout, too.
 
 On a GPU, one flex-attention kernel serves the whole row and skips blocks in which nothing is visible. On a CPU, each
 sequence is one scaled-dot-product call. Neither builds a mask of the whole row.
@@ -21,12 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.scoring.packing import Kernel, Layout
 
-__all__ = ["NOT_A_MASK", "switch_attention"]
+__all__ = ["carry_layout", "stand_in_mask", "switch_attention"]
 
 _PREFIX = "refshard_"
 
-# transformers takes a mask of four dimensions as ready-made. Packed attention never reads this one.
-NOT_A_MASK = torch.zeros((1, 1, 1, 1))
+_SHAPE, _DTYPE = (1, 1, 1, 1), torch.int8
 
 # Queries of one masked call. Memory then grows with the sequence's length, not with its square.
 _ROWS = 512
@@ -36,6 +36,20 @@ _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions",
 
 # Keywords that a kernel is made of.
 _KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
+
+
+def stand_in_mask(device: torch.device) -> torch.Tensor:
+    """Make the mask argument of a packed row, [1, 1, 1, 1], which no attention reads.
+
+    The library takes a mask of four dimensions as ready-made. No mask of its own has this dtype, and FSDP casts only
+    floating-point tensors.
+    """
+    return torch.zeros(_SHAPE, dtype=_DTYPE, device=device)
+
+
+def carry_layout(mask: torch.Tensor, layout: Layout) -> None:
+    """Attach the layout to the row's stand-in mask, for layers that pass on no other keyword."""
+    mask.packed_layout = layout  # type: ignore[attr-defined]
 
 
 def switch_attention(model: Any) -> bool:
@@ -58,8 +72,22 @@ def switch_attention(model: Any) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == f"{_PREFIX}{current}")
 
 
-def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def _layout_of(mask: torch.Tensor | None) -> Layout | None:
+    """Give the layout that a mask carries; None for the library's masks.
+
+    Raises NotImplementedError if a stand-in mask has lost it: it hides nothing.
+    """
+    layout: Layout | None = getattr(mask, "packed_layout", None)
+    if layout is None and mask is not None and mask.dtype == _DTYPE:
+        raise NotImplementedError("packed attention does not support layers that copy their mask")
+    return layout
+
+
+def _sdpa_or_packed(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *, layout: Any = None, **kwargs: Any
+) -> Any:
+    plain, tensors = ALL_ATTENTION_FUNCTIONS["sdpa"], (query, key, value, attention_mask)
+    layout = layout or _layout_of(attention_mask)
     if layout is None:
         return plain(module, *tensors, **kwargs)
     if kwargs.get("softcap") is not None and "softcap" not in inspect.signature(plain).parameters:
@@ -68,7 +96,11 @@ def _sdpa_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **
     return _packed(module, *tensors, layout=layout, **kwargs)
 
 
-def _eager_or_packed(module: Any, *tensors: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+def _eager_or_packed(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *, layout: Any = None, **kwargs: Any
+) -> Any:
+    tensors = (query, key, value, attention_mask)
+    layout = layout or _layout_of(attention_mask)
     if layout is None:
         # Each family has an eager function of its own, beside its attention.
         return sys.modules[type(module).__module__].eager_attention_forward(module, *tensors, **kwargs)
@@ -100,7 +132,7 @@ def _packed(
     unknown -= _HARMLESS | _KNOWN
     if unknown:
         raise NotImplementedError(f"packed attention does not support {', '.join(sorted(unknown))}")
-    if attention_mask is None or attention_mask.shape != NOT_A_MASK.shape:
+    if attention_mask is None or attention_mask.shape != _SHAPE:
         # A layer changed the mask or made one of its own: a bias by distance, a choice of the best keys.
         raise NotImplementedError("packed attention does not support a mask that a layer made itself")
     kernel = Kernel(

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import align_module_device
 
 from pipeline.models.parts import backbone_of, causal_of
-from pipeline.scoring.attention import NOT_A_MASK
+from pipeline.scoring.attention import carry_layout, stand_in_mask
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
 from pipeline.scoring.packing import Batch
 
@@ -95,6 +95,9 @@ def prepare(model: Any) -> None:
     ) -> Any:
         if logit_positions is None or targets is None:
             return original(*args, **kwargs)
+        if "layout" in kwargs:
+            # Here, after wrappers have moved the arguments to their device.
+            carry_layout(kwargs["attention_mask"], kwargs["layout"])
         if want.aux_loss:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
         else:
@@ -159,7 +162,7 @@ def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
         reading: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
         assert not want.aux_loss, "the balance loss counts tokens as they stand in padded rows"
-        mask = NOT_A_MASK.to(batch.input_ids.device)
+        mask = stand_in_mask(batch.input_ids.device)
         reading = {"attention_mask": mask, "position_ids": batch.position_ids, "layout": batch.layout}
     ids, positions = batch.input_ids, batch.logit_positions
     outputs = dict(model(input_ids=ids, logit_positions=positions, targets=batch.targets, want=want, **reading))

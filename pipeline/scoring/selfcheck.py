@@ -44,7 +44,7 @@ def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast:
         with torch.no_grad():
             _check_padded(model, key, dtype)
             before = model.config.get_text_config()._attn_implementation
-            packed = _reads_packed(model, dtype)
+            packed = _reads_packed(model, dtype, max_length)
             for length, longest in _named_lengths(model, max_length):
                 padded, packed = _agrees_beyond(model, length, longest, packed, dtype)
                 if not padded:
@@ -104,7 +104,7 @@ def _check_padded(model: Any, key: str, dtype: str) -> None:
         )
 
 
-def _reads_packed(model: Any, dtype: str) -> bool:
+def _reads_packed(model: Any, dtype: str, max_length: int | None) -> bool:
     """Return True if a packed row gives the padded rows' log-probs and no sequence attends to another.
 
     The log-probs agree to the dtype's rounding, in which small faults could hide. The rest is exact: tokens that a
@@ -142,7 +142,7 @@ def _reads_packed(model: Any, dtype: str) -> bool:
         # A model that ignores positions gives right numbers only for the row's first sequence.
         reads &= not torch.equal(found, misplaced)
         # If no layer passes its window to attention, the window is only in the mask.
-        reads &= any(kernel.window is not None for kernel in kernels) or not _has_window(model_config)
+        reads &= any(kernel.window is not None for kernel in kernels) or not _has_window(model_config, max_length)
     return reads
 
 
@@ -221,10 +221,14 @@ def _hides_in_masks(model_config: Any) -> bool:
     return bool(kinds or getattr(model_config, "attention_chunk_size", None))
 
 
-def _has_window(model_config: Any) -> bool:
+def _has_window(model_config: Any, max_length: int | None) -> bool:
+    """Return True if a window hides tokens of a sequence of up to `max_length` tokens; None is any length."""
+    window = getattr(model_config, "sliding_window", None)
+    if max_length is not None and isinstance(window, int) and window >= max_length:
+        return False
     if getattr(model_config, "layer_types", None):
         return "sliding_attention" in model_config.layer_types
-    return getattr(model_config, "sliding_window", None) is not None
+    return window is not None
 
 
 def _is_quantized(model: Any) -> bool:

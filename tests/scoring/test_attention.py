@@ -14,6 +14,8 @@ from pipeline.scoring.packing import Kernel, Layout
 
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
 
+MASK = attention.stand_in_mask(torch.device("cpu"))
+
 EDGES = [1, 2, 126, 127, 128, 129, 130, 255, 256, 257]
 _short = st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple))
 _blocks = st.tuples(
@@ -121,7 +123,7 @@ def check(
         found, weights = attention._packed(
             torch.nn.Identity(),
             *tensors,
-            attention.NOT_A_MASK,
+            MASK,
             layout=layout,
             scaling=scaling,
             sliding_window=window,
@@ -205,8 +207,21 @@ def test_no_mask_is_made_of_the_whole_row() -> None:
 
     tensors = make_tensors(length(groups), heads=(2, 2), sizes=(4, 4))
     with Largest():
-        attention._packed(None, *tensors, attention.NOT_A_MASK, layout=Layout(groups), sliding_window=8)
+        attention._packed(None, *tensors, MASK, layout=Layout(groups), sliding_window=8)
     assert 0 < largest <= max(t.numel() for t in tensors) < length(groups) ** 2 / 100
+
+
+def test_the_layout_is_taken_from_the_mask_if_no_keyword_has_it() -> None:
+    """A copy of the mask has lost it, and would hide nothing."""
+    tensors, layout = make_tensors(5, heads=(2, 2), sizes=(4, 4)), Layout(((3, (2,)),))
+    wanted, _ = attention._sdpa_or_packed(torch.nn.Identity(), *tensors, MASK, layout=layout)
+    mask = attention.stand_in_mask(torch.device("cpu"))
+    attention.carry_layout(mask, layout)
+    found, _ = attention._sdpa_or_packed(torch.nn.Identity(), *tensors, mask)
+    assert torch.equal(found, wanted)
+    for attend in (attention._sdpa_or_packed, attention._eager_or_packed):
+        with pytest.raises(NotImplementedError, match="mask"):
+            attend(torch.nn.Identity(), *tensors, mask.clone())
 
 
 @pytest.mark.parametrize("keyword", ["position_bias", "indices", "head_mask"])
@@ -214,16 +229,14 @@ def test_an_unknown_keyword_is_refused(keyword: str) -> None:
     tensors = make_tensors(5, heads=(2, 2), sizes=(4, 4))
     layout = Layout(((3, (2,)),))
     with pytest.raises(NotImplementedError, match=keyword):
-        attention._packed(None, *tensors, attention.NOT_A_MASK, layout=layout, **{keyword: torch.ones(2)})
-    attention._packed(None, *tensors, attention.NOT_A_MASK, layout=layout, **{keyword: None})
+        attention._packed(None, *tensors, MASK, layout=layout, **{keyword: torch.ones(2)})
+    attention._packed(None, *tensors, MASK, layout=layout, **{keyword: None})
 
 
 def test_sinks_beside_a_cap_are_refused() -> None:
     tensors = make_tensors(5, heads=(2, 2), sizes=(4, 4))
     with pytest.raises(NotImplementedError, match="sinks"):
-        attention._packed(
-            None, *tensors, attention.NOT_A_MASK, layout=Layout(((3, (2,)),)), s_aux=torch.ones(2), softcap=3.0
-        )
+        attention._packed(None, *tensors, MASK, layout=Layout(((3, (2,)),)), s_aux=torch.ones(2), softcap=3.0)
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 1, 5)])

@@ -604,6 +604,49 @@ def test_what_a_packed_row_cannot_serve_is_padded(kind: str) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
 
 
+PASS_THE_MASK_ALONE: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {}),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", {}),
+}
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("family", PASS_THE_MASK_ALONE)
+def test_layers_that_pass_on_no_keywords_are_packed(
+    monkeypatch: pytest.MonkeyPatch, family: str, reentrant: bool | None
+) -> None:
+    """Gradient checkpointing calls the layers again, after the forward has ended."""
+    monkeypatch.setitem(FAMILIES, family, (*PASS_THE_MASK_ALONE[family][:2], {**GROUPED}))
+    model = make_model(family).double()
+    plain = alone_token_logps(model, _LONG, torch.float64)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(plain.square().sum(), parameters)
+    prepare(model)
+    assert check_scoring(model, "policy.model")
+    if reentrant is not None:
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    found = score(model, pack_pairs(_LONG)).tokens.logps
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    found.square().sum().backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_window_that_no_sequence_reaches_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-MoE's layers take their window from the mask, and its published window is longer than any pair."""
+    settings = {**GROUPED, "num_local_experts": 2, "sliding_window": 40}
+    monkeypatch.setitem(FAMILIES, "phimoe", ("PhimoeForCausalLM", "PhimoeConfig", settings))
+    model, pairs = make_model("phimoe"), random_pairs(6)
+    with torch.no_grad():
+        plain = alone_token_logps(model, pairs)
+        prepare(model)
+        assert not check_scoring(model, "policy.model", None)
+        assert not check_scoring(model, "policy.model", 41)
+        assert check_scoring(model, "policy.model", 40)
+        torch.testing.assert_close(score(model, pack_pairs(pairs)).tokens.logps, plain, rtol=1e-5, atol=1e-4)
+
+
 # What the check of a packed row must find, whatever the dtype and however little a layer does.
 
 
