@@ -25,7 +25,6 @@ from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
 from pipeline.models.adapters import check_adapters
 from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
-from pipeline.models.identity import fingerprint_of, identity_of_run
 from pipeline.models.lengths import check_max_length
 from pipeline.models.loading import load_policy
 from pipeline.models.recollection import Recollection, facts_of_run
@@ -77,7 +76,7 @@ from pipeline.training.settings import check_metric, check_training, quantized_e
 from pipeline.training.spacing import SpacingWatch
 from pipeline.training.steps import order_of_run
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
-from pipeline.training.windows import Window, WindowCallback, check_mixable, window_at, window_config
+from pipeline.training.windows import Window, WindowCallback, first_reference, window_at, window_config
 
 __all__ = ["run"]
 
@@ -155,9 +154,8 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
     on_main_process(lambda: recollection.remember(facts))
     config = with_template_date(config, tokenizer)
     if config.reference.sync:
-        check_mixable(config)
         # The stores change with every window; the first reference does not.
-        stores, fingerprints = {}, {"reference": fingerprint_of(identity_of_run(config, tokenizer))}
+        stores, fingerprints = {}, first_reference(config, tokenizer, overwrite=overwrite)
     else:
         stores = open_stores_of_run(config, config.data.sets, tokenizer)
         fingerprints = {name: store.fingerprint for name, store in stores.items()}

@@ -8,16 +8,17 @@ reuses the shards. Digests are of file contents: a moved or copied model is the 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.base.digests import sha256_of_file
 from pipeline.base.errors import ConfigError
 from pipeline.base.files import read_json
-from pipeline.config.schema import Config, ReferenceConfig
+from pipeline.config.schema import Config, Dtype, ReferenceConfig
 from pipeline.data.dates import asks_for_date
 from pipeline.data.tokens import TOKENIZATION_VERSION
 from pipeline.models import files
@@ -38,6 +39,7 @@ __all__ = [
     "fingerprint_of",
     "identity_of_reference",
     "identity_of_run",
+    "in_other_precision",
     "policy_reference_relation",
     "precisions_apart",
     "remedy",
@@ -237,6 +239,17 @@ def remedy(stored: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         return ""
     second = "" if theirs.autocast is None else f" and reference.autocast: {theirs.autocast}"
     return f" To use these as they are, set reference.dtype: {theirs.weights}{second}."
+
+
+def in_other_precision(fingerprint: str, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give a run's identity in the precision in which it has a fingerprint; None if it has it in none."""
+    kept = {key: value for key, value in run["reference"].items() if key != "autocast"}
+    for dtype, autocast in itertools.product(get_args(Dtype), (None, "bfloat16", "float16")):
+        precision = {"dtype": dtype} if autocast is None else {"dtype": dtype, "autocast": autocast}
+        identity = {**run, "reference": {**kept, **precision}}
+        if fingerprint_of(identity) == fingerprint:
+            return identity
+    return None
 
 
 def _show(value: Any) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "find_checkpoint",
     "is_last",
     "is_recorded",
+    "newest_identity",
     "newest_step",
     "problem_of",
     "processes_of",
@@ -103,11 +104,17 @@ def find_checkpoint(run_folder: Path, identity: Mapping[str, Any], warn: Callabl
 
 def refuse_other_run(run_folder: Path, identity: Mapping[str, Any]) -> None:
     """Raise IdentityError if the newest readable marker is of another run. Checkpoints' files are not read."""
+    found = newest_identity(run_folder)
+    if found is not None:
+        check_same_run(*found, identity)
+
+
+def newest_identity(run_folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """Give the newest checkpoint with a readable marker, and the run's identity in it. Other files are not read."""
     for _, folder in sorted(checkpoint_folders(run_folder).items(), reverse=True):
         with contextlib.suppress(DataError, StorageError):
-            stored = _read_marker(folder / MARKER)["identity"]
-            check_same_run(folder, stored, identity)
-            return
+            return folder, _read_marker(folder / MARKER)["identity"]
+    return None
 
 
 def best_checkpoint(run_folder: Path, saved_as: str) -> Path:

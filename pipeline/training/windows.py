@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from pipeline.base.errors import ConfigError, DataError, StorageError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, StorageError
 from pipeline.base.files import read_json
 from pipeline.base.progress import say
 from pipeline.config.schema import Config, ReferenceConfig
@@ -29,12 +29,20 @@ from pipeline.data.intake import Ledger
 from pipeline.data.loading import load_pairs
 from pipeline.data.rows import Source
 from pipeline.models.files import ADAPTER_CONFIG, NamedModel, find_adapter
-from pipeline.models.identity import fingerprint_of, identity_of_reference, identity_of_run
+from pipeline.models.identity import (
+    fingerprint_of,
+    identity_of_reference,
+    identity_of_run,
+    in_other_precision,
+    remedy,
+)
+from pipeline.models.precision import recorded_precision
 from pipeline.run.checkpoints import (
     checkpoint_folders,
     digests_of_weights,
     find_checkpoint,
     is_recorded,
+    newest_identity,
     problem_of,
     reference_folder,
     reference_folders,
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Window",
     "WindowCallback",
-    "check_mixable",
+    "first_reference",
     "next_window",
     "prepare_reference",
     "window_at",
@@ -179,7 +187,7 @@ def _problem_of_reference(folder: Path, made_from: Mapping[str, Any]) -> str | N
     return None if found is marker else problem_of(folder, made_from["step"], marker_name=MARKER)
 
 
-def check_mixable(config: Config) -> None:
+def _check_mixable(config: Config) -> None:
     """Raise ConfigError for an adapter on embeddings that are tied to the head.
 
     It makes two tensors of one, and no checkpoint of the architecture holds both.
@@ -209,6 +217,34 @@ def _delete_older(output: Path, size: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def first_reference(config: Config, tokenizer: "PreTrainedTokenizerBase", *, overwrite: bool = False) -> dict[str, str]:
+    """Check the run's first reference; give its fingerprint by its name in the run's identity.
+
+    Earlier versions scored it in its checkpoint's dtype under `auto`. Unless `overwrite` drops it, a run that was begun
+    in another precision is refused with the settings that name that.
+
+    Raises:
+        ConfigError: The policy can't be mixed into it.
+        IdentityError: Only the precision differs, and the settings can name it.
+    """
+    _check_mixable(config)
+    first = identity_of_run(config, tokenizer)
+    fingerprint = fingerprint_of(first)
+    saved = None if overwrite else newest_identity(config.train.folder)
+    before = fingerprint if saved is None else saved[1].get("fingerprints", {}).get("reference", fingerprint)
+    stored = None if before == fingerprint else in_other_precision(before, first)
+    if saved is not None and stored is not None and (sentence := remedy(stored, first)):
+        moved = [folder / "shards" for folder in reference_folders(config.train.folder).values()]
+        again = ", ".join(str(shards) for shards in moved if shards.exists())
+        raise IdentityError(
+            f"{saved[0]}: the run's first reference was scored in {recorded_precision(stored['reference'])}, and would "
+            f"now be in {recorded_precision(first['reference'])}.{sentence}"
+            + (f" Delete {again} too, to score those references again in that dtype." if again else "")
+            + " Or start over with refshard train --overwrite"
+        )
+    return {"reference": fingerprint}
+
+
 def next_window(
     config: Config, sources: Mapping[str, Source], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Config, dict[str, Source], frozenset[int]] | None:
@@ -224,9 +260,8 @@ def next_window(
         return None
     kept = [pair.row for pair in load_pairs(sources["train"], tokenizer, config.data, Ledger())]
     order = order_of_run(arguments, len(kept))
-    check_mixable(config)
-    fingerprint = fingerprint_of(identity_of_run(config, tokenizer))
-    identity = run_identity(config, {"reference": fingerprint}, arguments.world_size, identity_of_training(config))
+    fingerprints = first_reference(config, tokenizer)
+    identity = run_identity(config, fingerprints, arguments.world_size, identity_of_training(config))
     # Refuses another run's checkpoints too, before the reference is moved to them.
     checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
     window = window_at(config, arguments, order, checkpoint)

@@ -4,19 +4,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, IdentityError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.run.checkpoints import commit_checkpoint
 from pipeline.training.mixing import MARKER
-from pipeline.training.windows import prepare_reference
+from pipeline.training.windows import first_reference, prepare_reference
 
 WEIGHTS = "model.safetensors"
+SYNC = {"sync": {"steps": 2, "mixup_alpha": 0.5}}
 
 
 class Run:
@@ -44,7 +46,7 @@ class Run:
 
 @pytest.fixture
 def run(make_run: Callable[..., Path]) -> Run:
-    return Run(load_config(make_run(reference={"sync": {"steps": 2, "mixup_alpha": 0.5}})))
+    return Run(load_config(make_run(reference=SYNC)))
 
 
 def flip(file: Path) -> None:
@@ -96,3 +98,32 @@ def test_a_reference_of_an_earlier_version_is_used_as_it_is(run: Run) -> None:
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "sync": {"steps": 2, "mixup_alpha": 0.1}}))
     run.prepare(2)
     assert "digest" in json.loads(marker.read_text())
+
+
+def test_a_run_of_a_first_reference_in_another_dtype_is_told_the_setting_that_goes_on(
+    run: Run, make_run: Callable[..., Path], tokenizer: Any
+) -> None:
+    file = make_run(reference=SYNC)
+    earlier, wider, other = (
+        load_config(file, [word])
+        for word in ("reference.dtype=bfloat16", "policy.dtype=bfloat16", "data.max_length=64")
+    )
+    commit_checkpoint(
+        run.output / "checkpoint-4", 4, {"fingerprints": first_reference(earlier, tokenizer, overwrite=True)}
+    )
+    with pytest.raises(
+        IdentityError, match=r"scored in bfloat16, .* float32\. To use .* set reference\.dtype: bfloat16\."
+    ):
+        first_reference(run.config, tokenizer)
+    shards = run.reference(2) / "shards"
+    shards.mkdir(parents=True)
+    with pytest.raises(IdentityError, match=f"Delete {shards} too"):
+        first_reference(run.config, tokenizer)
+    # The settings that it names go on; what else differs is named elsewhere.
+    for config in (earlier, other):
+        first_reference(config, tokenizer)
+    # No setting lets a policy begin on a reference of more digits.
+    commit_checkpoint(
+        run.output / "checkpoint-4", 4, {"fingerprints": first_reference(run.config, tokenizer, overwrite=True)}
+    )
+    first_reference(wider, tokenizer)
