@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import ConfigError, IdentityError
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources import describe, open_source
-from pipeline.models.files import in_one_process, load_tokenizer
+from pipeline.models.files import files_of_model, in_one_process, load_tokenizer, reference_sources
 from pipeline.models.identity import differing_fields, identity_of_reference
 from pipeline.models.loading import pick_device
 from pipeline.replies.drawing import draw_both
@@ -40,7 +41,7 @@ def run(
 
     Raises:
         ConfigError: The run, its set or a model can't be used.
-        IdentityError: The reference is not the one that the run was trained against.
+        IdentityError: The reference is not the one that the run was trained against, or was changed meanwhile.
         UnfinishedError: The run has saved nothing yet, or a stop was requested.
     """
     flag = watch_signals(stop_at)
@@ -48,6 +49,9 @@ def run(
     gc.freeze()
     config = _settings_of(run_folder)
     step, policy_folder = saved_policy(run_folder)
+    reference, adapter = reference_sources(config)
+    # Before its identity is taken; after that it is loaded once or twice.
+    files = WatchedFiles(files_of_model(reference.folder(), adapter))
     _check_reference(config, run_folder)
     name = set_name or next(iter(config.data.eval), "train")
     source = open_source(config.data, name)
@@ -58,6 +62,7 @@ def run(
     if len(prompts) < num_prompts:
         say(f"{len(prompts)} prompts, not {num_prompts}: {name} has no more different ones ({describe(source)})")
     replies = draw_both(config, policy_folder, [prompt.ids for prompt in prompts], sampling, tokenizer, flag)
+    files.check()
     if reward_model is not None:
         replies = _rewarded(reward_model, prompts, replies, flag)
     generations = [

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +208,40 @@ def _files_of_split(folder: Path, split: str, format: str | None) -> tuple[Path,
             if file.is_file()
             and _ending(file) is not None
             and format in (None, _ending(file))
-            and stems.fullmatch(re.sub(r"\.\w+(?:\.gz)?$", "", file.name, flags=re.IGNORECASE))
+            and stems.fullmatch(_stem(file))
         ]
         if found:
+            _check_whole(place, found)
             return tuple(found)
     raise ConfigError(
         f"data.path: {folder}: no file of split {split!r} in it, like {split}.jsonl or {split}-00000.parquet"
     )
+
+
+def _stem(file: Path) -> str:
+    return re.sub(r"\.\w+(?:\.gz)?$", "", file.name, flags=re.IGNORECASE)
+
+
+def _check_whole(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse a split of which a numbered file is missing, or that is there twice. Raises ConfigError."""
+    named: dict[str, Path] = {}
+    numbered: dict[int, list[Path]] = {}
+    for file in files:
+        if (twin := named.setdefault(_stem(file), file)) is not file and _ending(twin) == _ending(file):
+            raise ConfigError(
+                f"data.path: must hold each row once, got {twin.name} and {file.name} in {folder}. Remove one of them"
+            )
+        if count := re.search(r"-of-(\d+)$", _stem(file)):
+            numbered.setdefault(int(count[1]), []).append(file)
+    if len(numbered) > 1:
+        (one, *_), (other, *_), *_ = numbered.values()
+        raise ConfigError(
+            f"data.path: must hold one set of numbered files, got {one.name} and {other.name} in {folder}. Remove "
+            "one set"
+        )
+    for wanted, there in numbered.items():
+        if len(there) < wanted:
+            raise ConfigError(
+                f"data.path: must hold all {wanted} files of the split, got {len(there)} in {folder}. Fetch the "
+                "others, or name a file"
+            )

@@ -1,6 +1,7 @@
 """Find the files and the config of a model, a tokenizer or an adapter; read no weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_MOST_PARTS = 10_000
+"""Most layers or experts of a model. They are made as config.json says, before a weight is seen"""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
@@ -57,6 +61,7 @@ class NamedModel:
             is_adapter = (folder / ADAPTER_CONFIG).exists()
             hint = "; it holds an adapter, name that with the key `adapter`" if is_adapter else ""
             raise ConfigError(f"{self.key}: {self.name}: no config.json in it, so no model{hint}")
+        _check_counts(read_json(folder / "config.json"), f"{self.key}: {folder}")
         if weights:
             if not any(folder.glob("*.safetensors")):
                 raise _no_safetensors(self)
@@ -98,6 +103,17 @@ def policy_as_reference(config: Config, folder: Path) -> Config:
     else:
         reference = ReferenceConfig(model=str(folder))
     return dataclasses.replace(config, reference=reference)
+
+
+def _check_counts(settings: Mapping[str, Any], place: str) -> None:
+    """Refuse a config that asks for more layers or experts than any model has, in which a process would end."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, place)
+        elif type(value) is int and value > _MOST_PARTS and name.endswith(("layer", "layers", "expert", "experts")):
+            raise ConfigError(
+                f"{place}: {name} in its config.json must be at most {_MOST_PARTS:,}, got {value:,}. Correct it"
+            )
 
 
 def _is_weight_file(name: str) -> bool:

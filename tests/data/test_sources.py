@@ -1,5 +1,6 @@
 """The same rows come out of every kind of source, and damage is named with its file and line."""
 
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -34,6 +35,7 @@ from pipeline.data.sources import (
     read_rows,
 )
 from support.runs import simple_rows, write_jsonl
+from support.tally import tally
 
 # Everything that a cell of a CSV file or a line of JSON could stumble over.
 ROWS = [
@@ -253,6 +255,30 @@ def test_split_of_a_folder_takes_its_numbered_files_in_order_and_no_other_splits
     assert values(source_of(tmp_path)) == ROWS
     assert len(values(source_of(tmp_path, split="train_prefs"))) == 1
     assert len(values(source_of(tmp_path, split="train.old"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("train.jsonl", "train.jsonl.gz"), r"must hold each row once, got train\.jsonl and train\.jsonl\.gz"),
+        (("train.json", "train.jsonl"), r"must hold each row once, got train\.json and train\.jsonl"),
+        (("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"), "must hold all 3 files of the split, got 2"),
+        (("train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"), "must hold one set of numbered files"),
+        (("train-1-of-2.jsonl", "train-2-of-2.jsonl", "test-00000-of-00009.jsonl"), None),
+        (("train-00000.jsonl", "train-00007.jsonl"), None),
+    ],
+)
+def test_a_split_with_a_missing_or_a_doubled_file_is_refused(
+    tmp_path: Path, names: tuple[str, ...], refused: str | None
+) -> None:
+    """As a download that broke off leaves it, or a file that was unpacked beside its archive."""
+    for name in names:
+        content = jsonl_bytes(ROWS[:2])
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ConfigError, match=rf"^data\.path: {refused}") if refused else contextlib.nullcontext():
+        open_source(DataConfig(path=str(tmp_path)))
+    if refused:
+        tally("a split of which a file is missing or doubled", 1, outcome="2, the files named")
 
 
 def test_files_of_several_formats_need_the_format_named(tmp_path: Path) -> None:

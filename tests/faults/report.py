@@ -34,11 +34,17 @@ FILES = {
     "Checkpoints": ("run/test_checkpoints",),
     "Stale": (
         *("laws/test_stale", "faults/test_random_changes", "stages/test_canary", "training/test_joining"),
-        *("models/test_identity", "stages/test_import_export"),
+        *("models/test_identity", "stages/test_import_export", "stages/test_generate"),
     ),
     "Outputs": ("run/test_outputs", "run/test_records", "base/test_digests"),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
-    "Input": ("faults/test_damage", "faults/test_fuzz", "faults/test_security", "data/test_tokens"),
+    "Input": (
+        "faults/test_damage",
+        "faults/test_fuzz",
+        "faults/test_security",
+        "data/test_tokens",
+        "data/test_sources",
+    ),
 }
 """Sections of the page, and the tests whose tallies are in them"""
 

@@ -44,6 +44,7 @@ from pipeline.scoring.packing import pad_pairs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import check_scoring
 from support.models import make_model, make_tokenizer
+from support.tally import tally
 
 BATCH = pad_pairs([TokenizedPair(prompt_ids=[0, 10, 11], chosen_ids=[12, 13], rejected_ids=[14, 15, 16])], pad_id=2)
 
@@ -540,6 +541,20 @@ def test_weights_that_config_json_names_elsewhere_are_refused(model_folder: Path
         ConfigError, match=r"transformers_weights in its config\.json must be a safetensors file beside"
     ):
         NamedModel(str(folder), None, "policy.model").folder()
+
+
+@pytest.mark.parametrize("changed", [{"num_hidden_layers": 10**7}, {"text_config": {"num_local_experts": 10**8}}])
+def test_a_config_of_more_parts_than_memory_holds_is_refused_before_they_are_made(
+    model_folder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(
+        ConfigError, match=r"^policy\.model: .* (num_hidden_layers|num_local_experts) .* at most 10,000"
+    ):
+        NamedModel(str(folder), None, "policy.model").text_config(weights=False)
+    tally("a config.json of millions of layers or experts", 1, outcome="2, the key named")
 
 
 def test_an_index_that_can_be_switched_to_another_file_is_refused(model_folder: Path, tmp_path: Path) -> None:
