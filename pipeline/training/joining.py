@@ -79,9 +79,8 @@ def join_sets(
 
     found = find()
     if found is not None and found.take(folder):
-        sets = read_joined(folder)["sets"]
         for name in config.data.sets:
-            say(_summary(name, sets[name], window))
+            say(_summary(name, read_joined(folder)["sets"][name], window))
     else:
         sets = _join_anew(config, stores, tokenizer, folder, flag, window)
         made_from = None if found is None else found.made_from
@@ -89,6 +88,7 @@ def join_sets(
         # What changed while it was read is known by other digests than those of the rows that were read.
         if cache is not None and found is not None and cache.unchanged() and find() == found:
             found.keep(folder)
+    sets = read_joined(folder)["sets"]
     return {name: _inputs_of(config, name, sets[name], stores.get(name)) for name in config.data.sets}
 
 

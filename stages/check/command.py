@@ -31,7 +31,7 @@ from pipeline.store.serving import remedy_for_missing
 from pipeline.store.store import check_identity, load_store
 from pipeline.training.settings import check_training, too_few_pairs
 from stages.check.estimate import Estimate, estimate
-from stages.check.findings import Findings, add_up, look_at_set, look_at_stores
+from stages.check.findings import Findings, add_up, look_at_joined, look_at_set, look_at_stores
 from stages.check.hardware import Hardware, hardware_named
 from stages.check.printed import as_dict, as_text, gigabytes
 from stages.check.probe import probe_layer, this_hardware
@@ -77,7 +77,8 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.sets}
     stores = {} if config.reference.sync is not None else look_at_stores(config, sets, tokenizer)
     date = config.data.template_date if asks_for_date(tokenizer) else None
-    found = Findings(sets=sets, stores=stores, template_date=date)
+    joined = look_at_joined(config, stores, tokenizer)
+    found = Findings(sets=sets, stores=stores, joined=joined, template_date=date)
     if sets["train"].ledger.kept:
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
         host = this_hardware(torch.device("cpu")).memory if planned is None else None

@@ -357,7 +357,7 @@ def _disk(config: Config, shapes: Shapes, sets: Sequence[Lengths], schedule: Sch
     # One checkpoint more than are kept is there while the newest is written.
     saves = min(len(schedule.saved), (schedule.kept_checkpoints or math.inf) + 1)
     disk |= {
-        "joined set while training": logps + sum(4 * (s.prompt_tokens + s.completion_tokens) for s in sets),
+        "joined sets": logps + sum(4 * (s.prompt_tokens + s.completion_tokens) for s in sets),
         "checkpoints": int(saves) * (policy + _state_bytes(shapes, schedule.options, size)),
         "policy": policy,
     }

@@ -17,9 +17,19 @@ from pipeline.models.identity import differences, identity_of_run
 from pipeline.models.lengths import exact_length_of_reference
 from pipeline.store.format import MANIFEST, pair_keys
 from pipeline.store.store import load_store, read_parts
+from pipeline.training.joined_cache import cached_sets, joined_folder
 from stages.check.estimate import Estimate, Lengths
 
-__all__ = ["Findings", "PairSet", "StoreState", "add_up", "look_at_set", "look_at_stores"]
+__all__ = [
+    "Findings",
+    "JoinedState",
+    "PairSet",
+    "StoreState",
+    "add_up",
+    "look_at_joined",
+    "look_at_set",
+    "look_at_stores",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +83,22 @@ class StoreState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JoinedState:
+    """Joined sets that stage two would take."""
+
+    folder: str
+    bytes: int | None
+    """Size of their files; None if they are not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """All that is printed."""
 
     sets: Mapping[str, PairSet]
     stores: Mapping[str, StoreState]
+    joined: JoinedState | None = None
+    """None if stage two can't begin yet, or its sets can't be kept."""
     template_date: str | None = None
     """Date that the chat template is told; None if it asks for none, or if a store of an earlier version fixes none."""
     estimate: Estimate | None = None
@@ -154,6 +175,16 @@ def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) 
         identity = identity or identity_of_run(config, tokenizer)
         states[name] = _state_of(folder, pairs, identity, config)
     return states
+
+
+def look_at_joined(config: Config, states: Mapping[str, StoreState], tokenizer: Any) -> JoinedState | None:
+    """Return whether an earlier run has joined the sets that stage two trains on, and their size."""
+    ready = [state.state == "finished" and not state.differences for state in states.values()]
+    if config.train.is_empty or not ready or not all(ready):
+        return None
+    stores = {name: load_store(state.folder) for name, state in states.items()}
+    found = cached_sets(joined_folder(config), config, stores, tokenizer, keep_missing=False)
+    return None if found is None else JoinedState(folder=str(found.folder), bytes=found.size())
 
 
 def _state_of(folder: Folder, pairs: PairSet, identity: Mapping[str, Any], config: Config) -> StoreState:

@@ -27,6 +27,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
             name: {key: value for key, value in dataclasses.asdict(state).items() if value is not None}
             for name, state in found.stores.items()
         },
+        "joined": None if found.joined is None else dataclasses.asdict(found.joined),
     }
 
 
@@ -91,6 +92,10 @@ def as_text(found: Findings, max_length: int | None) -> str:
         lines += [*estimate_lines(found.estimate, found.host_memory), ""]
     for name, state in found.stores.items():
         lines += _store_lines(name, state)
+    if found.joined is not None:
+        size, folder = found.joined.bytes, found.joined.folder
+        state = "not there, stage two makes them" if size is None else f"{gigabytes(size)}, taken as they are"
+        lines.append(f"joined sets: {state}; {folder}")
     return "\n".join(map(printable, lines))
 
 

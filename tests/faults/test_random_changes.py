@@ -1,9 +1,11 @@
 """Two hundred random changes of what a log-prob depends on: each is refused by its field, or changes no number.
 
 Scored once. Then a value or a byte of model, tokenizer, adapter, data, settings or environment is changed, and the
-changed run asks the stored log-probs for its pairs. It must be refused, or get what its own reference gives.
+changed run asks the stored log-probs for its pairs. It must be refused, or get what its own reference gives. Stage two
+joins before the change, too: after it, the sets that it keeps must be those of a run that joins anew.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -19,11 +21,15 @@ import torch
 import transformers
 
 from pipeline.base.errors import RefshardError
+from pipeline.base.signals import StopFlag
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
 from pipeline.models.identity import differences, identity_of_run
 from pipeline.scoring.scorer import load_scorer
+from pipeline.training.joined_cache import JoinedCache
+from pipeline.training.joining import join_sets, open_joined, open_stores_of_run
+from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import kept, simple_rows, write_config, write_jsonl
 from support.tally import tally
@@ -31,6 +37,7 @@ from support.tally import tally
 pytestmark = pytest.mark.slow
 
 CHANGES = 200
+CHANGES_OF_SETS = 30
 # Batches of other pairs round otherwise; a wrong model, token or length differs by far more.
 ROUNDING = 2e-5
 
@@ -248,6 +255,53 @@ def outcome_of(folder: Path, overrides: tuple[str, ...], identity: dict[str, Any
             assert len(ours) <= len(theirs)
             assert gap < ROUNDING, f"{gap:.1e} nats apart"
     return "no number changed"
+
+
+def joined(config: Config, folder: Path, cache: JoinedCache | None) -> Any:
+    """Give what stage two trains on, or how it is refused: inputs of the set, rows, token logps."""
+    try:
+        tokenizer = load_tokenizer(config)
+        stores = open_stores_of_run(config, ["train"], tokenizer)
+        inputs = join_sets(config, stores, tokenizer, folder, StopFlag(), cache=cache)
+    except RefshardError as error:
+        return type(error), str(error)
+    logps = folder / "token-logps.f32"
+    return inputs, open_joined(folder, "train").data.table.to_pylist(), logps.exists() and logps.read_bytes()
+
+
+def test_joined_sets_that_are_kept_are_those_of_a_run_that_joins_anew(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scored = Path(shutil.copytree(original, tmp_path / "scored"))
+    precompute.run(settings(scored))
+    kept = JoinedCache(scored / "shards" / ".joined", lambda: True)
+    joined(settings(scored), tmp_path / "first", kept)
+    outcomes: list[str] = []
+    for seed in range(CHANGES_OF_SETS):
+        folder = Path(shutil.copytree(scored, tmp_path / str(seed)))
+        environment = dict(os.environ)
+        # Other changes than those of the test below.
+        what, overrides = change(folder, random.Random(-1 - seed))
+        try:
+            with contextlib.suppress(RefshardError):
+                config = settings(folder, *overrides)
+                cache = JoinedCache(folder / "shards" / ".joined", lambda: True)
+                with_cache, anew = (joined(config, folder / name, one) for name, one in (("a", cache), ("b", None)))
+                assert with_cache == anew, what
+                is_one = len(list(cache.folder.iterdir())) == 1
+                outcomes.append("refused" if isinstance(with_cache[0], type) else "found" if is_one else "joined")
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            shutil.rmtree(folder)
+    found, again = outcomes.count("found"), outcomes.count("joined")
+    assert min(found, again) > CHANGES_OF_SETS // 10
+    tally(
+        "one value or byte changed at random beside joined sets that are kept",
+        CHANGES_OF_SETS,
+        outcome=f"{found} found, {again} joined anew, the others refused; the rows and values of a join anew",
+    )
 
 
 def test_each_of_two_hundred_random_changes_is_refused_or_changes_no_number(

@@ -75,8 +75,10 @@ def test_counts_are_those_of_stage_one_and_then_it_says_what_is_done_missing_and
     parts = list((tmp_path / "shards").glob("*/part-*.parquet"))
     size = sum(part.stat().st_size for part in parts)
     assert before["estimate"]["disk"]["shards"] == pytest.approx(size, rel=0.3)
+    assert before["joined"] is None
 
     done = checked("--config", config, *GPU)
+    assert done["joined"]["bytes"] is None
     stores = done["stores"].items()
     assert {name: (entry["state"], entry["units"], entry["pairs_missing"]) for name, entry in stores} == {
         "train": ("finished", 4, 0),

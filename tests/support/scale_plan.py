@@ -29,6 +29,7 @@ BENCH = ROOT / "tests" / "bench"
 CONSTANTS = BENCH / "results" / "scale.json"
 TEMPLATE = BENCH / "scale.md.jinja"
 JOIN = BENCH / "results" / "join.json"
+START = BENCH / "results" / "start.json"
 PAGE = ROOT / "docs" / "scale.md"
 
 
@@ -165,6 +166,7 @@ def page(plan: Plan, measured: Measured, join: dict[str, float]) -> str:
         "plan": plan,
         "measured": measured,
         "join": join,
+        "start": json.loads(START.read_text(encoding="utf-8")),
         "store_bytes": store_bytes,
         "part_bytes": store_bytes / plan.units,
         "warm": plan.restart_seconds(measured, digests_cached=True),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from pipeline.training import joined_cache, joining
 from pipeline.training.joined_cache import RECORD, JoinedCache, cached_sets, joined_folder
 from pipeline.training.joining import check_joined, join_sets, joined_token_logps, open_joined, open_stores_of_run
 from stages import train
+from stages.check import command as check
 from stages.precompute import command as precompute
 from support.runs import simple_rows, write_jsonl
 from support.tally import tally
@@ -446,12 +448,15 @@ def test_the_cache_lies_beside_the_stores_or_where_the_settings_say(
 
 
 def test_a_resumed_run_that_finds_its_sets_has_the_weights_of_one_that_joins_again(
-    make_run: MakeRun, tmp_path: Path, tokenized: list[str]
+    make_run: MakeRun, tmp_path: Path, tokenized: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     schedule = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
     file = make_run(train={**schedule, "max_steps": 2})
     precompute.run(load_config(file))
     train.run(load_config(file))
+    capsys.readouterr()
+    check.run(load_config(file), hardware="rtx4090-24gb", rows=None, limits=check.Limits(), as_json=False)
+    assert re.search(r"^joined sets: \d.* kB, taken as they are; \S+$", capsys.readouterr().out, re.MULTILINE)
     shutil.copytree(tmp_path / "policy", tmp_path / "again")
     longer = load_config(file, ["train.max_steps=4"])
     train.run(longer)
