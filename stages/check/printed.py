@@ -94,8 +94,8 @@ def as_text(found: Findings, max_length: int | None) -> str:
         lines += _store_lines(name, state)
     if found.joined is not None:
         size, folder = found.joined.bytes, found.joined.folder
-        state = "not there, stage two makes them" if size is None else f"{gigabytes(size)}, taken as they are"
-        lines.append(f"joined sets: {state}; {folder}")
+        found_as = "not there, stage two makes them" if size is None else f"{gigabytes(size)}, taken as they are"
+        lines.append(f"joined sets: {found_as}; {folder}")
     return "\n".join(map(printable, lines))
 
 
