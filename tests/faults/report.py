@@ -34,7 +34,7 @@ FILES = {
     "Checkpoints": ("run/test_checkpoints",),
     "Stale": (
         *("laws/test_stale", "faults/test_random_changes", "stages/test_canary", "training/test_joining"),
-        *("models/test_identity", "stages/test_import_export", "stages/test_generate"),
+        *("training/test_joined_cache", "models/test_identity", "stages/test_import_export", "stages/test_generate"),
     ),
     "Outputs": ("run/test_outputs", "run/test_records", "base/test_digests"),
     "Schedulers": ("stages/test_submit_slurm", "stages/test_submit_kubernetes"),
