@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.digests import WatchedFiles, sha256_of_files
-from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.errors import ConfigError, DataError, number_of
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.base.progress import say
 from pipeline.base.versions import library_versions
@@ -98,7 +98,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         pairs, written, unit = following, ledger_copy, unit + 1
     finish_store(folder, unit, header=header)
     kind = "a log-prob for each token" if token_logps else "sums"
-    say(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({unit} parts)")
+    say(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({number_of(unit, 'part')})")
 
 
 def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> bool:

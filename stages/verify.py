@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, one_line, printable
+from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, number_of, one_line, printable
 from pipeline.base.progress import say
 from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
 from pipeline.store.store import Store, find_stores, open_store, read_part
@@ -48,8 +48,8 @@ def _as_text(found: Findings) -> str:
     state = "damaged" if found.problems else "unfinished" if found.unfinished else "whole"
     lines = [
         found.place,
-        f"  {state:<11} {found.parts:,} parts, {found.pairs:,} pairs, {found.token_logps:,} tokens have the right "
-        "checksums, digests, fingerprint, rows and sums",
+        f"  {state:<11} {number_of(found.parts, 'part')}, {found.pairs:,} pairs, {found.token_logps:,} tokens have the "
+        "right checksums, digests, fingerprint, rows and sums",
     ]
     if found.duplicates:
         lines.append(

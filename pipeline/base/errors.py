@@ -25,6 +25,7 @@ __all__ = [
     "interruption_of",
     "is_out_of_memory",
     "nearest",
+    "number_of",
     "one_line",
     "panics_as_errors",
     "printable",
@@ -93,6 +94,11 @@ class FencedError(RefshardError):
     """Another attempt of this run has taken over; this one saves nothing more."""
 
     exit_status = 79
+
+
+def number_of(count: int, noun: str) -> str:
+    """Write a count with its noun, in the plural unless it is 1."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(text: str, most: int = 2000) -> str:

@@ -162,7 +162,7 @@ class Progress:
         """Write the last line."""
         self._bar.close()
         if not self._rewrites and self._latest.done not in (self._start.done, self._last_said):
-            self._write_line("")
+            self._write_line("", is_last=True)
 
     def _rates(self) -> tuple[float, float]:
         """Return units and tokens per second."""
@@ -171,7 +171,7 @@ class Progress:
         seconds = max(latest.time - since.time, 1e-9)
         return (latest.done - since.done) / seconds, (latest.tokens - since.tokens) / seconds
 
-    def _write_line(self, doing: str) -> None:
+    def _write_line(self, doing: str, *, is_last: bool = False) -> None:
         done, rate = self._latest.done, self._rates()[0]
         self._last_line, self._last_said = time.monotonic(), done
         # The first piece pays for the start, so its rate would promise hours.
@@ -182,8 +182,11 @@ class Progress:
             emit("progress", {"stage": self._name, "doing": doing, **counts, **self._values})
             return
         of = f" of {self._total:,}" if self._total else ""
-        speed = [_speed(rate, self._unit)] if rate else []
-        parts = [f"{done:,}{of} {self._unit}", *speed, *_shown(self._values)]
+        shows_rate = rate and (is_steady or is_last)
+        values = {name: value for name, value in self._values.items() if shows_rate or name != "tokens/s"}
+        speed = [_speed(rate, self._unit)] if shows_rate else []
+        unit = _one(self._unit) if (self._total or done) == 1 else self._unit
+        parts = [f"{done:,}{of} {unit}", *speed, *_shown(values)]
         if left:
             parts.append(f"{tqdm.format_interval(left)} left")
         if doing:
@@ -195,7 +198,12 @@ def _speed(per_second: float, unit: str) -> str:
     """Show a rate as units a second, or as seconds a unit where it is slower than that."""
     if per_second >= 1:
         return f"{per_second:,.1f} {unit}/s"
-    return f"{1 / per_second:,.1f} s/{_ONE.get(unit, unit.removesuffix('s'))}"
+    return f"{1 / per_second:,.1f} s/{_one(unit)}"
+
+
+def _one(unit: str) -> str:
+    """Return a unit's singular."""
+    return _ONE.get(unit, unit.removesuffix("s"))
 
 
 def _shown(values: Mapping[str, float]) -> list[str]:

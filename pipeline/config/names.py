@@ -100,6 +100,9 @@ _VALUES = {
     "dpo": "sigmoid",
 }
 
+_NOT_DPO = ("cpo", "grpo", "kto", "kto_pair", "orpo", "ppo", "simpo")
+"""Losses of other trainers that train without pairs or without a reference"""
+
 
 def hint_for_key(section: str, key: str, known: Sequence[str]) -> str:
     """Give a hint for an unknown key of a section (dotted, empty at the top): the right key, or the section's keys."""
@@ -123,6 +126,8 @@ def _fields_of_training() -> set[str]:
 def hint_for_value(value: object, choices: Sequence[str], where: str) -> str:
     """Give a sentence that names the choice which was meant; empty if none is near."""
     word = str(value).lower()
+    if where == "loss.type" and word in _NOT_DPO:
+        return f". {value} does not compare pairs with a reference, so it is not there. Choose one of these"
     meant = _VALUES.get(word)
     meant = meant if meant in choices else nearest(word, choices)
     return "" if meant is None else f". Set {where}: {meant}"

@@ -36,10 +36,17 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
     except BadRow as error:
         remedy = looks_like(row) if error.reason in _REASONS_OF_LAYOUT else None
         if error.reason == "missing_column":
-            remedy = remedy or "Rename with data.columns"
+            remedy = remedy or _rename(row, columns)
         if remedy is None:
             raise
         raise BadRow(error.reason, f"{error}. {remedy}") from error
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Say how data.columns names the columns that a pair must have and the row has not."""
+    needed = (*(name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns), "chosen", "rejected")
+    named = ", ".join(f"{name}: YOUR_COLUMN" for name in needed if columns.get(name, name) not in row)
+    return f"Set data.columns: {{{named}}}"
 
 
 _REASONS_OF_LAYOUT = ("missing_column", "wrong_type", "no_shared_prompt")

@@ -36,7 +36,7 @@ FORMS: Mapping[Form, str] = {
     "chat_shared": "conversations, prompt = the messages that the two share",
     "chat_whole": "conversations, prompt = the messages that the two share, text prompt ignored",
     "chat_asked": "conversations, text prompt = the user's message",
-    "chat_columns": "conversations, made of the columns of data.columns.user and system",
+    "chat_columns": "conversations, made of the texts that data.columns names",
 }
 """Meaning of each form, for people."""
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base import statistics
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, number_of
 from pipeline.base.folders import Folder
 from pipeline.data.intake import Ledger
 from pipeline.models.precision import recorded_precision
@@ -211,7 +211,7 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
         "max_length": f"{tokenization['max_length']}, token logps {stored}",
         "noise floor": measured,
         "rows": totals.summary(),
-        "pairs": f"{entry['pairs']:,} in {entry['parts']} parts, {entry['bytes'] / 2**20:,.1f} MiB; "
+        "pairs": f"{entry['pairs']:,} in {number_of(entry['parts'], 'part')}, {entry['bytes'] / 2**20:,.1f} MiB; "
         f"{entry['duplicates']:,} are duplicates of another",
     }
     return found

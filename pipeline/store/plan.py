@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, number_of
 from pipeline.base.folders import Folder
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
@@ -23,7 +23,7 @@ def report_of(name: str, folder: Folder) -> tuple[str, int]:
     totals.add(dict(store.index["totals"]))
     if totals.kept == 0:
         raise DataError(f"{folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
-    return f"{name}: {totals.summary()}; in {folder} ({len(store.units)} parts)", totals.kept
+    return f"{name}: {totals.summary()}; in {folder} ({number_of(len(store.units), 'part')})", totals.kept
 
 
 def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[int] | None) -> dict[str, Any]:

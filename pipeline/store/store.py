@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, UnfinishedError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, UnfinishedError, number_of
 from pipeline.base.files import parse_json
 from pipeline.base.folders import Folder, Where, open_folder
 from pipeline.data.intake import Ledger
@@ -72,8 +72,8 @@ class Store:
         if self.index:
             return None
         return UnfinishedError(
-            f"{self.folder}: unfinished, {len(self.units)} parts so far and no index. Run: refshard precompute with "
-            "the same settings"
+            f"{self.folder}: unfinished, {number_of(len(self.units), 'part')} so far and no index. Run: "
+            "refshard precompute with the same settings"
         )
 
     @property

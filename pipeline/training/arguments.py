@@ -16,7 +16,7 @@ from pipeline.base.errors import ConfigError, one_line
 from pipeline.base.files import special_kind
 from pipeline.config.schema import Config
 
-__all__ = ["arguments_of_loop", "in_one_piece", "training_arguments", "trial_arguments"]
+__all__ = ["arguments_of_loop", "in_one_piece", "refused_here", "training_arguments", "trial_arguments"]
 
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 """Fields that may name a JSON file"""
@@ -34,6 +34,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
         # The library declares this field as a string. YAML's yes and no are meant.
         settings["fsdp"] = _is_on(settings["fsdp"]) or None
     _check_launcher(settings)
+    if error := refused_here(config):
+        raise error
     made = _make(transformers.TrainingArguments, settings)
     # Without an accelerator the loader would warn for every set that it can't pin.
     made.dataloader_pin_memory &= made.device.type != "cpu"
@@ -60,6 +62,20 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             # Every window ends in a checkpoint. Keep one behind the newest, in case that one is cut short.
             made.save_total_limit = made.save_total_limit or 2
     return made
+
+
+def refused_here(config: Config) -> ConfigError | None:
+    """Make the error for an option that needs a GPU which this machine lacks; None if stage two could train here."""
+    options = config.train.options
+    needing = [key for key in ("bf16", "bf16_full_eval") if _is_on(options.get(key))]
+    if not needing or _is_on(options.get("use_cpu")):
+        return None
+    if transformers.utils.is_torch_bf16_gpu_available() or transformers.utils.is_torch_xla_available():
+        return None
+    return ConfigError(
+        f"train.{needing[0]}: must be false on a machine without a GPU that computes in bfloat16, got true. To train "
+        "on the CPU, set train.use_cpu: true"
+    )
 
 
 def trial_arguments(config: Config) -> transformers.TrainingArguments:

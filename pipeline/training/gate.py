@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError
+from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, number_of
 from pipeline.config.schema import Config
 from pipeline.models.identity import PolicyReferenceRelation, policy_reference_relation
 from pipeline.models.precision import Precision, policy_precision, recorded_precision
@@ -151,7 +151,8 @@ def run_gate(
     gaps = measure(state)
     judged = gate.judge(gaps)
     if judged.agrees:
-        say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {len(set(gaps.parts))} shards: {judged}")
+        shards = number_of(len(set(gaps.parts)), "shard")
+        say(f"Parity gate: {which} is the reference. {len(rows)} pairs of {shards}: {judged}")
         if relation.at_start and fresh and gate.reference != gate.policy:
             say(f"warning: {_distance(gate, gaps.margins)}")
         return

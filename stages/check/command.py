@@ -29,6 +29,7 @@ from pipeline.scoring.agreement import token_noise
 from pipeline.store.dating import with_template_date
 from pipeline.store.serving import remedy_for_missing
 from pipeline.store.store import check_identity, load_store
+from pipeline.training.arguments import refused_here
 from pipeline.training.settings import check_training, too_few_pairs
 from stages.check.estimate import Estimate, estimate
 from stages.check.findings import Findings, add_up, look_at_joined, look_at_set, look_at_stores
@@ -86,6 +87,7 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
             found,
             estimate=_estimate(config, found, planned, device),
             host_memory=host,
+            refused_here=None if planned or config.train.is_empty else refused_here(config),
             start=None if config.train.is_empty else _distance_from_start(config, found.sets["train"].survey),
         )
     click.echo(json.dumps(as_dict(found), indent=1) if as_json else as_text(found, config.data.max_length))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.base.errors import ConfigError
 from pipeline.base.folders import Folder, open_folder
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
@@ -105,6 +106,8 @@ class Findings:
     """None if no training pair was kept."""
     host_memory: int | None = None
     """Bytes of this machine's memory; None if the run is planned for another one."""
+    refused_here: ConfigError | None = None
+    """Option of the `train` section that needs a GPU which this machine lacks."""
     start: str | None = None
     """Warning that training does not start at ln 2, since the settings set policy and reference apart."""
 

@@ -22,6 +22,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
         "sets": {name: _set_as_dict(pairs) for name, pairs in found.sets.items()},
         "template_date": found.template_date,
         "start": found.start,
+        "refused_here": None if found.refused_here is None else str(found.refused_here),
         "estimate": None if found.estimate is None else _estimate_as_dict(found.estimate, found.host_memory),
         "stores": {
             name: {key: value for key, value in dataclasses.asdict(state).items() if value is not None}
@@ -86,6 +87,8 @@ def as_text(found: Findings, max_length: int | None) -> str:
         lines += [f"{name}: {describe(pairs.source)}", *_set_lines(pairs, max_length), ""]
     if found.template_date is not None:
         lines += [f"template date: {found.template_date}, which the chat template asks for (data.template_date)", ""]
+    if found.refused_here is not None:
+        lines += [f"warning: refshard train would stop on this machine: {found.refused_here}", ""]
     if found.start is not None:
         lines += [f"warning: {found.start}", ""]
     if found.estimate is not None:
@@ -132,7 +135,8 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
         )
         yield (
             f"  equal         {survey.duplicates:,} duplicate pairs; {prompts['distinct']:,} distinct prompts, "
-            f"{prompts['shared']:,} of them in several pairs (one in {prompts['largest']:,} at most)"
+            f"{prompts['shared']:,} of them in several pairs"
+            + (f" (one in {prompts['largest']:,})" if prompts["shared"] else "")
         )
 
 

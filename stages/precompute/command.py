@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, is_out_of_memory
+from pipeline.base.errors import ConfigError, is_out_of_memory, number_of
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
@@ -36,6 +36,7 @@ from pipeline.store.plan import declared_of, plan_of, report_of
 from pipeline.store.reuse import open_reusable
 from pipeline.store.serving import serving_store
 from pipeline.store.store import create_store, delete_store, is_finished
+from pipeline.training.arguments import refused_here
 from pipeline.training.settings import check_training, too_few_pairs
 from pipeline.training.windows import next_window
 from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
@@ -109,6 +110,8 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
         # Report a mistake in the other stage's section before an hour of scoring, not after it.
         check_training(config)
         check_dtypes(config)
+        if error := refused_here(config):
+            say(f"warning: refshard train would stop on this machine: {error}", err=True)
     check_adapters(config)
     check_max_length(config)
     sources = {name: open_source(config.data, name) for name in config.data.sets}
@@ -176,7 +179,7 @@ def _make_job(
     plan = plan_of(config, source, worker.reusable, rows)
     if store := serving_store(folder, identity, plan, exact_length_of_reference(config)):
         for_what = "this run" if store.is_imported else f"max_length {config.data.max_length}"
-        say(f"{name}: these shards serve {for_what} as they are; in {folder} ({len(store.units)} parts)")
+        say(f"{name}: these shards serve {for_what} as they are; in {folder} ({number_of(len(store.units), 'part')})")
         return None
     header = create_store(folder, identity, plan, declared_of(config, source), _provenance(config))
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)

@@ -29,6 +29,7 @@ from pipeline.report.run_page import report_page
 from pipeline.run.outputs import guard_run
 from pipeline.run.reading import Run, read_record, read_run
 from pipeline.store.store import is_finished
+from pipeline.training.arguments import refused_here
 from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
 
@@ -77,6 +78,9 @@ def run(sweep: Sweep, commands: Commands) -> None:
     parent = sweep.into or base.train.folder
     runs = [_one_run(sweep, member, parent) for member in make_grid(sweep.over)]
     _check_served(base, runs, sweep.processes)
+    for one in runs:
+        if error := refused_here(one.config):
+            raise error
     drawn = True
     try:
         # Now, instead of after days.

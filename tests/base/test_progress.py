@@ -74,8 +74,8 @@ def test_what_an_earlier_start_did_counts_as_done_but_not_as_fast(
 ) -> None:
     progress = Progress("train", 1000, "pairs", done=900)
     work(clock, progress, 1, seconds=4)
-    # Of the first piece alone nobody can tell how long the others take.
-    assert capsys.readouterr().err == "train: 908 of 1,000 pairs, 2.0 pairs/s, 200 tokens/s, 3.0 GiB\n"
+    # The first piece alone does not tell how long the others take.
+    assert capsys.readouterr().err == "train: 908 of 1,000 pairs, 3.0 GiB\n"
     work(clock, progress, 8, seconds=4)
     assert capsys.readouterr().err == "train: 972 of 1,000 pairs, 2.0 pairs/s, 200 tokens/s, 3.0 GiB, 00:14 left\n"
 
@@ -107,13 +107,14 @@ def test_what_takes_longer_than_a_second_is_shown_as_seconds_and_loading_is_no_p
     work(clock, progress, 4, seconds=20)
     progress.close()
     replies = Progress("generate", 16, "replies")
-    work(clock, replies, 1, seconds=12)
+    work(clock, replies, 2, seconds=32)
     assert capsys.readouterr().err.splitlines() == [
         "train: 0 of 32 rows, parity gate, 0 of 32 pairs",
-        "train: 8 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB",
+        "train: 8 of 32 rows, 3.0 GiB",
         "train: 24 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB, 00:20 left",
         "train: 32 of 32 rows, 2.5 s/row, 40 tokens/s, 3.0 GiB",
-        "generate: 8 of 16 replies, 1.5 s/reply, 67 tokens/s, 3.0 GiB",
+        "generate: 8 of 16 replies, 3.0 GiB",
+        "generate: 16 of 16 replies, 4.0 s/reply, 25 tokens/s, 3.0 GiB",
     ]
 
 
@@ -126,8 +127,14 @@ def test_loss_and_margin_stand_in_the_line_from_the_next_log_on(
     clock.now += 31
     progress.pulse("evaluating, batch 3 of 9")
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train: 8 steps, 8.0 steps/s, 800 tokens/s, 3.0 GiB, loss 0.5123, margin 1.25, evaluating, batch 3 of 9"
+        "train: 8 steps, 3.0 GiB, loss 0.5123, margin 1.25, evaluating, batch 3 of 9"
     )
+
+
+def test_one_unit_is_written_in_the_singular(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("train", None, "rows")
+    progress.advance(1, tokens=100, memory=3 * GIB)
+    assert capsys.readouterr().err == "train: 1 row, 3.0 GiB\n"
 
 
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,8 +339,12 @@ def test_words_before_the_first_that_differs_are_all_in_the_prompt(words: list[s
 # --- Rows that can't be a pair ------------------------------------------------------------------------------------
 
 BAD: list[tuple[str, str, dict[str, Any]]] = [
-    ("missing_column", "no column 'rejected'", {"prompt": "a", "chosen": "b"}),
-    ("missing_column", "no column 'chosen'", {}),
+    (
+        "missing_column",
+        r"no column 'rejected'.* Set data.columns: \{rejected: YOUR_COLUMN\}",
+        {"prompt": "a", "chosen": "b"},
+    ),
+    ("missing_column", r"no column 'chosen'.* \{chosen: YOUR_COLUMN, rejected: YOUR_COLUMN\}", {"good": "a"}),
     ("wrong_type", "chosen must be text .* got null", {**TEXT, "chosen": None}),
     ("wrong_type", r"rejected must be text .* got a number \(5\)", {**TEXT, "rejected": 5}),
     ("wrong_type", "chosen must be text .* got bytes", {**TEXT, "chosen": b"Four."}),

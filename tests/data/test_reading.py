@@ -49,7 +49,7 @@ WHOLE = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} fo
         (
             [{**row, "system": "Be brief."} for row in TEXTS],
             {"system": "system", "user": "prompt"},
-            "conversations, made of the columns of data.columns.user and system; columns not read: none",
+            "conversations, made of the texts that data.columns names; columns not read: none",
         ),
         (
             [*CHATS, TEXTS[0]],

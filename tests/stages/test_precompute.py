@@ -41,8 +41,8 @@ def test_shards_serve_a_smaller_length_and_a_folder_of_stores_is_copied_from(
     capsys.readouterr()
     command.run(with_settings(two_sets, "data", max_length=64))
     said = capsys.readouterr().out
-    for name, parts in (("train", 2), ("test", 1)):
-        assert f"{name}: these shards serve max_length 64 as they are; in {output / name} ({parts} parts)" in said
+    for name, parts in (("train", "2 parts"), ("test", "1 part")):
+        assert f"{name}: these shards serve max_length 64 as they are; in {output / name} ({parts})" in said
     assert bytes_of_stores(output) == before
     # The folder that precompute.output names, not its stores.
     command.run(with_settings(two_sets, "precompute", output=f"{output}-2", reuse=[str(output)]))

@@ -12,6 +12,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
+from pipeline.training.arguments import refused_here, training_arguments
 from pipeline.training.settings import check_metric, check_training, too_few_pairs
 
 MakeRun = Callable[..., Path]
@@ -104,6 +105,19 @@ def test_what_the_library_would_refuse_after_the_model_is_loaded_is_refused_befo
 )
 def test_what_can_train_passes(train: dict[str, Any], make_run: MakeRun) -> None:
     check_training(load_config(make_run(train=train)))
+
+
+def test_bfloat16_without_a_gpu_is_refused_by_the_stage_that_trains_with_the_option_to_set(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    for field in ("bf16", "bf16_full_eval"):
+        config = load_config(make_run(train={field: True, "use_cpu": False}))
+        with pytest.raises(ConfigError, match=rf"^train\.{field}: must be false .*set train\.use_cpu: true$"):
+            training_arguments(config)
+        assert refused_here(config) is not None
+    assert refused_here(load_config(make_run(train={"bf16": True, "use_cpu": True}))) is None
+    assert refused_here(load_config(make_run(train={"use_cpu": False}))) is None
 
 
 def test_a_quantized_checkpoint_trains_with_an_adapter_alone(
