@@ -8,12 +8,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pictures import draw_counts, draw_join, draw_memory, draw_ratios, draw_shares
 from readme import write_comparison
 from report import (
     LONG_RUN,
+    MIB,
     RUN,
     SIDES,
     compare,
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
     chosen = parser.parse_args()
-    cpu, gpu, joined = (_read(chosen.results / f"{name}.json") for name in ("cpu", "gpu", "join"))
+    cpu, whole, gpu, joined = (_read(chosen.results / f"{name}.json") for name in ("cpu", "whole", "gpu", "join"))
     chosen.docs.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Benchmarks",
@@ -94,6 +96,9 @@ def main() -> None:
         "measurement alone; add `--json tests/bench/results/cpu.json` to put it on the page.",
         "",
         *(_processor_section(cpu["results"], chosen.docs) if cpu else ["Not measured. Command: `make bench`.", ""]),
+        "## Whole runs on a real model",
+        "",
+        *(_whole_section(whole) if whole else ["Not measured. Command: `python tests/bench/whole.py --help`.", ""]),
         "## GPU",
         "",
         "Command: `make bench-gpu`",
@@ -116,6 +121,34 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _machines(results: Sequence[dict[str, Any]]) -> list[str]:
     return [line for said in dict.fromkeys(describe(r["machine"]) for r in results) for line in (f"{said}.", "")]
+
+
+def _whole_section(found: dict[str, Any]) -> list[str]:
+    measured = found["measured"]
+
+    def middle(side: str, key: str) -> float:
+        return median(one[key] for one in measured[side])
+
+    ours = measured["ours"]
+    rows = []
+    for side, done in measured.items():
+        ratios = [b["wall"] / a["wall"] for a, b in zip(ours, done, strict=True)]
+        both = [zip(a["losses"], b["losses"], strict=True) for a, b in zip(ours, done, strict=True)]
+        gap = max(abs(x - y) for losses in both for x, y in losses)
+        numbers = [f"{middle(side, 'wall'):,.0f}", f"{middle(side, 'cpu'):,.0f}", f"{middle(side, 'peak') / MIB:,.0f}"]
+        compared = ["", ""] if side == "ours" else [f"{median(ratios):.1f}x", f"{gap:.0e}"]
+        rows.append([SIDES[side], *numbers, *compared])
+    heads = ["", "wall, s", "CPU, s", "peak, MiB", "time over refshard's", "largest difference of a step's loss"]
+    return [
+        f"{describe(found['machine'])}.",
+        "",
+        f"Both command lines on the model {found['model']} and the first {found['pairs']} pairs of {found['data']}, in "
+        f"float32, from their start to the saved policy, imports included; {len(ours)} interleaved rounds. refshard's "
+        f"store was finished after {median(one['store'] for one in ours):,.0f} s. Command: `python "
+        "tests/bench/whole.py --model DIR --data FILE --json tests/bench/results/whole.json`.",
+        "",
+        *table(heads, rows),
+    ]
 
 
 def _gpu_section(found: dict[str, Any]) -> list[str]:
