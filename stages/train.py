@@ -277,11 +277,14 @@ def _load_policy(run: TrainingRun) -> Scorer:
     if NamedModel.policy(config) == NamedModel.policy(run.config):
         run.base.check_untouched()
     scorer = Scorer.check(policy, run.tokenizer, "policy.model", config.data.max_length)
-    if not scorer.packed:
-        _say(f"warning: {not_packed(policy)}")
+    if scorer.reading == "cached":
+        # A cache keeps no gradient.
+        scorer.reading = "padded"
+    if scorer.reading != "packed":
+        _say(f"warning: {not_packed(policy, scorer.reading)}")
     if balance_weight(policy, config.loss):
         # A balance loss counts every token as often as it stands in padded rows.
-        scorer.packed = False
+        scorer.reading = "padded"
     if config.policy.has_adapter:
         if arguments.gradient_checkpointing:
             policy.enable_input_require_grads()
@@ -352,7 +355,7 @@ def _make_trainer(
         model=scorer.model,
         args=arguments_of_loop(arguments),
         data_collator=Collator(
-            scorer.pad_id, config.data.max_length, joined_token_logps(run.joined), packed=scorer.packed
+            scorer.pad_id, config.data.max_length, joined_token_logps(run.joined), packed=scorer.reading == "packed"
         ),
         train_dataset=sets["train"],
         # One held-out set logs under `eval_`, several under `eval_NAME_`.

@@ -5,6 +5,7 @@ on the positions that predict a completion token. It extends the forward methods
 wrappers that act on forward (DDP, FSDP, DeepSpeed, autocast, PEFT) act on scoring too.
 """
 
+import copy
 import inspect
 import types
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from accelerate.utils import align_module_device
 from pipeline.models.parts import backbone_of, causal_of
 from pipeline.scoring.attention import carry_layout, stand_in_mask
 from pipeline.scoring.head import TokenStatistics, head_of, token_logps, token_statistics
-from pipeline.scoring.packing import Batch
+from pipeline.scoring.packing import Batch, Continuation
 
 __all__ = [
     "LOGPS",
@@ -91,6 +92,7 @@ def prepare(model: Any) -> None:
         logit_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         want: Want = LOGPS,
+        continuations: tuple[Continuation, ...] | None = None,
         **kwargs: Any,
     ) -> Any:
         if logit_positions is None or targets is None:
@@ -98,12 +100,15 @@ def prepare(model: Any) -> None:
         if "layout" in kwargs:
             # Here, after wrappers have moved the arguments to their device.
             carry_layout(kwargs["attention_mask"], kwargs["layout"])
+        balance = None
         if want.aux_loss:
             hidden, balance = _hidden_and_balance(self, original, args, kwargs)
+        elif continuations is not None:
+            hidden = _through_cache(backbone_of(self), continuations, **kwargs)
         else:
-            hidden, balance = backbone_of(self)(*args, use_cache=False, **kwargs).last_hidden_state, None
-        # [rows, length, hidden] -> [M, hidden]
-        hidden = hidden.flatten(0, 1).index_select(0, logit_positions.to(hidden.device))
+            hidden = backbone_of(self)(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+        # [rows * length, hidden] -> [M, hidden]
+        hidden = hidden.index_select(0, logit_positions.to(hidden.device))
         return _Output(**self.get_output_embeddings()(hidden, targets=targets, want=want), aux_loss=balance)
 
     # `generate` passes masks and positions only if the signature has them.
@@ -140,7 +145,7 @@ def _hidden_and_balance(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the model's original forward, which computes its balance loss, a scalar with a gradient.
 
-    Give the hidden states before the head, [rows, length, hidden], and that loss.
+    Give the hidden states before the head, [rows * length, hidden], and that loss.
     """
     caught: list[torch.Tensor] = []
     hook = backbone_of(causal).register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
@@ -149,7 +154,37 @@ def _hidden_and_balance(
         outputs = forward(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)
     finally:
         hook.remove()
-    return caught[0], outputs.aux_loss
+    return caught[0].flatten(0, 1), outputs.aux_loss
+
+
+def _through_cache(
+    backbone: Any, continuations: tuple[Continuation, ...], *, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Run the prompts, [rows, length] and padded on the left, and let each continuation start from their state.
+
+    Give the hidden states of the prompts' last tokens, then those of each continuation: [positions, hidden].
+
+    Raises:
+        LookupError: The model gives no cache.
+    """
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, **kwargs: Any) -> Any:
+        if takes_positions:
+            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return backbone(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
+
+    outputs = run(input_ids, attention_mask)
+    # State-space models give it a name of its own.
+    name = "cache_params" if outputs.get("past_key_values") is None else "past_key_values"
+    hidden = [outputs.last_hidden_state[:, -1]]
+    for i, (ids, mask, prompts) in enumerate(continuations, start=1):
+        # Going on changes a cache.
+        cache = outputs[name] if i == len(continuations) else copy.deepcopy(outputs[name])
+        cache.reorder_cache(prompts)
+        mask = torch.cat([attention_mask.index_select(0, prompts), mask], dim=1)
+        hidden.append(run(ids, mask, **{name: cache}).last_hidden_state.flatten(0, 1))
+    return torch.cat(hidden)
 
 
 def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
@@ -160,6 +195,8 @@ def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
     """
     if batch.layout is None:
         reading: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.continuations is not None:
+            reading["continuations"] = batch.continuations
     else:
         assert not want.aux_loss, "the balance loss counts tokens as they stand in padded rows"
         mask = stand_in_mask(batch.input_ids.device)

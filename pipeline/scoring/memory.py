@@ -11,7 +11,7 @@ import torch
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models.lengths import positions_of
 from pipeline.scoring.forward import LOGPS, input_device, score
-from pipeline.scoring.packing import make_batch
+from pipeline.scoring.packing import Reading, make_batch
 
 __all__ = ["free_memory", "name_of_device", "peak_memory", "tokens_for", "tokens_that_fit"]
 
@@ -23,7 +23,7 @@ _FEWEST, _MOST = 2048, 65536
 _SHARE = 0.7
 
 
-def tokens_that_fit(model: Any, packed: bool) -> int:
+def tokens_that_fit(model: Any, reading: Reading) -> int:
     """Choose the tokens of one forward pass, a power of two, by the memory that two probes of the model take.
 
     If a model is spread over several GPUs, the one with the least room decides. On a CPU it is a constant.
@@ -31,7 +31,7 @@ def tokens_that_fit(model: Any, packed: bool) -> int:
     devices = list(dict.fromkeys(p.device for p in model.parameters() if p.device.type == "cuda"))
     if not devices:
         return tokens_for(None, 0)
-    small, large = (_peaks(model, packed, tokens, devices) for tokens in (_FEWEST // 2, _FEWEST))
+    small, large = (_peaks(model, reading, tokens, devices) for tokens in (_FEWEST // 2, _FEWEST))
     free_memory()
     return min(
         tokens_for(torch.cuda.mem_get_info(device)[0], (more - less) / (_FEWEST // 2))
@@ -47,13 +47,13 @@ def tokens_for(free: float | None, per_token: float) -> int:
     return 1 << (max(_FEWEST, tokens).bit_length() - 1)
 
 
-def _peaks(model: Any, packed: bool, tokens: int, devices: Sequence[torch.device]) -> list[int]:
+def _peaks(model: Any, reading: Reading, tokens: int, devices: Sequence[torch.device]) -> list[int]:
     """Give the peak bytes on each device while one batch of so many tokens is scored, weights included."""
     width = min(tokens // 4, (positions_of(model) or tokens) - 1)
     # Two prompts or more, since equal pairs would be packed into one group.
     prompts = range(tokens // (2 * width))
     pairs = [TokenizedPair(prompt_ids=[i], chosen_ids=[2] * width, rejected_ids=[3] * width) for i in prompts]
-    batch = make_batch(pairs, 0, packed=packed).to(input_device(model))
+    batch = make_batch(pairs, 0, reading).to(input_device(model))
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():

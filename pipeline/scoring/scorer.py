@@ -18,7 +18,7 @@ from pipeline.models.loading import load_reference, pick_device
 from pipeline.models.precision import reference_precision
 from pipeline.scoring.forward import LOGPS, input_device, prepare, score, under_autocast
 from pipeline.scoring.memory import free_memory, tokens_that_fit
-from pipeline.scoring.packing import make_batch, plan_batches
+from pipeline.scoring.packing import Reading, make_batch, plan_batches
 from pipeline.scoring.selfcheck import check_scoring
 
 __all__ = ["Scorer", "load_scorer"]
@@ -29,8 +29,8 @@ class Scorer:
     """Prepared and checked model, with the rules by which pairs are batched for it."""
 
     model: Any
-    packed: bool
-    """True if the model reads packed batches"""
+    reading: Reading
+    """How the model reads batches"""
     pad_id: int
     """Token id that fills padded rows"""
     key: str
@@ -59,12 +59,12 @@ class Scorer:
         if autocast is not None:
             under_autocast(model, getattr(torch, autocast))
         pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        packed = check_scoring(model, key, max_length, autocast)
-        return cls(model=model, packed=packed, pad_id=pad_id, key=key)
+        reading = check_scoring(model, key, max_length, autocast)
+        return cls(model=model, reading=reading, pad_id=pad_id, key=key)
 
     def fit(self) -> int:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
-        self.tokens_per_batch = self.tokens_per_batch or tokens_that_fit(self.model, self.packed)
+        self.tokens_per_batch = self.tokens_per_batch or tokens_that_fit(self.model, self.reading)
         return self.tokens_per_batch
 
     def logps(
@@ -84,7 +84,7 @@ class Scorer:
         left = list(range(len(pairs)))
         while left:
             done: set[int] = set()
-            for batch in plan_batches([pairs[i] for i in left], self.fit(), packed=self.packed):
+            for batch in plan_batches([pairs[i] for i in left], self.fit(), self.reading):
                 indices = [left[i] for i in batch]
                 try:
                     scored = self._score([pairs[i] for i in indices])
@@ -101,7 +101,7 @@ class Scorer:
 
     def _score(self, pairs: Sequence[TokenizedPair]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
         """Score one batch; give the token logps of each pair's chosen and rejected completion."""
-        batch = make_batch(pairs, self.pad_id, packed=self.packed)
+        batch = make_batch(pairs, self.pad_id, self.reading)
         with torch.inference_mode():
             scores = score(self.model, batch.to(input_device(self.model)), want=LOGPS)
         flat = scores.tokens.logps.float().cpu().numpy()

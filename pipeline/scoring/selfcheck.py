@@ -1,7 +1,8 @@
-"""Check a loaded model: the scorer gives its own log-probs, and packed rows give those of padded ones."""
+"""Check a loaded model: the scorer gives its own log-probs, and packed or cached batches give those of padded ones."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from pipeline.scoring.agreement import ROUNDING
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.memory import free_memory
-from pipeline.scoring.packing import Batch, Kernel, pack_pairs, pad_pairs
+from pipeline.scoring.packing import Batch, Kernel, Reading, cache_pairs, pack_pairs, pad_pairs
 
 __all__ = ["check_scoring", "not_packed"]
 
 _USUAL_LENGTH = 8192
 """Tokens of the longest sequence that is tried if the longest that can come is not known"""
+_END = 16
+"""Tokens at a sequence's end whose log-probs are compared: those beyond a length"""
+_FAILURES = (LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""Errors of a model that can't run a batch, or has no memory for it"""
 
 
-def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast: str | None = None) -> bool:
+def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast: str | None = None) -> Reading:
     """Compare the scorer with the model's own logits, and the model with itself, on small batches.
 
     Some families do more after the backbone than a projection. A family that head.py does not know would silently get
@@ -30,7 +35,7 @@ def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast:
     beyond each length that the config names, up to `max_length`: in a batch they must score as they do alone.
     `autocast` is the dtype of autocast that the model's forward pass runs under; it decides what counts as rounding.
 
-    Return True if the model reads packed batches; otherwise its batches must be padded. Messages begin with `key`.
+    Return how the model reads batches: packed, else cached, else padded. Messages begin with `key`.
 
     Raises:
         ConfigError: The two differ by more than the dtype's rounding, or a later token changes an earlier log-prob, or
@@ -43,19 +48,25 @@ def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast:
     try:
         with torch.no_grad():
             _check_padded(model, key, dtype)
-            before = model.config.get_text_config()._attn_implementation
-            packed = _reads_packed(model, dtype, max_length)
+            trials: list[_Trial] = []
             for length, longest in _named_lengths(model, max_length):
-                padded, packed = _agrees_beyond(model, length, longest, packed, dtype)
-                if not padded:
+                beyond = _trials_beyond(model, length, longest, dtype)
+                # Rounding must not refuse a model.
+                if not all(trial.agrees(model, lambda pairs: pad_pairs(pairs, 0), slack=4) for trial in beyond):
                     raise ConfigError(
                         f"data.max_length: must be at most {length} for {key}: one longer sequence changes how "
                         f"{_name_of(model)} scores all others of its batch, got {max_length}. "
                         f"Set data.max_length: {length}"
                     )
-            if not packed and model.config.get_text_config()._attn_implementation != before:
+                trials.extend(beyond)
+            before = model.config.get_text_config()._attn_implementation
+            if _reads_packed(model, dtype, max_length) and all(trial.agrees(model, pack_pairs) for trial in trials):
+                return "packed"
+            if model.config.get_text_config()._attn_implementation != before:
                 model.set_attn_implementation(before)
-            return packed
+            if _reads_cached(model, dtype, max_length) and all(trial.agrees_cached(model) for trial in trials):
+                return "cached"
+            return "padded"
     finally:
         model.train(training)
 
@@ -132,18 +143,54 @@ def _reads_packed(model: Any, dtype: str, max_length: int | None) -> bool:
         reads = False
     else:
         reads = _agree(found, padded, dtype)
-        # The last completion is the same in both batches.
-        kept = slice(-len(pairs[-1].rejected_ids), None)
-        moved = (padded - other_padded)[kept].abs().max()
-        # In another batch experts get other numbers of tokens, which may move a few tokens in only one of the two.
-        experts = any("expert" in name for name, _ in model.named_modules())
-        floor = ROUNDING[dtype][0] / 10 * min(1.0, found.std().item()) if experts else 1e-6
-        reads &= bool((found - other_found)[kept].abs().max() <= floor + 4 * moved)
+        reads &= _unmoved(model, pairs, (found, other_found), (padded, other_padded), dtype)
         # A model that ignores positions gives right numbers only for the row's first sequence.
         reads &= not torch.equal(found, misplaced)
         # If no layer passes its window to attention, the window is only in the mask.
         reads &= any(kernel.window is not None for kernel in kernels) or not _has_window(model_config, max_length)
     return reads
+
+
+def _reads_cached(model: Any, dtype: str, max_length: int | None) -> bool:
+    """Return True if completions that start from the cached states of their prompts give the padded rows' log-probs.
+
+    Prompts of different lengths are in one batch. A model must ignore the ids of the padding before them as of other
+    pairs, exactly. States must come from their own prompts, whatever the dtype and however little a layer does.
+    """
+    pairs, other_pairs = _check_pairs(model)
+    cached, other_batch = cache_pairs(pairs, 0), cache_pairs(other_pairs, 1)
+    assert cached.continuations is not None
+    swapped = tuple(part._replace(prompts=part.prompts.roll(1)) for part in cached.continuations)
+    batches = (cached, other_batch, dataclasses.replace(cached, continuations=swapped))
+    try:
+        padded, other_padded = (_logps_of(model, pad_pairs(p, 0)) for p in (pairs, other_pairs))
+        found, other_found, astray = (_logps_of(model, batch) for batch in batches)
+    except (AssertionError, AttributeError, *_FAILURES) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    reads = _agree(found, padded, dtype) and _unmoved(model, pairs, (found, other_found), (padded, other_padded), dtype)
+    # States of few tokens have not met the ends of a layer's chunks.
+    trials = _trials_beyond(model, 100, min(140, _longest(model, max_length)), dtype)
+    # A fault in the states moves log-probs like other prompts' states do, rounding far less.
+    reads &= bool((found - padded).abs().mean() < 0.1 * (astray - padded).abs().mean())
+    return reads and all(trial.agrees_cached(model) for trial in trials)
+
+
+def _unmoved(
+    model: Any,
+    pairs: Sequence[TokenizedPair],
+    found: tuple[torch.Tensor, torch.Tensor],
+    padded: tuple[torch.Tensor, torch.Tensor],
+    dtype: str,
+) -> bool:
+    """Return True if the last completion, the same in both batches, moves no further than in padded batches."""
+    kept = slice(-len(pairs[-1].rejected_ids), None)
+    moved, in_padded = ((one - other)[kept].abs().max() for one, other in (found, padded))
+    # In another batch experts get other numbers of tokens, which may move a few tokens in only one of the two.
+    experts = any("expert" in name for name, _ in model.named_modules())
+    floor = ROUNDING[dtype][0] / 10 * min(1.0, found[0].std().item()) if experts else 1e-6
+    return bool(moved <= floor + 4 * in_padded)
 
 
 def _named_lengths(model: Any, max_length: int | None) -> Iterator[tuple[int, int]]:
@@ -159,42 +206,76 @@ def _named_lengths(model: Any, max_length: int | None) -> Iterator[tuple[int, in
                 elif type(one) is int and any(part in name for part in parts):
                     yield one
 
-    most = max_length or _USUAL_LENGTH
-    most = min(most, positions_of(model) or most)
+    most = _longest(model, max_length)
     for length in sorted(set(named(model.config.get_text_config().to_dict()))):
         # The other checks have sequences beyond shorter ones.
         if 16 <= length < most:
             yield length, min(length + 24, most)
 
 
-def _agrees_beyond(model: Any, length: int, longest: int, packed: bool, dtype: str) -> tuple[bool, bool]:
-    """Compare sequences alone with the same in a batch with one of `longest` tokens, which is beyond `length`.
+@dataclass(frozen=True)
+class _Trial:
+    """Two sequences that begin alike, the first of them beyond a length."""
 
-    Return whether they agree in padded and, if `packed`, in packed batches. If the model can't run them, or memory does
-    not hold them, no such pair can be scored either.
+    pair: TokenizedPair
+    dtype: str
+    long: torch.Tensor
+    """Last token logps of the chosen sequence by itself"""
+    other: torch.Tensor
+    """Last token logps of the rejected sequence by itself"""
+
+    def agrees(self, model: Any, make: Callable[[Sequence[TokenizedPair]], Batch], slack: float = 1) -> bool:
+        """Return True if both score in a batch as they do alone, or if memory does not hold them."""
+        try:
+            return _agree(
+                torch.cat([self.long, self.other]), torch.cat(_ends(model, make([self.pair]))), self.dtype, slack
+            )
+        except _FAILURES:
+            free_memory()
+            return True
+
+    def agrees_cached(self, model: Any) -> bool:
+        """Return True if both score in a cached batch as they do alone, with prompts of very different lengths."""
+        prompt, chosen = self.pair.prompt_ids, self.pair.chosen_ids
+        late = TokenizedPair(
+            prompt_ids=[*prompt, *chosen[:-_END]], chosen_ids=chosen[-_END:], rejected_ids=chosen[-_END:]
+        )
+        try:
+            found = torch.cat(_ends(model, cache_pairs([late, self.pair], 0)))
+        except _FAILURES:
+            free_memory()
+            return False
+        return _agree(torch.cat([self.long, self.long, self.long, self.other]), found, self.dtype)
+
+
+def _longest(model: Any, max_length: int | None) -> int:
+    most = max_length or _USUAL_LENGTH
+    return min(most, positions_of(model) or most)
+
+
+def _trials_beyond(model: Any, length: int, longest: int, dtype: str) -> list[_Trial]:
+    """Score sequences alone, one of `longest` tokens, which is beyond `length`; none if the model can't run them.
+
+    No such pair can be scored then, either.
     """
     # As in a text, tokens come again.
     kinds, generator = min(16, _vocabulary(model)), torch.Generator().manual_seed(0)
     some = torch.randint(0, kinds, (2 * longest,), generator=generator).tolist()
     prompt, long, middle = some[:4], some[4:longest], some[longest : longest + min(length + 8, longest - 1) - 4]
-    try:
-        for other in (middle, some[-12:]):
-            pair = TokenizedPair(prompt_ids=prompt, chosen_ids=long, rejected_ids=other)
-            twins = [dataclasses.replace(pair, chosen_ids=ids, rejected_ids=ids) for ids in (long, other)]
-            alone = torch.cat([_ends(model, pad_pairs([twin], 0))[0] for twin in twins])
-            padded = torch.cat(_ends(model, pad_pairs([pair], 0)))
-            # Rounding must not refuse a model.
-            if not _agree(alone, padded, dtype, slack=4):
-                return False, False
-            packed = packed and _agree(alone, torch.cat(_ends(model, pack_pairs([pair]))), dtype)
-    except (LookupError, MemoryError, RuntimeError, TypeError, ValueError):
-        free_memory()
-    return True, packed
+    trials = []
+    for other in (middle, some[-12:]):
+        pair = TokenizedPair(prompt_ids=prompt, chosen_ids=long, rejected_ids=other)
+        twins = [dataclasses.replace(pair, chosen_ids=ids, rejected_ids=ids) for ids in (long, other)]
+        try:
+            trials.append(_Trial(pair, dtype, *(_ends(model, pad_pairs([twin], 0))[0] for twin in twins)))
+        except _FAILURES:
+            free_memory()
+    return trials
 
 
 def _ends(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Score a pair, and give the last 16 token logps of each completion, which are those beyond a length."""
-    return tuple(logps[-16:] for logps in torch.split(_logps_of(model, batch), batch.lengths.tolist()))
+    """Score a pair, and give the last token logps of each completion, which are those beyond a length."""
+    return tuple(logps[-_END:] for logps in torch.split(_logps_of(model, batch), batch.lengths.tolist()))
 
 
 def _agree(one: torch.Tensor, other: torch.Tensor, dtype: str, slack: float = 1) -> bool:
@@ -204,11 +285,14 @@ def _agree(one: torch.Tensor, other: torch.Tensor, dtype: str, slack: float = 1)
     return bool(gap.mean() <= slack * mean and gap.max() <= slack * largest)
 
 
-def not_packed(model: Any) -> str:
+def not_packed(model: Any, reading: Reading) -> str:
     """Write the warning for a model that does not read packed batches."""
+    how = "in padded batches, with the same numbers, but slower"
+    if reading == "cached":
+        how = "through its cache: each prompt once, its completions padded, with the same numbers, but slower"
     return (
         f"{_name_of(model)} does not keep the sequences of a packed row apart (its layers are not all attention, or "
-        "attention of an unknown kind); it is scored in padded batches, with the same numbers, but slower"
+        f"attention of an unknown kind); it is scored {how}"
     )
 
 

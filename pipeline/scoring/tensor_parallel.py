@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipeline.base.errors import ConfigError, RefshardError, UnfinishedError, is_out_of_memory
 from pipeline.base.signals import StopFlag
 from pipeline.models.loading import pick_device
+from pipeline.scoring.packing import Continuation
 
 __all__ = ["Ensemble", "LeaderModel", "Order", "processes_of_launch", "share_of_process"]
 
@@ -182,6 +183,10 @@ class LeaderModel:
 
 
 def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Continuation):
+        return Continuation(*(_on(tensor, device) for tensor in value))
+    if isinstance(value, tuple):
+        return tuple(_on(part, device) for part in value)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 

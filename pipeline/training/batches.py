@@ -68,7 +68,7 @@ class Collator:
             assert pair is not None, f"row {row['row']} should have been dropped: its prompt fills max_length"
             pairs.append(pair)
         joined = JoinedBatch(
-            batch=make_batch(pairs, self.pad_id, packed=self.packed),
+            batch=make_batch(pairs, self.pad_id, "packed" if self.packed else "padded"),
             ids=torch.tensor([[row["row"], *np.frombuffer(row["pair_key"], "<i8").tolist()] for row in rows]),
             ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),

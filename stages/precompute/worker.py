@@ -344,8 +344,8 @@ class Reference:
                 "every batch, which is slow; use more GPUs or a narrower reference.dtype",
                 err=True,
             )
-        if not scorer.packed:
-            say(f"warning: {not_packed(scorer.model)}", err=True)
+        if scorer.reading != "packed":
+            say(f"warning: {not_packed(scorer.model, scorer.reading)}", err=True)
         if self._ensemble is not None:
             scorer.model = LeaderModel(scorer.model, self._ensemble)
         return scorer

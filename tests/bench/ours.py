@@ -20,13 +20,13 @@ def run_stage_one(workload: Workload, count: int) -> Outcome:
     pairs = [TokenizedPair(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in make_pairs(workload, count)]
     model = build_model(workload).eval().requires_grad_(False)
     prepare(model)
-    packed = check_scoring(model, "reference.model")
+    reading = check_scoring(model, "reference.model")
     gauge = Gauge(workload.device)
 
     def score(some: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
         """Score as stage one does."""
         scorer = Scorer(
-            model=model, packed=packed, pad_id=PAD_ID, key="model", tokens_per_batch=workload.tokens_per_batch
+            model=model, reading=reading, pad_id=PAD_ID, key="model", tokens_per_batch=workload.tokens_per_batch
         )
         sums = {i: (math.fsum(a.tolist()), math.fsum(b.tolist())) for i, a, b in scorer.logps(some)}
         return [sums[i] for i in range(len(some))]
@@ -73,7 +73,7 @@ def run_stage_two(workload: Workload, count: int) -> Outcome:
             **step_arguments(workload, count, folder), remove_unused_columns=False, label_names=[]
         )
         prepare(model)
-        packed = check_scoring(model, "policy.model")
+        packed = check_scoring(model, "policy.model") == "packed"
         trainer = PairTrainer(
             loss=LossConfig(),
             model=model,

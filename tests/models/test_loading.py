@@ -191,8 +191,8 @@ def pair_logps(model: Any) -> list[Any]:
         TokenizedPair(prompt_ids=[3 + i, 4, 5], chosen_ids=[6 + i, 7, 8], rejected_ids=[9, 10 + i]) for i in range(5)
     ]
     prepare(model)
-    assert check_scoring(model, "reference.model")
-    scorer = Scorer(model=model, packed=True, pad_id=0, key="reference.model", tokens_per_batch=64)
+    assert check_scoring(model, "reference.model") == "packed"
+    scorer = Scorer(model=model, reading="packed", pad_id=0, key="reference.model", tokens_per_batch=64)
     return [logps.tolist() for _, *both in scorer.logps(pairs) for logps in both]
 
 

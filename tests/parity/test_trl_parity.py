@@ -163,7 +163,7 @@ def _losses_on_weights(
     join(kept(config), table, tmp_path / "joined.arrow")
     policy = load_policy(config)
     prepare(policy)
-    packed = check_scoring(policy, "policy.model")
+    packed = check_scoring(policy, "policy.model") == "packed"
     assert packed
     trainer = PairTrainer(
         loss=LossConfig(beta=BETA),

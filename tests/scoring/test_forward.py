@@ -12,13 +12,14 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Cache
 
 from pipeline.base.errors import ConfigError
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring import attention, selfcheck
 from pipeline.scoring import forward as scoring_forward
 from pipeline.scoring.forward import LOGPS, Scores, Want, prepare, score, sum_logps, weighted_sums
-from pipeline.scoring.packing import Batch, Layout, pack_pairs, pad_pairs
+from pipeline.scoring.packing import Batch, Layout, make_batch, pack_pairs, pad_pairs
 from pipeline.scoring.selfcheck import check_scoring
 from support.models import GROUPED, SMALL, VOCABULARY
 
@@ -449,10 +450,10 @@ _LONG += [
     TokenizedPair(prompt_ids=_LONG[0].prompt_ids, chosen_ids=[5, 6, 7, 8, 9, 10, 11], rejected_ids=_LONG[0].chosen_ids),
     *random_pairs(3, seed=2),
 ]
-READ_PADDED = ["mpt, an unused logit_scale", "llama4, chunks"]
+NOT_PACKED = ["mpt, an unused logit_scale", "llama4, chunks"]
 if make_model("gemma2, softcap").config._attn_implementation == "sdpa":
     # Before transformers chose another attention for it, its scores went without their cap.
-    READ_PADDED.append("gemma2, softcap")
+    NOT_PACKED.append("gemma2, softcap")
 SPECIAL = [
     "llama, tied",
     "mistral",
@@ -483,8 +484,9 @@ def test_a_packed_row_gives_the_families_own_log_probs(family: str) -> None:
     with torch.no_grad():
         plain = alone_token_logps(model, _LONG)
         prepare(model)
-        assert check_scoring(model, "policy.model") == (family not in READ_PADDED)
-        batch = pad_pairs(_LONG, 0) if family in READ_PADDED else pack_pairs(_LONG)
+        reading = check_scoring(model, "policy.model")
+        assert (reading == "packed") == (family not in NOT_PACKED)
+        batch = make_batch(_LONG, 0, reading)
         found, lean = score(model, batch), score(model, batch, LOGPS)
         # What it does without a layout is what it did before.
         again = alone_token_logps(model, _LONG)
@@ -502,9 +504,9 @@ def test_gradients_of_a_packed_row_are_those_of_the_models_own_logits(family: st
     weights = torch.linspace(-1, 2, len(lengths)).repeat_interleave(lengths)
     plain = torch.autograd.grad((weights * alone_token_logps(model, _LONG)).sum(), list(parameters.values()))
     prepare(model)
-    reads = check_scoring(model, "policy.model")
-    assert reads == (family not in READ_PADDED)
-    logps = score(model, pack_pairs(_LONG) if reads else pad_pairs(_LONG, 0)).tokens.logps
+    packed = check_scoring(model, "policy.model") == "packed"
+    assert packed == (family not in NOT_PACKED)
+    logps = score(model, pack_pairs(_LONG) if packed else pad_pairs(_LONG, 0)).tokens.logps
     found = torch.autograd.grad((weights * logps).sum(), list(parameters.values()))
     for name, a, b in zip(parameters, found, plain, strict=True):
         assert b.abs().max() > 0, name
@@ -519,7 +521,8 @@ def test_float64_agrees_with_the_models_own_logits_to_six_decimals(family: str) 
     with torch.no_grad():
         plain = alone_token_logps(model, _LONG, torch.float64)
         prepare(model)
-        batch = pack_pairs(_LONG) if check_scoring(model, "policy.model") else pad_pairs(_LONG, 0)
+        packed = check_scoring(model, "policy.model") == "packed"
+        batch = pack_pairs(_LONG) if packed else pad_pairs(_LONG, 0)
         found = score(model, batch).tokens.logps
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
 
@@ -582,8 +585,11 @@ HIDDEN_IN_THE_MASK: dict[str, tuple[str, str, Mapping[str, Any]]] = {
 }
 
 
+NOT_CACHED = ["a state space"]
+
+
 @pytest.mark.parametrize("kind", HIDDEN_IN_THE_MASK)
-def test_what_a_packed_row_cannot_serve_is_padded(kind: str) -> None:
+def test_what_a_packed_row_cannot_serve_is_cached_or_padded(kind: str) -> None:
     """Windows and indices are longer than the batch that the model is checked with, as they are in earnest."""
     model_class, config_class, changes = HIDDEN_IN_THE_MASK[kind]
     if not hasattr(transformers, model_class):
@@ -598,10 +604,11 @@ def test_what_a_packed_row_cannot_serve_is_padded(kind: str) -> None:
     with torch.no_grad():
         plain = alone_token_logps(model, _LONG)
         prepare(model)
-        assert not check_scoring(model, "policy.model", 64)
+        reading = check_scoring(model, "policy.model", 64)
+        assert reading == ("padded" if kind in NOT_CACHED else "cached")
         assert model.config._attn_implementation == before
-        found = score(model, pad_pairs(_LONG, 0)).tokens.logps
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
+        for batch in (pad_pairs(_LONG, 0), make_batch(_LONG, 0, reading)):
+            torch.testing.assert_close(score(model, batch).tokens.logps, plain, rtol=1e-4, atol=2e-4)
 
 
 PASS_THE_MASK_ALONE: dict[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -622,7 +629,7 @@ def test_layers_that_pass_on_no_keywords_are_packed(
     parameters = list(model.parameters())
     wanted = torch.autograd.grad(plain.square().sum(), parameters)
     prepare(model)
-    assert check_scoring(model, "policy.model")
+    assert check_scoring(model, "policy.model") == "packed"
     if reentrant is not None:
         model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -641,9 +648,9 @@ def test_a_window_that_no_sequence_reaches_hides_nothing(monkeypatch: pytest.Mon
     with torch.no_grad():
         plain = alone_token_logps(model, pairs)
         prepare(model)
-        assert not check_scoring(model, "policy.model", None)
-        assert not check_scoring(model, "policy.model", 41)
-        assert check_scoring(model, "policy.model", 40)
+        assert check_scoring(model, "policy.model", None) != "packed"
+        assert check_scoring(model, "policy.model", 41) != "packed"
+        assert check_scoring(model, "policy.model", 40) == "packed"
         torch.testing.assert_close(score(model, pack_pairs(pairs)).tokens.logps, plain, rtol=1e-5, atol=1e-4)
 
 
@@ -679,16 +686,16 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch, family: str, dtype: to
         prepare(model.to(dtype))
         return model
 
-    assert check_scoring(make(), "policy.model")
+    assert check_scoring(make(), "policy.model") == "packed"
     for leak in (leak_over_the_row, leak_within_groups):
         monkeypatch.setattr(attention, "_packed", leak)
-        assert not check_scoring(make(), "policy.model")
+        assert check_scoring(make(), "policy.model") != "packed"
     monkeypatch.undo()
     # One that reads no positions keeps tokens apart, but thinks every sequence to follow the row's last.
     deaf = make()
     forward = deaf.base_model.forward
     deaf.base_model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
-    assert not check_scoring(deaf, "policy.model")
+    assert check_scoring(deaf, "policy.model") != "packed"
 
 
 def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,6 +716,49 @@ def test_a_head_on_another_device_than_the_last_layer_is_read_where_it_is(monkey
         found = scoring_forward._score_targets(causal, torch.zeros(2, 8), torch.tensor([7, 8]), want)
         assert found.logps.device.type == "cpu"
     assert seen == [{"meta"}, {"meta"}]
+
+
+def lose_convolutions(cache: Any, rows: torch.Tensor) -> None:
+    _REORDER(cache, rows)
+    for layer in cache.layers:
+        for state in getattr(layer, "conv_states", {}).values():
+            state.zero_()
+
+
+def take_anothers(cache: Any, rows: torch.Tensor) -> None:
+    _REORDER(cache, rows.roll(1))
+
+
+def see_the_padding(
+    backbone: Any, continuations: Any, *, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    return _THROUGH_CACHE(backbone, continuations, input_ids=input_ids, attention_mask=torch.ones_like(attention_mask))
+
+
+_REORDER, _THROUGH_CACHE = Cache.reorder_cache, scoring_forward._through_cache
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_a_state_that_is_lost_or_anothers_is_found(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float
+) -> None:
+    torch.manual_seed(0)
+    model_class, config_class, changes = HIDDEN_IN_THE_MASK["a gated delta rule"]
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**GROUPED, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.dim() > 1 else 1.0)
+    prepare(model.to(dtype))
+    assert check_scoring(model, "policy.model", 64) == "cached"
+    for owner, name, fault in (
+        (Cache, "reorder_cache", lose_convolutions),
+        (Cache, "reorder_cache", take_anothers),
+        (scoring_forward, "_through_cache", see_the_padding),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            assert check_scoring(model, "policy.model", 64) == "padded", fault
 
 
 # What only long rows feel, beyond lengths that the config names.
@@ -742,8 +792,7 @@ def test_a_sequence_scores_as_it_does_alone_or_its_length_is_refused(kind: str) 
             check_scoring(model, "policy.model", refused_beyond)
             assert (score(model, pad_pairs(_LONG, 0)).tokens.logps - plain).abs().max() > 1e-3
             return
-        packed = check_scoring(model, "policy.model", 64)
-        found = score(model, pack_pairs(_LONG) if packed else pad_pairs(_LONG, 0)).tokens.logps
+        found = score(model, make_batch(_LONG, 0, check_scoring(model, "policy.model", 64))).tokens.logps
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=2e-4)
 
 
@@ -771,7 +820,7 @@ def test_packed_rows_are_tried_beyond_the_window(monkeypatch: pytest.MonkeyPatch
         config = transformers.MistralConfig(**{**GROUPED, "sliding_window": 24})
         model = transformers.MistralForCausalLM(config)
         prepare(model)
-        return check_scoring(model, "policy.model", longest)
+        return check_scoring(model, "policy.model", longest) == "packed"
 
     assert packed(64)
     monkeypatch.setattr(attention, "_packed", widen_the_window)

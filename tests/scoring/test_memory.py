@@ -23,7 +23,7 @@ from pipeline.models.files import NamedModel
 from pipeline.scoring import memory
 from pipeline.scoring import scorer as scoring_scorer
 from pipeline.scoring.forward import prepare, score
-from pipeline.scoring.packing import Batch
+from pipeline.scoring.packing import Batch, Reading
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair
@@ -276,7 +276,7 @@ def scorer() -> Any:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     prepare(model)
-    assert check_scoring(model, "reference.model")
+    assert check_scoring(model, "reference.model") == "packed"
     return model
 
 
@@ -296,12 +296,16 @@ OUT_OF_MEMORY = [
 ]
 
 
+def tokens_of(batch: Batch) -> int:
+    return sum(ids.numel() for ids in (batch.input_ids, *(part.ids for part in batch.continuations or ())))
+
+
 def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseException) -> list[int]:
     """Have the scorer run out of memory above so many tokens; gives the sizes that were tried."""
     tried: list[int] = []
 
     def limited(model: Any, batch: Batch, **keywords: Any) -> Any:
-        tried.append(batch.input_ids.numel())
+        tried.append(tokens_of(batch))
         if tried[-1] > tokens:
             raise error
         return score(model, batch, **keywords)
@@ -310,16 +314,16 @@ def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, error: BaseExcept
     return tried
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("reading", ["packed", "cached", "padded"])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_unit_that_ran_out_of_memory_is_finished_with_half_the_budget(
-    scorer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, packed: bool
+    scorer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, reading: Reading
 ) -> None:
     pairs = unit()
-    undisturbed, budget = score_unit(scorer, pairs, 400, packed=packed)
+    undisturbed, budget = score_unit(scorer, pairs, 400, reading)
     assert budget == 400 and not capsys.readouterr().err
     tried = refuse_above(monkeypatch, 130, error)
-    scored, budget = score_unit(scorer, pairs, 400, packed=packed)
+    scored, budget = score_unit(scorer, pairs, 400, reading)
     assert budget == 100
     assert 130 < max(tried) <= 400
     printed = capsys.readouterr().err
@@ -336,14 +340,14 @@ def test_what_does_not_fit_alone_is_a_settings_error_with_the_ways_on(
 ) -> None:
     tried = refuse_above(monkeypatch, 3, OUT_OF_MEMORY[0])
     with pytest.raises(ConfigError, match=r"not even the longest pair alone, \d+ tokens.*data\.max_length"):
-        score_unit(scorer, unit(), 400, packed=True)
+        score_unit(scorer, unit(), 400)
     assert len(tried) < 10
 
 
 def test_another_error_is_not_taken_for_it(scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = refuse_above(monkeypatch, 130, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
-        score_unit(scorer, unit(), 400, packed=True)
+        score_unit(scorer, unit(), 400)
     assert len(tried) == 1
 
 
@@ -367,10 +371,10 @@ check_scoring(model, "reference.model")
 ids = lambda i, n: [3 + (i * 31 + j * 7) % 90 for j in range(n)]
 pairs = [KeptPair(row=i, place="", key=bytes([i]), pair=TokenizedPair(prompt_ids=ids(i, 40 + i),
     chosen_ids=ids(i + 1, 80), rejected_ids=ids(i + 2, 60))) for i in range(60)]
-undisturbed, _ = score_unit(model, pairs, 500, packed=True)
+undisturbed, _ = score_unit(model, pairs, 500)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
-scored, budget = score_unit(model, pairs, 8000, packed=True)
+scored, budget = score_unit(model, pairs, 8000)
 gap = max(abs(x - y) for a, b in zip(scored, undisturbed) for x, y in
     zip([*a.chosen_token_logps, *a.rejected_token_logps], [*b.chosen_token_logps, *b.rejected_token_logps]))
 print("RESULT", json.dumps([budget, float(gap), len(scored)]))
@@ -388,20 +392,20 @@ def test_a_cpu_that_really_ran_out_of_memory_goes_on_with_less() -> None:
     tally("memory that ran out in the middle of a unit", 1, outcome="the rest of the unit scored in smaller batches")
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("reading", ["packed", "cached", "padded"])
 @pytest.mark.parametrize(
     ("free_gib", "kib_per_token", "expected"),
     [(40, 512, 32768), (40, 1024, 16384), (2, 512, 2048), (0.01, 512, 2048), (500, 16, 65536), (40, 0, 65536)],
 )
 def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
-    monkeypatch: pytest.MonkeyPatch, free_gib: float, kib_per_token: int, expected: int, packed: bool
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, kib_per_token: int, expected: int, reading: Reading
 ) -> None:
     """A pretended GPU, whose peak is the weights' and so much a token of what the batch really holds."""
     tokens = 0
 
     def probe(model: Any, batch: Batch, **keywords: Any) -> None:
         nonlocal tokens
-        tokens = batch.input_ids.numel()
+        tokens = tokens_of(batch)
 
     weight = types.SimpleNamespace(device=torch.device("cuda"))
     model = types.SimpleNamespace(parameters=lambda: iter([weight]))
@@ -412,7 +416,7 @@ def test_the_tokens_that_fit_a_gpu_are_a_power_of_two_below_what_is_free(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30 + tokens * kib_per_token * 1024)
-    found = memory.tokens_that_fit(model, packed)
+    found = memory.tokens_that_fit(model, reading)
     assert found == expected
     assert found & (found - 1) == 0
 
@@ -423,7 +427,7 @@ def test_of_several_gpus_the_one_with_the_least_room_decides(monkeypatch: pytest
 
     def probe(model: Any, batch: Batch, **keywords: Any) -> None:
         nonlocal tokens
-        tokens = batch.input_ids.numel()
+        tokens = tokens_of(batch)
 
     weights = [types.SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 0, 1)]
     model = types.SimpleNamespace(parameters=lambda: iter(weights))
@@ -435,10 +439,10 @@ def test_of_several_gpus_the_one_with_the_least_room_decides(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: tokens * per_token[device.index])
-    assert memory.tokens_that_fit(model, True) == 4096
+    assert memory.tokens_that_fit(model, "packed") == 4096
     free[1] = 200 * 2**30
-    assert memory.tokens_that_fit(model, True) == 16384
+    assert memory.tokens_that_fit(model, "packed") == 16384
 
 
 def test_on_a_cpu_the_tokens_that_fit_are_a_constant(scorer: Any) -> None:
-    assert memory.tokens_that_fit(scorer, True) == memory.tokens_that_fit(scorer, False) == 2048
+    assert memory.tokens_that_fit(scorer, "packed") == memory.tokens_that_fit(scorer, "cached") == 2048

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.tokens import TokenizedPair
-from pipeline.scoring.packing import Batch, pack_pairs, pad_pairs, plan_batches
+from pipeline.scoring.packing import Batch, Reading, cache_pairs, make_batch, pack_pairs, pad_pairs, plan_batches
 
 _ids = st.lists(st.integers(0, 99), min_size=1, max_size=20)
 _pairs = st.lists(
@@ -22,42 +22,44 @@ _sharing_pairs = st.lists(
     st.builds(TokenizedPair, prompt_ids=_few, chosen_ids=_few, rejected_ids=_few), min_size=1, max_size=20
 )
 _any_pairs = st.one_of(_pairs, _sharing_pairs)
+_readings = st.sampled_from(["packed", "cached", "padded"])
 
 
 def width(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-@given(pairs=_any_pairs, budget=_budgets, packed=st.booleans())
+@given(pairs=_any_pairs, budget=_budgets, reading=_readings)
 @settings(max_examples=100, deadline=None)
-def test_every_pair_is_in_exactly_one_batch(pairs: list[TokenizedPair], budget: int, packed: bool) -> None:
-    batches = plan_batches(pairs, budget, packed=packed)
+def test_every_pair_is_in_exactly_one_batch(pairs: list[TokenizedPair], budget: int, reading: Reading) -> None:
+    batches = plan_batches(pairs, budget, reading)
     assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
     assert all(batches)
 
 
-@given(pairs=_any_pairs, budget=_budgets, packed=st.booleans())
+@given(pairs=_any_pairs, budget=_budgets, reading=_readings)
 @settings(max_examples=100, deadline=None)
 def test_a_batch_with_its_padding_keeps_to_the_budget_or_is_one_pair(
-    pairs: list[TokenizedPair], budget: int, packed: bool
+    pairs: list[TokenizedPair], budget: int, reading: Reading
 ) -> None:
-    for plan in plan_batches(pairs, budget, packed=packed):
+    for plan in plan_batches(pairs, budget, reading):
         together = [pairs[i] for i in plan]
-        batch = pack_pairs(together) if packed else pad_pairs(together, pad_id=0)
-        assert batch.input_ids.numel() <= budget or len(plan) == 1
+        batch = make_batch(together, 0, reading)
+        computed = [batch.input_ids, *(part.ids for part in batch.continuations or ())]
+        assert sum(ids.numel() for ids in computed) <= budget or len(plan) == 1
 
 
 @given(pairs=_pairs, budget=_budgets)
 @settings(max_examples=60, deadline=None)
 def test_longest_pairs_come_first_and_equal_ones_in_their_order(pairs: list[TokenizedPair], budget: int) -> None:
-    order = [i for batch in plan_batches(pairs, budget, packed=False) for i in batch]
+    order = [i for batch in plan_batches(pairs, budget, "padded") for i in batch]
     assert order == sorted(order, key=lambda i: (-width(pairs[i]), i))
 
 
 @given(pairs=_pairs, budget=_budgets)
 @settings(max_examples=30, deadline=None)
 def test_no_padded_batch_could_have_taken_the_next_pair(pairs: list[TokenizedPair], budget: int) -> None:
-    batches = plan_batches(pairs, budget, packed=False)
+    batches = plan_batches(pairs, budget, "padded")
     for batch in batches[:-1]:
         assert 2 * (len(batch) + 1) * width(pairs[batch[0]]) > budget
 
@@ -65,7 +67,7 @@ def test_no_padded_batch_could_have_taken_the_next_pair(pairs: list[TokenizedPai
 @given(pairs=_any_pairs, budget=_budgets)
 @settings(max_examples=100, deadline=None)
 def test_no_packed_batch_could_have_taken_the_next_pair(pairs: list[TokenizedPair], budget: int) -> None:
-    batches = plan_batches(pairs, budget, packed=True)
+    batches = plan_batches(pairs, budget, "packed")
     for batch, following in itertools.pairwise(batches):
         with_next = pack_pairs([pairs[i] for i in [*batch, following[0]]])
         assert with_next.input_ids.numel() > budget
@@ -76,7 +78,7 @@ def test_no_packed_batch_could_have_taken_the_next_pair(pairs: list[TokenizedPai
 def test_pairs_that_share_a_prompt_stand_together_in_the_order_of_their_longest(
     pairs: list[TokenizedPair], budget: int
 ) -> None:
-    order = [i for batch in plan_batches(pairs, budget, packed=True) for i in batch]
+    order = [i for batch in plan_batches(pairs, budget, "packed") for i in batch]
     prompts = [tuple(pairs[i].prompt_ids) for i in order]
     starts = [k for k in range(len(prompts)) if k == 0 or prompts[k] != prompts[k - 1]]
     assert len(starts) == len(set(prompts))
@@ -95,12 +97,29 @@ def test_a_padded_plan_depends_on_lengths_alone(pairs: list[TokenizedPair], budg
         )
         for p in pairs
     ]
-    once, again, of_others = (plan_batches(some, budget, packed=False) for some in (pairs, pairs, others))
+    once, again, of_others = (plan_batches(some, budget, "padded") for some in (pairs, pairs, others))
     assert once == again == of_others
 
 
 def test_no_pairs_make_no_batches() -> None:
-    assert plan_batches([], 100, packed=True) == plan_batches([], 100, packed=False) == []
+    assert plan_batches([], 100, "packed") == plan_batches([], 100, "cached") == plan_batches([], 100, "padded") == []
+
+
+@given(pairs=_any_pairs, budget=_budgets)
+@settings(max_examples=60, deadline=None)
+def test_a_cached_batch_holds_prompts_of_similar_lengths_and_the_largest_come_first(
+    pairs: list[TokenizedPair], budget: int
+) -> None:
+    plans = plan_batches(pairs, budget, "cached")
+    prompts = [sorted(len(pairs[i].prompt_ids) for i in plan) for plan in plans]
+    for one, other in itertools.combinations(prompts, 2):
+        assert one[-1] <= other[0] or other[-1] <= one[0]
+    sizes = [
+        2 * len(plan) * (max(lengths) + max(width(pairs[i]) - len(pairs[i].prompt_ids) for i in plan))
+        for plan, lengths in zip(plans, prompts, strict=True)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size <= budget or len(plan) == 1 for size, plan in zip(sizes, plans, strict=True))
 
 
 def test_rows_are_chosen_then_rejected_padded_on_the_right() -> None:
@@ -166,6 +185,28 @@ def test_pairs_that_share_a_prompt_are_one_group_and_shared_completions_are_ther
     assert scored(batch) == [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
 
 
+def test_a_cached_batch_stacks_each_prompt_once_and_its_completions_in_two_blocks() -> None:
+    pairs = [
+        TokenizedPair(prompt_ids=[1, 2, 3], chosen_ids=[4], rejected_ids=[5, 6, 7, 8]),
+        TokenizedPair(prompt_ids=[9], chosen_ids=[5, 6, 7], rejected_ids=[10, 11]),
+        TokenizedPair(prompt_ids=[9], chosen_ids=[10, 11], rejected_ids=[5, 6]),
+    ]
+    batch = cache_pairs(pairs, pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [0, 0, 9]]
+    assert batch.attention_mask is not None and batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.continuations is not None
+    ids, masks, prompts = ([part[i].tolist() for part in batch.continuations] for i in range(3))
+    assert ids == [[[5, 6, 7], [5, 6, 0]], [[10], [5], [0]]]
+    assert masks == [[[1, 1, 1], [1, 1, 0]], [[1], [1], [0]]]
+    assert prompts == [[0, 1], [1, 1, 0]]
+    assert scored(batch) == [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+
+
+def test_completions_of_one_token_are_predicted_by_their_prompts_alone() -> None:
+    batch = cache_pairs([TokenizedPair(prompt_ids=[1, 2], chosen_ids=[3], rejected_ids=[4])], pad_id=0)
+    assert batch.continuations == () and batch.logit_positions.tolist() == [0, 0]
+
+
 def scored(batch: Batch) -> list[list[int]]:
     """The completions, as the batch has its model score them."""
     targets = batch.targets if batch.expand_index is None else batch.targets[batch.expand_index]
@@ -174,6 +215,14 @@ def scored(batch: Batch) -> list[list[int]]:
 
 def texts_read(batch: Batch) -> list[list[int]]:
     """What the model has read up to each scored token, by the layout and the positions: prompt and completion."""
+    if batch.continuations is not None:
+        assert batch.attention_mask is not None
+        rows = [row[mask == 1].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        read = list(rows)
+        for part in batch.continuations:
+            for ids, prompt in zip(part.ids.tolist(), part.prompts.tolist(), strict=True):
+                read += [rows[prompt] + ids[: i + 1] for i in range(len(ids))]
+        return [read[i] for i in batch.logit_positions.tolist()]
     assert batch.layout is not None and batch.position_ids is not None
     row = batch.input_ids[0].tolist()
     seen: list[list[int]] = []
@@ -190,10 +239,12 @@ def texts_read(batch: Batch) -> list[list[int]]:
     return [seen[i] for i in batch.logit_positions.tolist()]
 
 
-@given(pairs=_any_pairs)
+@given(pairs=_any_pairs, reading=st.sampled_from(["packed", "cached"]))
 @settings(max_examples=150, deadline=None)
-def test_every_scored_token_is_predicted_from_its_own_prompt_and_completion(pairs: list[TokenizedPair]) -> None:
-    batch = pack_pairs(pairs)
+def test_every_scored_token_is_predicted_from_its_own_prompt_and_completion(
+    pairs: list[TokenizedPair], reading: Reading
+) -> None:
+    batch = make_batch(pairs, 0, reading)
     read = texts_read(batch)
     places = range(len(batch.targets)) if batch.expand_index is None else batch.expand_index.tolist()
     found = [(read[i], int(batch.targets[i])) for i in places]
@@ -230,4 +281,4 @@ def test_dtypes_are_those_that_models_take() -> None:
 @pytest.mark.parametrize(("budget", "sizes"), [(16, [4]), (15, [3, 1]), (8, [2, 2]), (7, [1] * 4), (1, [1] * 4)])
 def test_the_budget_is_met_exactly(budget: int, sizes: list[int]) -> None:
     pairs = [TokenizedPair(prompt_ids=[1], chosen_ids=[2], rejected_ids=[3])] * 4
-    assert [len(batch) for batch in plan_batches(pairs, budget, packed=False)] == sizes
+    assert [len(batch) for batch in plan_batches(pairs, budget, "padded")] == sizes

@@ -206,7 +206,7 @@ class Bench:
         transformers.set_seed(SEED)
         policy = load_policy(config)
         prepare(policy)
-        packed = check_scoring(policy, "policy.model") and not balance_weight(policy, config.loss)
+        packed = check_scoring(policy, "policy.model") == "packed" and not balance_weight(policy, config.loss)
         trainer = PairTrainer(
             loss=config.loss,
             model=policy,

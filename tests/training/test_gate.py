@@ -356,7 +356,9 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
 
     monkeypatch.setattr(scorer, "score", leaning)
     # The whole check would see that something is wrong.
-    monkeypatch.setattr(scorer, "check_scoring", lambda model, key, longest: switch_attention(model))
+    monkeypatch.setattr(
+        scorer, "check_scoring", lambda model, key, longest: "packed" if switch_attention(model) else "padded"
+    )
     output = tmp_path / "leaning"
     precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
     store = open_store(output / "train")

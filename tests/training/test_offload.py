@@ -84,7 +84,7 @@ def train(
     """Train for a few steps of plain SGD, whose weights move by the gradient times a constant."""
     model = make_model(lora=lora, dtype=dtype)
     prepare(model)
-    assert check_scoring(model, "policy.model")
+    assert check_scoring(model, "policy.model") == "packed"
     if lora and arguments.get("gradient_checkpointing"):
         model.enable_input_require_grads()
     settings: dict[str, Any] = {
