@@ -24,9 +24,13 @@ from pipeline.store.finishing import lost_parts
 from pipeline.store.format import MANIFEST
 from pipeline.store.plan import declared_of, plan_of, report_of
 from pipeline.store.reuse import open_reusable
+from pipeline.store.serving import serving_store
 from pipeline.store.store import check_identity, create_store, is_finished, load_store, open_store
 
 __all__ = ["reported_run", "reported_stores"]
+
+_NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which the libraries know how many processes were launched"""
 
 
 def reported_stores(config: Config) -> bool:
@@ -54,11 +58,14 @@ def reported_run(config: Config) -> bool:
 
 def _recalled(command: str, config: Config) -> dict[str, Any] | None:
     """Give what the command found out before; None where more than one process or reference takes part."""
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(name.startswith("ACCELERATE_") for name in os.environ)
-    if launched or config.reference.sync is not None:
+    launched = any(os.environ.get(name, "1") != "1" for name in _NUMBERS_OF_PROCESSES)
+    if launched or any(name.startswith("ACCELERATE_") for name in os.environ) or config.reference.sync is not None:
         return None
     known = Recollection(command, config).recall()
-    return None if known is None else {**known, "tokenizer": TokenizerFacts(**known["tokenizer"])}
+    try:
+        return None if known is None else {**known, "tokenizer": TokenizerFacts(**known["tokenizer"])}
+    except (KeyError, TypeError):  # not as this program writes it
+        return None
 
 
 def _reports(config: Config, known: dict[str, Any]) -> list[str] | None:
@@ -74,10 +81,14 @@ def _reports(config: Config, known: dict[str, Any]) -> list[str] | None:
     config = with_template_date(config, known["tokenizer"])
     identity = identity_of_run(config, known["tokenizer"])
     reusable = open_reusable(config.precompute.reuse, identity)
+    reports = {}
     for name, source in sources.items():
-        # With a manifest there, this compares and writes nothing.
-        create_store(folders[name], identity, plan_of(config, source, reusable, None), declared_of(config, source))
-    reports = {name: report_of(name, folder) for name, folder in folders.items()}
+        plan, folder = plan_of(config, source, reusable, None), folders[name]
+        serves = serving_store(folder, identity, plan, known["exact_length"]) is not None
+        if not serves:
+            # With a manifest there, this compares and writes nothing.
+            create_store(folder, identity, plan, declared_of(config, source))
+        reports[name] = report_of(name, folder, config if serves else None)
     # That they are enough to train on was checked.
     if {name: kept for name, (_, kept) in reports.items()} != known["kept"]:
         return None

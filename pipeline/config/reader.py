@@ -86,9 +86,7 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_written(self, text: _Written) -> yaml.ScalarNode:
         tag = self.resolve(yaml.ScalarNode, str(text), (True, False))  # type: ignore[no-untyped-call]
-        kind = tag.removeprefix("tag:yaml.org,2002:")
-        # `save_strategy: no` is a word; other readers would take it for false.
-        plain = kind in ("int", "float") or text.lower() in ("true", "false")
+        plain = tag.removeprefix("tag:yaml.org,2002:") in ("int", "float", "bool")
         return self.represent_scalar(tag if plain else "tag:yaml.org,2002:str", str(text))
 
 
@@ -97,7 +95,8 @@ _Dumper.add_representer(_Written, _Dumper.represent_written)
 
 def _as_written(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _as_written(item) for key, item in value.items()}
+        # `save_strategy: no` is a word; other readers would take it for false.
+        return {key: item if key.endswith("_strategy") else _as_written(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_as_written(item) for item in value]
     return _Written(value) if isinstance(value, str) else value

@@ -18,7 +18,7 @@ from pipeline.base.errors import RefshardError
 from pipeline.base.versions import library_versions
 from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config
-from pipeline.models.files import NamedModel, reference_sources
+from pipeline.models.files import NamedModel, find_adapter, reference_sources
 from pipeline.models.identity import TokenizerFacts
 from pipeline.models.lengths import exact_length_of_reference
 
@@ -54,27 +54,36 @@ class Recollection:
         return self._key is not None and (self._stamps, self._key) == self._look()
 
     def _look(self) -> tuple[list[Any], str | None]:
-        """Give the stamps of all files, and the entry's key; None if the models are not there to be looked at."""
+        """Give the stamps of all files, and the entry's key; None if a model or a library can't be known by it."""
         try:
-            files = [file for folder in _folders(self._config) for file in _files(folder)]
+            folders = [(folder, _files(folder)) for folder in _folders(self._config)]
             # The stamps first: a change while the digests are taken must be noticed.
-            stamps = [(str(file), stamp_of(file)) for file in files]
+            stamps = [(str(file), stamp_of(file)) for _, files in folders for file in files]
+            libraries = {name: _place_of(name) for name in _LIBRARIES}
+            if None in libraries.values():
+                return [], None
             inputs = {
                 "command": self._command,
                 "settings": as_dict(self._config),
                 "versions": library_versions(),
-                "libraries": {name: _place_of(name) for name in _LIBRARIES},
+                "libraries": libraries,
                 "code": digest_of_code(),
-                "files": [(file.name, _content(file)) for file in files],
+                "files": [
+                    [(str(file.relative_to(folder)), _content(file)) for file in files] for folder, files in folders
+                ],
             }
         except (RefshardError, OSError):
             return [], None
         return stamps, hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def facts_of_stores(tokenizer: Any, kept: Mapping[str, int]) -> dict[str, Any]:
+def facts_of_stores(config: Config, tokenizer: Any, kept: Mapping[str, int]) -> dict[str, Any]:
     """Give what is recalled of a `precompute` that has passed every check, with these numbers of pairs."""
-    return {"tokenizer": asdict(TokenizerFacts.of(tokenizer)), "kept": dict(kept)}
+    return {
+        "tokenizer": asdict(TokenizerFacts.of(tokenizer)),
+        "exact_length": exact_length_of_reference(config),
+        "kept": dict(kept),
+    }
 
 
 def facts_of_run(config: Config, tokenizer: Any, training: Mapping[str, Any], *, pushes: bool) -> dict[str, Any]:
@@ -94,8 +103,8 @@ def _folders(config: Config) -> list[Path]:
     """List the folders that settings, tokenizer and adapters are read from. Fetches no weights."""
     reference, adapter = reference_sources(config)
     models = [NamedModel.policy(config).folder(weights=False), reference.folder(weights=False)]
-    named = [config.policy.adapter, config.reference.adapter]
-    adapters = [Path(name).expanduser() for name in named if name is not None and Path(name).expanduser().is_dir()]
+    named = {"policy.adapter": config.policy.adapter, "reference.adapter": config.reference.adapter}
+    adapters = [find_adapter(name, key) for key, name in named.items() if name is not None]
     return [*models, *adapters, *([] if adapter is None else [adapter])]
 
 
@@ -111,11 +120,16 @@ def _content(file: Path) -> Any:
 
 
 def _place_of(library: str) -> Any:
-    """Give the place of a library and the time of the last installation beside it."""
+    """Give the place of a library and the time of the last installation beside it.
+
+    None if it was not installed there: the files of a checkout change, and neither version nor place shows it.
+    """
     found = importlib.util.find_spec(library)
     if found is None or found.origin is None:
         return None
     package = Path(found.origin).parent
+    if package.parent.name not in ("site-packages", "dist-packages"):
+        return None
     return [str(package), stamp_of(package)[1], stamp_of(package.parent)[1]]
 
 

@@ -221,16 +221,24 @@ def _ends(values: Sequence[Mean]) -> tuple[float, float]:
 
 
 def _label_shifts(points: Sequence[Point], low: float, high: float) -> list[float]:
-    """Give how far above its point each name stands, in pixels, so that no two names lie on each other."""
+    """Give how far above its point each name stands, in pixels: on no other name, and on no other point's error bar."""
     x_span = max(point.x.mean for point in points) - min(0.0, *(point.x.mean for point in points)) or 1.0
     placed: list[tuple[float, float]] = []
     shifts = dict.fromkeys(range(len(points)), 0.0)
+    heights = [(point.y.mean - low) / (high - low) * (_POINT_CHART - 80) for point in points]
     for i in sorted(shifts, key=lambda i: points[i].y.mean):
-        x, height = points[i].x.mean / x_span, (points[i].y.mean - low) / (high - low) * (_POINT_CHART - 80)
+        x, height = points[i].x.mean / x_span, heights[i]
         # Names of points in one half of a narrow chart may reach each other.
         near = [other for at, other in placed if abs(at - x) < 0.5]
+        bars = [
+            at
+            for at, other in zip(heights, points, strict=True)
+            if abs(other.x.mean / x_span - x) < 0.5 + (other.x.error or 0.0) / x_span
+        ]
         shift = 12.0
-        while any(abs(height + shift - other) < _LINE_HEIGHT for other in near):
+        while any(abs(height + shift - other) < _LINE_HEIGHT for other in near) or any(
+            abs(height + shift - bar) < _LINE_HEIGHT / 2 for bar in bars
+        ):
             shift += 1.0
         placed.append((x, height + shift))
         shifts[i] = shift

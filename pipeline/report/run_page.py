@@ -150,15 +150,15 @@ def _worst_pairs(run: Run) -> list[Section]:
         latest = {int(row): i for i, row in enumerate(margins.rows) if change[i] < 0}
         worst = sorted(latest.values(), key=lambda i: change[i])[:_MOST_WORST]
         shown: list[npt.NDArray[Any]] = [change, *(columns[name] for name in _OF_WORST)]
-        rows = [[int(margins.rows[i]), *(f"{values[i]:+.2f}" for values in shown)] for i in worst]
+        # As text: a row is typed as it is shown.
+        rows = [[str(margins.rows[i]), *(f"{values[i]:+.2f}" for values in shown)] for i in worst]
         if rows:
             body += Markup("<h3>{}</h3>").format(printable(name)) + table(_WORST_HEADER, rows)
     if not body:
         return []
-    note = (
-        "Pairs whose margin has fallen most, in nats: training moved them toward the rejected completion. "
-        f"refshard explain --config {run.folder / SETTINGS} --set SET --row ROW --policy {run.folder} shows one."
-    )
+    note = "Pairs whose margin has fallen most, in nats: training moved them toward the rejected completion."
+    command = f"refshard explain --config {run.folder / SETTINGS} --policy {run.folder} --set SET --row ROW"
+    body += Markup("<p>This command shows one of them, token by token:</p>") + preformatted(command)
     return [Section(title="Pairs that got worst", body=body, note=note)]
 
 

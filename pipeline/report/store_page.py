@@ -28,7 +28,8 @@ def store_page(where: str, stores: Sequence[Contents], described: Sequence[Mappi
     for store, entry in zip(stores, described, strict=True):
         name = f"{entry['store'].rstrip('/').rpartition('/')[2]}: " if len(stores) > 1 else ""
         sections += [replace(section, title=name + section.title) for section in _sections(store, entry)]
-    return page("Contents of the shards", sections, subtitle=where)
+    named = "/".join(where.rstrip("/").split("/")[-2:])
+    return page(f"Shards {named}", sections, subtitle=where)
 
 
 def _sections(store: Contents, entry: Mapping[str, Any]) -> Iterator[Section]:
@@ -104,4 +105,6 @@ def _part_charts(means: Mapping[str, npt.NDArray[np.float64]]) -> list[Markup]:
 
 def _shown(block: Block) -> Markup:
     text = Markup("<p>{}</p>").format(block.text)
-    return text + table(block.header, block.rows) if block.rows else text
+    # As many digits as the terminal shows, so that a column's points stand below each other.
+    rows = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in block.rows]
+    return text + table(block.header, rows) if rows else text

@@ -55,7 +55,8 @@ def verdict_of(run: Run) -> list[str]:
     for name, held_out in measured.items():
         numbers = f"Held-out pairs {name} ({held_out.accuracy.count:,}): {held_out}."
         if train is not None:
-            numbers = f"Training pairs, the last {train.accuracy.count:,}: {train}. {numbers}"
+            which = f"Training pairs, the last {train.accuracy.count:,}, each as it was last trained on"
+            numbers = f"{which}: {train}. {numbers}"
         texts.append(f"{_judge(train, held_out)} {numbers} Before training, accuracy is 0.5{_ln2(is_sigmoid)}.")
     return texts
 
@@ -66,6 +67,9 @@ def _ln2(is_sigmoid: bool) -> str:
 
 def _measure(margins: MarginRows, *, with_loss: bool) -> _Measured | None:
     values: npt.NDArray[np.float64] = margins.columns["reward_margin"].astype(np.float64)
+    if margins.rows is not None:
+        # Over several epochs a pair is there several times. They are no independent measurements; the last one counts.
+        values = values[list({int(row): i for i, row in enumerate(margins.rows)}.values())]
     values = values[np.isfinite(values)]
     share = share_positive(values)
     if share is None:

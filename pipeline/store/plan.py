@@ -16,14 +16,21 @@ from pipeline.store.store import open_store
 __all__ = ["declared_of", "plan_of", "report_of"]
 
 
-def report_of(name: str, folder: Folder) -> tuple[str, int]:
-    """Sum up a set's finished store in a line, and give its number of pairs. Raises DataError if there are none."""
+def report_of(name: str, folder: Folder, config: Config | None = None) -> tuple[str, int]:
+    """Sum up a set's finished store in a line, and give its number of pairs. Raises DataError if there are none.
+
+    `config` are the settings of a run that another run's store serves.
+    """
     store = open_store(folder)
     totals = Ledger()
     totals.add(dict(store.index["totals"]))
+    where = f"in {folder} ({number_of(len(store.units), 'part')})"
+    if config is not None:
+        for_what = "this run" if store.is_imported else f"max_length {config.data.max_length}"
+        return f"{name}: these shards serve {for_what} as they are; {where}", totals.kept
     if totals.kept == 0:
         raise DataError(f"{folder}: no pair was kept, so there is nothing to train on: {totals.summary()}")
-    return f"{name}: {totals.summary()}; in {folder} ({number_of(len(store.units), 'part')})", totals.kept
+    return f"{name}: {totals.summary()}; {where}", totals.kept
 
 
 def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[int] | None) -> dict[str, Any]:

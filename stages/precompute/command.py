@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, is_out_of_memory, number_of
+from pipeline.base.errors import ConfigError, is_out_of_memory
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
@@ -151,6 +151,8 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             delete_costs(costs_in, name)
         job = _make_job(name, source, rows if name == "train" else None, worker, identity)
         if job is None:
+            report, kept[name] = report_of(name, open_folder(config.precompute.output).child(name), config)
+            say(report)
             continue
         missing += worker.score(job)
         if is_finished(job.folder):
@@ -159,7 +161,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             if name == "train" and rows is None:
                 _check_enough(config, kept[name])
     if len(kept) == len(sources):
-        recollection.remember(facts_of_stores(tokenizer, kept))
+        recollection.remember(facts_of_stores(config, tokenizer, kept))
     if missing:
         say(f"Worker {worker.name} is done; {missing} units of other workers are still missing.")
 
@@ -177,9 +179,7 @@ def _make_job(
         "another precompute.output (precompute.reuse copies)",
     )
     plan = plan_of(config, source, worker.reusable, rows)
-    if store := serving_store(folder, identity, plan, exact_length_of_reference(config)):
-        for_what = "this run" if store.is_imported else f"max_length {config.data.max_length}"
-        say(f"{name}: these shards serve {for_what} as they are; in {folder} ({number_of(len(store.units), 'part')})")
+    if serving_store(folder, identity, plan, exact_length_of_reference(config)):
         return None
     header = create_store(folder, identity, plan, declared_of(config, source), _provenance(config))
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)

@@ -584,11 +584,12 @@ def test_an_empty_section_means_its_defaults(load: Load) -> None:
 
 def test_saved_settings_have_numbers_as_numbers_booleans_as_booleans_and_words_as_words(load: Load) -> None:
     train = {"max_steps": 12, "use_cpu": True, "learning_rate": 0.5, "save_strategy": "no", "report_to": ["none"]}
+    train |= {"bf16": False, "gradient_checkpointing": True}
     train |= {"run_name": "2024-01-01", "save_total_limit": "null", "fsdp_config": {"version": 2}, "warmup_steps": 1e-3}
     config = load(
         SMALLEST + "train: {output_dir: '7', max_steps: '12', use_cpu: 'true', learning_rate: '.5', save_strategy: no, "
         "report_to: [none], run_name: 2024-01-01, save_total_limit: null, fsdp_config: {version: 2}, "
-        "warmup_steps: 1.0e-3}\n"
+        "warmup_steps: 1.0e-3, bf16: 'off', gradient_checkpointing: 'yes'}\n"
     )
     text = settings_text(config)
     assert yaml.safe_load(text)["train"] == {"output_dir": 7, **train}

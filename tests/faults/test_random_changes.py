@@ -1,8 +1,9 @@
 """Two hundred random changes of what a log-prob depends on: each is refused by its field, or changes no number.
 
 Scored once. Then a value or a byte of model, tokenizer, adapter, data, settings or environment is changed, and the
-changed run asks the stored log-probs for its pairs. It must be refused, or get what its own reference gives. Stage two
-joins before the change, too: after it, the sets that it keeps must be those of a run that joins anew.
+changed run asks the stored log-probs for its pairs. It must be refused, or get what its own reference gives. Both
+stages, finished before the change, must not answer that there is nothing to do unless that holds. The joined sets that
+stage two keeps must be those of a run that joins anew.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from pipeline.models.identity import differences, identity_of_run
 from pipeline.scoring.scorer import load_scorer
 from pipeline.training.joined_cache import JoinedCache
 from pipeline.training.joining import join_sets, open_joined, open_stores_of_run
+from stages import finished, train
 from stages.precompute import command as precompute
 from support.models import make_model, make_tokenizer
 from support.runs import kept, simple_rows, write_config, write_jsonl
@@ -55,7 +57,8 @@ def as_messages(row: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
+    """A folder with finished stores and a finished run, to be copied to the place where it was made."""
+    folder = tmp_path_factory.mktemp("changes") / "now"
     write_jsonl(folder / "pairs.jsonl", [*simple_rows(6), *map(as_messages, simple_rows(6, start=6))])
     model = make_model(folder / "model", make_tokenizer(bos=True, template=TEMPLATE))
     torch.manual_seed(0)
@@ -65,7 +68,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.save_pretrained(folder / "adapter")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        config = settings(folder)
+        precompute.run(config)
+        train.run(config)
+    return folder.rename(folder.parent / "original")
 
 
 def settings(folder: Path, *overrides: str) -> Config:
@@ -75,6 +83,7 @@ def settings(folder: Path, *overrides: str) -> Config:
         policy={"model": str(folder / "model")},
         reference={"adapter": str(folder / "adapter")},
         precompute={"output": str(folder / "shards"), "tokens_per_batch": 512},
+        train={"output_dir": str(folder / "policy"), "max_steps": 1, "save_strategy": "no", "use_cpu": True},
     )
     return load_config(file, overrides)
 
@@ -240,13 +249,17 @@ def change(folder: Path, chance: random.Random) -> tuple[str, tuple[str, ...]]:
 
 def outcome_of(folder: Path, overrides: tuple[str, ...], identity: dict[str, Any], stored: Logps) -> str:
     """Say how the change was refused, or that it changed no number; fail if a wrong number would be read."""
+    answered = False
     try:
         config = settings(folder, *overrides)
+        answered = finished.reported_stores(config) | finished.reported_run(config)
         found = differences(identity, identity_of_run(config, load_tokenizer(config)), joining=True)
         if found:
+            assert not answered, f"nothing to do, although {found[0]}"
             return f"refused by {found[0]}"
         now = score(config)
     except RefshardError as error:
+        assert not answered, f"nothing to do, although {error}"
         return f"refused: {error}"
     # A pair that was not stored is missing, which stage two refuses; one that was must have these numbers.
     for key in now.keys() & stored.keys():
@@ -254,7 +267,8 @@ def outcome_of(folder: Path, overrides: tuple[str, ...], identity: dict[str, Any
             gap = np.abs(ours - theirs[: len(ours)]).max()
             assert len(ours) <= len(theirs)
             assert gap < ROUNDING, f"{gap:.1e} nats apart"
-    return "no number changed"
+    assert not answered or now.keys() == stored.keys(), "nothing to do, although the pairs are others"
+    return "no number changed" + ", nothing to do" * answered
 
 
 def joined(config: Config, folder: Path, cache: JoinedCache | None) -> Any:
@@ -305,14 +319,17 @@ def test_joined_sets_that_are_kept_are_those_of_a_run_that_joins_anew(
 
 
 def test_each_of_two_hundred_random_changes_is_refused_or_changes_no_number(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = settings(original)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(original.parent / "cache"))
+    now = original.parent / "now"
+    config = settings(Path(shutil.copytree(original, now)))
+    assert finished.reported_stores(config) and finished.reported_run(config)
     identity, stored = identity_of_run(config, load_tokenizer(config)), score(config)
+    shutil.rmtree(now)
     outcomes = []
     for seed in range(CHANGES):
-        folder = Path(shutil.copytree(original, tmp_path / str(seed)))
+        folder = Path(shutil.copytree(original, now))
         environment = dict(os.environ)
         what, overrides = change(folder, random.Random(seed))
         try:
@@ -327,6 +344,8 @@ def test_each_of_two_hundred_random_changes_is_refused_or_changes_no_number(
             print(f"{seed}: {what}: {outcomes[-1][:150]}")
     refused = sum(text.startswith("refused") for text in outcomes)
     assert CHANGES // 4 < refused < CHANGES
+    # Variables of the environment, and keys that nothing reads.
+    assert any(text.endswith("nothing to do") for text in outcomes)
     tally(
         "one value or byte of model, tokenizer, adapter, data, settings or environment changed at random",
         CHANGES,

@@ -43,6 +43,16 @@ def test_the_verdict_weighs_training_and_held_out_pairs(
     assert f"Held-out pairs test ({len(test)})" in verdict
 
 
+def test_a_pair_of_several_epochs_is_one_measurement_its_last(tmp_path: Path) -> None:
+    write_log(folder := tmp_path / "run", [{"step": 3, "loss": 0.5}])
+    write_settings(folder, loss={"type": "sigmoid", "beta": 1.0})
+    values = np.array([[0, m, m, m, 0] for m in (-2.0, -2.0, 1.0, 1.0)], np.float32)
+    write_margins(folder, "train", 3, np.array([[row, 0, 0] for row in (7, 8, 7, 8)]), values)
+    write_margins(folder, "test", 3, np.array([[1, 0, 0], [2, 0, 0]]), values[2:])
+    [verdict] = verdict_of(read_run(folder))
+    assert "Training pairs, the last 2, each as it was last trained on: accuracy 1" in verdict
+
+
 def test_a_run_without_held_out_pairs_has_no_verdict_on_them(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", train=[1.0] * 9)
     assert verdict_of(read_run(folder)) == []
@@ -53,7 +63,12 @@ def test_a_run_without_held_out_pairs_has_no_verdict_on_them(tmp_path: Path) -> 
 
 def test_the_page_says_the_verdict_which_run_and_which_pairs_got_worst(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "uf/policy", train=[1.0] * 9, test=[1.0, -2.0, -0.5, 3.0])
+    margins = np.array([[0, -5, -5, -5, 0]], np.float32)
+    write_margins(folder, "large", 3, np.array([[12345, 0, 0]]), margins)
     page = report_page([read_run(folder)])
+    # A row stands as it is typed.
+    assert '<td class="number">12345</td>' in page
+    assert f"refshard explain --config {folder}/refshard.yaml --policy {folder} --set SET --row ROW</pre>" in page
     assert "<h1>Run uf/policy</h1>" in page
     assert verdict_of(read_run(folder))[0].split(":")[0] in page
     worst = page.split("<h2>Pairs that got worst</h2>")[1].split("</section>")[0]

@@ -14,6 +14,7 @@ import pytest
 from pipeline.config.reader import load_config
 from pipeline.models import recollection
 from stages.finished import reported_run, reported_stores
+from stages.precompute.command import run as precompute
 from support.models import make_model, make_tokenizer
 from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_config, write_jsonl
@@ -29,6 +30,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished store and a finished run, and with a cache that knows both."""
     folder = tmp_path_factory.mktemp("done")
     make_model(folder / "model", make_tokenizer(bos=True))
+    (folder / "model/additional_chat_templates").mkdir()
+    (folder / "model/additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
     make_model(folder / "scored", make_tokenizer(bos=True), seed=3)
     write_config(
         folder / "run.yaml",
@@ -107,7 +110,16 @@ CHANGES: dict[str, tuple[Callable[[Path], object], tuple[bool, bool]]] = {
     ),
     "tokenizer": (lambda folder: _append(folder / "model/tokenizer.json"), (False, False)),
     "chat template": (lambda folder: (folder / "model/chat_template.jinja").write_text("{{ 1 }}"), (False, False)),
+    "a chat template in another folder": (
+        lambda folder: shutil.move(folder / "model/additional_chat_templates/tool_use.jinja", folder / "model"),
+        (False, False),
+    ),
+    "a file in the other model's folder": (
+        lambda folder: shutil.move(folder / "model/tokenizer_config.json", folder / "scored/a.json"),
+        (False, False),
+    ),
     "data": (lambda folder: _append(folder / "pairs.jsonl"), (False, False)),
+    "a byte of the data": (lambda folder: _flip(folder / "pairs.jsonl"), (False, False)),
     "settings": (lambda folder: _append(folder / "run.yaml", "loss: {beta: 0.7}\n"), (False, False)),
     "a part that is gone": (lambda folder: (folder / "shards/train/part-00001.parquet").unlink(), (False, True)),
     "a part cut short": (
@@ -140,6 +152,7 @@ def test_after_any_change_the_full_command_looks(done: Path, tmp_path: Path, wha
         for file, stat in kept.items():
             content = (saved / file.relative_to(done)).read_bytes()
             if not file.exists() or file.read_bytes() != content:
+                file.parent.mkdir(exist_ok=True)
                 file.write_bytes(content)
                 os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
@@ -150,6 +163,69 @@ def test_other_libraries_and_other_code_recall_nothing(done: Path, monkeypatch: 
     assert answers(done) == (False, False)
 
 
-def test_one_of_several_processes_recalls_nothing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_library_that_is_worked_on_where_it_lies_recalls_nothing(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout/tokenizers"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").touch()
+    monkeypatch.syspath_prepend(checkout.parent)
+    monkeypatch.delitem(sys.modules, "tokenizers", raising=False)
     assert answers(done) == (False, False)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("number", ["2", "many"])
+def test_one_of_several_processes_recalls_nothing(
+    done: Path, monkeypatch: pytest.MonkeyPatch, variable: str, number: str
+) -> None:
+    monkeypatch.setenv(variable, number)
+    assert answers(done) == (False, False)
+
+
+@pytest.mark.parametrize("content", ["", "[1", "{}", "[]", "1", "null", "facts"])
+def test_a_cache_that_is_damaged_or_another_programs_recalls_nothing(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    shutil.copytree(done / "cache", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "cache/refshard/recollections.json"
+    if content == "facts":
+        content = json.dumps({key: {"tokenizer": {"digest": 1}} for key in json.loads(file.read_text())})
+    file.write_text(content)
+    assert answers(done) == (False, False)
+
+
+def test_without_a_home_folder_nothing_is_cached_and_nothing_fails(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "")
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", lambda path: homeless(path) if str(path).startswith("~") else path)
+    assert answers(done) == (False, False)
+
+
+def test_stores_that_serve_a_smaller_length_are_reported_as_the_full_command_does(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(done / "run.yaml", ["data.max_length=100"])
+    assert not reported_stores(config)
+    precompute(config)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "these shards serve max_length 100 as they are" in said
+    assert reported_stores(config)
+    assert capsys.readouterr().out.splitlines() == [said]
+
+
+def test_an_adapter_that_the_reference_does_not_use_is_looked_at(done: Path, tmp_path: Path) -> None:
+    overrides = [f"policy.adapter={tmp_path}", "reference.disable_adapters=true", "reference.model=null"]
+    config = load_config(done / "run.yaml", overrides)
+    for content in ("{}", '{"r": 1}'):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name).write_text(content)
+        found = recollection.Recollection("train", config)
+        assert found.recall() is None
+        found.remember({"content": content})
+        assert recollection.Recollection("train", config).recall() == {"content": content}
