@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.scoring.packing import Kernel, Layout
 
-__all__ = ["carry_layout", "stand_in_mask", "switch_attention"]
+__all__ = ["carry_layout", "restore_attention", "stand_in_mask", "switch_attention"]
 
 _PREFIX = "refshard_"
 
@@ -70,6 +70,15 @@ def switch_attention(model: Any) -> bool:
     except (AttributeError, ValueError, KeyError):
         return False
     return bool(model.config.get_text_config()._attn_implementation == f"{_PREFIX}{current}")
+
+
+def restore_attention(model: Any, implementation: str) -> None:
+    """Give the model the attention that it had before the switch."""
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        # A part beside the text, for sound or pictures, supports less. No text reaches it.
+        model.set_attn_implementation({"text_config": implementation})
 
 
 def _layout_of(mask: torch.Tensor | None) -> Layout | None:

@@ -12,7 +12,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.lengths import positions_of
 from pipeline.models.parts import causal_of
 from pipeline.scoring.agreement import ROUNDING
-from pipeline.scoring.attention import switch_attention
+from pipeline.scoring.attention import restore_attention, switch_attention
 from pipeline.scoring.forward import LOGPS, input_device, score
 from pipeline.scoring.memory import free_memory
 from pipeline.scoring.packing import Batch, Kernel, Reading, cache_pairs, pack_pairs, pad_pairs
@@ -63,7 +63,7 @@ def check_scoring(model: Any, key: str, max_length: int | None = 1024, autocast:
             if _reads_packed(model, dtype, max_length) and all(trial.agrees(model, pack_pairs) for trial in trials):
                 return "packed"
             if model.config.get_text_config()._attn_implementation != before:
-                model.set_attn_implementation(before)
+                restore_attention(model, before)
             if _reads_cached(model, dtype, max_length) and all(trial.agrees_cached(model) for trial in trials):
                 return "cached"
             return "padded"

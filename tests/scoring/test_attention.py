@@ -431,6 +431,19 @@ def test_without_a_layout_the_model_is_as_it_was(implementation: str) -> None:
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
 
 
+def test_a_part_that_supports_less_does_not_stop_the_text_from_getting_its_attention_back() -> None:
+    asked = []
+
+    class Whole:
+        def set_attn_implementation(self, implementation: Any) -> None:
+            asked.append(implementation)
+            if isinstance(implementation, str):
+                raise ValueError("its part for sound does not support it")
+
+    attention.restore_attention(Whole(), "sdpa")
+    assert asked == ["sdpa", {"text_config": "sdpa"}]
+
+
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", "paged|sdpa", None])
 def test_what_else_there_is_is_left_alone(implementation: str | None) -> None:
     model = tiny_llama("sdpa")
