@@ -24,7 +24,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring import selfcheck
 from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import LOGPS, prepare, score
-from pipeline.scoring.packing import make_batch, pack_pairs
+from pipeline.scoring.packing import Reading, make_batch, pack_pairs
 
 __all__ = ["LARGEST_GAP", "NAMES", "PAGE", "Row", "page", "row_of", "version"]
 
@@ -68,11 +68,14 @@ SMALL: Mapping[str, Any] = {
 LATENT = {"num_key_value_heads": 4}
 SHARED = {"num_kv_shared_layers": 0}
 
+CHUNKED = {"attention_chunk_size": 24, "no_rope_layers": [1, 0], "floor_scale": 16}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+
 # What a family needs besides.
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT,
-    "bamba": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
@@ -84,16 +87,21 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": MIXED,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "llama4": {"text_config": {**SMALL, "attention_chunk_size": 24, "no_rope_layers": [1, 0], "floor_scale": 16}},
-    "llama4_text": {"attention_chunk_size": 24, "no_rope_layers": [1, 0], "floor_scale": 16},
+    "llama4": {"text_config": CHUNKED},
+    "llama4_text": CHUNKED,
     "longcat_flash": LATENT,
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "minicpm3": LATENT,
     # Its published models' window is longer than any pair.
     "phimoe": {"sliding_window": None},
+    "qwen3_5": {"text_config": MIXED},
+    "qwen3_5_moe": {"text_config": MIXED},
+    "qwen3_5_moe_text": MIXED,
+    "qwen3_5_text": MIXED,
+    "qwen3_next": MIXED,
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [8, 24], "attn_layers": ["local", "lsh"]},
     "youtu": LATENT,
     "zaya": {"num_experts_per_tok": 1},
@@ -116,8 +124,8 @@ model goes through when it is loaded. Then it compares log-probs with the model'
 - The check decides for each model, so a variant may be read in another way than its family here.
 - A window that only the mask holds (Phi-MoE, Qwen2-MoE) is packed if `data.max_length` does not exceed it.
 - A mixture of experts that trains with its balance loss is padded in stage two.
-- Falcon, BLOOM and MPT are padded, since their attention is code of their own. It takes no function from transformers'
-  interface, and BLOOM and MPT add a bias by the distance of tokens in the row.
+- Falcon, BLOOM and MPT are not packed, since their attention is code of their own. It takes no function from
+  transformers' interface, and BLOOM and MPT add a bias by the distance of tokens in the row.
 - Llama 4 is padded, since its layers see chunks, and scale queries by a token's place in the row.
 
 """
@@ -161,7 +169,10 @@ def settings_of(config_class: Any) -> dict[str, Any]:
 def make_model(name: str) -> Any:
     """Make a family's small random model, in evaluation mode."""
     config_class = CONFIG_MAPPING[name]
-    config = config_class(**{**settings_of(config_class), **SPECIAL.get(name, {})})
+    settings = settings_of(config_class)
+    for key, value in SPECIAL.get(name, {}).items():
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+    config = config_class(**settings)
     with torch.device("meta"):
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     if count > MOST_PARAMETERS:
@@ -179,11 +190,10 @@ def row_of(name: str) -> Row:
         return Row(name, model_class, "not tried", _short(f"{type(error).__name__}: {error}"))
     prepare(model)
     try:
-        found: Any = selfcheck.check_scoring(model, "", LONGEST)
+        reading = selfcheck.check_scoring(model, "", LONGEST)
     except ConfigError as error:
         return Row(name, model_class, "refused", _refusal(str(error)))
-    reading = {True: "packed", False: "padded"}.get(found, found)
-    gap = _gap(model, found)
+    gap = _gap(model, reading)
     return Row(name, model_class, reading, "" if reading == "packed" else _why_not_packed(model), gap)
 
 
@@ -197,7 +207,7 @@ def _pairs() -> list[TokenizedPair]:
 
 
 @torch.no_grad()
-def _gap(model: Any, found: Any) -> float:
+def _gap(model: Any, reading: Reading) -> float:
     """Give the largest difference from the log-probs of each sequence alone, without padding."""
     pairs, plain = _pairs(), []
     for side in ("chosen_ids", "rejected_ids"):
@@ -206,7 +216,7 @@ def _gap(model: Any, found: Any) -> float:
             logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].double(), dim=-1)
             plain.append(logps.gather(1, ids[0, 1:, None]).squeeze(1)[len(pair.prompt_ids) - 1 :])
     wanted = torch.cat(plain)
-    batch = make_batch(pairs, 0, packed=found) if isinstance(found, bool) else make_batch(pairs, 0, found)
+    batch = make_batch(pairs, 0, reading)
     return float(((score(model, batch, LOGPS).tokens.logps - wanted).abs() / wanted.abs().clamp(min=1)).max())
 
 
