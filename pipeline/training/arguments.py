@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers.integrations import integration_utils
+from transformers.utils import import_utils
 
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.base.files import special_kind
@@ -70,7 +71,7 @@ def refused_here(config: Config) -> ConfigError | None:
     needing = [key for key in ("bf16", "bf16_full_eval") if _is_on(options.get(key))]
     if not needing or _is_on(options.get("use_cpu")):
         return None
-    if transformers.utils.is_torch_bf16_gpu_available() or transformers.utils.is_torch_xla_available():
+    if import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available():
         return None
     return ConfigError(
         f"train.{needing[0]}: must be false on a machine without a GPU that computes in bfloat16, got true. To train "

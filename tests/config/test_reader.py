@@ -160,6 +160,7 @@ def test_the_defaults_of_what_is_left_out_are_the_frozen_ones(load: Load, key: s
 def test_the_defaults_of_our_own_train_options_are_the_frozen_ones(load: Load) -> None:
     assert dataclasses.asdict(load().train) == {
         "output_dir": None,
+        "joined_dir": None,
         "on_missing": "stop",
         "on_mismatch": "stop",
         "on_nonfinite": "stop",
@@ -652,7 +653,8 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
         (
             "xyz: 1",
-            "train.xyz: no such field of TrainingArguments; known: output_dir, on_missing, on_mismatch, on_nonfinite",
+            "train.xyz: no such field of TrainingArguments; "
+            "known: output_dir, joined_dir, on_missing, on_mismatch, on_nonfinite",
         ),
     ],
 )

@@ -106,7 +106,8 @@ def test_a_request_to_stop_is_heeded_while_a_template_computes(
 ) -> None:
     flag = signals.StopFlag(time.monotonic() + 3600)
     monkeypatch.setattr(signals, "_watched", flag)
-    rows = [{"prompt": TURNS, "chosen": TURNS, "rejected": TURNS}] * 3
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = [{"prompt": TURNS, **answers}] * 3
     data = DataConfig(path=str(write_jsonl(tmp_path / "chat.jsonl", rows)), on_bad_row="skip")
     tokenizer = make_tokenizer(template=ENDLESS[1])
     threading.Timer(0.5, flag.request).start()

@@ -40,7 +40,7 @@ class Summary:
 
 def contents(folder: Folder) -> dict[str, bytes]:
     """All files of a store but the leftovers."""
-    return {name: folder.read(name) for name in folder.names() if not name.startswith(LEFTOVERS)}
+    return {name: folder.read(name) for name in folder.names() if not LEFTOVERS.match(name)}
 
 
 def kill_until(kills: int, work: Path, outputs: str, seed: int) -> Summary:
@@ -97,9 +97,9 @@ def _wait(workers: list[Command], store: Folder, duration: float, random_: rando
     """Let workers run for a random time; every second time, go on until one is seen in the middle of a write."""
     in_a_write = random_.random() < 0.5
     end = time.monotonic() + (duration if in_a_write else random_.uniform(0, 1.2 * duration))
-    before = {name for name in store.names() if name.startswith(LEFTOVERS)}
+    before = {name for name in store.names() if LEFTOVERS.match(name)}
     while time.monotonic() < end and any(worker.status is None for worker in workers):
-        if in_a_write and any(name.startswith(LEFTOVERS) and name not in before for name in store.names()):
+        if in_a_write and any(LEFTOVERS.match(name) and name not in before for name in store.names()):
             summary.in_a_write += 1
             return
         time.sleep(0.0005 if in_a_write else 0.01)

@@ -196,7 +196,9 @@ def test_a_join_takes_no_more_memory_for_ten_times_the_token_logps(tmp_path: Pat
     noise = np.random.default_rng(0).standard_normal((2, rows_per_part, tokens), np.float32)
     for count in (1024, 10240):
         folder = tmp_path / f"store-{count}"
-        header = create_store(folder, {"reference": {"declared": "a"}, "tokenization": {"token_logps": True}}, {}, {})
+        header = create_store(
+            folder, {"reference": {"declared": "a"}, "tokenization": {"max_length": 2048, "token_logps": True}}, {}, {}
+        )
         for unit in range(count // rows_per_part):
             numbers = range(unit * rows_per_part, (unit + 1) * rows_per_part)
             noise[0, :, 0] = numbers

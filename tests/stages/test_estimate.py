@@ -23,7 +23,7 @@ from pipeline.config.schema import (
 from pipeline.config.training import TrainSection
 from pipeline.data.tokens import TokenizedPair
 from pipeline.scoring.forward import prepare, score
-from pipeline.scoring.packing import pack_pairs
+from pipeline.scoring.packing import pad_pairs
 from stages.check.estimate import UTILISATION, Estimate, Lengths, estimate
 from stages.check.hardware import Hardware, hardware_named
 from stages.check.probe import Probe
@@ -109,14 +109,16 @@ def test_the_parameters_of_a_known_model_and_adapter_are_those_that_are_publishe
 
 
 def _saved(dtype: torch.dtype, layers: int, *, lora: bool, autocast: bool) -> float:
-    """Bytes that one token of a packed pair leaves for backward, weights and their copies aside."""
+    """Bytes that one token of a pair leaves for backward, weights and their copies aside."""
     settings = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers)
     model: Any = transformers.LlamaForCausalLM(settings).to(dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     prepare(model)
     sides = [[3 + (step * i) % 90 for i in range(100)] for step in (1, 3, 7)]
-    batch = pack_pairs([TokenizedPair(prompt_ids=sides[0], chosen_ids=sides[1], rejected_ids=sides[2])])
+    pair = TokenizedPair(prompt_ids=sides[0], chosen_ids=sides[1], rejected_ids=sides[2])
+    # A packed row keeps as much on a GPU; on a CPU its attention copies the prompt's keys and values.
+    batch = pad_pairs([pair], 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(reversed(p.shape)) for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

@@ -345,7 +345,7 @@ def parquet_cases() -> Iterator[tuple[str, Damage]]:
         "no rows": (lambda file: pq.write_table(make_table(0), file), "no rows"),
         "no columns": (lambda file: pq.write_table(pa.table({}), file), "no rows"),
         "no rejected": (lambda file: pq.write_table(make_table().drop_columns("rejected"), file), "missing_column"),
-        "column twice": (lambda file: pq.write_table(twice, file), "'chosen' is there twice"),
+        "column twice": (lambda file: pq.write_table(twice, file), "'chosen' is repeated"),
         "encrypted columns": (lambda file: _encrypt(file, True), "p.parquet"),
         "encrypted": (lambda file: _encrypt(file, False), "p.parquet"),
         "empty": (b"", unreadable),

@@ -64,12 +64,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def bytes_of_stores(output: Path) -> dict[str, bytes]:
-    """All files of an output folder by their path in it, but for what its workers have cost, which is never alike."""
+    """All files of an output folder by their path in it, but for what its workers have cost, which is never alike.
+
+    Joined sets, which stage two keeps beside the stores, are left out.
+    """
     files = (file for file in sorted(output.rglob("*")) if file.is_file())
     return {
         name: file.read_bytes()
         for name, file in ((file.relative_to(output).as_posix(), file) for file in files)
-        if not name.startswith("costs/")
+        if not name.startswith(("costs/", ".joined/"))
     }
 
 

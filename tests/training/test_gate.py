@@ -356,9 +356,7 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
 
     monkeypatch.setattr(scorer, "score", leaning)
     # The whole check would see that something is wrong.
-    monkeypatch.setattr(
-        scorer, "check_scoring", lambda model, key, longest: "packed" if switch_attention(model) else "padded"
-    )
+    monkeypatch.setattr(scorer, "check_scoring", lambda model, *rest: "packed" if switch_attention(model) else "padded")
     output = tmp_path / "leaning"
     precompute.run(load_config(config, [f"precompute.output={output}", "reference.dtype=float32"]))
     store = open_store(output / "train")
@@ -367,7 +365,7 @@ def test_stage_one_measures_how_far_a_pairs_company_moves_it(
     assert store.noise.mean == pytest.approx(0.23, abs=1e-3)
     assert store.noise.largest == pytest.approx(0.23, abs=1e-3)
     shown = refshard("inspect", output).stdout
-    assert f"0.23 nats a token, 0.23 at most ({plain.tokens} tokens scored twice)" in shown
+    assert f"0.23 nats per token, 0.23 at most ({plain.tokens} tokens scored twice)" in shown
 
 
 # The parts.

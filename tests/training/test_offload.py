@@ -39,6 +39,7 @@ def make_pairs(count: int) -> datasets.Dataset:
         rows.append(
             {
                 "row": i,
+                "pair_key": i.to_bytes(16, "big"),
                 "prompt_ids": rows[-1]["prompt_ids"] if shared else ids(2, 9),
                 "chosen_ids": rows[-1]["rejected_ids"] if shared else ids(1, 14),
                 "rejected_ids": ids(1, 14),
