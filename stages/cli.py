@@ -69,11 +69,12 @@ def precompute(config: Config, processes: int, **given: Any) -> None:
     It scores only what is missing: after a kill, run it again, with any number of workers. With --processes, each
     process is a worker of its own; with precompute.tp_plan, all of them hold one reference together.
     """
+    from stages import early, finished
+
+    early.refuse_early(config)
     if processes > 1:
         _launch(config, processes)
         return
-    from stages import finished
-
     if given["overwrite"] or not finished.reported_stores(config):
         from stages.precompute import command as stage
 
@@ -94,7 +95,10 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
     It resumes from the run's newest complete checkpoint, if there is one. With reference.sync (TR-DPO), it alternates
     with stage one, each in its own process, until the run is finished.
     """
+    from stages import early, finished
+
     config = load_config(config_file, overrides)
+    early.refuse_early(config)
     if processes > 1:
         _launch(config, processes)
         return
@@ -104,8 +108,6 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
         words = ["--config", str(config_file), *(word for override in overrides for word in ("-o", override))]
         trdpo.run(config, _commands(given["stop_at"]), words, overwrite=given["overwrite"])
         return
-    from stages import finished
-
     if given["overwrite"] or not finished.reported_run(config):
         from stages import train as stage
 
@@ -140,6 +142,9 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
     65 rows are bad, or too many are dropped or cut; 2 the settings are impossible, or need more than allowed; 78 the
     existing shards are of another reference.
     """
+    from stages import early
+
+    early.refuse_early(config)
     from stages.check import command as stage
 
     stage.run(config, hardware=hardware, rows=rows, limits=stage.Limits(**limits), as_json=as_json)

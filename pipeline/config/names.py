@@ -1,9 +1,9 @@
 """Name the right key for one that other trainers use, or for a misspelled one."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from pipeline.base.errors import did_you_mean, nearest
+from pipeline.config.library import fields_of_training
 
 __all__ = ["NAMES_ELSEWHERE", "NOT_NEEDED", "hint_for_key", "hint_for_value"]
 
@@ -61,6 +61,7 @@ NAMES_ELSEWHERE = {
     "train.max_steps": ("max_steps", "num_steps"),
     "train.optim": ("optimizer",),
     "train.lr_scheduler_type": ("lr_scheduler", "scheduler"),
+    "train.warmup_steps": ("warmup", "warmup_proportion", "warmup_ratio"),
     "train.max_grad_norm": ("grad_clip", "max_norm"),
     "train.eval_strategy": ("evaluation_strategy",),
     "train.eval_steps": ("evals_per_epoch",),
@@ -93,6 +94,9 @@ NOT_NEEDED = {
 
 _PATHS = {name: path for path, names in NAMES_ELSEWHERE.items() for name in names}
 
+_MORE = {"warmup_ratio": " A value below 1 is a share of all steps"}
+"""Sentences on keys whose values are written otherwise here"""
+
 _VALUES = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
     **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
@@ -108,19 +112,13 @@ def hint_for_key(section: str, key: str, known: Sequence[str]) -> str:
     """Give a hint for an unknown key of a section (dotted, empty at the top): the right key, or the section's keys."""
     path = _PATHS.get(key)
     if path is not None and path != f"{section}.{key}":
-        return f"; did you mean {path}?"
+        return f"; did you mean {path}?{_MORE.get(key, '')}"
     if key in NOT_NEEDED:
         return f"; {NOT_NEEDED[key]}. Leave it out"
-    if section != "train" and nearest(key, known) is None and key in _fields_of_training():
+    near = nearest(key, known)
+    if near is None and section != "train" and key in fields_of_training():
         return f"; did you mean train.{key}?"
-    return did_you_mean(key, known)
-
-
-def _fields_of_training() -> set[str]:
-    # Imported here: the module pulls torch, and settings are read by commands that answer without it.
-    from transformers import TrainingArguments
-
-    return {field.name for field in dataclasses.fields(TrainingArguments)}
+    return did_you_mean(key, known) if near is None else f"; did you mean {f'{section}.{near}'.removeprefix('.')}?"
 
 
 def hint_for_value(value: object, choices: Sequence[str], where: str) -> str:

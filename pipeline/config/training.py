@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.base.errors import ConfigError, nearest
 from pipeline.config.convert import PathText, convert
+from pipeline.config.library import fields_of_training, hint_of_field
 from pipeline.config.names import hint_for_key
 
 __all__ = ["FIXED_TRAIN_FIELDS", "TRAIN_DEFAULTS", "TrainSection"]
@@ -78,19 +78,15 @@ class TrainSection:
 
         Raises ConfigError if a field is unknown, of the wrong type or set by refshard, or `output_dir` is missing.
         """
-        # Imported here: the module pulls torch, and settings are read by commands that answer without it.
-        from transformers import TrainingArguments
-
         own = [f.name for f in dataclasses.fields(self) if f.name != "given"]
-        known = sorted({f.name for f in dataclasses.fields(TrainingArguments) if f.init} | set(own))
-        hints = typing.get_type_hints(TrainingArguments)
+        known = sorted(fields_of_training().keys() | set(own))
         options = {key: value for key, (value, _) in TRAIN_DEFAULTS.items()}
         for key, value in self.given.items():
             if key not in known:
                 raise ConfigError(f"train.{key}: no such field of TrainingArguments{_hint_for(key, known, own)}")
             if key in FIXED_TRAIN_FIELDS:
                 raise ConfigError(f"train.{key}: {FIXED_TRAIN_FIELDS[key]}")
-            options[key] = convert(value, hints.get(key, Any), f"train.{key}")
+            options[key] = convert(value, hint_of_field(key), f"train.{key}")
         if not self.is_empty:
             _ = self.folder
         return options

@@ -53,6 +53,13 @@ class NamedModel:
     def policy(cls, config: Config) -> "NamedModel":
         return cls(config.policy.model, config.policy.revision, "policy.model")
 
+    @property
+    def is_on_hub(self) -> bool:
+        """True if no folder is named, but a model that the hub may have."""
+        name = self.name
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        return bool(name) and not is_path and not _expanded(self).exists()
+
     def folder(self, *, weights: bool = True) -> Path:
         """Give the local folder, or the hub's snapshot, fetched if needed. Raises ConfigError without such a model."""
         patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -211,7 +218,7 @@ def _find(model: NamedModel, patterns: list[str]) -> Path:
             if (found := find_special(folder)) is not None:
                 raise ConfigError(f"{model.key}: {name}: must hold regular files, got {found}. Take it out")
         return local
-    if not name or local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not model.is_on_hub:
         raise ConfigError(f"{model.key}: {name!r}: no such model folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

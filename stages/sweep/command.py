@@ -26,10 +26,9 @@ from pipeline.replies.means import estimate_kl, estimate_reward
 from pipeline.report.comparison import show_runs
 from pipeline.report.pages import check_charts, check_page, write_page
 from pipeline.report.run_page import report_page
-from pipeline.run.outputs import guard_run
 from pipeline.run.reading import Run, read_record, read_run
 from pipeline.store.store import is_finished
-from pipeline.training.arguments import refused_here
+from stages.early import refuse_early
 from stages.subprocesses import Commands, import_libraries
 from stages.sweep.grid import Member, make_grid
 
@@ -78,6 +77,9 @@ def run(sweep: Sweep, commands: Commands) -> None:
     parent = sweep.into or base.train.folder
     runs = [_one_run(sweep, member, parent) for member in make_grid(sweep.over)]
     _check_served(base, runs, sweep.processes)
+    # Imported here: the module loads torch, and a wrong setting is answered without it.
+    from pipeline.training.arguments import refused_here
+
     for one in runs:
         if error := refused_here(one.config):
             raise error
@@ -150,8 +152,7 @@ def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
         shards = parent / f"{member.name}-shards"
         together = (*together, f"precompute.output={json.dumps(str(shards))}")
         config = load_config(sweep.config_file, together)
-    _ = config.train.options  # refuses a wrong field before anything runs
-    guard_run(config)
+    refuse_early(config)
     return _OneRun(", ".join(member.overrides), config, together, folder)
 
 

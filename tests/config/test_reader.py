@@ -200,9 +200,9 @@ def test_saved_settings_load_as_the_same_settings(load: Load) -> None:
     ("text", "override", "message"),
     [
         (SMALLEST + "los: {beta: 1}\n", "", "los: unknown key; did you mean loss?"),
-        (SMALLEST, "loss.betta=1", "loss.betta: unknown key; did you mean beta?"),
+        (SMALLEST, "loss.betta=1", "loss.betta: unknown key; did you mean loss.beta?"),
         (SMALLEST, "policy.lora.rank=4", "policy.lora.rank: unknown key"),
-        (SMALLEST, "data.eval.test.spilt=a", "data.eval.test.spilt: unknown key; did you mean split?"),
+        (SMALLEST, "data.eval.test.spilt=a", "data.eval.test.spilt: unknown key; did you mean data.eval.test.split?"),
         (SMALLEST, "data.columns.promt=q", "data.columns.promt: unknown column of a pair; did you mean prompt?"),
         (SMALLEST, "=1", "-o =1: must be key=value"),
         (SMALLEST, "loss.beta", "-o loss.beta: must be key=value"),
@@ -639,8 +639,11 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rte: 1", "train.learning_rte: no such field of TrainingArguments; did you mean learning_rate?"),
-        ("on_mising: drop", "train.on_mising: no such field of TrainingArguments; did you mean on_missing?"),
+        (
+            "learning_rte: 1",
+            "train.learning_rte: no such field of TrainingArguments; did you mean train.learning_rate?",
+        ),
+        ("on_mising: drop", "train.on_mising: no such field of TrainingArguments; did you mean train.on_missing?"),
         ("learning_rate: fast", "train.learning_rate: must be a number, got 'fast'"),
         ("max_steps: 2.5", "train.max_steps: must be a whole number, got '2.5'"),
         ("bf16: 2", "train.bf16: must be true or false, got '2'"),
@@ -650,7 +653,7 @@ def test_train_defaults_are_those_of_dpo(train: Callable[[str], dict[str, Any]])
         ("on_nonfinite: go", "train.on_nonfinite: must be one of stop, continue, got 'go'"),
         ("hub_token: hf_x", "train.hub_token: must not be in the settings, which are saved. Set HF_TOKEN instead"),
         ("activation_offload: some", "train.activation_offload: "),
-        ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean on_mismatch?"),
+        ("on_mismtch: warn", "train.on_mismtch: no such field of TrainingArguments; did you mean train.on_mismatch?"),
         (
             "xyz: 1",
             "train.xyz: no such field of TrainingArguments; "

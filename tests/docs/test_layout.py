@@ -15,7 +15,7 @@ from support.floors import FLOORS, ROOT
 BELOW = {name: {n for below in FLOORS[:i] for n in below} for i, floor in enumerate(FLOORS[:-1]) for name in floor}
 """Package of `pipeline` -> those of the floors below it, which it may import; the stages are the last floor"""
 
-SHARED_BY_STAGES = {"stages.subprocesses"}
+SHARED_BY_STAGES = {"stages.early", "stages.subprocesses"}
 
 TORCH_FREE = [
     "base",
@@ -35,12 +35,14 @@ STAGES_WITHOUT_TORCH = [
     "stages.cli",
     "stages.check.hardware",
     "stages.demo.reviews",
+    "stages.early",
     "stages.explain",
+    "stages.export",
     "stages.finished",
     "stages.inspect",
     "stages.report",
     "stages.submit",
-    "stages.sweep.grid",
+    "stages.sweep",
     "stages.verify",
 ]
 """Help, settings, inspection and job files answer at once."""

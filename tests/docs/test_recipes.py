@@ -47,7 +47,7 @@ def test_every_recipe_loads_and_every_field_in_it_exists(file: Path) -> None:
 
 @each_recipe
 def test_a_field_that_does_not_exist_is_refused_in_every_recipe(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.max_lenght: unknown key; did you mean max_length"):
+    with pytest.raises(ConfigError, match=r"data\.max_lenght: unknown key; did you mean data\.max_length"):
         load_config(file, ["data.max_lenght=1"])
     with pytest.raises(ConfigError, match=r"train\.learning_rat: no such field"):
         _ = load_config(file, ["train.learning_rat=1"]).train.options

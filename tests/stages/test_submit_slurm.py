@@ -129,7 +129,7 @@ def test_jobs_read_a_copy_of_the_settings_that_is_never_written_over(make_run: C
         ("cluster.train.memory=lots", "cluster.train.memory: must be a size like 200G"),
         ("cluster.train.nodes=0", "cluster.train.nodes: must be at least 1, got 0"),
         ("cluster.precompute.nodes=2", "cluster.precompute.nodes: must be 1 for a worker"),
-        ("cluster.worker=2", "cluster.worker: unknown key; did you mean workers?"),
+        ("cluster.worker=2", "cluster.worker: unknown key; did you mean cluster.workers?"),
         ('train.output_dir="a\\nb"', "train.output_dir: must hold printable characters only, got 'a\\nb'"),
         ("train.output_dir=", "train.output_dir: missing"),
         ('train.output_dir="a\\\\b"', "--into: must not hold a backslash"),

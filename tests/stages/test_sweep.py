@@ -128,7 +128,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(make_run: MakeRun,
         ("train.output_dir=a,b", "by --into"),
         ("loss.beta=0.1,1e-1", "are the same settings"),
         ("loss.beta=0.1,-1", "loss.beta: must be a positive finite number"),
-        ("train.learning_rat=0.1,0.2", "did you mean learning_rate"),
+        ("train.learning_rat=0.1,0.2", "did you mean train.learning_rate"),
     ],
 )
 def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
