@@ -8,6 +8,7 @@ is not used, as reading it runs the pickles in it.
 All processes must call these functions together.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from pipeline.base.errors import DataError
 
-__all__ = ["load_optimizer", "name_plugin", "put_weights", "save_optimizer", "whole_weights"]
+__all__ = ["keep_outputs", "load_optimizer", "name_plugin", "put_weights", "save_optimizer", "whole_weights"]
 
 WHOLE, SHARE = "optimizer.pt", "optimizer-{:05d}-of-{:05d}.pt"
 
@@ -34,6 +35,13 @@ def name_plugin(state: Any, plugin_settings: Mapping[str, Any]) -> None:
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def keep_outputs(plugin: Any) -> None:
+    """Let mixed precision round the weights alone: a forward's log-probs stay float32, which accelerate would cast."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def whole_weights(model: Any, *, trained_only: bool) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from pipeline.run.checkpoints import newest_step, processes_of
 from pipeline.scoring.forward import Want, score
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.finite import FiniteWatch
-from pipeline.training.fsdp import load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
+from pipeline.training.fsdp import keep_outputs, load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
 from pipeline.training.metrics import averages_of, columns_of, first_pairs, pairs_of
 from pipeline.training.offload import ActivationOffload
@@ -109,6 +109,8 @@ class PairTrainer(transformers.Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             name_plugin(self.accelerator.state, self.args.fsdp_plugin_args or {})
             self.is_fsdp_enabled = hasattr(self.accelerator.state, "fsdp_plugin")
+        if self.is_fsdp_enabled:
+            keep_outputs(self.accelerator.state.fsdp_plugin)
         if self.args.deepspeed and not self.is_deepspeed_enabled:
             raise ConfigError(
                 "train.deepspeed: accelerate, started for CPUs (ACCELERATE_USE_CPU, accelerate launch --cpu), runs DDP "

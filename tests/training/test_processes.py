@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -26,7 +28,7 @@ from pipeline.run.checkpoints import MARKER, checkpoint_folders, processes_of
 from pipeline.training import arguments, gate
 from pipeline.training import processes as training_processes
 from pipeline.training.arguments import training_arguments
-from pipeline.training.fsdp import load_optimizer
+from pipeline.training.fsdp import keep_outputs, load_optimizer
 from pipeline.training.gate import Gaps
 from pipeline.training.processes import first_on_each_machine, of_main_process
 from stages import train
@@ -324,6 +326,33 @@ def test_accelerate_launch_trains_a_sharded_policy(runs: Callable[[str], Runs]) 
     assert done.returncode == 0, done.stdout + done.stderr
     group.check_equal("launched")
     assert processes_of(group.folder / "launched" / "checkpoint-2") == 2
+
+
+# 16 bits
+
+
+@nightly
+def test_a_sharded_policy_in_bf16_starts_at_ln_2(runs: Callable[[str], Runs]) -> None:
+    """FSDP casts all weights, so the reference is told to compute with such; accelerate must not round log-probs."""
+    group = runs("full")
+    as_sharded = {"reference.dtype": "bfloat16", "reference.autocast": "bfloat16"}
+    way = {"train.bf16": "true", "precompute.output": group.folder / "shards-bf16", "train.max_steps": 1, **as_sharded}
+    overrides = [word for key, value in way.items() for word in ("-o", f"{key}={value}")]
+    refshard("precompute", "--config", group.folder / "run.yaml", *overrides)
+    group.train("bf16", "fsdp", **way, **{"train.eval_strategy": "no"})
+    first = _history(group.folder / "bf16")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+
+
+def test_sharding_leaves_a_forwards_results_as_they_are() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    keep_outputs(plugin)
+    assert plugin.mixed_precision_policy is None
+    plugin.set_mixed_precision("bf16")
+    keep_outputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
 
 
 # DeepSpeed
