@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
+from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.config.convert import FALSE_WORDS, PathText, require, require_at_least
 from pipeline.config.training import TrainSection
 
@@ -58,8 +59,9 @@ class DataConfig:
     format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
     """Format of the files; if left out, their ending decides. `jsonl` also stands for a JSON array (`.json`)."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Your column names by ours (prompt, chosen, rejected, tools, chat_template_kwargs): `{prompt: question}`. With
-    `user` instead of `prompt`, and optionally `system`, texts become a conversation: `{user: question}`."""
+    """Your column names by ours (prompt, chosen, rejected, tools, chat_template_kwargs, or those of another tool's
+    layout): `{prompt: question}`; a dot leads into an object: `{prompt: input.messages}`. With `user` instead of
+    `prompt`, and optionally `system`, texts become a conversation: `{user: question}`."""
     max_length: int | None = 1024
     """Largest number of tokens of prompt and completion together; the end of a longer completion is cut. `null`: no
     limit. Stores with token log-probs also serve a smaller value."""
@@ -83,7 +85,7 @@ class DataConfig:
             is_name = name not in ("train", "costs") and name.replace("-", "").replace("_", "").isalnum()
             rule = "named by letters, digits, - and _, and not train or costs, for it names a folder"
             require(is_name, f"eval.{name}", rule, name)
-        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS)
+        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS, *LAYOUT_COLUMNS)
         for column in self.columns:
             if column not in known:
                 raise ValueError(f"columns.{column}: unknown column of a pair{did_you_mean(column, known)}")
@@ -105,11 +107,6 @@ def _is_date(text: str) -> bool:
     with contextlib.suppress(ValueError):
         return datetime.date.fromisoformat(text).isoformat() == text
     return False
-
-
-PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-SPOKEN_COLUMNS = ("system", "user")
-"""Texts that become the prompt's messages; read only if `data.columns` names them"""
 
 
 @dataclass(frozen=True, kw_only=True)

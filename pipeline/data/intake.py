@@ -131,6 +131,9 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
         pair = to_pair(values, data.columns, row.place)
         whole = tokenize(pair, tokenizer, row.place, data.template_date)
     except BadRow as error:
+        if error.reason == "tie":
+            # A tie is no fault of the row.
+            return Outcome(row=row, values=values, dropped=error.reason)
         return Outcome(row=row, values=values, pair=pair, dropped=error.reason, error=error)
     key, scored = pair_key(whole), truncate(whole, data.max_length)
     outcome = Outcome(row=row, values=values, pair=pair, whole=whole, key=key)

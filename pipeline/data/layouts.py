@@ -2,7 +2,8 @@
 
 Three layouts are those of TRL's dataset formats: an explicit prompt, an implicit prompt (the shared beginning of
 chosen and rejected), and conversations (lists of messages), explicit or implicit. The fourth has texts in columns of
-their own for system and user; the settings name them, and the texts become a conversation.
+their own for system and user; the settings name them, and the texts become a conversation. Those of other tools are
+read as one of these (`other_layouts`).
 """
 
 import re
@@ -11,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.base.errors import BadRow
-from pipeline.config.schema import PAIR_COLUMNS, SPOKEN_COLUMNS
-from pipeline.data.other_layouts import looks_like
+from pipeline.config.columns import PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.data.other_layouts import OtherLayout, as_messages, find_layout, looks_like
 from pipeline.data.pairs import (
     Form,
     Message,
@@ -26,7 +27,7 @@ from pipeline.data.pairs import (
 )
 from pipeline.data.rows import LARGEST_ROW
 
-__all__ = ["split_shared_prompt", "to_pair"]
+__all__ = ["in_row", "is_in_row", "split_shared_prompt", "to_pair"]
 
 
 def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
@@ -45,7 +46,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> P
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Say how data.columns names the columns that a pair must have and the row has not."""
     needed = (*(name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns), "chosen", "rejected")
-    named = ", ".join(f"{name}: YOUR_COLUMN" for name in needed if columns.get(name, name) not in row)
+    named = ", ".join(f"{name}: YOUR_COLUMN" for name in needed if not is_in_row(row, columns.get(name, name)))
     return f"Set data.columns: {{{named}}}"
 
 
@@ -54,17 +55,74 @@ _REASONS_OF_LAYOUT = ("missing_column", "wrong_type", "no_shared_prompt")
 
 
 def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
-    values: dict[str, Any] = {name: row.get(columns.get(name, name)) for name in PAIR_COLUMNS}
-    values |= {name: row.get(columns[name]) for name in SPOKEN_COLUMNS if name in columns}
-    # A prompt column that the settings name must be there: the shared beginning would silently replace it.
-    named = [name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns]
-    for name in (*named, "chosen", "rejected"):
-        if columns.get(name, name) not in row:
+    values: dict[str, Any] = {name: in_row(row, columns.get(name, name)) for name in PAIR_COLUMNS}
+    values |= {name: in_row(row, columns[name]) for name in SPOKEN_COLUMNS if name in columns}
+    layout = _other_layout(row, columns)
+    # Another column that the settings name must be there: without a prompt, the shared beginning would replace it.
+    named = [name for name in columns if name not in ("chosen", "rejected", "tools", "chat_template_kwargs")]
+    for name in (*named, *(() if layout else ("chosen", "rejected"))):
+        if not is_in_row(row, columns.get(name, name)):
             there = ", ".join(map(repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
             raise BadRow(
                 "missing_column",
                 f"{place}: no column {columns.get(name, name)!r}; there are {there}",
             )
+    if layout is None:
+        values |= {name: as_messages(values[name], name, place) for name in ("prompt", "chosen", "rejected")}
+        return _pair_of(values, row, columns, place)
+    try:
+        return _pair_of(values | layout.read(_renamed(row, columns), place), row, columns, place, layout.form)
+    except BadRow as error:
+        raise BadRow(error.reason, f"{error} (the row is read as {layout.name})") from error
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Give a row with the columns that the settings name under our names."""
+    return {**row, **{name: in_row(row, column) for name, column in columns.items() if name not in SPOKEN_COLUMNS}}
+
+
+def _other_layout(row: Mapping[str, Any], columns: Mapping[str, str]) -> OtherLayout | None:
+    """Find the layout of another tool that a row is read in; None if its own columns make a pair."""
+    values = _renamed(row, columns)
+    layout = None if "user" in columns else find_layout(values)
+    if layout is None or "chosen" not in layout.needs:
+        return layout
+    chosen, rejected = values["chosen"], values["rejected"]
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return layout
+    # Whole texts that hold what the other columns ask are pairs without them.
+    try:
+        shared, *_ = split_shared_prompt(chosen, rejected)
+    except ValueError:
+        return layout
+    asked = values["instruction"] if layout.form == "alpaca" else values[next(iter(layout.needs))][-1]
+    text = asked if isinstance(asked, str) else asked.get("content", asked.get("value"))
+    is_there = isinstance(text, str) and bool(text.strip()) and " ".join(text.split()) in " ".join(shared.split())
+    return None if is_there or shared.endswith("Assistant:") else layout
+
+
+def is_in_row(row: Mapping[str, Any], column: str) -> bool:
+    """Return True if a row has the column, or the value that a dotted name leads to."""
+    if column in row:
+        return True
+    first, _, rest = column.partition(".")
+    inner = row.get(first)
+    return bool(rest) and isinstance(inner, Mapping) and is_in_row(inner, rest)
+
+
+def in_row(row: Mapping[str, Any], column: str) -> Any:
+    """Return a column's value, or the one that a dotted name leads to; None if it is not there."""
+    if column in row:
+        return row[column]
+    first, _, rest = column.partition(".")
+    inner = row.get(first)
+    return in_row(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def _pair_of(
+    values: dict[str, Any], row: Mapping[str, Any], columns: Mapping[str, str], place: str, other: Form | None = None
+) -> Pair:
+    """Make a pair of the values of its columns; `other` is the form of a row in another tool's layout."""
     if _size(values, LARGEST_ROW) > LARGEST_ROW:
         raise BadRow("too_large", f"{place}: more than {LARGEST_ROW:,} characters of text, which no pair may have")
     try:
@@ -79,16 +137,19 @@ def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -
     if "user" in columns:
         prompt = _spoken(values, place)
         chosen, rejected = _answer(chosen, "chosen", place), _answer(rejected, "rejected", place)
+    form: Form = "text"
+    if is_conversational(prompt) and isinstance(chosen, str) and isinstance(rejected, str):
+        form = "chat_answers"
+        chosen, rejected = _answer(chosen, "chosen", place), _answer(rejected, "rejected", place)
     if is_conversational(chosen) != is_conversational(rejected):
         raise BadRow("wrong_type", f"{place}: one of chosen and rejected is text, the other a list of messages")
     if prompt is not None:
         check_text(prompt, "prompt", place)
 
-    form: Form = "text"
     try:
         if is_conversational(chosen):
-            form, prompt, chosen, rejected = _conversation(prompt, chosen, rejected, place)
-            form = "chat_columns" if "user" in columns else form
+            read_as, prompt, chosen, rejected = _conversation(prompt, chosen, rejected, place)
+            form = "chat_columns" if "user" in columns else form if form == "chat_answers" else read_as
         elif prompt is None:
             prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
             form = "transcripts" if prompt.endswith("Assistant:") else "text_shared"
@@ -96,13 +157,7 @@ def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -
         column = columns.get("prompt", "prompt")
         null = f"{column} is null, and " if column in row and prompt is None else ""
         raise BadRow("no_shared_prompt", f"{place}: {null}{error}") from error
-    if isinstance(chosen, str) and not isinstance(prompt, str):
-        raise BadRow(
-            "wrong_type",
-            f"{place}: the prompt is a list of messages, chosen and rejected are text. Make each of the two a list: "
-            '[{"role": "assistant", "content": text}]',
-        )
-    return make_pair(prompt, chosen, rejected, values["tools"], values["chat_template_kwargs"], place, form)
+    return make_pair(prompt, chosen, rejected, values["tools"], values["chat_template_kwargs"], place, other or form)
 
 
 _MESSAGE_BEGINS = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
@@ -253,8 +308,10 @@ def _plain(value: Any, name: str, place: str) -> Any:
 
 
 def _text_of_part(part: Mapping[str, Any], where: str) -> str:
-    if part["type"] == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+    # LLaMA-Factory's parts have their text under value.
+    text = part.get("text", part.get("value"))
+    if part["type"] == "text" and isinstance(text, str):
+        return text
     if part["type"] != "text":
         raise BadRow("not_text", f"{where} is of type {part['type']!r}. Take the row out, only text can be trained on")
     raise BadRow("not_text", f"{where} holds no text, it is {kind_of(part)}. Write it as {{type: text, text: ...}}")

@@ -25,7 +25,26 @@ Message = dict[str, Any]
 
 Text = str | list[Message]
 
-Form = Literal["text", "text_shared", "transcripts", "chat", "chat_shared", "chat_whole", "chat_asked", "chat_columns"]
+Form = Literal[
+    "text",
+    "text_shared",
+    "transcripts",
+    "chat",
+    "chat_answers",
+    "chat_shared",
+    "chat_whole",
+    "chat_asked",
+    "chat_columns",
+    "open_ai",
+    "share_gpt",
+    "answered_messages",
+    "alpaca",
+    "swift",
+    "whole_conversations",
+    "ranked",
+    "scored",
+    "compared",
+]
 """How a row was read as a pair"""
 
 FORMS: Mapping[Form, str] = {
@@ -33,10 +52,20 @@ FORMS: Mapping[Form, str] = {
     "text_shared": "text, prompt = what the two texts share",
     "transcripts": "text, prompt = all up to the last Assistant: turn that the two share",
     "chat": "conversations, prompt given",
+    "chat_answers": "conversations, prompt given, answers as text",
     "chat_shared": "conversations, prompt = the messages that the two share",
     "chat_whole": "conversations, prompt = the messages that the two share, text prompt ignored",
     "chat_asked": "conversations, text prompt = the user's message",
     "chat_columns": "conversations, made of the texts that data.columns names",
+    "open_ai": "OpenAI's preferences (input.messages, preferred_output, non_preferred_output)",
+    "share_gpt": "ShareGPT's preferences (conversations, chosen, rejected)",
+    "answered_messages": "messages with two answers (messages, chosen, rejected)",
+    "alpaca": "Alpaca's preferences (instruction, input, chosen, rejected)",
+    "swift": "ms-swift's preferences (messages, rejected_response or rejected_messages)",
+    "whole_conversations": "two whole conversations (chosen_messages, rejected_messages)",
+    "ranked": "ranked completions, the lowest rank chosen and the highest rejected",
+    "scored": "scored completions, the best chosen and the worst rejected",
+    "compared": "two answers and a number that says which is better (response1, response2, overall_preference)",
 }
 """Meaning of each form, for people."""
 

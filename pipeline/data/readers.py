@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, StorageError, first_line
 from pipeline.base.files import find_special, open_file, read_json
-from pipeline.config.schema import PAIR_COLUMNS
+from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS
 from pipeline.data.rows import LARGEST_ROW, Row, Source
 
 __all__ = ["READERS", "is_json_array", "json_lines", "load_hub", "load_saved", "open_parquet", "saved_folder"]
@@ -256,13 +256,18 @@ def _declared_wrongly(footer: pq.FileMetaData) -> str | None:
 def _read_parquet(source: Source) -> Iterator[Row]:
     numbers = itertools.count()
     named = {name: source.columns.get(name, name) for name in PAIR_COLUMNS} | dict(source.columns)
-    needed = {named["chosen"], named["rejected"], *source.columns.values()}
+    # Those of other layouts, which a pair with a prompt does not use.
+    others = {"system", *LAYOUT_COLUMNS}
     for file in source.files:
         parquet = open_parquet(file)
         names = parquet.schema_arrow.names
+        # A dotted name leads into a column.
+        there = {name: column if column in names else column.partition(".")[0] for name, column in named.items()}
+        wanted = {*there.values(), *(() if {there["prompt"], there.get("user")} & set(names) else others)}
         # Without a needed column all are read, so that the pair's error can name the columns that there are.
+        needed = {there[name] for name in ("chosen", "rejected", *source.columns)}
         reads_all = source.all_columns or not needed <= set(names)
-        columns = None if reads_all else [name for name in names if name in named.values()]
+        columns = None if reads_all else [name for name in names if name in wanted]
         in_file = 0
         try:
             for batch in parquet.iter_batches(batch_size=256, columns=columns):

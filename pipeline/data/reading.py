@@ -11,9 +11,11 @@ from typing import Any
 
 from pipeline.base.errors import BadRow, ConfigError
 from pipeline.base.progress import say
-from pipeline.config.schema import PAIR_COLUMNS, DataConfig
-from pipeline.data.layouts import to_pair
-from pipeline.data.pairs import FORMS, Form, Pair
+from pipeline.config.columns import PAIR_COLUMNS
+from pipeline.config.schema import DataConfig
+from pipeline.data.layouts import is_in_row, to_pair
+from pipeline.data.other_layouts import COLUMNS_OF_FORMS
+from pipeline.data.pairs import FORMS, Form, Pair, Text
 from pipeline.data.rows import Source
 from pipeline.data.sources import describe, read_rows
 
@@ -22,6 +24,9 @@ __all__ = ["Reading", "look_at_rows", "say_how_read", "written_forms"]
 _ROWS = 200
 """Rows to look at: enough to know a set by, and read in a blink"""
 _MOST_NAMES = 12
+_MOST_TURNS = 4
+_SHOWN = 60
+"""Most characters of a text of the first row"""
 _PROMPT_NAMES = frozenset(
     (
         "instruction",
@@ -54,6 +59,8 @@ class Reading:
     """Probable misreadings by name, each with a remedy."""
     refused: ConfigError | None = None
     """Error of a set that must not be read as it would be; None if there is no such."""
+    first: str | None = None
+    """Place and texts of the first row that is a pair, cut; None if there is no such."""
 
     @property
     def line(self) -> str:
@@ -91,6 +98,8 @@ def say_how_read(name: str, source: Source, data: DataConfig, *, has_template: b
     if reading.refused is not None:
         raise reading.refused
     say(f"{name}: read as {reading.line}")
+    if reading.first is not None:
+        say(f"{name}: first row as read: {reading.first}")
     for text in reading.findings.values():
         say(f"note: {name}: {text}", err=True)
 
@@ -104,11 +113,12 @@ class _Row:
     """None if it is none."""
     shares_nothing: bool = False
     """True if it is none because chosen and rejected share no prompt."""
+    place: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], columns: Mapping[str, str], place: str) -> "_Row":
         try:
-            return cls(values, to_pair(values, columns, place))
+            return cls(values, to_pair(values, columns, place), place=place)
         except BadRow as error:
             return cls(values, None, shares_nothing=error.reason == "no_shared_prompt")
 
@@ -123,6 +133,31 @@ class _Row:
         prompt = self.pair.prompt
         parts = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
         return any(_spaced(text) in _spaced(part) for part in parts if isinstance(part, str))
+
+
+def _shown(pair: Pair, place: str) -> str:
+    """Write the three texts of a pair for people, each cut."""
+    parts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return f"{place}: " + " | ".join(f"{name} {_written(text)}" for name, text in parts.items())
+
+
+def _written(text: Text) -> str:
+    """Write a text, or messages with who says them."""
+    if isinstance(text, str):
+        return repr(_cut(text))
+    said = [f"{message['role']}: {_cut(_said(message))!r}" for message in text]
+    return (
+        f"[{', '.join(said[:_MOST_TURNS] + ([f'{len(said) - _MOST_TURNS} more'] if len(said) > _MOST_TURNS else []))}]"
+    )
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else str(message.get("tool_calls", content))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _spaced(text: str) -> str:
@@ -168,15 +203,22 @@ class _Looking:
             unread=tuple(self._unread()),
             findings={name: text for name, text in findings.items() if text is not None},
             refused=ConfigError(f"data.columns: {missed}") if is_refused else None,
+            first=next((_shown(row.pair, row.place) for row in self.rows if row.pair is not None), None),
         )
 
     def _unread(self) -> list[str]:
         """List the columns that no pair is made of, in the rows' order."""
-        read = {name: self.columns.get(name, name) for name in PAIR_COLUMNS} | dict(self.columns)
-        if "user" in self.columns:
-            del read["prompt"]
-        there = dict.fromkeys(name for row in self.rows for name in row.values)
-        return [name for name in there if name not in read.values()]
+        ours = {*PAIR_COLUMNS, *self.columns} - ({"prompt"} if "user" in self.columns else set())
+        ours |= {name for row in self.rows for name in COLUMNS_OF_FORMS.get(str(row.form), ())}
+        named = {self.columns.get(name, name) for name in ours}
+        there: dict[str, bool] = {}
+        for row in self.rows:
+            for name in row.values:
+                there.setdefault(name, False)
+            # A dotted name leads into a column.
+            dotted = (name for name in named if name not in row.values and is_in_row(row.values, name))
+            there |= dict.fromkeys((name.partition(".")[0] for name in dotted), True)
+        return [name for name, is_read in there.items() if not is_read and name not in named]
 
     def _missed_prompt(self) -> tuple[str | None, bool]:
         """Find prompts that are not read, while the shared beginning of two answers is taken for one.
@@ -195,7 +237,8 @@ class _Looking:
         most = max(missed.values())
         lists = any(isinstance(row.values.get(name), list | Mapping) for row in alone for name in missed)
         if lists:
-            remedy = "write it as prompt (docs/guide.md, Converting rows)"
+            columns = {"prompt": next(iter(missed)), **self.columns}
+            remedy = f"set data.columns: {{{', '.join(f'{name}: {column}' for name, column in columns.items())}}}"
         elif len(missed) > 1:
             joined = " and ".join(missed)
             remedy = f"join {joined} in one column, say request, and {self._set(asked='request')}"
@@ -226,7 +269,7 @@ class _Looking:
             elif form in ("text", "text_shared", "transcripts"):
                 remedy = "write it in front of the prompt"
             else:
-                remedy = "write it as the first message, of role system (docs/guide.md, Converting rows)"
+                remedy = "write it as the first message, of role system (docs/guide.md, Layouts of other tools)"
             return f"column {name} is not read in {self._share(missed.total())}. To use it, {remedy}"
         return None
 

@@ -26,6 +26,7 @@ PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 REASONS = {
     "prompt_too_long": "the prompt alone fills max_length, so no token is left to score",
+    "tie": "no answer is better than the others",
     "truncated": "a completion is cut at max_length",
     "eos_cut": "EOS is lost: the completion is cut at max_length",
     "no_eos": "a completion has no EOS, so the policy does not learn to stop there",
@@ -91,8 +92,9 @@ class Survey:
         """Add one row."""
         pair, whole = outcome.pair, outcome.whole
         if pair is None or whole is None:
-            # The message begins with the place, which an example stores in a field of its own.
-            self._add_example(outcome.dropped, outcome.row, str(outcome.error).removeprefix(f"{outcome.row.place}: "))
+            # The message begins with the place, which an example stores in a field of its own. A tie has no error.
+            text = REASONS["tie"] if outcome.error is None else str(outcome.error)
+            self._add_example(outcome.dropped, outcome.row, text.removeprefix(f"{outcome.row.place}: "))
             return
         self.forms[str(pair.form)] += 1
         prompt, chosen, rejected = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)

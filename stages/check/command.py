@@ -143,7 +143,9 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
         if pairs.reading.refused is not None:
             yield pairs.reading.refused
             continue
-        bad = {reason: n for reason, n in ledger.dropped.items() if reason not in ("prompt_too_long", "identical")}
+        bad = {
+            reason: n for reason, n in ledger.dropped.items() if reason not in ("prompt_too_long", "identical", "tie")
+        }
         if bad and config.data.on_bad_row == "stop":
             first = min((survey.examples[reason][0] for reason in bad), key=lambda example: example.row)
             count = sum(bad.values())

@@ -109,6 +109,8 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
         known = "not of the whole set" if pairs.rows is None else "extended to the whole set"
         yield f"  only the first {ledger.rows:,} of {total} rows; the estimates are {known}"
     yield f"  read as       {written_forms(survey.forms)}; columns not read: {pairs.reading.columns_not_read}"
+    if pairs.reading.first is not None:
+        yield f"  first row     {pairs.reading.first}"
     yield f"  rows          {ledger.rows:,} in, {ledger.kept:,} kept{_share(ledger.kept, ledger.rows)}"
     for kind, counts, whole in (("dropped", ledger.dropped, ledger.rows), ("found", survey.found, ledger.kept)):
         for reason, count in sorted(counts.items()):

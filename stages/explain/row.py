@@ -152,6 +152,8 @@ def _why_dropped(outcome: Outcome, data: DataConfig) -> str:
             f"its prompt alone has {len(outcome.whole.prompt_ids)} tokens, which leaves no room for a completion "
             f"within data.max_length: {data.max_length}"
         )
+    if outcome.dropped == "tie":
+        return "no answer of it is better than the others"
     return "" if outcome.dropped is None else "chosen and rejected are the same tokens, and data.on_identical is drop"
 
 

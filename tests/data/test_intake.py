@@ -266,3 +266,11 @@ def test_summary_names_every_count_in_one_line() -> None:
 
 def test_summary_writes_large_numbers_with_commas() -> None:
     assert Ledger(rows=12345, kept=12345).summary() == "12,345 rows, 12,345 pairs kept"
+
+
+def test_a_tie_is_dropped_and_counted_and_stops_nothing() -> None:
+    tied = {"context": "Two?", "response1": "a", "response2": "b", "overall_preference": 0}
+    kept, ledger = take(
+        [GOOD["plain"][0] if "plain" in GOOD else next(iter(GOOD.values()))[0], tied], on_bad_row="stop"
+    )
+    assert len(kept) == 1 and dict(ledger.dropped) == {"tie": 1} and not ledger.skipped

@@ -1,14 +1,20 @@
-"""A row of another tool's layout is called by its name, with how to convert it; the page's conversions are read."""
+"""Rows in the layouts of other tools are read as those tools read them; any other says which it is nearest to."""
 
-import re
+import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.base.errors import BadRow
+from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS
+from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import to_pair
-from pipeline.data.other_layouts import looks_like
-from pipeline.data.pairs import Pair
+from pipeline.data.other_layouts import COLUMNS_OF_FORMS, looks_like
+from pipeline.data.pairs import FORMS, Pair
+from pipeline.data.sources import open_source, read_rows
 from support.processes import ROOT
 
 
@@ -17,11 +23,16 @@ def says(role: str, text: Any) -> dict[str, Any]:
 
 
 ASK, YES, NO = says("user", "Two?"), says("assistant", "Yes."), says("assistant", "No.")
+BRIEF = says("system", "Be brief.")
 PAIR = Pair(prompt=[ASK], chosen=[YES], rejected=[NO])
 
 
-def turn(who: str, text: str) -> dict[str, str]:
+def turn(who: str, text: Any) -> dict[str, Any]:
     return {"from": who, "value": text}
+
+
+def read(row: dict[str, Any], **columns: str) -> Pair:
+    return to_pair(row, columns, "pairs.jsonl:7")
 
 
 SHARE_GPT = {
@@ -36,30 +47,188 @@ OPEN_AI = {
 }
 ALPACA = {"instruction": "Two?", "input": "", "chosen": "Yes.", "rejected": "No."}
 SWIFT = {"messages": [ASK, YES], "rejected_response": "No."}
-SYSTEM_BESIDE = {"system": "Be brief.", "prompt": [ASK], "chosen": [YES], "rejected": [NO]}
+RANKED = {"context": [ASK], "completions": [{"rank": 1, "completion": [NO]}, {"rank": 0, "completion": [YES]}]}
+COMPARED = {"domain": "general", "context": [ASK], "response1": "Yes.", "response2": "No.", "overall_preference": -2}
+SCORED = {
+    "source": "evol_instruct",
+    "instruction": "Two?",
+    "completions": [
+        {"model": "a", "response": "Perhaps.", "fine-grained_score": 4.0, "overall_score": 6.5},
+        {"model": "b", "response": "No.", "fine-grained_score": 5.0, "overall_score": 2.0},
+        {"model": "c", "response": "Yes.", "fine-grained_score": 1.0, "overall_score": 8.0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("open_ai", OPEN_AI),
+        # As Arrow gives them, with the keys of all rows.
+        ("open_ai", {**OPEN_AI, "chosen": None, "rejected": None, "messages": None}),
+        ("share_gpt", SHARE_GPT),
+        ("share_gpt", {**SHARE_GPT, "chosen": "Yes.", "rejected": "No."}),
+        ("share_gpt", {**SHARE_GPT, "conversations": [ASK], "chosen": YES, "rejected": NO}),
+        ("chat_shared", {"chosen": [turn("human", "Two?"), turn("gpt", "Yes.")],
+                         "rejected": [turn("human", "Two?"), turn("gpt", "No.")]}),
+        ("alpaca", ALPACA),
+        ("alpaca", {**ALPACA, "input": None, "system": "", "history": []}),
+        # The answers share a beginning, which is not the prompt.
+        ("answered_messages", {"messages": [ASK], "chosen": YES, "rejected": NO}),
+        ("answered_messages", {"messages": [ASK], "chosen_message": YES, "rejected_message": NO}),
+        ("whole_conversations", {"chosen_messages": [ASK, YES], "rejected_messages": [ASK, NO]}),
+        ("swift", SWIFT),
+        ("swift", {"messages": [ASK, YES], "rejected_messages": [ASK, NO]}),
+        ("swift", {"messages": [ASK, YES], "rejected_messages": [NO]}),
+        ("ranked", RANKED),
+        ("ranked", {**RANKED, "context": "Two?"}),
+        ("compared", COMPARED),
+        ("compared", {**COMPARED, "context": "Two?", "response1": "No.", "response2": "Yes.", "overall_preference": 1}),
+        ("compared", {**COMPARED, "overall_preference": "-1"}),
+        ("scored", SCORED),
+        ("chat_answers", {"prompt": [ASK], "chosen": "Yes.", "rejected": "No."}),
+        ("chat", {"prompt": ASK, "chosen": YES, "rejected": NO}),
+        ("chat", {"prompt": [ASK], "chosen": YES, "rejected": NO}),
+        ("chat_asked", {"prompt": "Two?", "chosen": YES, "rejected": NO}),
+    ],
+)  # fmt: skip
+def test_a_row_of_each_layout_is_the_same_pair(form: str, row: dict[str, Any]) -> None:
+    pair = read(row)
+    assert pair == PAIR and pair.form == form and form in FORMS
+
+
+def test_llama_factorys_instruction_input_history_and_system_are_one_conversation() -> None:
+    # Its converter: earlier rounds first, instruction and input joined by a line end, the system text in front.
+    row = {**ALPACA, "instruction": "Add them.", "input": "2, 3", "system": "Be brief.", "history": [["Hi", "Hello."]]}
+    before = [BRIEF, says("user", "Hi"), says("assistant", "Hello.")]
+    assert read(row) == Pair(prompt=[*before, says("user", "Add them.\n2, 3")], chosen=[YES], rejected=[NO])
+    assert read({**row, "chosen": "The red.", "rejected": "The big."}).prompt[-1] == says("user", "Add them.\n2, 3")
+
+
+def test_share_gpts_speakers_are_roles_and_its_function_calls_tool_calls() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [turn("human", "Sum?"), turn("function_call", json.dumps(call)), turn("observation", "2")]
+    row = {**SHARE_GPT, "conversations": turns, "tools": json.dumps([{"name": "add"}])}
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    pair = read(row)
+    assert pair.prompt == [says("user", "Sum?"), called, says("tool", "2")] and pair.tools == [{"name": "add"}]
+    # A system message of the conversation stands for the column.
+    spoken = {**SHARE_GPT, "conversations": [turn("system", "Be brief."), *SHARE_GPT["conversations"]]}
+    for system in ({**SHARE_GPT, "system": "Be brief."}, {**spoken, "system": "Be long."}):
+        assert read(system).prompt == [BRIEF, ASK]
+    with pytest.raises(BadRow, match=r"conversations turn 1: from must be one of human, .* got 'robot'"):
+        read({**SHARE_GPT, "conversations": [turn("robot", "Two?")]})
+
+
+def test_open_ais_tools_are_the_pairs() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert read({**OPEN_AI, "input": {"messages": [ASK], "tools": tools}}).tools == tools
+
+
+def test_ms_swifts_earlier_rounds_are_the_prompt() -> None:
+    rounds = [BRIEF, says("user", "Hi"), says("assistant", "Hello."), ASK]
+    for rejected in ({"rejected_response": "No."}, {"rejected_messages": [*rounds, NO]}):
+        assert read({"messages": [*rounds, YES], **rejected}).prompt == rounds
+
+
+def test_the_best_of_several_is_chosen_and_the_worst_rejected_whatever_their_order() -> None:
+    for completions in (SCORED["completions"], SCORED["completions"][::-1]):
+        assert read({**SCORED, "completions": completions}) == PAIR
+    ranked = [{"rank": rank, "completion": [says("assistant", text)]} for rank, text in ((2, "No."), (1, "Well."))]
+    assert read({"context": [ASK], "completions": [*ranked, {"rank": 0, "completion": [YES]}]}) == PAIR
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**COMPARED, "overall_preference": 0},
+        {**SCORED, "completions": [{**item, "overall_score": 7.5} for item in SCORED["completions"]]},
+        {**RANKED, "completions": [{**item, "rank": 0} for item in RANKED["completions"]]},
+    ],
+)
+def test_a_row_of_which_no_answer_is_better_is_a_tie(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match=r"^pairs\.jsonl:7: ") as caught:
+        read(row)
+    assert caught.value.reason == "tie"
+
+
+def test_a_layouts_columns_may_have_other_names_and_dots_lead_into_objects() -> None:
+    row = {"asked": [ASK], "a": "No.", "b": "Yes.", "vote": {"all": 2}}
+    names = {"context": "asked", "response1": "a", "response2": "b", "overall_preference": "vote.all"}
+    assert read(row, **names) == PAIR
+    nested = {"input": {"messages": [ASK]}, "output": {"good": [YES], "bad": [NO], "a.b": 1}}
+    paths = {"prompt": "input.messages", "chosen": "output.good", "rejected": "output.bad"}
+    assert read(nested, **paths) == PAIR
+    # A column of that very name is taken first.
+    assert read({**nested, "output.good": [NO]}, **paths).chosen == [NO]
+    with pytest.raises(BadRow, match=r"no column 'input\.asked'"):
+        read(nested, **{**paths, "prompt": "input.asked"})
+    with pytest.raises(BadRow, match="no column 'votes'"):
+        read(row, **{**names, "overall_preference": "votes"})
+
+
+def test_columns_of_other_layouts_change_no_row_that_has_a_prompt_of_its_own() -> None:
+    others = {**OPEN_AI, **SHARE_GPT, **ALPACA, **SWIFT, **RANKED, **COMPARED}
+    chat = {"prompt": [ASK], "chosen": [YES], "rejected": [NO]}
+    text = {"prompt": "Two?", "chosen": " Yes.", "rejected": " No."}
+    for row in (chat, text, {"chosen": [ASK, YES], "rejected": [ASK, NO]}):
+        assert read({**others, **row}) == read(row) and read({**others, **row}).form == read(row).form
+    whole = {"chosen": "Two? Yes.", "rejected": "Two? No."}
+    assert read({**ALPACA, **whole}) == read(whole)
+    transcripts = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    assert read({**ALPACA, **transcripts}) == read(transcripts)
+    assert read(ALPACA | {"chosen": "Two? Yes.", "rejected": "Two? No."}, prompt="instruction").form == "text"
+
+
+def test_content_parts_of_llama_factory_are_their_text() -> None:
+    parts = [{"type": "text", "value": "Tw"}, {"type": "text", "value": "o?"}]
+    row = {"chosen_messages": [says("user", parts), YES], "rejected_messages": [says("user", parts), NO]}
+    assert read(row) == PAIR
+    with pytest.raises(BadRow, match=r"content part 1 is of type 'image_url'.*\(the row is read as two whole"):
+        read({**row, "chosen_messages": [says("user", [{"type": "image_url", "image_url": "a"}]), YES]})
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "input.messages", "chosen": "preferred_output"}])
+def test_parquet_gives_the_columns_that_a_layout_needs(tmp_path: Path, columns: dict[str, str]) -> None:
+    rows = [OPEN_AI] if columns else [{**ALPACA, "history": [["Hi", "Hello."]], "system": "Be brief."}]
+    if columns:
+        columns = {**columns, "rejected": "non_preferred_output"}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    data = DataConfig(path=str(tmp_path / "pairs.parquet"), columns=columns)
+    [row] = read_rows(open_source(data))
+    assert to_pair(row.load(), columns, row.place) == to_pair(rows[0], columns, "row")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {key: value for key, value in OPEN_AI.items() if key != "preferred_output"},
+            "OpenAI.*has no preferred_output",
+        ),
+        ({**OPEN_AI, "input": {"prompt": "Two?"}}, r"OpenAI.*input is an object \{prompt\}, not an object with a list"),
+        ({"messages": [ASK, YES], "rejected_response": 5}, r"ms-swift.*rejected_response is a number \(5\), not an"),
+        ({**COMPARED, "overall_preference": None}, "two answers.*has no overall_preference"),
+        ({**ALPACA, "chosen": 5}, r"Alpaca.*chosen is a number \(5\), not text"),
+        ({**SHARE_GPT, "conversations": "Two?"}, "ShareGPT.*conversations is text, not a list of messages"),
+        ({**RANKED, "completions": RANKED["completions"][:1]}, "ranked completions.*not two completions or more"),
+    ],
+)
+def test_a_row_that_fits_no_layout_says_which_is_nearest_and_what_it_lacks(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRow, match=rf"pairs\.jsonl:7: .*It comes nearest to {message}.*Rows\)"):
+        read(row)
 
 
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        (SHARE_GPT, "ShareGPT"),
-        ({"chosen": [turn("human", "Two?"), turn("gpt", "Yes.")], "rejected": [turn("human", "Two?")]}, "ShareGPT"),
-        (OPEN_AI, "OpenAI"),
-        ({"input": OPEN_AI["input"], "chosen": None, "rejected": None}, "OpenAI"),
-        (SWIFT, "ms-swift"),
-        ({"messages": [ASK, YES], "rejected_messages": [ASK, NO]}, "ms-swift"),
-        ({"messages": [ASK], "chosen_message": YES, "rejected_message": NO}, "LLaMA-Factory"),
-        ({"context": [ASK], "completions": [{"rank": 0, "completion": [YES]}]}, "several scored or ranked"),
-        ({"context": [ASK], "response1": "Yes.", "response2": "No.", "overall_preference": -2}, "two answers and a"),
         ({"prompt": "Two?", "completion": "Yes.", "label": True}, "KTO"),
-        (ALPACA, "Alpaca"),
-        ({"prompt": [ASK], "chosen": YES, "rejected": NO}, "one message where a list is expected"),
         ({"prompt": "Two?", "chosen": ["Yes."], "rejected": ["No."]}, "lists of texts"),
     ],
 )
-def test_a_row_that_fits_no_layout_is_called_what_it_looks_like(row: dict[str, Any], name: str) -> None:
-    with pytest.raises(BadRow, match=rf"pairs\.jsonl:7: .*It looks like .*{name}.*Converting rows"):
-        to_pair(row, {}, "pairs.jsonl:7")
+def test_a_row_of_no_pair_is_called_what_it_looks_like(row: dict[str, Any], name: str) -> None:
+    with pytest.raises(BadRow, match=rf"pairs\.jsonl:7: .*It looks like .*{name}"):
+        read(row)
 
 
 @pytest.mark.parametrize("row", [{}, {"a": 1}, {"prompt": "Two?", "chosen": None, "rejected": 5}, {"chosen": [[]]}])
@@ -70,18 +239,17 @@ def test_a_row_like_no_layout_is_called_nothing(row: dict[str, Any]) -> None:
 def test_a_null_prompt_is_called_null() -> None:
     for row in ({"prompt": None, "chosen": [YES], "rejected": [NO]}, {"prompt": None, "chosen": "a", "rejected": "b"}):
         with pytest.raises(BadRow, match="prompt is null, and chosen and rejected share no"):
-            to_pair(row, {}, "row")
+            read(row)
 
 
-def test_the_pages_conversions_give_pairs() -> None:
+def test_every_column_of_a_layout_can_be_named() -> None:
+    known = {*PAIR_COLUMNS, *LAYOUT_COLUMNS, "system", "question", "responses"}
+    assert frozenset().union(*COLUMNS_OF_FORMS.values()) <= known and set(COLUMNS_OF_FORMS) <= set(FORMS)
+
+
+def test_the_pages_rows_are_read_as_it_says() -> None:
     text = (ROOT / "docs" / "guide.md").read_text()
-    section = text[text.index("## Converting rows") :]
-    [code] = re.findall(r"```python\n(.*?)```", section[: section.index("\n## ", 5)], re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)  # the page's own functions
-    for name, row in (("sharegpt", SHARE_GPT), ("openai", OPEN_AI), ("alpaca", ALPACA), ("swift", SWIFT)):
-        assert to_pair(names[name](row), {}, name) == PAIR, name
-    joined = names["alpaca"]({**ALPACA, "instruction": "Add them.", "input": "2, 3"})
-    assert joined["prompt"] == [says("user", "Add them.\n2, 3")]
-    with_system = to_pair(names["system"](SYSTEM_BESIDE), {}, "system")
-    assert with_system.prompt == [says("system", "Be brief."), ASK]
+    section = text[text.index("## Layouts of other tools") :]
+    rows = [line.strip() for line in section[: section.index("\n## ", 5)].splitlines() if line.startswith("    {")]
+    forms = [read(json.loads(row)).form for row in rows]
+    assert {*COLUMNS_OF_FORMS, "chat_answers"} <= set(forms)

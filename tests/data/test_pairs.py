@@ -354,9 +354,9 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
         r"chosen must be text .* got a list of objects \{content\}",
         {**CHAT, "chosen": [{"content": "no role"}]},
     ),
-    ("wrong_type", r"prompt must be text .* got an object \{role, content\}", {**TEXT, "prompt": user("a")}),
+    ("wrong_type", r"prompt must be text .* got an object \{content\}", {**TEXT, "prompt": {"content": "a"}}),
     ("wrong_type", "one of chosen and rejected is text", {**CHAT, "rejected": "Five."}),
-    ("wrong_type", "prompt is a list of messages, chosen and rejected are text", {**TEXT, "prompt": CHAT["prompt"]}),
+    ("wrong_type", "one of chosen and rejected is text", {**CHAT, "chosen": "Four."}),
     (
         "wrong_type",
         r"rejected message 1: role is a number \(5\), not text",

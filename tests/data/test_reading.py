@@ -24,6 +24,7 @@ def look(folder: Path, rows: list[dict[str, Any]], *, has_template: bool = True,
 
 
 ALPACA = [{"instruction": f"Name {i}", "chosen": f"The red of {i}", "rejected": f"The big of {i}"} for i in range(8)]
+ASKED = [{"question": row["instruction"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ALPACA]
 TEXTS = [{"prompt": f"Name {i}", "chosen": f"Red {i}", "rejected": f"Big {i}"} for i in range(8)]
 CHATS: list[dict[str, Any]] = [
     {
@@ -51,6 +52,12 @@ WHOLE = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} fo
             {"system": "system", "user": "prompt"},
             "conversations, made of the texts that data.columns names; columns not read: none",
         ),
+        (ALPACA, {}, "Alpaca's preferences (instruction, input, chosen, rejected); columns not read: none"),
+        (
+            [{"input": {"messages": row["prompt"]}, "good": row["chosen"], "bad": row["rejected"]} for row in CHATS],
+            {"prompt": "input.messages", "chosen": "good", "rejected": "bad"},
+            "conversations, prompt given; columns not read: none",
+        ),
         (
             [*CHATS, TEXTS[0]],
             {},
@@ -75,19 +82,19 @@ def test_real_transcripts_raise_no_alarm_even_for_a_chat_model() -> None:
 @pytest.mark.parametrize(
     ("rows", "has_template", "setting"),
     [
-        (ALPACA, True, "{user: instruction}"),
-        (ALPACA, False, "{prompt: instruction}"),
+        (ASKED, True, "{user: question}"),
+        (ASKED, False, "{prompt: question}"),
         # Answers that share nothing are no pairs at all.
-        ([{**row, "rejected": "No."} for row in ALPACA], True, "{user: instruction}"),
-        ([{**row, "system": "Be brief."} for row in ALPACA], True, "{system: system, user: instruction}"),
-        ([{**row, "input": "" if i % 2 else "3"} for i, row in enumerate(ALPACA)], True, "join instruction and input"),
+        ([{**row, "rejected": "No."} for row in ASKED], True, "{user: question}"),
+        ([{**row, "system": "Be brief."} for row in ASKED], True, "{system: system, user: question}"),
+        ([{**row, "input": "" if i % 2 else "3"} for i, row in enumerate(ASKED)], True, "join question and input"),
         (
             [{"Question": row["prompt"][0]["content"], "chosen": row["chosen"], "rejected": row["rejected"]}
              for row in CHATS], False, "{user: Question}",
         ),
         (
-            [{"conversations": [{"from": "human", "value": row["instruction"]}], "chosen": row["chosen"],
-              "rejected": row["rejected"]} for row in ALPACA], True, "write it as prompt (docs/guide.md",
+            [{"conversation": [{"from": "human", "value": row["instruction"]}], "chosen": row["chosen"],
+              "rejected": row["rejected"]} for row in ALPACA], True, "set data.columns: {prompt: conversation",
         ),
     ],
 )  # fmt: skip
@@ -151,7 +158,7 @@ def test_a_system_message_that_is_read_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_columns_that_a_pair_does_not_need_are_seen_in_parquet_too(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ALPACA), tmp_path / "pairs.parquet")
+    pq.write_table(pa.Table.from_pylist(ASKED), tmp_path / "pairs.parquet")
     data = DataConfig(path=str(tmp_path / "pairs.parquet"))
     assert look_at_rows(open_source(data), data, has_template=True).refused is not None
 
@@ -159,3 +166,17 @@ def test_columns_that_a_pair_does_not_need_are_seen_in_parquet_too(tmp_path: Pat
 def test_many_columns_are_named_in_part(tmp_path: Path) -> None:
     reading = look(tmp_path, [{**TEXTS[0], **{f"c{i}": i for i in range(20)}}], has_template=False)
     assert reading.line.endswith("c10, c11 and 8 more")
+
+
+def test_the_first_row_is_shown_as_it_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"chosen": 5}, {**ALPACA[0], "input": "a" * 100, "system": "Be brief."}]
+    reading = look(tmp_path, rows)
+    place, cut = tmp_path / "pairs.jsonl", "Name 0\\n" + "a" * 50 + "..."
+    shown = f"prompt [system: 'Be brief.', user: '{cut}'] | chosen [assistant: 'The red of 0'] | rejected [assistant: "
+    assert reading.first == f"{place}:2: {shown}'The big of 0']"
+    data = DataConfig(path=str(place))
+    say_how_read("train", open_source(data), data, has_template=True)
+    assert f"train: first row as read: {reading.first}" in capsys.readouterr().out
+    assert look(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}]).first == (
+        f"{place}:1: prompt 'a' | chosen 'b' | rejected 'c'"
+    )

@@ -168,7 +168,7 @@ def row_cases() -> Iterator[tuple[str, Any, str]]:
     yield "role is no text", {**CHAT, "chosen": [{**YES, "role": 5}]}, "wrong_type"
     yield "role is null", {**CHAT, "chosen": [{**YES, "role": None}]}, "wrong_type"
     yield "text and messages", {**CHAT, "chosen": "Yes."}, "wrong_type"
-    yield "prompt of messages, text else", {**GOOD, "prompt": [USER]}, "wrong_type"
+    yield from _rows_of_other_layouts()
     for name, value in {"int": 1, "object": {"a": 1}, "no JSON": "{", "JSON, no list": "{}"}.items():
         yield f"tools are {name}", {**CHAT, "tools": value}, "wrong_type"
     for name, value in {"list": [1], "int": 1, "text": "a"}.items():
@@ -180,6 +180,35 @@ def row_cases() -> Iterator[tuple[str, Any, str]]:
     for name, value in {"int": 1, "null": None, "list": ["a"], "object": {"a": "b"}}.items():
         yield f"content is {name}", {**CHAT, "rejected": [{**YES, "content": value}, NO, YES]}, "not_text"
     yield "half a pair in a role", {**CHAT, "chosen": [{**YES, "role": "\ud83d"}]}, "not_utf8"
+
+
+def _rows_of_other_layouts() -> Iterator[tuple[str, Any, str]]:
+    """Yield bad rows in the layouts of other tools."""
+    said = {"from": "human", "value": "?"}
+    share = {"conversations": [said], "chosen": {"from": "gpt", "value": "!"}, "rejected": {"from": "gpt", "value": ""}}
+    yield "ShareGPT: empty", share, "empty_completion"
+    for name, turn in {"unknown": {"from": "x"}, "number": {"from": 5}, "call": {"from": "function_call"}}.items():
+        yield f"ShareGPT: {name}", {**share, "conversations": [{**said, **turn}]}, "wrong_type"
+    yield "ShareGPT: half a pair", {**share, "conversations": [{**said, "value": "\ud83d"}]}, "not_utf8"
+    yield "ShareGPT: no text", {**share, "chosen": {"from": "gpt", "value": {"a": 1}}}, "not_text"
+    open_ai = {"input": {"messages": [USER]}, "preferred_output": [YES], "non_preferred_output": [YES]}
+    yield "OpenAI: no input", {**open_ai, "input": None}, "missing_column"
+    yield "OpenAI: tools", {**open_ai, "input": {"messages": [USER], "tools": 5}}, "wrong_type"
+    yield "Alpaca: history", {"instruction": "a", "chosen": "b", "rejected": "c", "history": [["a"]]}, "wrong_type"
+    yield "Alpaca: input", {"instruction": "a", "chosen": "b", "rejected": "c", "input": 5}, "wrong_type"
+    yield "ms-swift: no answer", {"messages": [USER], "rejected_response": "no"}, "wrong_type"
+    two = [{"completion": "a", "rank": 0}, {"completion": "b", "rank": 1}]
+    for name, items in {
+        "a rank that is text": [two[0], {**two[1], "rank": "worst"}],
+        "a rank that is NaN": [two[0], {**two[1], "rank": float("nan")}],
+        "no rank": [two[0], {"completion": "b"}],
+        "no text": [two[0], {"rank": 1}],
+    }.items():
+        yield f"ranked: {name}", {"context": "a", "completions": items}, "wrong_type"
+    yield "ranked: one", {"context": "a", "completions": two[:1]}, "missing_column"
+    for name, value in {"null": None, "bool": True, "NaN": float("nan"), "words": "first"}.items():
+        row = {"context": "a", "response1": "b", "response2": "c", "overall_preference": value}
+        yield f"compared by {name}", row, "missing_column"
 
 
 def jsonl_cases() -> Iterator[tuple[str, Damage]]:

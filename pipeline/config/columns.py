@@ -1,0 +1,27 @@
+"""Names of the columns that a pair is read from."""
+
+__all__ = ["LAYOUT_COLUMNS", "PAIR_COLUMNS", "SPOKEN_COLUMNS"]
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+SPOKEN_COLUMNS = ("system", "user")
+"""Texts that become the prompt's messages; read only if `data.columns` names them"""
+LAYOUT_COLUMNS = (
+    "chosen_message",
+    "chosen_messages",
+    "completions",
+    "context",
+    "conversations",
+    "history",
+    "input",
+    "instruction",
+    "messages",
+    "non_preferred_output",
+    "overall_preference",
+    "preferred_output",
+    "rejected_message",
+    "rejected_messages",
+    "rejected_response",
+    "response1",
+    "response2",
+)
+"""Columns of other tools' layouts"""
