@@ -131,7 +131,9 @@ def _is_message(value: Any) -> bool:
 
 
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, str) or _is_message(value) or (_are_messages(value) and _first_speaker(value) == "assistant")
+    return (
+        isinstance(value, str) or _is_message(value) or (_are_messages(value) and _first_speaker(value) == "assistant")
+    )
 
 
 def _first_speaker(value: Sequence[Mapping[str, Any]]) -> Any:

@@ -237,8 +237,8 @@ class _Looking:
         most = max(missed.values())
         lists = any(isinstance(row.values.get(name), list | Mapping) for row in alone for name in missed)
         if lists:
-            columns = {"prompt": next(iter(missed)), **self.columns}
-            remedy = f"set data.columns: {{{', '.join(f'{name}: {column}' for name, column in columns.items())}}}"
+            ours = {"prompt": next(iter(missed)), **self.columns}
+            remedy = f"set data.columns: {{{', '.join(f'{name}: {column}' for name, column in ours.items())}}}"
         elif len(missed) > 1:
             joined = " and ".join(missed)
             remedy = f"join {joined} in one column, say request, and {self._set(asked='request')}"

@@ -143,6 +143,7 @@ def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, templa
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
             "use a chat model, or save a template with its tokenizer"
+            + (", or set data.columns: {prompt: instruction} for text" if pair.form == "alpaca" else "")
         )
     if isinstance(tokenizer.chat_template, dict):
         # The library's rule: the default one, and `tool_use` for pairs with tools.

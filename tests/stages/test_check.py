@@ -137,15 +137,15 @@ def test_answers_alone_beside_an_unread_prompt_stop_check_and_stage_one_before_a
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = make_run(
-        rows=[{"instruction": f"Name {i}.", "chosen": f"The {i}", "rejected": f"The {i + 1}"} for i in range(8)],
+        rows=[{"question": f"Name {i}.", "chosen": f"The {i}", "rejected": f"The {i + 1}"} for i in range(8)],
         data={"on_bad_row": "skip"},
     )
     for command in (["check", *GPU], ["precompute"]):
         done = refshard(command[0], "--config", config, *command[1:], check=2)
-        assert "set data.columns: {prompt: instruction}" in done.stderr
+        assert "set data.columns: {prompt: question}" in done.stderr
         assert "refshard: data.columns: must name the column of the prompt" in done.stderr
         if command[0] == "check":
-            assert "columns not read: instruction" in done.stdout and "found         missed prompt\n" in done.stdout
+            assert "columns not read: question" in done.stdout and "found         missed prompt\n" in done.stdout
     assert not (tmp_path / "shards").exists()
 
 
