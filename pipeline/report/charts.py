@@ -169,10 +169,10 @@ def histogram_chart(
     figure.update_xaxes(zeroline=True)
     counted, notes = histogram(pooled, edges), []
     if outside := counted.below + counted.above:
-        notes.append(f"{outside:,} of {len(pooled):,} values are outside the chart")
+        notes.append(f"Outside the chart: {outside:,} of {len(pooled):,} values")
     if broken := sum(len(values) for _, values, _, _ in columns) - len(pooled):
-        notes.append(f"{broken:,} of {broken + len(pooled):,} are not finite")
-    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}", note="; ".join(notes))
+        notes.append(f"Not finite: {broken:,} of {broken + len(pooled):,} values")
+    return chart(figure, title=title, label=f"{title}: share of {of} by {x_title}", note=". ".join(notes))
 
 
 def point_chart(title: str, points: Sequence[Point], *, x_title: str, y_title: str) -> Markup:
@@ -260,7 +260,9 @@ def _lay_out(figure: Any, x_title: str, y_title: str, **layout: Any) -> None:
         **layout,
     )
     spikes = {"spikethickness": 1, "spikecolor": GRAY, "spikedash": "dot"}
-    figure.update_xaxes(title={"text": _text(x_title)}, zeroline=False, **spikes)
+    # Room below the axis, without which the first labels of both axes lie on each other.
+    room = {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}
+    figure.update_xaxes(title={"text": _text(x_title)}, zeroline=False, **spikes, **room)
     figure.update_yaxes(title={"text": _text(y_title)}, zeroline=True)
 
 

@@ -99,7 +99,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     """Make a table. Columns of numbers align right, and their numbers are formatted; Markup stays as it is."""
     numbers = [_is_column_of_numbers([row[i] for row in rows]) for i in range(len(header))]
     head = Markup("").join(
-        Markup('<th class="number">{}</th>' if number else "<th>{}</th>").format(_text(name))
+        Markup('<th{} style="min-width:{}ch">{}</th>').format(
+            Markup(' class="number"' if number else ""), len(Markup(name).striptags()) // _HEADER_LINES + 2, _text(name)
+        )
         for name, number in zip(header, numbers, strict=True)
     )
     lines = Markup("").join(
@@ -170,6 +172,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
     )
 
 
+_HEADER_LINES = 3
+"""Most lines of a column's title on narrow screens, about"""
 _OF_A_PAGE = b"default-src 'none'; script-src 'unsafe-inline'"
 """Words at the start of each page"""
 

@@ -23,19 +23,19 @@ _OPEN_PROMPTS, _MOST_PROMPTS = 5, 25
 
 _KL_NOTE = (
     "KL(policy ‖ reference) is estimated from the policy's replies: their mean log-prob under the policy minus that "
-    "under the reference. Errors and bars are one standard error."
+    "under the reference. Errors and bars are one standard error, so an estimate near 0 may be negative."
 )
 
 
 def frontier_section(shown: Sequence[Shown]) -> list[Section]:
     """Plot the reward of each run's replies against its KL; without rewards, the runs' accuracies."""
     drawn = [one for one in shown if one.run.generations]
-    title = "Reward against KL"
+    rewards = [estimate_reward(one.run.generations, "policy") for one in drawn]
+    title = "Accuracy against KL" if None in rewards else "Reward against KL"
     if not drawn:
         note = "A KL needs replies of the policies; see Replies before and after."
         return [] if shown[0].alone else [Section(title=title, body=Markup(""), note=note)]
     notes = [_KL_NOTE, *_sampling_cautions(drawn)]
-    rewards = [estimate_reward(one.run.generations, "policy") for one in drawn]
     points = []
     if all(reward is not None for reward in rewards):
         judges = sorted({g.reward_by or "unknown" for one in drawn for g in one.run.generations})
@@ -105,9 +105,11 @@ def replies_section(shown: Sequence[Shown]) -> Section:
     drawn = [one for one in shown if one.run.generations]
     if not drawn:
         return Section(title=title, body=_how_to_generate(shown))
-    header = ["replies of", "replies", "tokens", "reward", "log-prob, policy", "log-prob, reference"]
-    header += ["KL, nats per reply"]
-    body = runs_table(header, [(one, _means(one.run, side)) for one in drawn for side in _SIDES])
+    names = ["replies of", "replies", "tokens", "log-prob, policy", "log-prob, reference", "KL, nats per reply", "reward"]
+    means = [(one, _means(one.run, side)) for one in drawn for side in _SIDES]
+    if all(values[-1] is None for _, values in means):
+        names, means = names[:-1], [(one, values[:-1]) for one, values in means]
+    body = runs_table(names, means)
     if len(drawn) == 1:
         body += _reward_chart(drawn[0].run)
     prompts = list(dict.fromkeys((g.set_name, g.row, g.prompt) for one in drawn for g in one.run.generations))
@@ -131,10 +133,10 @@ def _means(run: Run, side: str) -> list[object]:
         side,
         len(replies),
         estimate([reply.num_tokens for reply in replies]),
-        estimate_reward(run.generations, side),
         estimate([reply.policy_logps for reply in replies]),
         estimate([reply.ref_logps for reply in replies]),
         estimate_kl(run.generations) if side == "policy" else None,
+        estimate_reward(run.generations, side),
     ]
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from pipeline.base import statistics
+from pipeline.base.errors import number_of
 from pipeline.report.charts import Line, histogram_chart, line_chart
 from pipeline.report.pages import COLORS, Section, beside, chart, facts, page, table
 from pipeline.run.reading import Curve
@@ -87,7 +88,7 @@ def _margin_by_length(differences: npt.NDArray[Any], margins: npt.NDArray[Any]) 
     )
     figure.update_layout(height=320, xaxis_title="tokens, chosen minus rejected", yaxis_title="margin, nats")
     title = "Margin by difference in length"
-    note = f"{found.outside:,} pairs are outside the chart" if found.outside else ""
+    note = f"Outside the chart: {number_of(found.outside, 'pair')}" if found.outside else ""
     return chart(figure, title=title, label=f"Pairs by margin and by difference in length. {note}", note=note)
 
 

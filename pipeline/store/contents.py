@@ -211,10 +211,14 @@ def identity_facts(entry: Mapping[str, Any]) -> dict[str, str]:
         "max_length": f"{tokenization['max_length']}, token logps {stored}",
         "noise floor": measured,
         "rows": totals.summary(),
-        "pairs": f"{entry['pairs']:,} in {number_of(entry['parts'], 'part')}, {entry['bytes'] / 2**20:,.1f} MiB; "
+        "pairs": f"{entry['pairs']:,} in {number_of(entry['parts'], 'part')}, {_size(entry['bytes'])}; "
         f"{entry['duplicates']:,} are duplicates of another",
     }
     return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 @dataclass(frozen=True)

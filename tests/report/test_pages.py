@@ -53,6 +53,11 @@ def test_the_library_of_charts_is_there_once_and_only_with_a_chart() -> None:
     assert 'aria-label="a line"' in two
 
 
+def test_a_long_title_of_a_column_keeps_room_for_three_lines_on_a_narrow_screen() -> None:
+    widths = re.findall(r"min-width:(\d+)ch", table(["row", "log-prob shift of chosen"], [[1, 2]]))
+    assert widths == ["3", "10"]
+
+
 def test_numbers_are_set_to_the_right_and_words_are_not() -> None:
     cells = re.findall(r"<td.*?</td>", table(["a"] * 5, [["x", 12345, 0.123456, True, None]]))
     assert cells == [
