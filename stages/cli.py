@@ -98,7 +98,7 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
     from stages import early, finished
 
     config = load_config(config_file, overrides)
-    early.refuse_early(config)
+    early.refuse_early(config, is_scored=True)
     if processes > 1:
         _launch(config, processes)
         return
@@ -217,6 +217,9 @@ def generate(run_folder: Path, max_tokens: int, temperature: float, seed: int, *
     checkpoint. One model is in memory at a time. Replies are drawn without top-k and top-p, even if the model's folder
     sets them.
     """
+    from stages import early
+
+    early.settings_of_run(run_folder, given["set_name"])
     from pipeline.replies.sampling import Sampling
     from stages import generate as stage
 

@@ -1,27 +1,31 @@
 """Refuse what settings and folders alone show to be wrong, before the libraries load, which takes seconds."""
 
+from pathlib import Path
+
+from pipeline.base.errors import ConfigError
+from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.data.sources import open_source
+from pipeline.data.sources import find_set, open_source
 from pipeline.models.files import NamedModel, reference_sources
 from pipeline.run.outputs import guard_run, guard_shards
+from pipeline.run.reading import SETTINGS
+from pipeline.store.serving import open_stores
 
-__all__ = ["refuse_early"]
+__all__ = ["refuse_early", "settings_of_run"]
 
 
-def refuse_early(config: Config, *, outputs: bool = True) -> None:
-    """Refuse wrong fields of `train`, and data, models and outputs that can't be what they should be.
-
-    It asks no hub. Without `outputs`, the folders of the run are not looked at.
+def refuse_early(config: Config, *, is_scored: bool = False) -> None:
+    """Refuse wrong fields of `train`, and data, models and outputs that can't be what they should be. Ask no hub.
 
     Raises:
-        ConfigError: The setting, as the command itself would refuse it.
+        ConfigError: A setting is wrong.
+        DataError: Stage one should be done (`is_scored`), and a set has no store.
+        UnfinishedError: Stage one should be done, and a store lacks parts.
     """
-    if outputs:
-        guard_shards(config)
+    guard_shards(config)
     if not config.train.is_empty:
         _ = config.train.options
-        if outputs:
-            guard_run(config)
+        guard_run(config)
     for name in config.data.sets:
         open_source(config.data, name)
     models = [NamedModel.policy(config)]
@@ -30,3 +34,21 @@ def refuse_early(config: Config, *, outputs: bool = True) -> None:
     for model in models:
         if not model.is_on_hub:
             model.folder(weights=False)
+    # With `reference.sync`, stage two has each window scored.
+    if is_scored and config.reference.sync is None:
+        open_stores(config, config.data.sets)
+
+
+def settings_of_run(run_folder: Path, set_name: str | None = None) -> Config:
+    """Read the settings of a run that is to draw replies. Raises ConfigError for another folder, or an unknown set."""
+    file = run_folder / SETTINGS
+    if not file.exists():
+        raise ConfigError(f"{run_folder}: must be a run's folder, got one without {SETTINGS}. Name a train.output_dir")
+    config = load_config(file)
+    if config.reference.declared is not None:
+        raise ConfigError(
+            f"{run_folder}: must have a reference that can draw replies, got the name of one alone "
+            f"(reference.declared: {config.reference.declared}). Choose another run"
+        )
+    find_set(config.data, set_name or "train")
+    return config

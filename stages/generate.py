@@ -10,7 +10,6 @@ from pipeline.base.digests import WatchedFiles
 from pipeline.base.errors import ConfigError, IdentityError
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
-from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources import describe, open_source
 from pipeline.models.files import files_of_model, in_one_process, load_tokenizer, reference_sources
@@ -22,8 +21,9 @@ from pipeline.replies.records import GENERATIONS, Generation, Reply, write_gener
 from pipeline.replies.rewarding import load_reward_model
 from pipeline.replies.sampling import Prompt, Sampling, choose_prompts, leave_if_asked
 from pipeline.run.checkpoints import saved_policy
-from pipeline.run.reading import SETTINGS, part, read_inputs
+from pipeline.run.reading import part, read_inputs
 from pipeline.run.records import INPUTS
+from stages.early import settings_of_run
 
 __all__ = ["run"]
 
@@ -47,7 +47,7 @@ def run(
     flag = watch_signals(stop_at)
     # Collections that free models need not look through what the imports made.
     gc.freeze()
-    config = _settings_of(run_folder)
+    config = in_one_process(settings_of_run(run_folder))
     step, policy_folder = saved_policy(run_folder)
     reference, adapter = reference_sources(config)
     # Before its identity is taken; after that it is loaded once or twice.
@@ -83,19 +83,6 @@ def run(
     ]
     write_generations(run_folder, generations)
     _print_result(generations, run_folder, step)
-
-
-def _settings_of(run_folder: Path) -> Config:
-    file = run_folder / SETTINGS
-    if not file.exists():
-        raise ConfigError(f"{run_folder}: must be a run's folder, got one without {SETTINGS}. Name a train.output_dir")
-    config = load_config(file)
-    if config.reference.declared is not None:
-        raise ConfigError(
-            f"{run_folder}: must have a reference that can draw replies, got the name of one alone "
-            f"(reference.declared: {config.reference.declared}). Choose another run"
-        )
-    return in_one_process(config)
 
 
 def _check_reference(config: Config, run_folder: Path) -> None:

@@ -270,6 +270,7 @@ def _load_policy(run: TrainingRun) -> Scorer:
         config = at_checkpoint(config, run.checkpoint)
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
+    _say(f"Loading the policy {config.policy.model} on {arguments.device.type} ...")
     with in_one_piece(arguments):
         policy = load_policy(config)
     if getattr(policy, "is_quantized", False) and not config.policy.has_adapter:

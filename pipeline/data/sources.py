@@ -6,6 +6,7 @@ worker that skips another worker's rows pays for finding them, not for parsing t
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -80,13 +81,15 @@ def read_rows(source: Source) -> Iterator[Row]:
 
 
 def count_rows(source: Source) -> int | None:
-    """Count the rows from `start` to `stop` without decoding them; None if only a full read would tell."""
+    """Count the rows from `start` to `stop` without decoding them; None if they are parsed or fetched all at once."""
     if source.format == "jsonl" and not is_json_array(source):
         total = sum(1 for _ in json_lines(source))
     elif source.format == "parquet":
         total = sum(open_parquet(file).metadata.num_rows for file in source.files)
     elif source.format == "disk":
         total = len(load_saved(source))
+    elif source.format == "csv":
+        total = sum(1 for _ in itertools.islice(READERS["csv"](source), source.stop))
     else:
         return None
     stop = total if source.stop is None else min(source.stop, total)

@@ -28,7 +28,7 @@ REASONS = {
     "prompt_too_long": "the prompt alone fills max_length, so no token is left to score",
     "tie": "no answer is better than the others",
     "truncated": "a completion is cut at max_length",
-    "eos_cut": "EOS is lost: the completion is cut at max_length",
+    "eos_cut": "a completion is cut at max_length, and EOS with it",
     "no_eos": "a completion has no EOS, so the policy does not learn to stop there",
     "doubled_eos": "two EOS in a row",
     "no_bos": "the tokenizer begins a text with BOS, but the pair has none",

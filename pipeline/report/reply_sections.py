@@ -105,7 +105,15 @@ def replies_section(shown: Sequence[Shown]) -> Section:
     drawn = [one for one in shown if one.run.generations]
     if not drawn:
         return Section(title=title, body=_how_to_generate(shown))
-    names = ["replies of", "replies", "tokens", "log-prob, policy", "log-prob, reference", "KL, nats per reply", "reward"]
+    names = [
+        "replies of",
+        "replies",
+        "tokens",
+        "log-prob, policy",
+        "log-prob, reference",
+        "KL, nats per reply",
+        "reward",
+    ]
     means = [(one, _means(one.run, side)) for one in drawn for side in _SIDES]
     if all(values[-1] is None for _, values in means):
         names, means = names[:-1], [(one, values[:-1]) for one, values in means]

@@ -72,9 +72,12 @@ def check_same_run(place: Path, stored: Mapping[str, Any], run: Mapping[str, Any
     if not found or is_longer(stored, run):
         return
     why = _why_not_its_beginning(run) if _has_grown(recorded, run) else ""
+    further = (
+        "To train its policy further, see Making a run longer in docs/guide.md. To start over, set" if why else "Set"
+    )
     raise IdentityError(
         f"{place}: saved by a run with other settings. It differs in {'; '.join(found)}. {why}"
-        "Set train.output_dir to a new folder, or pass --overwrite to start over in this one"
+        f"{further} train.output_dir to a new folder, or pass --overwrite to replace this one"
     )
 
 

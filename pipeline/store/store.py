@@ -119,7 +119,9 @@ def find_stores(where: Where) -> list[Folder]:
     names = sorted(folder.names(), key=lambda name: (name != "train", name))
     found = [folder.child(name) for name in names if folder.child(name).size(format.MANIFEST) is not None]
     if not found:
-        raise DataError(f"{folder}: no shards there, neither a manifest.json nor folders with one")
+        raise DataError(
+            f"{folder}: no shards there, neither a manifest.json nor folders with one. Name a precompute.output"
+        )
     return found
 
 

@@ -114,6 +114,8 @@ def _set_lines(pairs: PairSet, max_length: int | None) -> Iterator[str]:
     yield f"  rows          {ledger.rows:,} in, {ledger.kept:,} kept{_share(ledger.kept, ledger.rows)}"
     for kind, counts, whole in (("dropped", ledger.dropped, ledger.rows), ("found", survey.found, ledger.kept)):
         for reason, count in sorted(counts.items()):
+            if reason == "truncated" and count == counts["eos_cut"]:
+                continue  # said with EOS
             yield f"  {kind:14}{count:,}{_share(count, whole)}: {REASONS.get(reason, reason.replace('_', ' '))}"
             yield from (f"    {example.place}: {example.text}" for example in survey.examples.get(reason, ()))
     for name, text in pairs.reading.findings.items():

@@ -59,14 +59,15 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
         ConfigError: There is no such set, row or policy, or a model can't be loaded.
         UnfinishedError: The policy's run has saved nothing yet.
     """
-    source = open_source(config.data, set_name)
+    # Before the tokenizer, whose library loads for seconds.
+    found_row = find_row(open_source(config.data, set_name), row)
     trained = None
     if policy is not None:
         policy = trained_weights(config, policy, "--policy")
         trained = policy_as_reference(in_one_process(config), policy)
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
-    pair = explain_row(find_row(source, row), tokenizer, config.data, set_name)
+    pair = explain_row(found_row, tokenizer, config.data, set_name)
     named = config.reference.declared or reference_sources(config)[0].name
     found = Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:

@@ -50,7 +50,7 @@ def test_a_run_whose_steps_depend_on_their_number_is_refused_with_the_reason(
     saved, run = identity(sync, **settings, max_steps=2), identity(sync, **settings, max_steps=4)
     assert not is_longer(saved, run)
     with pytest.raises(
-        IdentityError, match=rf"It can't be made longer: .*{why}.* Set train\.output_dir to a new folder"
+        IdentityError, match=rf"It can't be made longer: .*{why}.* To start over, set train\.output_dir to a new"
     ):
         check_same_run(Path("run"), saved, run)
 

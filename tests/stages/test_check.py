@@ -161,6 +161,27 @@ def test_the_first_rows_of_an_unknown_number_are_called_so() -> None:
     assert "only the first 20 of an unknown number of rows; the estimates are not of the whole set" in said
 
 
+@pytest.mark.parametrize(
+    ("truncated", "eos_cut", "lines"),
+    [
+        (2, 2, ["2: a completion is cut at max_length, and EOS with it"]),
+        (2, 1, ["1: a completion is cut at max_length, and EOS with it", "2: a completion is cut at max_length"]),
+        (2, 0, ["2: a completion is cut at max_length"]),
+    ],
+)
+def test_a_cut_is_found_once_whether_eos_is_lost_with_it_or_not(truncated: int, eos_cut: int, lines: list[str]) -> None:
+    counts = Counter(truncated=truncated, eos_cut=eos_cut)
+    survey, ledger = Survey(found=+counts), Ledger(rows=8, kept=0)
+    reading = Reading(forms={}, unread=(), findings={})
+    source = Source(
+        path="a/b", format="hub", name=None, revision=None, split="train", start=0, stop=None, files=(), columns={},
+        streaming=False,
+    )  # fmt: skip
+    pairs = PairSet(source=source, ledger=ledger, survey=survey, reading=reading, rows=8, only_first_rows=None)
+    said = as_text(Findings(sets={"train": pairs}, stores={}), 64)
+    assert re.findall(r"^  found +(.*)$", said, flags=re.MULTILINE) == lines
+
+
 def test_each_limit_fails_with_what_was_found_and_what_is_allowed(make_run: Callable[..., Path]) -> None:
     config = make_run(rows=ROWS, data={"on_bad_row": "skip"})
     allowed = ("--max-dropped", 0.2, "--max-cut", 0.1, "--max-memory", "24GB", "--max-hours", 1)

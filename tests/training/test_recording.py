@@ -207,7 +207,7 @@ def test_the_librarys_trackers_get_what_the_log_gets(finished: tuple[Path, Any, 
 def test_a_tracker_that_is_not_there_is_refused_before_a_model_is_loaded(
     make_run: MakeRun, tracker: str, why: str
 ) -> None:
-    done = refshard("train", "--config", make_run(train={"report_to": tracker}), check=2)
+    done = refshard("precompute", "--config", make_run(train={"report_to": tracker}), check=2)
     assert "refshard: train.report_to: " in done.stderr
     assert why in done.stderr
 
