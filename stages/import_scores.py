@@ -79,6 +79,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
         "columns": dict(config.data.columns),
+        **({} if config.data.random_rejected is None else {"random_rejected": config.data.random_rejected}),
         "imported": {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected},
     }
     declared = {**declared_reference(config), "dataset": str(scores), "imported": True}

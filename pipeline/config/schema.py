@@ -74,6 +74,9 @@ class DataConfig:
     """Stop at a row that can't be a pair, or skip, count and list it."""
     on_identical: Literal["keep", "drop"] = "keep"
     """Keep or drop pairs with equal chosen and rejected; their loss is a constant. Both ways count them."""
+    random_rejected: int | None = None
+    """Seed with which one of the worse completions is rejected, in rows of several ranked or scored completions; if
+    left out, the worst one. It depends on the seed and the row's texts alone."""
     eval: dict[str, EvalSetConfig] = field(default_factory=dict)
     """Held-out sets by name: `{test: {split: test}}`. Each has a store of its own, beside that of `train`."""
 

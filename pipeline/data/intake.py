@@ -128,7 +128,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
     pair: Pair | None = None
     try:
         values = row.load()
-        pair = to_pair(values, data.columns, row.place)
+        pair = to_pair(values, data.columns, row.place, data.random_rejected)
         whole = tokenize(pair, tokenizer, row.place, data.template_date)
     except BadRow as error:
         if error.reason == "tie":

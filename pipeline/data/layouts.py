@@ -30,10 +30,13 @@ from pipeline.data.rows import LARGEST_ROW
 __all__ = ["in_row", "is_in_row", "split_shared_prompt", "to_pair"]
 
 
-def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
-    """Read a pair from a row; `columns` maps our column names to the row's. Raises BadRow if there is no pair in it."""
+def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str, seed: int | None = None) -> Pair:
+    """Read a pair from a row; `columns` maps our column names to the row's. Raises BadRow if there is no pair in it.
+
+    `seed` is `data.random_rejected`.
+    """
     try:
-        return _read_pair(row, columns, place)
+        return _read_pair(row, columns, place, seed)
     except BadRow as error:
         remedy = looks_like(row) if error.reason in _REASONS_OF_LAYOUT else None
         if error.reason == "missing_column":
@@ -54,7 +57,7 @@ _REASONS_OF_LAYOUT = ("missing_column", "wrong_type", "no_shared_prompt")
 """Reasons that a row of another tool's layout may be dropped for"""
 
 
-def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Pair:
+def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str, seed: int | None) -> Pair:
     values: dict[str, Any] = {name: in_row(row, columns.get(name, name)) for name in PAIR_COLUMNS}
     values |= {name: in_row(row, columns[name]) for name in SPOKEN_COLUMNS if name in columns}
     layout = _other_layout(row, columns)
@@ -71,7 +74,8 @@ def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -
         values |= {name: as_messages(values[name], name, place) for name in ("prompt", "chosen", "rejected")}
         return _pair_of(values, row, columns, place)
     try:
-        return _pair_of(values | layout.read(_renamed(row, columns), place), row, columns, place, layout.form)
+        values |= layout.values(_renamed(row, columns), place, seed)
+        return _pair_of(values, row, columns, place, layout.form)
     except BadRow as error:
         raise BadRow(error.reason, f"{error} (the row is read as {layout.name})") from error
 

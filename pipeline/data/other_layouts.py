@@ -3,6 +3,7 @@
 A layout is recognized by a row's keys and the types of their values, never by the texts.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,14 @@ class OtherLayout(NamedTuple):
     """Takes the row and its place. Raises BadRow."""
     also: tuple[str, ...] = ()
     """Columns that the layout may have besides."""
+    read_random: Callable[[Mapping[str, Any], str, int], Values] | None = None
+    """Takes a seed too, and rejects a random one of the worse completions."""
+
+    def values(self, row: Mapping[str, Any], place: str, seed: int | None) -> Values:
+        """Make the values of a pair's columns. Raises BadRow, also for a tie."""
+        if seed is None or self.read_random is None:
+            return self.read(row, place)
+        return self.read_random(row, place, seed)
 
     def lacks(self, row: Mapping[str, Any]) -> list[str]:
         """List what the row lacks of the layout, in words."""
@@ -250,15 +259,10 @@ def _asked(row: Mapping[str, Any], place: str) -> Any:
     return _as_prompt(value, name, place)
 
 
-def _ranked(row: Mapping[str, Any], place: str) -> Values:
-    return _best_and_worst(row, place, "rank", lowest_is_best=True)
-
-
-def _scored(row: Mapping[str, Any], place: str) -> Values:
-    return _best_and_worst(row, place, _score_of(_completions(row)[0]) or "score", lowest_is_best=False)
-
-
-def _best_and_worst(row: Mapping[str, Any], place: str, score: str, *, lowest_is_best: bool) -> Values:
+def _several(row: Mapping[str, Any], place: str, seed: int | None = None) -> Values:
+    """Make a pair of the best completion and the worst one, or a random one of the worse if there is a seed."""
+    lowest_is_best = _are_ranked(_completions(row))
+    score = "rank" if lowest_is_best else _score_of(_completions(row)[0]) or "score"
     answers: list[tuple[float, Any]] = []
     for number, item in enumerate(_completions(row), start=1):
         value, where = _number(item.get(score)), f"{place}: completion {number}"
@@ -272,7 +276,16 @@ def _best_and_worst(row: Mapping[str, Any], place: str, score: str, *, lowest_is
     best, worst = max(answers, key=lambda answer: answer[0]), min(answers, key=lambda answer: answer[0])
     if best[0] == worst[0]:
         raise BadRow("tie", f"{place}: all completions have the same {score}, so none is better")
-    return _pair_of(_asked(row, place), best[1], worst[1], place)
+    asked = _asked(row, place)
+    if seed is not None:
+        # By the texts, so that neither the row's place nor the order of its completions decides.
+        worse = [answer for answer in answers if answer[0] < best[0]]
+        worst = min(worse, key=lambda answer: _digest([seed, asked, answer[1]]))
+    return _pair_of(asked, best[1], worst[1], place)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
 
 
 def _completions(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -372,8 +385,9 @@ _LAYOUTS = (
         "ranked",
         "ranked completions",
         {_COMPLETIONS: _Rule(_are_ranked, "two completions or more, each with a rank"), _ASKED: _PROMPT},
-        _ranked,
+        _several,
         ("input",),
+        _several,
     ),
     OtherLayout(
         "scored",
@@ -382,8 +396,9 @@ _LAYOUTS = (
             _COMPLETIONS: _Rule(_are_scored, f"two completions or more, each with {' or '.join(_SCORES)}"),
             _ASKED: _PROMPT,
         },
-        _scored,
+        _several,
         ("input",),
+        _several,
     ),
     OtherLayout(
         "compared",

@@ -63,8 +63,8 @@ FORMS: Mapping[Form, str] = {
     "alpaca": "Alpaca's preferences (instruction, input, chosen, rejected)",
     "swift": "ms-swift's preferences (messages, rejected_response or rejected_messages)",
     "whole_conversations": "two whole conversations (chosen_messages, rejected_messages)",
-    "ranked": "ranked completions, the lowest rank chosen and the highest rejected",
-    "scored": "scored completions, the best chosen and the worst rejected",
+    "ranked": "ranked completions, the lowest rank chosen",
+    "scored": "scored completions, the best chosen",
     "compared": "two answers and a number that says which is better (response1, response2, overall_preference)",
 }
 """Meaning of each form, for people."""

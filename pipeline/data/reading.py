@@ -88,7 +88,7 @@ def look_at_rows(source: Source, data: DataConfig, *, has_template: bool) -> Rea
     rows: list[_Row] = []
     for row in itertools.islice(read_rows(whole), _ROWS):
         with contextlib.suppress(BadRow):
-            rows.append(_Row.of(row.load(), data.columns, row.place))
+            rows.append(_Row.of(row.load(), data, row.place))
     return _Looking(rows=rows, columns=data.columns, dataset=describe(source), has_template=has_template).reading()
 
 
@@ -116,9 +116,9 @@ class _Row:
     place: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], columns: Mapping[str, str], place: str) -> "_Row":
+    def of(cls, values: Mapping[str, Any], data: DataConfig, place: str) -> "_Row":
         try:
-            return cls(values, to_pair(values, columns, place), place=place)
+            return cls(values, to_pair(values, data.columns, place, data.random_rejected), place=place)
         except BadRow as error:
             return cls(values, None, shares_nothing=error.reason == "no_shared_prompt")
 

@@ -48,6 +48,7 @@ def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
         "columns": dict(source.columns),
+        **_random(config),
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
@@ -71,6 +72,13 @@ def declared_of(config: Config, source: Source) -> dict[str, Any]:
             "format": source.format,
             "columns": dict(source.columns),
             "streaming": source.streaming,
+            **_random(config),
         },
         "tokens_per_batch": config.precompute.tokens_per_batch,
     }
+
+
+def _random(config: Config) -> dict[str, int]:
+    """Give the seed of the rejected completions; nothing without one, as plans of earlier versions have it."""
+    seed = config.data.random_rejected
+    return {} if seed is None else {"random_rejected": seed}

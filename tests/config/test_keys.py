@@ -68,6 +68,7 @@ CHANGED = {
     "data.max_length": ["data.max_length=512"],
     "data.streaming": ["data.streaming=true"],
     "data.on_bad_row": ["data.on_bad_row=skip"],
+    "data.random_rejected": ["data.random_rejected=7"],
     "data.on_identical": ["data.on_identical=drop"],
     "policy.lora.r": ["policy.lora.r=8"],
     "policy.lora.target_modules": ["policy.lora.target_modules=[q_proj]"],

@@ -29,6 +29,7 @@ DEFAULTS = {
         "streaming": False,
         "on_bad_row": "stop",
         "on_identical": "keep",
+        "random_rejected": None,
         "template_date": None,
         "eval": {},
     },

@@ -138,6 +138,22 @@ def test_the_best_of_several_is_chosen_and_the_worst_rejected_whatever_their_ord
     assert read({"context": [ASK], "completions": [*ranked, {"rank": 0, "completion": [YES]}]}) == PAIR
 
 
+def test_a_random_worse_completion_depends_on_seed_and_texts_alone() -> None:
+    def rejected(row: dict[str, Any], seed: int, place: str = "row") -> str:
+        pair = to_pair(row, {}, place, seed)
+        assert pair.chosen == [YES]
+        [message] = pair.rejected
+        return str(message["content"])
+
+    turned = {**SCORED, "completions": SCORED["completions"][::-1], "source": "other"}
+    drawn = [rejected(SCORED, seed) for seed in range(20)]
+    assert set(drawn) == {"Perhaps.", "No."}
+    assert drawn == [rejected(turned, seed, "elsewhere") for seed in range(20)]
+    others = [rejected({**SCORED, "instruction": f"Two {i}?"}, 0) for i in range(20)]
+    assert set(others) == {"Perhaps.", "No."}
+    assert to_pair(COMPARED, {}, "row", 0) == PAIR
+
+
 @pytest.mark.parametrize(
     "row",
     [
