@@ -101,8 +101,10 @@ def _is_this_run(config: Config, known: dict[str, Any]) -> bool:
     if not is_recorded(output):
         return False
     config = with_template_date(config, known["tokenizer"])
-    stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in config.data.sets}
-    check_identity(list(stores.values()), identity_of_run(config, known["tokenizer"]), known["exact_length"])
+    scored = config.data.sets if config.loss.needs_reference else ()
+    stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in scored}
+    if stores:
+        check_identity(list(stores.values()), identity_of_run(config, known["tokenizer"]), known["exact_length"])
     fingerprints = {name: store.fingerprint for name, store in stores.items()}
     record, identity = read_record(output), run_identity(config, fingerprints, 1, known["training"])
     check_same_run(output, record.get("identity", {}), identity)

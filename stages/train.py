@@ -111,7 +111,7 @@ class TrainingRun:
     scored: Config
     """Settings that the stores were scored with: the run's own, or the window's"""
     stores: Mapping[str, Store]
-    """Stores by set; a window has those alone that it uses"""
+    """Stores by set; a window has those alone that it uses, and a loss without a reference has none"""
 
     @property
     def output(self) -> Path:
@@ -157,7 +157,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         # The stores change with every window; the first reference does not.
         stores, fingerprints = {}, first_reference(config, tokenizer, overwrite=overwrite)
     else:
-        stores = open_stores_of_run(config, config.data.sets, tokenizer)
+        stores = open_stores_of_run(config, config.data.sets if config.loss.needs_reference else (), tokenizer)
         fingerprints = {name: store.fingerprint for name, store in stores.items()}
     identity = run_identity(config, fingerprints, PartialState().num_processes, training)
 
@@ -296,8 +296,7 @@ def _load_policy(run: TrainingRun) -> Scorer:
 
 def _write_inputs(run: TrainingRun, sets: Mapping[str, SetInputs], policy: Any) -> RunInputs:
     inputs = RunInputs(
-        # All stores are of one reference; a window that only evaluates has none of the training set.
-        reference=describe_reference(run.config, next(iter(run.stores.values()))),
+        reference=describe_reference(run.config, run.stores),
         policy=describe_policy(run.config.policy, policy),
         sets=sets,
         stage_one=read_costs(open_folder(run.config.precompute.output)),
@@ -375,7 +374,8 @@ def _rehearse(
 ) -> None:
     """Try what the run's end needs, before its first step."""
     held_out = {name: "token_start" in rows.column_names for name, rows in sets.items() if name != "train"}
-    check_metric(run.arguments, held_out, balanced=balance_weight(trainer.model, run.config.loss) != 0)
+    balanced = balance_weight(trainer.model, run.config.loss) != 0
+    check_metric(run.arguments, run.config.loss, held_out, balanced=balanced)
     rehearse_saving(trainer, run.attempt, lambda: _card(run, inputs, len(sets["train"]), {}, 0, 0))
     if hub is not None:
         hub.open()

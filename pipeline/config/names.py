@@ -43,11 +43,14 @@ NAMES_ELSEWHERE = {
         *("model_max_length", "sequence_len"),
     ),
     # The loss.
-    "loss.beta": ("beta", "dpo_beta", "pref_beta", "rl_beta"),
+    "loss.beta": ("beta", "dpo_beta", "orpo_alpha", "pref_beta", "rl_beta"),
     "loss.type": ("loss_type", "pref_loss", "rl"),
     "loss.weights": ("dpo_ftx", "loss_weights", "pref_ftx", "rpo_alpha"),
     "loss.label_smoothing": ("dpo_label_smoothing", "label_smoothing"),
     "loss.use_weighting": ("dpo_use_weighting",),
+    "loss.simpo_gamma": ("simpo_gamma",),
+    "loss.cpo_alpha": ("cpo_alpha",),
+    "loss.dpop_lambda": ("dpop_lambda",),
     # The training.
     "train.output_dir": ("output_dir",),
     "train.learning_rate": ("learning_rate", "lr"),
@@ -104,8 +107,8 @@ _VALUES = {
     "dpo": "sigmoid",
 }
 
-_NOT_DPO = ("cpo", "grpo", "kto", "kto_pair", "orpo", "ppo", "simpo")
-"""Losses of other trainers that train without pairs or without a reference"""
+_NOT_DPO = ("grpo", "kto", "kto_pair", "ppo")
+"""Losses of other trainers that train without pairs"""
 
 
 def hint_for_key(section: str, key: str, known: Sequence[str]) -> str:
@@ -125,7 +128,7 @@ def hint_for_value(value: object, choices: Sequence[str], where: str) -> str:
     """Give a sentence that names the choice which was meant; empty if none is near."""
     word = str(value).lower()
     if where == "loss.type" and word in _NOT_DPO:
-        return f". {value} does not compare pairs with a reference, so it is not there. Choose one of these"
+        return f". {value} does not compare the completions of a pair, so it is not there. Choose one of these"
     meant = _VALUES.get(word)
     meant = meant if meant in choices else nearest(word, choices)
     return "" if meant is None else f". Set {where}: {meant}"

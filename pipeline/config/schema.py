@@ -10,6 +10,7 @@ from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.config.convert import FALSE_WORDS, PathText, require, require_at_least
+from pipeline.config.loss import LossConfig
 from pipeline.config.training import TrainSection
 
 __all__ = [
@@ -18,8 +19,6 @@ __all__ = [
     "EvalSetConfig",
     "Ia3Settings",
     "LoraSettings",
-    "LossConfig",
-    "LossName",
     "PolicyConfig",
     "PrecomputeConfig",
     "Quantization",
@@ -277,87 +276,6 @@ class PolicyConfig:
             )
 
 
-# fmt: off
-LossName = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]
-# fmt: on
-
-# The losses that take each option. An option that no named loss takes is refused, not ignored.
-_WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
-_WITH_SMOOTHING = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The objective. Names and defaults are those of TRL's DPOConfig."""
-
-    type: list[LossName] | LossName = "sigmoid"
-    """One loss or a list of them; `sigmoid` is DPO (arXiv 2305.18290, eq. 7)."""
-    weights: list[float] | None = None
-    """One weight for each loss of a list; if left out, 1 each."""
-    beta: float = 0.1
-    """Strength of the pull toward the reference, per nat; the paper's tau for `ipo`."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped labels, 0 to 0.5: conservative DPO for `sigmoid`, the epsilon of `robust`, ..."""
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Divergence between policy and reference (arXiv 2309.16240)."""
-    f_alpha_divergence_coef: float = 0.5
-    """The alpha of `alpha_divergence`."""
-    ld_alpha: float | None = None
-    """Weight, 0 to 1, of tokens beyond the shorter completion's length, in both models (LD-DPO, arXiv 2409.06411)."""
-    use_weighting: bool = False
-    """Weight pairs by their probability under the policy (WPO, arXiv 2406.11827)."""
-    discopop_tau: float = 0.05
-    """Temperature of `discopop`."""
-    router_aux_loss_coef: float | None = None
-    """Weight of the balance loss of a mixture-of-experts model, 0 for none; if left out, the model's own."""
-
-    @property
-    def types(self) -> list[LossName]:
-        """The losses as a list."""
-        return self.type if isinstance(self.type, list) else [self.type]
-
-    @property
-    def weights_of_types(self) -> list[float]:
-        """One weight for each of `types`."""
-        return self.weights if self.weights is not None else [1.0] * len(self.types)
-
-    def __post_init__(self) -> None:
-        types, names = set(self.types), ", ".join(self.types)
-        require(bool(types), "type", "at least one loss", self.types)
-        require(len(types) == len(self.types), "type", "different losses", names, "Weight a loss instead")
-        if self.weights is not None:
-            fits = len(self.weights) == len(types) and all(map(math.isfinite, self.weights))
-            require(fits, "weights", f"{len(types)} finite numbers, one for each loss", self.weights)
-        require(0 < self.beta < math.inf, "beta", "a positive finite number", self.beta)
-        smoothing, tau, alpha = self.label_smoothing, self.discopop_tau, self.f_alpha_divergence_coef
-        require(0 <= smoothing <= 0.5, "label_smoothing", "from 0 to 0.5", smoothing)
-        takes_it = not smoothing or bool(types & set(_WITH_SMOOTHING))
-        require(takes_it, "label_smoothing", f"0 for {names}", smoothing, f"Add one of {', '.join(_WITH_SMOOTHING)}")
-        # robust divides by 1 - 2 label_smoothing; exo_pair takes its logarithm.
-        require("robust" not in types or smoothing < 0.5, "label_smoothing", "below 0.5 for robust", smoothing)
-        above = "exo_pair" not in types or smoothing > 0
-        require(above, "label_smoothing", "above 0 for exo_pair", smoothing, "Set 1e-3, which is usual")
-        without = ", ".join(name for name in self.types if name not in _WITH_DIVERGENCE)
-        divergence = self.f_divergence_type
-        require(divergence == "reverse_kl" or not without, "f_divergence_type", f"reverse_kl for {without}", divergence)
-        require(math.isfinite(alpha), "f_alpha_divergence_coef", "a finite number", alpha)
-        read, rule = divergence == "alpha_divergence", "left out unless f_divergence_type is alpha_divergence"
-        require(read or alpha == 0.5, "f_alpha_divergence_coef", rule, alpha)
-        share, weight = self.ld_alpha, self.router_aux_loss_coef
-        rule = "from 0 (the common length alone) to 1 (plain sums)"
-        require(share is None or 0 <= share <= 1, "ld_alpha", rule, share)
-        # aot sorts pairs, so none of its values belongs to a pair that could be weighted.
-        weighted = self.use_weighting and bool(types & {"aot", "aot_unpaired"})
-        require(not weighted, "use_weighting", "false for aot and aot_unpaired", True)
-        require(0 < tau < math.inf, "discopop_tau", "a positive finite number", tau)
-        require(tau == 0.05 or "discopop" in types, "discopop_tau", "left out unless discopop is a loss", tau)
-        fits = weight is None or 0 <= weight < math.inf
-        require(fits, "router_aux_loss_coef", "a finite number from 0", weight)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings of both stages, from one YAML file."""
@@ -406,6 +324,8 @@ def _check_tensor_parallel(config: "Config") -> None:
 
 def _check_sync(config: "Config") -> None:
     """Refuse settings that contradict a reference that moves."""
+    if not config.loss.needs_reference:
+        raise ValueError(f"reference.sync: must be left out for {', '.join(config.loss.types)}, without a reference")
     _refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
     processes = config.cluster.train.nodes * config.cluster.train.processes
     require(processes == 1, "cluster.train.processes", "1 with reference.sync, on one node", processes)

@@ -10,7 +10,8 @@ import yaml
 
 from pipeline.base.errors import one_line
 from pipeline.base.versions import library_versions
-from pipeline.config.schema import Config, LossConfig
+from pipeline.config.loss import LossConfig
+from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.run.inputs import RunInputs
 
@@ -50,6 +51,13 @@ def model_card(
         metrics: Held-out metrics of the saved weights by name; timings are left out.
         steps: Step of the saved weights, and the run's last one.
     """
+    reference = inputs.reference
+    how = "on reference log-probs that were computed once, beforehand" if reference else "without a reference"
+    scored = (
+        (("reference", _code(reference.name)), ("fingerprint of the reference log-probs", f"`{reference.fingerprint}`"))
+        if reference
+        else ()
+    )
     adapter, dataset = inputs.policy.adapter, inputs.sets["train"].dataset
     header = {
         "library_name": "peft" if adapter else "transformers",
@@ -69,16 +77,14 @@ def model_card(
         "",
         f"# {_plain(name)}",
         "",
-        "Trained with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by "
-        "refshard, on reference log-probs that were computed once, beforehand.",
+        f"Trained {_method(config.loss)} by refshard, {how}.",
         "",
         "| | |",
         "|---|---|",
         f"| policy before training | {_code(inputs.policy.model)} |",
         f"| trained weights | {_code(adapter) if adapter else 'all'} |",
         *([f"| dtype of the weights | {inputs.policy.widened} |"] if inputs.policy.widened else []),
-        f"| reference | {_code(inputs.reference.name)} |",
-        f"| fingerprint of the reference log-probs | `{inputs.reference.fingerprint}` |",
+        *(f"| {what} | {text} |" for what, text in scored),
         f"| data | {_code(dataset)}, {pairs:,} pairs |",
         f"| weights | of step {steps[0]:,}, of {steps[1]:,} that were trained |",
         f"| loss | {_code(_named_loss(config.loss))}, beta {config.loss.beta:g} |",
@@ -89,6 +95,18 @@ def model_card(
         lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
     lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in library_versions().items()), ""]
     return "\n".join(lines)
+
+
+def _method(loss: LossConfig) -> str:
+    if loss.needs_reference:
+        return "with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290))"
+    papers = {"simpo": "2405.14734", "cpo": "2401.08417", "orpo": "2403.07691"}
+    named = (
+        f"{name} ([arXiv {papers[name]}](https://arxiv.org/abs/{papers[name]}))"
+        for name in loss.types
+        if name in papers
+    )
+    return f"with {' and '.join(named)}"
 
 
 def _named_loss(loss: LossConfig) -> str:

@@ -60,7 +60,8 @@ class SetInputs:
 class RunInputs:
     """Inputs of an attempt."""
 
-    reference: ReferenceInputs
+    reference: ReferenceInputs | None
+    """None if the loss has none"""
     policy: PolicyInputs
     sets: Mapping[str, SetInputs]
     stage_one: list[dict[str, Any]]
@@ -96,8 +97,12 @@ def _widened(config: PolicyConfig, dtype: Any) -> str | None:
     return f"{ours}, twice as large as the {checkpoint} checkpoint"
 
 
-def describe_reference(config: Config, store: Store) -> ReferenceInputs:
-    """Name the reference that a store was scored with."""
+def describe_reference(config: Config, stores: Mapping[str, Store]) -> ReferenceInputs | None:
+    """Name the reference that a run's stores were scored with; None if it has no store."""
+    # All stores are of one reference; a window that only evaluates has none of the training set.
+    store = next(iter(stores.values()), None)
+    if store is None:
+        return None
     name = config.reference.declared or config.reference.model or config.policy.model
     if adapter := store.manifest["declared"].get("reference_adapter"):
         name += f" with adapter {adapter}"

@@ -47,7 +47,8 @@ def watch_inputs(config: Config) -> tuple[WatchedFiles, WatchedFiles]:
 def open_stores_of_run(config: Config, names: Iterable[str], tokenizer: Any) -> dict[str, Store]:
     """Open the finished stores of sets. Raises IdentityError for one of another reference or tokenization."""
     stores = open_stores(config, names)
-    check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
+    if stores:
+        check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     return stores
 
 
@@ -63,8 +64,8 @@ def join_sets(
 ) -> dict[str, SetInputs]:
     """Join every set to its store, into files in `folder`; give what became of its rows, by set.
 
-    Within a window, sets that are not used have no store. Pairs outside of the window are kept without logps. What the
-    cache has is not joined again.
+    Within a window, sets that are not used have no store. Pairs outside of the window are kept without logps, and so
+    are all pairs for a loss without a reference. What the cache has is not joined again.
 
     Raises:
         DataError: Pairs have no reference logps, and `train.on_missing` is stop.
@@ -75,12 +76,13 @@ def join_sets(
     def find() -> CachedSets | None:
         if cache is None:
             return None
-        return cached_sets(cache.folder, config, stores, tokenizer, keep_missing=window is not None)
+        keep_missing = window is not None or not config.loss.needs_reference
+        return cached_sets(cache.folder, config, stores, tokenizer, keep_missing=keep_missing)
 
     found = find()
     if found is not None and found.take(folder):
         for name in config.data.sets:
-            say(_summary(name, read_joined(folder)["sets"][name], window))
+            say(_summary(name, read_joined(folder)["sets"][name], config, window))
     else:
         sets = _join_anew(config, stores, tokenizer, folder, flag, window)
         made_from = None if found is None else found.made_from
@@ -104,12 +106,14 @@ def _inputs_of(config: Config, name: str, counts: Mapping[str, Any], store: Stor
     )
 
 
-def _summary(name: str, counts: Mapping[str, Any], window: int | None) -> str:
+def _summary(name: str, counts: Mapping[str, Any], config: Config, window: int | None) -> str:
     """Say what became of the rows of a set."""
     if window is not None:
         return f"{name}: {counts['matched']:,} of {counts['ledger']['kept']:,} pairs scored for window {window}"
     ledger = Ledger()
     ledger.add(counts["ledger"])
+    if not config.loss.needs_reference:
+        return f"{name}: {ledger.summary()}; no reference is needed"
     report = JoinReport(counts["matched"], counts["missing"], None, counts["surplus"])
     return f"{name}: {ledger.summary()}; {report.summary()}"
 
@@ -120,7 +124,7 @@ def _join_anew(
     """Join every set; give the counts of its rows, as they are recorded."""
     # Token logps are appended.
     _token_file(folder).unlink(missing_ok=True)
-    sets = {}
+    sets, unscored = {}, window is not None or not config.loss.needs_reference
     for name in config.data.sets:
         source, store, ledger = open_source(config.data, name), stores.get(name), Ledger()
         pairs = _until_stopped(_within_model(load_pairs(source, tokenizer, config.data, ledger), config), flag)
@@ -131,7 +135,7 @@ def _join_anew(
             folder=folder,
             token_file=_token_file(folder),
         )
-        report = join(pairs, table, _joined_file(folder, name), keep_missing=window is not None)
+        report = join(pairs, table, _joined_file(folder, name), keep_missing=unscored)
         columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
         sets[name] = {
             "ledger": ledger.as_dict(),
@@ -143,8 +147,8 @@ def _join_anew(
                 for side in ("prompt", "chosen", "rejected")
             },
         }
-        say(_summary(name, sets[name], window))
-        if window is None:
+        say(_summary(name, sets[name], config, window))
+        if not unscored:
             assert store is not None
             _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
     return sets

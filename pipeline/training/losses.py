@@ -1,20 +1,21 @@
-"""The DPO family: pure functions of logps, each loss with its paper and equation.
+"""The DPO family and the losses without a reference: pure functions of logps, each with its paper and equation.
 
 Symbols, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps minus the
 reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is the number of completion tokens,
-delta is s_c - s_r, and x is beta delta. `total_loss` averages each loss over the pairs and adds the losses up.
+delta is s_c - s_r, and x is beta delta. A loss without a reference has reference logps of 0, and so u = log pi.
+`total_loss` averages each loss over the pairs and adds the losses up.
 """
 
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.schema import LossConfig, LossName
+from pipeline.config.loss import LossConfig, LossName
 from pipeline.models.parts import backbone_of, causal_of
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+
+DPOP_LAMBDA, R_DPO_ALPHA, SIMPO_GAMMA, CPO_ALPHA = 50.0, 0.01, 0.5, 1.0
+"""Values of options that are left out: the paper's, a reward of 1 for 100 tokens, and twice those of TRL's CPOConfig"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,12 @@ class Pairs:
     """Policy, [P] float32, every token counted once; equal to `chosen_logps` without `ld_alpha`"""
     wpo_weights: Tensor | None = None
     """WPO's weights, [P] float32, without gradient; None without WPO"""
+    betas: Tensor | None = None
+    """beta-DPO's beta for each pair, [P], without gradient; None for `loss.beta`"""
+    weights: Tensor | None = None
+    """How often each pair counts in the mean, [P] float32; None for once"""
+    total_weight: float | None = None
+    """Divisor of the sum over pairs; None for the sum of `weights`"""
 
     @property
     def chosen_ratios(self) -> Tensor:
@@ -70,9 +80,9 @@ class PairLoss:
     loss: Tensor
     """Objective, scalar, with the gradient"""
     chosen_rewards: Tensor
-    """beta * u_c for every loss and divergence, [P] float32, detached"""
+    """beta * u_c for every loss and divergence, per token for `simpo` and `orpo`; [P] float32, detached"""
     rejected_rewards: Tensor
-    """beta * u_r, [P] float32, detached"""
+    """beta * u_r likewise, [P] float32, detached"""
 
 
 def total_loss(pairs: Pairs, config: LossConfig) -> PairLoss:
@@ -82,16 +92,31 @@ def total_loss(pairs: Pairs, config: LossConfig) -> PairLoss:
     The mean is over this micro-batch alone, without the pairs of other ranks.
     """
     loss = torch.zeros((), dtype=pairs.chosen_logps.dtype, device=pairs.chosen_logps.device)
+    chosen, rejected = pairs.chosen_ratios.detach(), pairs.rejected_ratios.detach()
+    if not config.needs_reference and config.types[0] in ("simpo", "orpo"):
+        chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
     for name, weight in zip(config.types, config.weights_of_types, strict=True):
         per_pair = pair_losses(name, pairs, config)  # [P]
         if pairs.wpo_weights is not None:
             per_pair = per_pair * pairs.wpo_weights
-        loss = loss + weight * per_pair.mean()
-    return PairLoss(
-        loss=loss,
-        chosen_rewards=config.beta * pairs.chosen_ratios.detach(),
-        rejected_rewards=config.beta * pairs.rejected_ratios.detach(),
-    )
+        loss = loss + weight * _mean(per_pair, pairs)
+    return PairLoss(loss=loss, chosen_rewards=config.beta * chosen, rejected_rewards=config.beta * rejected)
+
+
+def _mean(per_pair: Tensor, pairs: Pairs) -> Tensor:
+    """Average over the pairs, each as often as it counts; 0 if none does."""
+    if pairs.weights is None:
+        return per_pair.mean()
+    total = pairs.weights.sum().clamp(min=torch.finfo(per_pair.dtype).tiny)
+    return (per_pair * pairs.weights).sum() / (total if pairs.total_weight is None else pairs.total_weight)
+
+
+def _cross_entropy(pairs: Pairs) -> Tensor:
+    """Average over all tokens of the micro-batch's chosen completions, in nats, the same for every pair: [P]."""
+    logps, tokens = pairs.chosen_plain_logps, pairs.chosen_tokens
+    if pairs.weights is not None:
+        logps, tokens = logps * pairs.weights, (tokens * pairs.weights).clamp(min=torch.finfo(logps.dtype).tiny)
+    return -(logps.sum() / tokens.sum()).expand(len(logps))
 
 
 def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
@@ -160,7 +185,69 @@ def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
             # Cross-entropy on the chosen completions, without the reference: for every pair, the mean over all their
             # tokens in the micro-batch. Added to `sigmoid`, the anchor of iterative RPO (arXiv 2404.19733, the DPO+NLL
             # loss, averaged per completion there).
-            return -(pairs.chosen_plain_logps.sum() / n_c.sum()).expand(len(u_c))
+            return _cross_entropy(pairs)
+        case "simpo" | "cpo" | "orpo":
+            return _loss_without_reference(name, pairs, config)
+        case "dpop" | "beta_dpo" | "cal_dpo" | "r_dpo":
+            return _corrected_loss(name, pairs, config)
+
+
+def _corrected_loss(name: Literal["dpop", "beta_dpo", "cal_dpo", "r_dpo"], pairs: Pairs, config: LossConfig) -> Tensor:
+    """Compute a DPO loss with a correction against what DPO does to likelihoods, outliers or lengths, [P]."""
+    beta, u_c, u_r = config.beta, pairs.chosen_ratios, pairs.rejected_ratios
+    delta = u_c - u_r
+    match name:
+        case "dpop":
+            # DPO-Positive (arXiv 2402.13228, eq. 3): -log sigmoid(beta (delta - lambda max(0, -u_c))). The penalty
+            # acts while the chosen completion is less likely than under the reference.
+            weight = _or(config.dpop_lambda, DPOP_LAMBDA)
+            return -F.logsigmoid(beta * (delta - weight * torch.relu(-u_c)))
+        case "beta_dpo":
+            # beta-DPO (arXiv 2407.08639): DPO with a beta of the micro-batch, from `DynamicBeta`.
+            return -F.logsigmoid((beta if pairs.betas is None else pairs.betas) * delta)
+        case "cal_dpo":
+            # Cal-DPO (arXiv 2412.14516, and the authors' listing of it): -log sigmoid(delta), without beta, plus
+            # (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2.
+            return -F.logsigmoid(delta) + (u_c - 0.5 / beta) ** 2 + (u_r + 0.5 / beta) ** 2
+        case "r_dpo":
+            # Length-regularized DPO (R-DPO, arXiv 2403.19159): -log sigmoid(x + alpha n_c - alpha n_r). The optimal
+            # policy for the reward r - alpha n has r = beta u + alpha n, which gives the sign. There is no authors'
+            # code.
+            lengths = (pairs.chosen_tokens - pairs.rejected_tokens).to(delta)
+            return -F.logsigmoid(beta * delta + _or(config.r_dpo_alpha, R_DPO_ALPHA) * lengths)
+
+
+def _loss_without_reference(name: Literal["simpo", "cpo", "orpo"], pairs: Pairs, config: LossConfig) -> Tensor:
+    """Compute a loss of the policy's logps alone, [P]. n is the number of a completion's tokens."""
+    beta, e = config.beta, config.label_smoothing
+    chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
+    match name:
+        case "simpo":
+            # SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta/n_c log pi(c) - beta/n_r log pi(r) - gamma).
+            per_token = chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens
+            return _smoothed(per_token - _or(config.simpo_gamma, SIMPO_GAMMA) / beta, beta, e)
+        case "cpo":
+            # CPO (arXiv 2401.08417): -log sigmoid(beta log pi(c) - beta log pi(r)), with a uniform reference (eq. 3),
+            # plus the cross-entropy on the chosen completions. That is a mean over tokens, as in the authors' code,
+            # which TRL has; the paper sums over a completion's tokens.
+            weight = _or(config.cpo_alpha, CPO_ALPHA)
+            return _smoothed(chosen - rejected, beta, e) + weight * _cross_entropy(pairs)
+        case "orpo":
+            # ORPO (arXiv 2403.07691, eq. 6 and 7): cross-entropy - lambda log sigmoid(log odds(c) - log odds(r)), with
+            # odds P/(1-P) and P the geometric mean of a completion's token probabilities, and beta for lambda. As in
+            # the paper, the cross-entropy is that of the completion; the authors' code and TRL add the prompt's tokens.
+            log_odds = _log_odds(chosen / pairs.chosen_tokens) - _log_odds(rejected / pairs.rejected_tokens)
+            return _cross_entropy(pairs) - beta * F.logsigmoid(log_odds)
+
+
+def _log_odds(logps: Tensor) -> Tensor:
+    """Compute log p - log(1 - p) of log-probs; a probability of 1 counts as 1 - 1e-7, so that all is finite."""
+    logps = logps.clamp(max=-1e-7)
+    return logps - torch.log(-torch.expm1(logps))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _smoothed(delta: Tensor, beta: float, e: float) -> Tensor:

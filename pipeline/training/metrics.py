@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import LossConfig
+from pipeline.config.loss import LossConfig
 from pipeline.scoring.forward import Scores, weighted_sums
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
@@ -17,12 +17,16 @@ _OF_PAIRS = (
     *("rewards/accuracies", "ref/margins", "ref/accuracies", "lengths/chosen", "lengths/rejected", "lengths/truncated"),
 )
 _OF_TOKENS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+_OF_REFERENCE = ("logps/chosen_shift", "ref/margins", "ref/accuracies")
 _OF_REFERENCE_TOKENS = ("kl/chosen", "kl/rejected")
 _OF_EVALUATION = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens")
 
 
 def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
-    """Put together the losses' inputs: policy logps from the scorer, reference logps from the batch."""
+    """Put together the losses' inputs: policy logps from the scorer, reference logps from the batch.
+
+    Losses without a reference get 0 for its logps.
+    """
     chosen, rejected = plain = scores.sums()
     if loss.ld_alpha is not None:
         # The join has weighted the reference's sums likewise.
@@ -31,11 +35,14 @@ def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
     if scores.tokens.log_sum_squares is not None:
         weights = wpo_weights(scores.tokens.logps, scores.tokens.log_sum_squares, scores.lengths)
     chosen_tokens, rejected_tokens = scores.lengths.chunk(2)
+    ref_chosen, ref_rejected = joined.ref_chosen_logps, joined.ref_rejected_logps
+    if not loss.needs_reference:
+        ref_chosen, ref_rejected = torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected)
     return Pairs(
         chosen_logps=chosen,
         rejected_logps=rejected,
-        ref_chosen_logps=joined.ref_chosen_logps,
-        ref_rejected_logps=joined.ref_rejected_logps,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_plain_logps=plain[0],
@@ -45,11 +52,13 @@ def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
 
 def first_pairs(pairs: Pairs, count: int) -> Pairs:
     """Give the first `count` pairs."""
-    columns: dict[str, Any] = {n: None if column is None else column[:count] for n, column in vars(pairs).items()}
+    columns: dict[str, Any] = {n: c[:count] if torch.is_tensor(c) else c for n, c in vars(pairs).items()}
     return Pairs(**columns)
 
 
-def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss) -> dict[str, torch.Tensor]:
+def columns_of(
+    joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: PairLoss, loss: LossConfig
+) -> dict[str, torch.Tensor]:
     """Compute all that is averaged, as sums per pair: each [P] float32."""
     ref_margins = pairs.ref_chosen_logps - pairs.ref_rejected_logps
     margins = objective.chosen_rewards - objective.rejected_rewards
@@ -67,6 +76,9 @@ def columns_of(joined: JoinedBatch, scores: Scores, pairs: Pairs, objective: Pai
         "lengths/rejected": pairs.rejected_tokens,
         "lengths/truncated": joined.truncated,
     }
+    if not loss.needs_reference:
+        for name in _OF_REFERENCE:
+            del columns[name]
     if scores.aux_loss is not None:
         columns["aux_loss"] = scores.aux_loss.expand(joined.batch.num_pairs)
     columns["tokens"] = joined.batch.num_tokens
@@ -90,13 +102,14 @@ def _share_above_zero(margins: torch.Tensor) -> torch.Tensor:
     return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
-def evaluated_metrics(*, token_logps: bool, balanced: bool) -> tuple[str, ...]:
+def evaluated_metrics(loss: LossConfig, *, token_logps: bool, balanced: bool) -> tuple[str, ...]:
     """Name the metrics of a held-out set, without their prefix.
 
     `token_logps` says that the set has reference token log-probs, `balanced` that the loss has a balance loss.
     """
-    optional = _OF_REFERENCE_TOKENS * token_logps + ("aux_loss",) * balanced
-    return (*_OF_PAIRS, *_OF_TOKENS, *_OF_EVALUATION, *optional)
+    optional = _OF_REFERENCE_TOKENS * (token_logps and loss.needs_reference) + ("aux_loss",) * balanced
+    of_pairs = [name for name in _OF_PAIRS if loss.needs_reference or name not in _OF_REFERENCE]
+    return (*of_pairs, *_OF_TOKENS, *_OF_EVALUATION, *optional)
 
 
 def averages_of(totals: Mapping[str, float]) -> dict[str, float]:

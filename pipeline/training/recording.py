@@ -43,10 +43,12 @@ class Margins:
     def add(self, columns: Mapping[str, torch.Tensor], ids: torch.Tensor, *, training: bool) -> None:
         """Add the pairs of a micro-batch, of all processes: each column [P], their ids [P, 3]."""
         policy = columns["logps/chosen"] - columns["logps/rejected"]
-        shift = columns["logps/chosen_shift"]
+        # Without a reference, nothing is subtracted.
+        shift = columns.get("logps/chosen_shift", columns["logps/chosen"])
+        ref = columns.get("ref/margins", torch.zeros_like(policy))
         # log-ratio margin = chosen shift - rejected shift = policy margin - reference margin
-        rejected_shift = shift - (policy - columns["ref/margins"])
-        values = [columns["ref/margins"], policy, columns["rewards/margins"], shift, rejected_shift]
+        rejected_shift = shift - (policy - ref)
+        values = [ref, policy, columns["rewards/margins"], shift, rejected_shift]
         pairs = zip(ids.numpy(), torch.stack(values, dim=1).float().numpy(), strict=True)
         (self._trained if training else self._held_out).extend(pairs)
 

@@ -10,6 +10,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError, RefshardError, first_line, is_out_of_memory, nearest
 from pipeline.base.files import read_json
+from pipeline.config.loss import LossConfig
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel
 from pipeline.training.arguments import trial_arguments
@@ -37,7 +38,8 @@ def check_training(config: Config, made: transformers.TrainingArguments | None =
     if method not in (None, "mxfp4") and not config.policy.has_adapter:
         raise quantized_error(policy, method)
     balanced = router_aux_weight(policy.text_config(weights=False), config.loss) != 0
-    check_metric(made, dict.fromkeys(config.data.eval, config.precompute.token_logps), balanced=balanced)
+    held_out = dict.fromkeys(config.data.eval, config.precompute.token_logps)
+    check_metric(made, config.loss, held_out, balanced=balanced)
     with warnings.catch_warnings(action="ignore"):
         _check_optimizer(made)
         _check_schedule(made)
@@ -63,7 +65,9 @@ def too_few_pairs(options: Mapping[str, Any], pairs: int, processes: int) -> Con
     )
 
 
-def check_metric(arguments: transformers.TrainingArguments, held_out: Mapping[str, bool], *, balanced: bool) -> None:
+def check_metric(
+    arguments: transformers.TrainingArguments, loss: LossConfig, held_out: Mapping[str, bool], *, balanced: bool
+) -> None:
     """Raise ConfigError if no evaluation gives the metric that the run is to choose by.
 
     `held_out` says by set if it has reference token log-probs, `balanced` that the loss has a mixture's balance loss.
@@ -74,7 +78,7 @@ def check_metric(arguments: transformers.TrainingArguments, held_out: Mapping[st
     known: list[str] = []
     for name, token_logps in held_out.items():
         prefix = "eval_" if len(held_out) == 1 else f"eval_{name}_"
-        known += [prefix + metric for metric in evaluated_metrics(token_logps=token_logps, balanced=balanced)]
+        known += [prefix + metric for metric in evaluated_metrics(loss, token_logps=token_logps, balanced=balanced)]
     if (wanted if wanted.startswith("eval_") else f"eval_{wanted}") not in known:
         # One of several sets must be named too.
         meant = [metric for metric in known if metric.endswith(wanted.removeprefix("eval_"))] or known

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 
 from pipeline.base.errors import ConfigError, DataError, StorageError, is_out_of_memory
 from pipeline.base.signals import work_unsignalled
-from pipeline.config.schema import LossConfig
+from pipeline.config.loss import LossConfig
 from pipeline.run.attempts import Attempt, set_aside
 from pipeline.run.checkpoints import newest_step, processes_of
 from pipeline.scoring.forward import Want, score
 from pipeline.training.batches import JoinedBatch
+from pipeline.training.dynamic_beta import DynamicBeta
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.fsdp import keep_outputs, load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
@@ -98,6 +99,7 @@ class PairTrainer(transformers.Trainer):
         # Not atexit, which does not run in a process that multiprocessing started.
         multiprocessing.util.Finalize(None, setattr, args=(self._closing, "value", 1), exitpriority=0)
         self._loss = loss
+        self._dynamic_beta = DynamicBeta(loss, self.args.seed) if "beta_dpo" in loss.types else None
         self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
         self._balance_weight = balance_weight(kwargs["model"], loss)
         # The loss is a mean over pairs, which the library must divide by the accumulation steps.
@@ -138,19 +140,24 @@ class PairTrainer(transformers.Trainer):
         """
         joined = cast(JoinedBatch, inputs["joined"]).to(self.args.device)
         batch = joined.batch
-        if not torch.isfinite(joined.ref_chosen_logps + joined.ref_rejected_logps).all():
+        unscored = ~torch.isfinite(joined.ref_chosen_logps + joined.ref_rejected_logps)
+        if self._loss.needs_reference and unscored.any():
             raise DataError("a pair without reference logps came up for training; nothing unscored is read as a number")
         with self._offload if self._offload and torch.is_grad_enabled() else nullcontext():
             want = Want(squares=self._loss.use_weighting, aux_loss=self._balance_weight != 0)
             scores = score(model, batch, want)
         pairs = pairs_of(scores, joined, self._loss)
+        if self._dynamic_beta is not None and self.model.training:
+            # Checkpoints hold the library's state, and with it the running means.
+            state = cast(Any, self.state.stateful_callbacks).setdefault("beta_dpo", {})
+            pairs = self._dynamic_beta.apply(pairs, state, self.accelerator.gather, self.accelerator.process_index)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
         if not self.model.training and 0 < (real := self._real_pairs(batch.num_pairs)) < batch.num_pairs:
             loss = total_loss(first_pairs(pairs, real), self._loss).loss
         if scores.aux_loss is not None:
             loss = loss + self._balance_weight * scores.aux_loss
-        self._add_metrics(columns_of(joined, scores, pairs, objective), joined.ids)
+        self._add_metrics(columns_of(joined, scores, pairs, objective, self._loss), joined.ids)
         if self._finite is not None and self.model.training:
             self._finite.take_loss(loss)
         return loss

@@ -76,7 +76,8 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     config = with_template_date(config, tokenizer)
     batch_pairs = int(config.train.options.get("per_device_train_batch_size", 8))
     sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.sets}
-    stores = {} if config.reference.sync is not None else look_at_stores(config, sets, tokenizer)
+    scored = config.reference.sync is None and config.loss.needs_reference
+    stores = look_at_stores(config, sets, tokenizer) if scored else {}
     date = config.data.template_date if asks_for_date(tokenizer) else None
     joined = look_at_joined(config, stores, tokenizer)
     found = Findings(sets=sets, stores=stores, joined=joined, template_date=date)
@@ -120,7 +121,7 @@ def _estimate(config: Config, found: Findings, planned: Hardware | None, device:
 def _distance_from_start(config: Config, survey: Survey) -> str | None:
     """Tell how far from ln 2 training starts, by the rounding of a token and the number of tokens; None if it does."""
     apart = precisions_apart(config)
-    if apart is None:
+    if apart is None or not config.loss.needs_reference:
         return None
     options, beta = config.train.options, config.loss.beta
     pairs = int(options.get("per_device_train_batch_size", 8)) * int(options.get("gradient_accumulation_steps", 1))

@@ -111,13 +111,17 @@ class Estimate:
     """None if the settings have no `train` section."""
     disk: Mapping[str, int]
     """Bytes on disk by what they are for."""
+    scores: bool = True
+    """False for a loss without a reference, which has no first stage"""
     host_memory: int
     """Bytes of the CPU's memory while all processes load the policy; each holds the whole policy."""
 
     @property
     def stages(self) -> dict[str, StageEstimate]:
-        """Both stages by their commands, or the first alone."""
-        return {"precompute": self.precompute} | ({} if self.train is None else {"train": self.train})
+        """Both stages by their commands, or the one that there is."""
+        return ({"precompute": self.precompute} if self.scores else {}) | (
+            {} if self.train is None else {"train": self.train}
+        )
 
     @property
     def total_disk(self) -> int:
@@ -159,6 +163,7 @@ def estimate(
         probe=probe,
         precompute=_stage_one(config, reference or shapes, sets, passes, used, probe and probe.forward),
         train=None if config.train.is_empty else _stage_two(config, shapes, sets, schedule, used, probe),
+        scores=config.loss.needs_reference,
         disk=_disk(config, shapes, sets, schedule),
         host_memory=used.count * (weight_bytes(shapes, config.policy.dtype, config.policy.quantization) + _PROGRAM),
     )
@@ -349,7 +354,8 @@ def _disk(config: Config, shapes: Shapes, sets: Sequence[Lengths], schedule: Sch
     # A pair's key, row, three lengths and two sums; float32 token logps, which hardly compress; a footer a part.
     per_token = 4 if config.precompute.token_logps else 0
     logps = sum(44 * s.pairs + per_token * s.completion_tokens for s in sets)
-    disk = {"shards": logps + sum(8192 * math.ceil(s.pairs / config.precompute.rows_per_shard) for s in sets)}
+    shards = logps + sum(8192 * math.ceil(s.pairs / config.precompute.rows_per_shard) for s in sets)
+    disk = {"shards": shards} if config.loss.needs_reference else {}
     if config.train.is_empty:
         return disk
     size = 4 if shapes.has_adapter or config.policy.dtype == "float32" else 2

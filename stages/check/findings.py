@@ -183,10 +183,11 @@ def look_at_stores(config: Config, sets: Mapping[str, PairSet], tokenizer: Any) 
 def look_at_joined(config: Config, states: Mapping[str, StoreState], tokenizer: Any) -> JoinedState | None:
     """Return whether an earlier run has joined the sets that stage two trains on, and their size."""
     ready = [state.state == "finished" and not state.differences for state in states.values()]
-    if config.train.is_empty or not ready or not all(ready):
+    scored = config.loss.needs_reference
+    if config.train.is_empty or not all(ready) or (scored and not ready):
         return None
     stores = {name: load_store(state.folder) for name, state in states.items()}
-    found = cached_sets(joined_folder(config), config, stores, tokenizer, keep_missing=False)
+    found = cached_sets(joined_folder(config), config, stores, tokenizer, keep_missing=not scored)
     return None if found is None else JoinedState(folder=str(found.folder), bytes=found.size())
 
 

@@ -47,7 +47,7 @@ __all__ = ["run"]
 def run(
     config: Config, *, worker: tuple[int, int] = (0, 1), overwrite: bool = False, stop_at: float | None = None
 ) -> None:
-    """Score the training split and every held-out set; do only what is missing.
+    """Score the training split and every held-out set; do only what is missing, and nothing for `simpo` and the like.
 
     `worker` is (I, N): this process is worker I, from 0, of N; of several launched together, all of them are.
 
@@ -57,6 +57,11 @@ def run(
         DataError: A row can't be a pair, or a log-prob is not finite, and the settings say stop.
         ConfigError: A setting is impossible here.
     """
+    if not config.loss.needs_reference:
+        say(
+            f"loss.type {', '.join(config.loss.types)}: has no reference, so there is nothing to do. Run refshard train"
+        )
+        return
     flag = watch_signals(stop_at)
     if config.precompute.tp_plan is not None:
         ensemble = Ensemble(flag)

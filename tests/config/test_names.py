@@ -67,5 +67,5 @@ def test_a_dtype_is_answered_with_its_name_here(value: str, hint: str) -> None:
 
 
 def test_a_loss_without_pairs_or_reference_is_not_taken_for_another() -> None:
-    assert "not there" in hint_for_value("simpo", ["sigmoid", "ipo"], "loss.type")
+    assert "not there" in hint_for_value("kto", ["sigmoid", "ipo"], "loss.type")
     assert hint_for_value("dpo", ["sigmoid", "ipo"], "loss.type") == ". Set loss.type: sigmoid"

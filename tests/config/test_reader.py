@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from pipeline.base.errors import ConfigError
+from pipeline.config.loss import LossName
 from pipeline.config.reader import as_dict, load_config, settings_text
-from pipeline.config.schema import Config, LossName, Quantization
+from pipeline.config.schema import Config, Quantization
 from support.processes import ROOT
 
 # Every option that a user can write, and its default, frozen: a change here is a change of the interface.
@@ -73,6 +74,12 @@ DEFAULTS = {
         "ld_alpha": None,
         "use_weighting": False,
         "discopop_tau": 0.05,
+        "dpop_lambda": None,
+        "beta_dpo_alpha": None,
+        "beta_dpo_filter": None,
+        "r_dpo_alpha": None,
+        "simpo_gamma": None,
+        "cpo_alpha": None,
         "router_aux_loss_coef": None,
     },
     "cluster": {
@@ -119,7 +126,7 @@ INNER_DEFAULTS: dict[str, Any] = {
 
 LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
-    "sigmoid_norm"
+    "sigmoid_norm dpop beta_dpo cal_dpo r_dpo simpo cpo orpo"
 )
 
 SMALLEST = "data: {path: pairs.jsonl}\npolicy: {model: m}\nprecompute: {output: out}\n"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
+from pipeline.config.loss import LossName
 from pipeline.config.reader import load_config
-from pipeline.config.schema import LossName
 from pipeline.models import loading
 from pipeline.scoring import scorer
 from stages import train

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
+from pipeline.config.loss import LossConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import LossConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.loading import load_policy

@@ -41,8 +41,9 @@ from transformers.trainer_callback import PrinterCallback
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pipeline.config.loss import WITHOUT_REFERENCE, LossName
 from pipeline.config.reader import load_config
-from pipeline.config.schema import Config, LossName
+from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.loading import load_policy
@@ -129,6 +130,11 @@ def _case(types: str, *, model: str = "llama", lora: bool = False, **options: An
     )
 
 
+IN_TRL: list[LossName] = [
+    name
+    for name in get_args(LossName)
+    if name not in ("dpop", "beta_dpo", "cal_dpo", "r_dpo", *WITHOUT_REFERENCE)  # not in its DPOTrainer
+]
 _SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 # Divided by lengths and times beta, its slope is small.
 _FLAT = {"learning_rate": 0.2}
@@ -149,7 +155,7 @@ CASES: list[Case] = [
             **({"label_smoothing": 0.1} if name in _SMOOTHED else {}),
             **({"sigmoid_norm": _FLAT, "discopop": _STEEP}.get(name, {})),
         )
-        for name in get_args(LossName)
+        for name in IN_TRL
     ),
     _case("sigmoid+sft"),
     _case("sigmoid+hinge+ipo", weights=[1.0, 0.5, 0.25]),

@@ -68,3 +68,34 @@ def test_a_joined_file_that_does_not_hold_its_digest_is_named(tmp_path: Path) ->
     file.write_bytes(b"sows")
     with pytest.raises(DataError, match=f"{file}: must hold what was joined"):
         check_joined(tmp_path)
+
+
+def test_a_loss_without_a_reference_needs_no_store(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_jsonl(tmp_path / "heldout.jsonl", simple_rows(4, start=50))
+    file = make_run(
+        rows=simple_rows(8),
+        data={"eval": {"test": {"path": str(held_out)}}},
+        loss={"type": ["simpo", "sft"]},
+        train={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rewards/margins"},
+    )
+    config = load_config(file)
+    precompute.run(config)
+    assert "simpo, sft: has no reference, so there is nothing to do" in capsys.readouterr().out
+    train.run(config)
+    output = config.train.folder
+    assert list(tmp_path.rglob("manifest.json")) == []
+    assert json.loads((output / "inputs.json").read_text())["reference"] is None
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    logged = {name for entry in history for name in entry}
+    assert {"rewards/margins", "eval_rewards/margins"} <= logged
+    assert not any(word in name for name in logged for word in ("ref/", "kl/", "shift"))
+    card = (output / "README.md").read_text()
+    assert "2405.14734" in card and "reference log-probs" not in card
+    capsys.readouterr()
+    train.run(config)
+    assert "finished already" in capsys.readouterr().out
+    # A reference would be asked for by the same settings with DPO.
+    with pytest.raises(DataError, match="no shards there"):
+        train.run(load_config(file, ["loss.type=sigmoid", f"train.output_dir={tmp_path / 'dpo'}"]))

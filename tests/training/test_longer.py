@@ -28,23 +28,28 @@ def steps_of(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("shorter", "longer", "lora"),
+    ("shorter", "longer", "sections"),
     [
         # 24 pairs are 6 steps an epoch.
-        ({"max_steps": 5}, {"max_steps": 8}, {"r": 4, "dropout": 0.1}),
-        ({"max_steps": -1, "num_train_epochs": 1}, {"max_steps": -1, "num_train_epochs": 2}, None),
+        ({"max_steps": 5}, {"max_steps": 8}, {"policy": {"lora": {"r": 4, "dropout": 0.1}}}),
+        (
+            {"max_steps": -1, "num_train_epochs": 1},
+            {"max_steps": -1, "num_train_epochs": 2},
+            # Its running means and its draws go on, too.
+            {"loss": {"type": "beta_dpo", "beta_dpo_filter": 0.25}},
+        ),
     ],
-    ids=["over an epoch's end, with dropout", "by an epoch"],
+    ids=["over an epoch's end, with dropout", "by an epoch, with a beta of each micro-batch"],
 )
 def test_a_longer_run_is_the_same_as_one_at_once(
     shorter: dict[str, Any],
     longer: dict[str, Any],
-    lora: dict[str, Any] | None,
+    sections: dict[str, Any],
     make_run: MakeRun,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = make_run(train=SAVED, policy={"lora": lora})
+    config = make_run(train=SAVED, **sections)
     precompute.run(load_config(config))
 
     def run(output: str, length: dict[str, Any]) -> Path:

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from pipeline.base.errors import ConfigError
+from pipeline.config.loss import LossConfig, LossName
 from pipeline.config.reader import load_config
-from pipeline.config.schema import LossConfig, LossName
 from pipeline.scoring.forward import weighted_sums
 from pipeline.training.losses import (
     Pairs,
@@ -79,7 +79,7 @@ def score_of(u: float, divergence: str, alpha: float) -> float:
 
 
 def smoothed(x: float, e: float) -> float:
-    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+    return -(1 - e) * log_sigmoid(x) - (e * log_sigmoid(-x) if e else 0.0)
 
 
 def written_out(name: str, rows: Rows, settings: LossConfig) -> list[float]:
@@ -89,6 +89,8 @@ def written_out(name: str, rows: Rows, settings: LossConfig) -> list[float]:
     u_r = [policy - ref for _, policy, _, ref, _, _ in rows]
     if name == "sft":
         return [-sum(row[0] for row in rows) / sum(row[4] for row in rows)] * len(rows)
+    if name in ("simpo", "cpo", "orpo"):
+        return written_out_without_reference(name, rows, settings)
     if name == "aot":
         margins = sorted(row[0] - row[1] for row in rows), sorted(row[2] - row[3] for row in rows)
         return [smoothed(b * (policy - ref), e) for policy, ref in zip(*margins, strict=True)]
@@ -129,7 +131,37 @@ def written_out_pair(name: str, c: float, r: float, row: Sequence[float], settin
             return 1 - logistic(b * c) + logistic(b * r)
         case "apo_down":
             return logistic(b * c) + 1 - logistic(b * (c - r))
+        case "dpop":
+            weight = 50.0 if settings.dpop_lambda is None else settings.dpop_lambda
+            return -log_sigmoid(b * (c - r - weight * max(0.0, -c)))
+        case "beta_dpo":  # without a micro-batch's beta, DPO
+            return -log_sigmoid(b * (c - r))
+        case "cal_dpo":
+            return -log_sigmoid(c - r) + (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2
+        case "r_dpo":
+            price = 0.01 if settings.r_dpo_alpha is None else settings.r_dpo_alpha
+            return -log_sigmoid(b * (c - r) + price * (row[4] - row[5]))
     raise AssertionError(f"no formula for {name}")
+
+
+def written_out_without_reference(name: str, rows: Rows, settings: LossConfig) -> list[float]:
+    """Losses of all pairs from the policy's logps alone."""
+    b, e = settings.beta, settings.label_smoothing
+    cross_entropy = -sum(row[0] for row in rows) / sum(row[4] for row in rows)
+    losses = []
+    for chosen, rejected, _, _, n_c, n_r in rows:
+        p_c, p_r = math.exp(chosen / n_c), math.exp(rejected / n_r)
+        gamma = 0.5 if settings.simpo_gamma is None else settings.simpo_gamma
+        weight = 1.0 if settings.cpo_alpha is None else settings.cpo_alpha
+        odds_ratio = (p_c / (1 - p_c)) / (p_r / (1 - p_r))
+        losses.append(
+            {
+                "simpo": smoothed(b * chosen / n_c - b * rejected / n_r - gamma, e),
+                "cpo": smoothed(b * (chosen - rejected), e) + weight * cross_entropy,
+                "orpo": cross_entropy - b * log_sigmoid(math.log(odds_ratio)),
+            }[name]
+        )
+    return losses
 
 
 # --- each loss and its formula ---
@@ -148,7 +180,7 @@ def test_a_loss_is_its_formula(name: LossName, beta: float) -> None:
     ("name", "smoothing"),
     [
         (name, smoothing)
-        for name in ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+        for name in ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")
         for smoothing in (1e-3, 0.1, 0.4, 0.5)
         if (name, smoothing) != ("robust", 0.5)  # refused: it would divide by 0
     ],
@@ -206,12 +238,67 @@ def test_discopop_is_its_formula_at_any_temperature(tau: float) -> None:
         ("apo_down", 1.0),
         ("aot", math.log(2)),
         ("aot_unpaired", math.log(2)),
+        ("dpop", math.log(2)),
+        ("beta_dpo", math.log(2)),
+        ("cal_dpo", math.log(2) + 50.0),  # (0 - 5)^2 + (0 + 5)^2
         ("sft", 2.0),  # 8 nats over 4 tokens, not the mean of 2 and 2 weighed anew
     ],
 )
 def test_losses_at_equality_can_be_checked_in_the_head(name: LossName, loss: float) -> None:
     pairs = make_pairs([(-6.0, -5.0, -6.0, -5.0, 3, 2), (-2.0, -9.0, -2.0, -9.0, 1, 4)])
     assert pair_losses(name, pairs, settings_for(name)).tolist() == pytest.approx([loss] * 2)
+
+
+NEW_OPTIONS: list[tuple[LossName, dict[str, float]]] = [
+    ("dpop", {"dpop_lambda": 0.0}),
+    ("dpop", {"dpop_lambda": 5.0}),
+    ("r_dpo", {"r_dpo_alpha": 0.0}),
+    ("r_dpo", {"r_dpo_alpha": 0.3}),
+    ("simpo", {"simpo_gamma": 0.0}),
+    ("simpo", {"simpo_gamma": 1.4, "beta": 2.5}),
+    ("cpo", {"cpo_alpha": 0.0}),
+    ("cpo", {"cpo_alpha": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NEW_OPTIONS, ids=str)
+def test_a_loss_with_an_option_of_its_own_is_its_formula(name: LossName, options: dict[str, float]) -> None:
+    settings = LossConfig(type=name, **options)  # type: ignore[arg-type]
+    found = pair_losses(name, make_pairs(), settings)
+    assert found.tolist() == pytest.approx(written_out(name, ROWS, settings), rel=1e-12)
+    assert gradients_agree(settings, ROWS)
+
+
+def test_losses_without_their_correction_are_dpo() -> None:
+    plain = pair_losses("sigmoid", make_pairs(), LossConfig()).tolist()
+    assert pair_losses("dpop", make_pairs(), LossConfig(type="dpop", dpop_lambda=0)).tolist() == pytest.approx(plain)
+    assert pair_losses("r_dpo", make_pairs(), LossConfig(type="r_dpo", r_dpo_alpha=0)).tolist() == pytest.approx(plain)
+    zeros = torch.zeros(len(ROWS), dtype=torch.float64)
+    uniform = make_pairs(ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+    cpo = pair_losses("cpo", make_pairs(), LossConfig(type="cpo", cpo_alpha=0)).tolist()
+    assert cpo == pytest.approx(pair_losses("sigmoid", uniform, LossConfig()).tolist())
+
+
+def test_length_regularization_asks_less_of_a_pair_whose_chosen_completion_is_longer() -> None:
+    longer, shorter = make_pairs([(-9, -9, -9, -9, 20, 10)]), make_pairs([(-9, -9, -9, -9, 10, 20)])
+    settings = LossConfig(type="r_dpo")
+    losses = [pair_losses("r_dpo", pairs, settings).item() for pairs in (longer, shorter)]
+    assert losses[0] < math.log(2) < losses[1]
+
+
+@pytest.mark.parametrize(
+    ("types", "needed"),
+    [
+        (["simpo"], False),
+        (["cpo", "orpo"], False),
+        (["simpo", "sft"], False),
+        (["simpo", "sigmoid"], True),
+        (["sft"], True),  # its rewards compare with the reference
+        (["beta_dpo"], True),
+    ],
+)
+def test_a_reference_is_needed_unless_every_loss_does_without(types: list[LossName], needed: bool) -> None:
+    assert LossConfig(type=types).needs_reference is needed
 
 
 def test_sft_is_a_mean_over_tokens_not_over_completions() -> None:
@@ -226,7 +313,7 @@ def test_aot_moves_with_the_micro_batch_and_the_others_do_not() -> None:
     for name in LOSSES:
         together = pair_losses(name, make_pairs(), settings_for(name)).tolist()
         assert len(together) == len(ROWS)
-        shares = name in ("aot", "aot_unpaired", "sft")
+        shares = name in ("aot", "aot_unpaired", "sft", "cpo", "orpo")
         assert (together == pytest.approx(one_by_one(name), rel=1e-12)) is not shares, name
 
 
@@ -383,8 +470,11 @@ def test_rewards_are_beta_times_the_plain_ratio_and_carry_no_gradient(name: Loss
     found = total_loss(make_pairs(), settings_for(name, beta=0.25, **changes))
     assert found.loss.requires_grad and found.loss.shape == ()
     assert not found.chosen_rewards.requires_grad and not found.rejected_rewards.requires_grad
-    assert found.chosen_rewards.tolist() == pytest.approx([0.25 * (row[0] - row[2]) for row in ROWS])
-    assert found.rejected_rewards.tolist() == pytest.approx([0.25 * (row[1] - row[3]) for row in ROWS])
+    tokens = [(row[4], row[5]) if name in ("simpo", "orpo") else (1, 1) for row in ROWS]
+    chosen = [0.25 * (row[0] - row[2]) / n for row, (n, _) in zip(ROWS, tokens, strict=True)]
+    rejected = [0.25 * (row[1] - row[3]) / n for row, (_, n) in zip(ROWS, tokens, strict=True)]
+    assert found.chosen_rewards.tolist() == pytest.approx(chosen)
+    assert found.rejected_rewards.tolist() == pytest.approx(rejected)
 
 
 # --- gradients ---
@@ -517,6 +607,20 @@ def test_ratios_of_ten_thousand_give_no_nan_under_another_divergence(name: LossN
         ),
         (["type=discopop", "discopop_tau=0"], "loss.discopop_tau: must be a positive finite number, got 0.0"),
         (["type=discopop", "discopop_tau=inf"], "loss.discopop_tau: must be a positive finite number, got inf"),
+        *(
+            ([f"{option}=0.1"], f"loss.{option}: must be left out unless {name} is a loss, got 0.1")
+            for name, option in (
+                ("dpop", "dpop_lambda"),
+                ("beta_dpo", "beta_dpo_alpha"),
+                ("beta_dpo", "beta_dpo_filter"),
+                ("r_dpo", "r_dpo_alpha"),
+                ("simpo", "simpo_gamma"),
+                ("cpo", "cpo_alpha"),
+            )
+        ),
+        (["type=beta_dpo", "beta_dpo_filter=1"], "loss.beta_dpo_filter: must be from 0 to below 1, got 1.0"),
+        (["type=simpo", "simpo_gamma=-1"], "loss.simpo_gamma: must be a finite number from 0, got -1.0"),
+        (["type=[sigmoid, orpo]", "ld_alpha=0.5"], "loss.ld_alpha: must be left out for orpo, got 0.5"),
         (["discopop_tau=0.1"], "loss.discopop_tau: must be left out unless discopop is a loss, got 0.1"),
         (["router_aux_loss_coef=-1"], "loss.router_aux_loss_coef: must be a finite number from 0, got -1.0"),
         (["router_aux_loss_coef=inf"], "loss.router_aux_loss_coef: must be a finite number from 0, got inf"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.schema import LossConfig
+from pipeline.config.loss import LossConfig
 from pipeline.scoring.forward import prepare
 from pipeline.scoring.selfcheck import check_scoring
 from pipeline.training import offload

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from pipeline.base.errors import ConfigError
+from pipeline.config.loss import LossConfig
 from pipeline.config.reader import load_config
 from pipeline.training.arguments import refused_here, training_arguments
 from pipeline.training.settings import check_metric, check_training, too_few_pairs
@@ -35,7 +36,7 @@ def arguments(**options: Any) -> transformers.TrainingArguments:
     ],
 )
 def test_a_metric_that_is_measured_is_taken(metric: str | None, held_out: dict[str, Any], balanced: bool) -> None:
-    check_metric(arguments(metric_for_best_model=metric), held_out, balanced=balanced)
+    check_metric(arguments(metric_for_best_model=metric), LossConfig(), held_out, balanced=balanced)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_metric_that_is_measured_is_taken(metric: str | None, held_out: dict[s
 )
 def test_a_metric_that_is_not_measured_is_refused(metric: str, held_out: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^train\.metric_for_best_model: must be a metric .*, got {metric}\. "):
-        check_metric(arguments(metric_for_best_model=metric), held_out, balanced=False)
+        check_metric(arguments(metric_for_best_model=metric), LossConfig(), held_out, balanced=False)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_metric_that_is_not_measured_is_refused(metric: str, held_out: dict[st
 )
 def test_the_metric_that_was_meant_is_named(metric: str, held_out: dict[str, bool], meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"Set train\.metric_for_best_model: {meant}$"):
-        check_metric(arguments(metric_for_best_model=metric), held_out, balanced=False)
+        check_metric(arguments(metric_for_best_model=metric), LossConfig(), held_out, balanced=False)
 
 
 @pytest.mark.parametrize(
