@@ -1,6 +1,6 @@
 """Names of the columns that a pair is read from."""
 
-__all__ = ["LAYOUT_COLUMNS", "PAIR_COLUMNS", "SPOKEN_COLUMNS"]
+__all__ = ["LAYOUT_COLUMNS", "LOSS_COLUMNS", "PAIR_COLUMNS", "SPOKEN_COLUMNS"]
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 SPOKEN_COLUMNS = ("system", "user")
@@ -25,3 +25,5 @@ LAYOUT_COLUMNS = (
     "response2",
 )
 """Columns of other tools' layouts"""
+LOSS_COLUMNS = ("weight", "margin")
+"""Numbers that the loss takes besides the pair; read only if `data.columns` names them"""

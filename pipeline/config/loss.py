@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline.config.convert import require
 
-__all__ = ["WITHOUT_REFERENCE", "LossConfig", "LossName"]
+__all__ = ["WITHOUT_MARGIN", "WITHOUT_REFERENCE", "WITHOUT_WEIGHT", "LossConfig", "LossName"]
 
 # fmt: off
 LossName = Literal[
@@ -18,6 +18,13 @@ LossName = Literal[
 
 WITHOUT_REFERENCE = ("simpo", "cpo", "orpo")
 """Losses without a reference. `sft` alone has none in its formula either, but its metrics compare with one."""
+WITHOUT_WEIGHT = ("aot", "aot_unpaired", "beta_dpo")
+"""Losses of which no value belongs to one pair, so that pairs can't be weighted"""
+WITHOUT_MARGIN = (
+    *("ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft", "cal_dpo"),
+    "orpo",
+)
+"""Losses that are no function of one logit beta (delta)"""
 
 # The losses that take each option. An option that no named loss takes is refused, not ignored.
 _WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")

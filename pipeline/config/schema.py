@@ -8,9 +8,9 @@ from typing import Literal
 
 from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.config.convert import FALSE_WORDS, PathText, require, require_at_least
-from pipeline.config.loss import LossConfig
+from pipeline.config.loss import WITHOUT_MARGIN, WITHOUT_WEIGHT, LossConfig
 from pipeline.config.training import TrainSection
 
 __all__ = [
@@ -60,7 +60,8 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Your column names by ours (prompt, chosen, rejected, tools, chat_template_kwargs, or those of another tool's
     layout): `{prompt: question}`; a dot leads into an object: `{prompt: input.messages}`. With `user` instead of
-    `prompt`, and optionally `system`, texts become a conversation: `{user: question}`."""
+    `prompt`, and optionally `system`, texts become a conversation: `{user: question}`. `weight` and `margin`
+    name numbers that training reads besides the pair; shards do not hold them."""
     max_length: int | None = 1024
     """Largest number of tokens of prompt and completion together; the end of a longer completion is cut. `null`: no
     limit. Stores with token log-probs also serve a smaller value."""
@@ -87,7 +88,7 @@ class DataConfig:
             is_name = name not in ("train", "costs") and name.replace("-", "").replace("_", "").isalnum()
             rule = "named by letters, digits, - and _, and not train or costs, for it names a folder"
             require(is_name, f"eval.{name}", rule, name)
-        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS, *LAYOUT_COLUMNS)
+        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS, *LAYOUT_COLUMNS, *LOSS_COLUMNS)
         for column in self.columns:
             if column not in known:
                 raise ValueError(f"columns.{column}: unknown column of a pair{did_you_mean(column, known)}")
@@ -294,6 +295,12 @@ class Config:
                 f"loss.ld_alpha: must be left out without token log-probs in the shards, got {self.loss.ld_alpha}. Set "
                 "precompute.token_logps: true"
             )
+        for column, kinds, why in (
+            ("weight", WITHOUT_WEIGHT, "compares the pairs of a micro-batch"),
+            ("margin", WITHOUT_MARGIN, "has no logit that a margin could shift"),
+        ):
+            if column in self.data.columns and (losses := [name for name in self.loss.types if name in kinds]):
+                raise ValueError(f"data.columns.{column}: must be left out for {', '.join(losses)}, which {why}")
         if self.precompute.tp_plan is not None:
             _check_tensor_parallel(self)
         if self.reference.sync is not None:
@@ -326,6 +333,8 @@ def _check_sync(config: "Config") -> None:
     """Refuse settings that contradict a reference that moves."""
     if not config.loss.needs_reference:
         raise ValueError(f"reference.sync: must be left out for {', '.join(config.loss.types)}, without a reference")
+    # Pairs of weight 0 are left out, which a window's place in the order does not know.
+    _refuse_both("data.columns.weight", "reference.sync", "weight" in config.data.columns)
     _refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
     processes = config.cluster.train.nodes * config.cluster.train.processes
     require(processes == 1, "cluster.train.processes", "1 with reference.sync, on one node", processes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.base.errors import BadRow
 from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import to_pair
+from pipeline.data.numbers import numbers_of_loss
 from pipeline.data.pairs import Pair
 from pipeline.data.rows import Row
 from pipeline.data.tokens import TokenizedPair, pair_key, tokenize, truncate
@@ -32,6 +33,10 @@ class KeptPair:
     pair: TokenizedPair
     truncated: bool = False
     """True if `max_length` cut a completion."""
+    weight: float = 1.0
+    """How often the pair counts in training, from 0."""
+    margin: float = 0.0
+    """Number that the loss subtracts from the pair's logit."""
 
     @property
     def longest(self) -> int:
@@ -130,6 +135,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
         values = row.load()
         pair = to_pair(values, data.columns, row.place, data.random_rejected)
         whole = tokenize(pair, tokenizer, row.place, data.template_date)
+        numbers = numbers_of_loss(values, data.columns, row.place)
     except BadRow as error:
         if error.reason == "tie":
             # A tie is no fault of the row.
@@ -147,7 +153,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
         "identical_after_truncation": not identical and scored.chosen_ids == scored.rejected_ids,
         "merged_at_the_prompt's_end": whole.merged,
     }
-    kept = KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=truncated)
+    kept = KeptPair(row=row.number, place=row.place, key=key, pair=scored, truncated=truncated, **numbers)
     return dataclasses.replace(outcome, kept=kept, remarks=tuple(remark for remark, holds in remarks.items() if holds))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.base.errors import BadRow
-from pipeline.config.columns import PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.config.columns import LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.data.other_layouts import OtherLayout, as_messages, find_layout, looks_like
 from pipeline.data.pairs import (
     Form,
@@ -35,6 +35,7 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str, seed
 
     `seed` is `data.random_rejected`.
     """
+    columns = {name: column for name, column in columns.items() if name not in LOSS_COLUMNS}
     try:
         return _read_pair(row, columns, place, seed)
     except BadRow as error:

@@ -52,10 +52,18 @@ class JoinReport:
         return f"{self.matched:,} matched, {self.missing:,} missing, {self.surplus:,} surplus in the shards"
 
 
-def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_missing: bool = False) -> JoinReport:
+def join(
+    pairs: Iterable[KeptPair],
+    table: ReferenceTable,
+    file: Path,
+    *,
+    keep_missing: bool = False,
+    numbers: Sequence[str] = (),
+) -> JoinReport:
     """Look up every pair by key and write those that match to an Arrow file, in order.
 
-    Columns are those of `_SCHEMA`, and, where the table has it, `token_start` for `TokenLogps`. Pairs without a match
+    Columns are those of `_SCHEMA`, `numbers` (of weight and margin), and, where the table has it, `token_start` for
+    `TokenLogps`. Pairs without a match
     are counted and left out. `keep_missing` writes them too, with NaN for their log-probs and -1 for part and start: a
     pair's place in the set then does not depend on which pairs are scored.
 
@@ -65,7 +73,9 @@ def join(pairs: Iterable[KeptPair], table: ReferenceTable, file: Path, *, keep_m
     """
     matched, missing, first_missing = 0, 0, None
     used = np.zeros(len(table), dtype=bool)
-    columns = _SCHEMA.append(pa.field("token_start", pa.int64())) if table.with_tokens else _SCHEMA
+    columns = pa.schema([*_SCHEMA, *(pa.field(name, pa.float32()) for name in numbers)])
+    if table.with_tokens:
+        columns = columns.append(pa.field("token_start", pa.int64()))
     held: list[pa.RecordBatch] = []
     pairs = iter(pairs)
     try:
@@ -108,6 +118,8 @@ def _joined_batch(pairs: Sequence[KeptPair], found: npt.NDArray[np.void], schema
         "rejected_ids": [p.pair.rejected_ids for p in pairs],
         "truncated": [p.truncated for p in pairs],
         "part": found["part"],
+        "weight": [p.weight for p in pairs],
+        "margin": [p.margin for p in pairs],
         "ref_chosen_logps": found["chosen_logps"],
         "ref_rejected_logps": found["rejected_logps"],
         "token_start": found["token_start"],

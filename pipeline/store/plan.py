@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.base.errors import DataError, number_of
 from pipeline.base.folders import Folder
+from pipeline.config.columns import LOSS_COLUMNS
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
@@ -47,8 +48,12 @@ def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
+<<<<<<< HEAD
         "columns": dict(source.columns),
         **_random(config),
+=======
+        "columns": _pair_columns(source),
+>>>>>>> 714f387 (Read a weight and a margin of each pair from the rows)
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
@@ -70,7 +75,7 @@ def declared_of(config: Config, source: Source) -> dict[str, Any]:
             "revision": source.revision,
             "split": source.split + range_of_rows,
             "format": source.format,
-            "columns": dict(source.columns),
+            "columns": _pair_columns(source),
             "streaming": source.streaming,
             **_random(config),
         },
@@ -78,7 +83,13 @@ def declared_of(config: Config, source: Source) -> dict[str, Any]:
     }
 
 
+<<<<<<< HEAD
 def _random(config: Config) -> dict[str, int]:
     """Give the seed of the rejected completions; nothing without one, as plans of earlier versions have it."""
     seed = config.data.random_rejected
     return {} if seed is None else {"random_rejected": seed}
+=======
+def _pair_columns(source: Source) -> dict[str, str]:
+    """Give the named columns that pairs are made of. Weights and margins do not change what is scored."""
+    return {name: column for name, column in source.columns.items() if name not in LOSS_COLUMNS}
+>>>>>>> 714f387 (Read a weight and a margin of each pair from the rows)

@@ -33,6 +33,10 @@ class JoinedBatch:
     """True for a pair with a truncated completion, [P] bool"""
     ref_token_logps: torch.Tensor | None
     """Reference token logps in the scorer's order, [N] float32, nats; None where sums alone are stored"""
+    weights: torch.Tensor | None = None
+    """How often each pair counts, [P] float32; None if the data does not say it"""
+    margins: torch.Tensor | None = None
+    """Margin of each pair, [P] float32; None if the data does not say it"""
 
     def to(self, device: torch.device) -> "JoinedBatch":
         return self._each(lambda part: part.to(device, non_blocking=True) if torch.is_tensor(part) else part.to(device))
@@ -74,6 +78,8 @@ class Collator:
             ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
             truncated=torch.tensor([row["truncated"] for row in rows]),
             ref_token_logps=self._ref_token_logps(rows, pairs),
+            weights=_numbers(rows, "weight"),
+            margins=_numbers(rows, "margin"),
         )
         # The libraries take the number of pairs from the first entry.
         return {"rows": torch.tensor([row["row"] for row in rows]), "joined": joined}
@@ -93,3 +99,8 @@ class Collator:
             sides[0].append(values[:chosen])
             sides[1].append(values[chosen:])
         return torch.from_numpy(np.concatenate([*sides[0], *sides[1]]))
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> torch.Tensor | None:
+    """Give a number of each row, [P] float32; None if the rows have no such column."""
+    return torch.tensor([row[name] for row in rows], dtype=torch.float32) if name in rows[0] else None

@@ -53,11 +53,9 @@ class DynamicBeta:
         if self._filter:
             weights = torch.zeros_like(gaps)
             weights[kept] = 1.0
-            here = weights[rank * len(own) : (rank + 1) * len(own)].to(own)
-            changes["weights"] = here if pairs.weights is None else here * pairs.weights
-            if pairs.weights is None:
-                # The mean over the processes is then the mean over all pairs that are kept.
-                changes["total_weight"] = len(kept) * len(own) / len(gaps)
+            changes["weights"] = weights[rank * len(own) : (rank + 1) * len(own)].to(own)
+            # The mean over the processes is then the mean over all pairs that are kept.
+            changes["total_weight"] = len(kept) * len(own) / len(gaps)
         return dataclasses.replace(pairs, **changes)
 
     def _take(self, gaps: torch.Tensor, state: dict[str, Any]) -> float:

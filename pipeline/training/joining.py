@@ -11,6 +11,7 @@ from pipeline.base.digests import WatchedFiles, read_sha256, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, stopped_as_asked
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag
+from pipeline.config.columns import LOSS_COLUMNS
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger
 from pipeline.data.loading import load_pairs
@@ -135,7 +136,11 @@ def _join_anew(
             folder=folder,
             token_file=_token_file(folder),
         )
-        report = join(pairs, table, _joined_file(folder, name), keep_missing=unscored)
+        # Held-out sets are evaluated as they are.
+        numbers = [number for number in LOSS_COLUMNS if number in config.data.columns]
+        if name == "train" and "weight" in numbers:
+            pairs = _weighted(pairs, ledger)
+        report = join(pairs, table, _joined_file(folder, name), keep_missing=unscored, numbers=numbers)
         columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
         sets[name] = {
             "ledger": ledger.as_dict(),
@@ -207,6 +212,15 @@ def _check_matched(report: JoinReport, kept: int, dataset: str, store: Store, on
         )
     if report.matched == 0:
         raise DataError(f"{dataset}: none of its {kept:,} pairs is in {store.folder}; nothing to train on")
+
+
+def _weighted(pairs: Iterable[KeptPair], ledger: Ledger) -> Iterator[KeptPair]:
+    """Leave out the pairs of weight 0, so that a run is that of rows without them, and note them in the ledger."""
+    for pair in pairs:
+        if pair.weight > 0:
+            yield pair
+        else:
+            ledger.noted["of_weight_0"] += 1
 
 
 def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPair]:

@@ -3,7 +3,8 @@
 Symbols, for a pair with completions c (chosen) and r (rejected): the log-ratio u is the policy's logps minus the
 reference's. The score s is f'(ratio), which is u for the usual reverse KL. n is the number of completion tokens,
 delta is s_c - s_r, and x is beta delta. A loss without a reference has reference logps of 0, and so u = log pi.
-`total_loss` averages each loss over the pairs and adds the losses up.
+With margins m of the data, x - m stands for x (ODPO, arXiv 2402.10571, whose offset m is). `total_loss` averages each
+loss over the pairs and adds the losses up.
 """
 
 import inspect
@@ -55,6 +56,8 @@ class Pairs:
     """Policy, [P] float32, every token counted once; equal to `chosen_logps` without `ld_alpha`"""
     wpo_weights: Tensor | None = None
     """WPO's weights, [P] float32, without gradient; None without WPO"""
+    margins: Tensor | None = None
+    """Margins of the data, [P] float32; None for 0"""
     betas: Tensor | None = None
     """beta-DPO's beta for each pair, [P], without gradient; None for `loss.beta`"""
     weights: Tensor | None = None
@@ -125,14 +128,16 @@ def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
     n_c, n_r = pairs.chosen_tokens, pairs.rejected_tokens
     u_c, u_r = pairs.chosen_ratios, pairs.rejected_ratios
     s_c, s_r = (divergence_score(u, config.f_divergence_type, config.f_alpha_divergence_coef) for u in (u_c, u_r))
-    delta = s_c - s_r
+    # Times beta, it is the margin.
+    shift = 0.0 if pairs.margins is None else pairs.margins / beta
+    delta = s_c - s_r - shift
     match name:
         case "sigmoid":
             # DPO (arXiv 2305.18290, eq. 7): -log sigmoid(x). With smoothing, conservative DPO.
             return _smoothed(delta, beta, e)
         case "sigmoid_norm":
             # Length-normalized DPO (arXiv 2411.15124, eq. 6): DPO on scores per token.
-            return _smoothed(s_c / n_c - s_r / n_r, beta, e)
+            return _smoothed(s_c / n_c - s_r / n_r - shift, beta, e)
         case "hinge":
             # RSO's hinge loss on the normalized likelihood (arXiv 2309.06657, eq. 10): max(0, 1 - x).
             return torch.relu(1 - beta * delta)
@@ -195,16 +200,17 @@ def pair_losses(name: LossName, pairs: Pairs, config: LossConfig) -> Tensor:
 def _corrected_loss(name: Literal["dpop", "beta_dpo", "cal_dpo", "r_dpo"], pairs: Pairs, config: LossConfig) -> Tensor:
     """Compute a DPO loss with a correction against what DPO does to likelihoods, outliers or lengths, [P]."""
     beta, u_c, u_r = config.beta, pairs.chosen_ratios, pairs.rejected_ratios
+    shift = 0.0 if pairs.margins is None else pairs.margins
     delta = u_c - u_r
     match name:
         case "dpop":
             # DPO-Positive (arXiv 2402.13228, eq. 3): -log sigmoid(beta (delta - lambda max(0, -u_c))). The penalty
             # acts while the chosen completion is less likely than under the reference.
             weight = _or(config.dpop_lambda, DPOP_LAMBDA)
-            return -F.logsigmoid(beta * (delta - weight * torch.relu(-u_c)))
+            return -F.logsigmoid(beta * (delta - weight * torch.relu(-u_c)) - shift)
         case "beta_dpo":
             # beta-DPO (arXiv 2407.08639): DPO with a beta of the micro-batch, from `DynamicBeta`.
-            return -F.logsigmoid((beta if pairs.betas is None else pairs.betas) * delta)
+            return -F.logsigmoid((beta if pairs.betas is None else pairs.betas) * delta - shift)
         case "cal_dpo":
             # Cal-DPO (arXiv 2412.14516, and the authors' listing of it): -log sigmoid(delta), without beta, plus
             # (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2.
@@ -214,24 +220,25 @@ def _corrected_loss(name: Literal["dpop", "beta_dpo", "cal_dpo", "r_dpo"], pairs
             # policy for the reward r - alpha n has r = beta u + alpha n, which gives the sign. There is no authors'
             # code.
             lengths = (pairs.chosen_tokens - pairs.rejected_tokens).to(delta)
-            return -F.logsigmoid(beta * delta + _or(config.r_dpo_alpha, R_DPO_ALPHA) * lengths)
+            return -F.logsigmoid(beta * delta + _or(config.r_dpo_alpha, R_DPO_ALPHA) * lengths - shift)
 
 
 def _loss_without_reference(name: Literal["simpo", "cpo", "orpo"], pairs: Pairs, config: LossConfig) -> Tensor:
     """Compute a loss of the policy's logps alone, [P]. n is the number of a completion's tokens."""
     beta, e = config.beta, config.label_smoothing
     chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
+    shift = 0.0 if pairs.margins is None else pairs.margins / beta
     match name:
         case "simpo":
             # SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta/n_c log pi(c) - beta/n_r log pi(r) - gamma).
             per_token = chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens
-            return _smoothed(per_token - _or(config.simpo_gamma, SIMPO_GAMMA) / beta, beta, e)
+            return _smoothed(per_token - _or(config.simpo_gamma, SIMPO_GAMMA) / beta - shift, beta, e)
         case "cpo":
             # CPO (arXiv 2401.08417): -log sigmoid(beta log pi(c) - beta log pi(r)), with a uniform reference (eq. 3),
             # plus the cross-entropy on the chosen completions. That is a mean over tokens, as in the authors' code,
             # which TRL has; the paper sums over a completion's tokens.
             weight = _or(config.cpo_alpha, CPO_ALPHA)
-            return _smoothed(chosen - rejected, beta, e) + weight * _cross_entropy(pairs)
+            return _smoothed(chosen - rejected - shift, beta, e) + weight * _cross_entropy(pairs)
         case "orpo":
             # ORPO (arXiv 2403.07691, eq. 6 and 7): cross-entropy - lambda log sigmoid(log odds(c) - log odds(r)), with
             # odds P/(1-P) and P the geometric mean of a completion's token probabilities, and beta for lambda. As in

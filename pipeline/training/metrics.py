@@ -47,6 +47,7 @@ def pairs_of(scores: Scores, joined: JoinedBatch, loss: LossConfig) -> Pairs:
         rejected_tokens=rejected_tokens,
         chosen_plain_logps=plain[0],
         wpo_weights=weights,
+        margins=joined.margins,
     )
 
 

@@ -4,6 +4,7 @@ The reference is two numbers per pair in the batch. No second model is loaded. F
 overridden; the contract test names them and all else here that the library does not document.
 """
 
+import dataclasses
 import functools
 import math
 import multiprocessing.util
@@ -101,6 +102,7 @@ class PairTrainer(transformers.Trainer):
         self._loss = loss
         self._dynamic_beta = DynamicBeta(loss, self.args.seed) if "beta_dpo" in loss.types else None
         self._offload = ActivationOffload(kwargs["model"]) if activation_offload else None
+        self._total_weight: float | None = None
         self._balance_weight = balance_weight(kwargs["model"], loss)
         # The loss is a mean over pairs, which the library must divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -151,6 +153,8 @@ class PairTrainer(transformers.Trainer):
             # Checkpoints hold the library's state, and with it the running means.
             state = cast(Any, self.state.stateful_callbacks).setdefault("beta_dpo", {})
             pairs = self._dynamic_beta.apply(pairs, state, self.accelerator.gather, self.accelerator.process_index)
+        if joined.weights is not None and self.model.training:
+            pairs = dataclasses.replace(pairs, weights=joined.weights, total_weight=self._total_weight)
         objective = total_loss(pairs, self._loss)
         loss = objective.loss
         if not self.model.training and 0 < (real := self._real_pairs(batch.num_pairs)) < batch.num_pairs:
@@ -161,6 +165,19 @@ class PairTrainer(transformers.Trainer):
         if self._finite is not None and self.model.training:
             self._finite.take_loss(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Fetch a step's micro-batches, and take the mean weight of one of them, over all processes.
+
+        The library averages over micro-batches and processes. A pair counts by its weight in the whole step.
+        """
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weights = [sample["joined"].weights for sample in samples]
+        if weights and weights[0] is not None:
+            total = torch.stack([each.sum() for each in weights]).sum().to(self.args.device)
+            summed = self.accelerator.gather(total.reshape(1))
+            self._total_weight = float(summed.mean()) / len(samples)
+        return samples, items
 
     def _real_pairs(self, count: int) -> int:
         """Give the number of real (non-padding) pairs in this rank's last evaluation batch.

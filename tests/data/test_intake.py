@@ -1,5 +1,6 @@
 """The books balance: every row is kept or dropped, and every drop and remark is counted under its name."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -274,3 +275,42 @@ def test_a_tie_is_dropped_and_counted_and_stops_nothing() -> None:
         [GOOD["plain"][0] if "plain" in GOOD else next(iter(GOOD.values()))[0], tied], on_bad_row="stop"
     )
     assert len(kept) == 1 and dict(ledger.dropped) == {"tie": 1} and not ledger.skipped
+
+
+# Numbers that the loss takes besides the pair.
+
+WITH_NUMBERS = DataConfig(path="pairs.jsonl", columns={"weight": "w", "margin": "m"})
+PLAIN: dict[str, Any] = {"prompt": "Two?", "chosen": " Yes.", "rejected": " No."}
+
+
+def test_weight_and_margin_are_read_and_do_not_change_the_key() -> None:
+    rows = [make_row(0, {**PLAIN, "w": 2, "m": -0.5}), make_row(1, {**PLAIN, "w": 0, "m": 1})]
+    first, second = kept_pairs(rows, TOKENIZER, WITH_NUMBERS, Ledger())
+    assert (first.weight, first.margin, second.weight, second.margin) == (2.0, -0.5, 0.0, 1.0)
+    (plain,) = kept_pairs(rows[:1], TOKENIZER, DataConfig(path="pairs.jsonl"), Ledger())
+    assert (plain.weight, plain.margin) == (1.0, 0.0)
+    assert first.key == second.key == plain.key
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason", "message"),
+    [
+        ({"w": math.nan, "m": 0}, "bad_weight", "w must be a finite number from 0, got nan"),
+        ({"w": math.inf, "m": 0}, "bad_weight", "got inf"),
+        ({"w": 10**400, "m": 0}, "bad_weight", "got 1000"),
+        ({"w": -1, "m": 0}, "bad_weight", "w must be a finite number from 0, got -1"),
+        ({"w": "2", "m": 0}, "bad_weight", "got '2'"),
+        ({"w": True, "m": 0}, "bad_weight", "got True"),
+        ({"w": None, "m": 0}, "bad_weight", "got None"),
+        ({"w": 1, "m": math.nan}, "bad_margin", "m must be a finite number, got nan"),
+        ({"w": 1, "m": [1]}, "bad_margin", r"got \[1\]"),
+        ({"m": 1}, "missing_column", "no column 'w' for data.columns.weight"),
+    ],
+    ids=str,
+)
+def test_a_weight_or_margin_that_is_no_number_is_refused_with_row_and_value(
+    numbers: dict[str, Any], reason: str, message: str
+) -> None:
+    with pytest.raises(BadRow, match=f"pairs.jsonl:4: .*{message}") as refused:
+        list(kept_pairs([make_row(3, {**PLAIN, **numbers})], TOKENIZER, WITH_NUMBERS, Ledger()))
+    assert refused.value.reason == reason

@@ -55,6 +55,7 @@ PARAMETERS = {
     # Overridden, public; the second parameter of save_model is not.
     "create_accelerator_and_postprocess": [],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "floating_point_ops": ["inputs"],
     "get_train_dataloader": [],
@@ -72,6 +73,7 @@ CALLERS = {
     "_load_from_checkpoint": "train",
     "_load_optimizer_and_scheduler": "_prepare_for_training",
     "save_model": "_save_checkpoint",
+    "get_batch_samples": "_run_epoch",
     "create_optimizer": "create_optimizer_and_scheduler",
     "create_scheduler": "create_optimizer_and_scheduler",
     "prediction_step": "evaluation_loop",

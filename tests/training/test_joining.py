@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.base.digests import sha256_of_files
 from pipeline.base.errors import DataError, IdentityError
@@ -99,3 +101,27 @@ def test_a_loss_without_a_reference_needs_no_store(
     # A reference would be asked for by the same settings with DPO.
     with pytest.raises(DataError, match="no shards there"):
         train.run(load_config(file, ["loss.type=sigmoid", f"train.output_dir={tmp_path / 'dpo'}"]))
+
+
+def test_new_weights_need_no_scoring_and_a_pair_of_weight_0_is_not_there(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = simple_rows(9)
+    weighted = [{**row, "w": 0 if number == 4 else 1.5, "m": 0.25} for number, row in enumerate(rows)]
+    file = make_run(rows=rows, train={"max_steps": 3})
+    precompute.run(load_config(file))
+    shards = sha256_of_files(sorted((tmp_path / "shards").rglob("*.parquet")))
+
+    def weights_of(name: str, data: list[dict[str, object]], columns: str) -> dict[str, torch.Tensor]:
+        path, output = write_jsonl(tmp_path / f"{name}.jsonl", data), tmp_path / name
+        train.run(load_config(file, [f"data.path={path}", f"data.columns={columns}", f"train.output_dir={output}"]))
+        return load_file(output / "model.safetensors")
+
+    found = weights_of("weighted", weighted, "{weight: w}")
+    assert "1 of weight 0; 8 matched, 0 missing" in capsys.readouterr().out
+    left_out = weights_of("left-out", [row for number, row in enumerate(rows) if number != 4], "{}")
+    # All others weigh the same, which is rounding away from weighing nothing in particular.
+    assert all(torch.allclose(value, left_out[name], rtol=0, atol=1e-6) for name, value in found.items())
+    moved = weights_of("with-margins", weighted, "{weight: w, margin: m}")
+    assert not all(torch.allclose(value, found[name], rtol=0, atol=1e-6) for name, value in moved.items())
+    assert sha256_of_files(sorted((tmp_path / "shards").rglob("*.parquet"))) == shards

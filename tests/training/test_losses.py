@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.loss import LossConfig, LossName
+from pipeline.config.loss import WITHOUT_MARGIN, WITHOUT_WEIGHT, LossConfig, LossName
 from pipeline.config.reader import load_config
 from pipeline.scoring.forward import weighted_sums
 from pipeline.training.losses import (
@@ -436,6 +436,44 @@ def test_weights_of_pairs_multiply_each_pairs_loss(name: LossName) -> None:
     assert found == pytest.approx(sum(w * x for w, x in zip(weights.tolist(), losses, strict=True)) / 4, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in WITHOUT_WEIGHT])
+def test_a_pair_of_weight_2_is_the_pair_twice_and_one_of_weight_0_is_not_there(name: LossName) -> None:
+    settings = settings_for(name)
+    weighted = make_pairs(weights=torch.tensor([2.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+    repeated = make_pairs([ROWS[0], ROWS[0], ROWS[2], ROWS[3]])
+    found, expected = (total_loss(pairs, settings).loss for pairs in (weighted, repeated))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-13)
+    found.backward()
+    expected.backward()
+    assert weighted.chosen_logps.grad is not None and repeated.chosen_logps.grad is not None
+    (first, second, *others), gradient = repeated.chosen_logps.grad.tolist(), weighted.chosen_logps.grad.tolist()
+    assert gradient == pytest.approx([first + second, 0.0, *others], rel=1e-12)
+
+
+def test_pairs_that_all_weigh_nothing_have_a_loss_of_0() -> None:
+    for name in ("sigmoid", "sft", "orpo"):
+        pairs = make_pairs(weights=torch.zeros(4, dtype=torch.float64))
+        loss = total_loss(pairs, LossConfig(type=name)).loss
+        loss.backward()
+        assert loss.item() == 0 and pairs.chosen_logps.grad is not None and not pairs.chosen_logps.grad.any()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in WITHOUT_MARGIN])
+def test_a_margin_is_subtracted_from_the_logit(name: LossName) -> None:
+    margins = torch.tensor([0.5, 0.0, -1.25, 3.0], dtype=torch.float64)
+    options: dict[str, Any] = {"dpop_lambda": 0.0} if name == "dpop" else {}
+    settings = settings_for(name, beta=0.25, **options)
+    # A chosen completion that is less likely by so much, for every token where the loss has a mean over tokens.
+    per_token = [row[4] if name in ("sigmoid_norm", "simpo") else 1 for row in ROWS]
+    rows = [(row[0] - m / 0.25 * n, *row[1:]) for row, m, n in zip(ROWS, margins.tolist(), per_token, strict=True)]
+    whole = torch.tensor([row[0] for row in ROWS], dtype=torch.float64)
+    expected = pair_losses(name, make_pairs(rows, chosen_plain_logps=whole), settings).tolist()
+    assert pair_losses(name, make_pairs(margins=margins), settings).tolist() == pytest.approx(expected, rel=1e-12)
+    if name == "sigmoid":  # ODPO
+        logits = [0.25 * (row[0] - row[2] - row[1] + row[3]) for row in ROWS]
+        assert expected == pytest.approx([-log_sigmoid(x - m) for x, m in zip(logits, margins.tolist(), strict=True)])
+
+
 # --- the sum ---
 
 
@@ -621,6 +659,16 @@ def test_ratios_of_ten_thousand_give_no_nan_under_another_divergence(name: LossN
         (["type=beta_dpo", "beta_dpo_filter=1"], "loss.beta_dpo_filter: must be from 0 to below 1, got 1.0"),
         (["type=simpo", "simpo_gamma=-1"], "loss.simpo_gamma: must be a finite number from 0, got -1.0"),
         (["type=[sigmoid, orpo]", "ld_alpha=0.5"], "loss.ld_alpha: must be left out for orpo, got 0.5"),
+        *(
+            ([f"type={name}", "data.columns={weight: w}"], f"data.columns.weight: must be left out for {name}, which")
+            for name in WITHOUT_WEIGHT
+        ),
+        *(
+            ([f"type={name}", "data.columns={margin: m}"], f"data.columns.margin: must be left out for {name}, which")
+            for name in WITHOUT_MARGIN
+        ),
+        (["type=simpo", "reference.sync={}"], "reference.sync: must be left out for simpo"),
+        (["data.columns={weight: w}", "reference.sync={}"], "must be left out if reference.sync is set"),
         (["discopop_tau=0.1"], "loss.discopop_tau: must be left out unless discopop is a loss, got 0.1"),
         (["router_aux_loss_coef=-1"], "loss.router_aux_loss_coef: must be a finite number from 0, got -1.0"),
         (["router_aux_loss_coef=inf"], "loss.router_aux_loss_coef: must be a finite number from 0, got inf"),
@@ -633,7 +681,7 @@ def test_an_impossible_combination_is_refused_and_its_key_named(
     file = tmp_path / "run.yaml"
     file.write_text("data: {path: pairs.jsonl}\npolicy: {model: model}\nprecompute: {output: shards}\n")
     with pytest.raises(ConfigError) as refusal:
-        load_config(file, [f"loss.{override}" for override in overrides])
+        load_config(file, [o if o.startswith(("data.", "reference.")) else f"loss.{o}" for o in overrides])
     assert message in str(refusal.value)
 
 

@@ -1,4 +1,4 @@
-"""The best checkpoint's weights replace all of the policy's, whatever the policy is."""
+"""The best checkpoint's weights replace all of the policy's, and a pair counts by its weight in the whole step."""
 
 import math
 from pathlib import Path
@@ -73,3 +73,26 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(
         )
         found.append(trainer._determine_best_metric(trainer.evaluate(), None))
     assert (found.index(True), sum(found), trainer.state.best_metric) == (3, 1, 0.5)
+
+
+def test_the_mean_over_micro_batches_and_processes_is_that_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with two micro-batches each, of other sums of weights."""
+    weights = [[torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.5])], [torch.tensor([4.0]), torch.tensor([1.0, 3.0])]]
+    losses = [[torch.tensor([1.0, 5.0]), torch.tensor([2.0, 0.0])], [torch.tensor([7.0]), torch.tensor([3.0, 1.0])]]
+    whole = (
+        torch.cat([each for rank in weights for each in rank]),
+        torch.cat([each for rank in losses for each in rank]),
+    )
+    sums = [sum(float(each.sum()) for each in rank) for rank in weights]
+    found = []
+    for rank in range(2):
+        samples = [{"joined": SimpleNamespace(weights=each)} for each in weights[rank]]
+        monkeypatch.setattr(transformers.Trainer, "get_batch_samples", lambda *_, samples=samples: (samples, None))
+        trainer: Any = object.__new__(PairTrainer)
+        trainer.args = SimpleNamespace(device=torch.device("cpu"))
+        trainer.accelerator = SimpleNamespace(gather=lambda own: torch.tensor(sums))
+        trainer.get_batch_samples(None, 2, None)
+        micro = [(w * x).sum() / trainer._total_weight for w, x in zip(weights[rank], losses[rank], strict=True)]
+        found.append(sum(micro) / 2)  # as the library divides by the micro-batches of a step
+    mean = (whole[0] * whole[1]).sum() / whole[0].sum()
+    assert float(sum(found) / 2) == pytest.approx(float(mean), rel=1e-6)
