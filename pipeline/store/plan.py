@@ -48,12 +48,8 @@ def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
-<<<<<<< HEAD
-        "columns": dict(source.columns),
-        **_random(config),
-=======
         "columns": _pair_columns(source),
->>>>>>> 714f387 (Read a weight and a margin of each pair from the rows)
+        **_random(config),
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
@@ -83,13 +79,12 @@ def declared_of(config: Config, source: Source) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD
 def _random(config: Config) -> dict[str, int]:
     """Give the seed of the rejected completions; nothing without one, as plans of earlier versions have it."""
     seed = config.data.random_rejected
     return {} if seed is None else {"random_rejected": seed}
-=======
+
+
 def _pair_columns(source: Source) -> dict[str, str]:
     """Give the named columns that pairs are made of. Weights and margins do not change what is scored."""
     return {name: column for name, column in source.columns.items() if name not in LOSS_COLUMNS}
->>>>>>> 714f387 (Read a weight and a margin of each pair from the rows)
