@@ -18,7 +18,10 @@ from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from stages import options
 from stages.check.hardware import HARDWARE
+from stages.demo.cli import demo
+from stages.env import show_environment
 from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
+from stages.recipes.command import recipes
 from stages.subprocesses import Commands, leave
 
 __all__ = ["main", "run"]
@@ -43,6 +46,8 @@ def main(debug: bool) -> None:
     refshard import FILE --config run.yaml    reference log-probs from a file
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
+    refshard recipes                          ready settings; recipes copy NAME puts one here
+    refshard env                              versions and devices, for a bug report
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
     75 saved but unfinished, run again; 78 other reference or tokenization than the shards';
@@ -369,29 +374,9 @@ def submit_kubernetes(config: Config, **given: Any) -> None:
     stage.run(config, **given)
 
 
-@main.group(short_help="Prepare the embedded default run, or summarize it.")
-def demo() -> None:
-    """The embedded default: a tiny model and preferences whose true reward is known."""
-
-
-@demo.command("prepare")
-@click.argument("folder", type=FOLDER)
-@click.option("--seed", default=0, help="Seed of the corpus, the model and the pairs.")
-def demo_prepare(folder: Path, seed: int) -> None:
-    """Make the tiny model and its preference pairs in FOLDER, unless they exist."""
-    from stages.demo import command as stage
-
-    stage.prepare(folder, seed=seed)
-
-
-@demo.command("summary")
-@click.argument("folder", type=EXISTING_FOLDER)
-@options.with_config
-def demo_summary(folder: Path, config: Config) -> None:
-    """Compare the trained policy with the model and the true reward in FOLDER."""
-    from stages.demo import command as stage
-
-    stage.summary(folder, config)
+main.add_command(demo)
+main.add_command(recipes)
+main.add_command(show_environment)
 
 
 def _launch(config: Config, processes: int) -> None:
