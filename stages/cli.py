@@ -22,6 +22,7 @@ from stages.demo.cli import demo
 from stages.env import show_environment
 from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
 from stages.recipes.command import recipes
+from stages.schema import show_schema
 from stages.subprocesses import Commands, leave
 
 __all__ = ["main", "run"]
@@ -47,6 +48,7 @@ def main(debug: bool) -> None:
     refshard export DIR --config run.yaml     the data with reference log-probs as columns
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
     refshard recipes                          ready settings; recipes copy NAME puts one here
+    refshard schema                           the settings' JSON schema, for editors
     refshard env                              versions and devices, for a bug report
 
     Exit status: 0 done; 2 wrong command or settings; 65 bad data or a damaged file; 74 disk or network;
@@ -377,6 +379,7 @@ def submit_kubernetes(config: Config, **given: Any) -> None:
 main.add_command(demo)
 main.add_command(recipes)
 main.add_command(show_environment)
+main.add_command(show_schema)
 
 
 def _launch(config: Config, processes: int) -> None:

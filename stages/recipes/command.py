@@ -47,6 +47,7 @@ def copy(name: str, target: Path | None) -> None:
     except OSError as error:
         raise ConfigError(f"{target}: {error.strerror}") from None
     say(f"{target}: copied. Adapt data.path, policy.model and the folders, then: refshard check --config {target}")
+    say("For an editor that knows the keys: refshard schema > refshard.schema.json")
 
 
 def _texts() -> dict[str, str]:

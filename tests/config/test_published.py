@@ -1,0 +1,82 @@
+"""The schema for editors: every ready file fits, and a wrong one that a schema can know does not."""
+
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.config.keys import settings
+from pipeline.config.published import schema_of_settings
+
+SCHEMA = schema_of_settings()
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+RECIPES = sorted(file.name for file in files("stages.recipes").iterdir() if file.name.endswith(".yaml"))
+SMALL = {
+    "data": {"path": "pairs.jsonl"},
+    "policy": {"model": "m"},
+    "precompute": {"output": "shards"},
+    "train": {"output_dir": "policy"},
+}
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_and_tells_the_editor_so(name: str) -> None:
+    text = (files("stages.recipes") / name).read_text()
+    assert list(VALIDATOR.iter_errors(yaml.safe_load(text))) == []
+    assert text.startswith("# yaml-language-server: $schema=refshard.schema.json\n")
+
+
+def test_every_key_is_there_with_its_meaning() -> None:
+    for setting in settings():
+        place: Any = SCHEMA
+        for name in setting.key.split("."):
+            place = next(
+                branch["additionalProperties"] if name == "NAME" else branch["properties"][name]
+                for branch in (place, *place.get("anyOf", ()))
+                if "properties" in branch or "additionalProperties" in branch
+            )
+        if not setting.key.endswith("NAME"):
+            assert place["description"] == setting.meaning
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"output_dir": "p", "learning_rate": "5e-7", "bf16": "yes", "save_strategy": "no", "max_steps": 1e3}},
+        {"policy": {"model": "m", "lora": {"r": 8}}, "reference": None},
+        {"policy": {"model": "m", "lora": {}}, "precompute": {"output": "s", "token_logps": False}},
+        {"data": {"path": "p", "max_length": None, "eval": {"test": {"split": "test"}}}},
+        {"loss": {"type": ["sigmoid", "ipo"], "weights": [1.0, "5e-1"]}},
+    ],
+)
+def test_what_the_commands_take_fits(change: dict[str, Any]) -> None:
+    assert [error.message for error in VALIDATOR.iter_errors({**SMALL, **change})] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"polcy": {}},
+        {"policy": {"model": "m", "lora": {"rank": 8}}},
+        {"policy": {}},
+        {"data": ["pairs.jsonl"]},
+        {"data": {"path": "p", "max_length": "long"}},
+        {"reference": {"dtype": "float8"}},
+        {"loss": {"type": "sigmoidal"}},
+        {"loss": {"beta": "high"}},
+        {"train": {"output_dir": "p", "lr": 1e-4}},
+        {"train": {"output_dir": "p", "learning_rate": "fast"}},
+        {"train": {"output_dir": "p", "save_strategy": "sometimes"}},
+        {"train": {"output_dir": "p", "hub_token": "x"}},
+        {"train": {"output_dir": "p", "remove_unused_columns": True}},
+    ],
+    ids=str,
+)
+def test_a_wrong_key_or_value_does_not(change: dict[str, Any]) -> None:
+    assert list(VALIDATOR.iter_errors({**SMALL, **change}))
