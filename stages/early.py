@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.base.errors import ConfigError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from pipeline.data.sources import find_set, open_source
+from pipeline.data.sources import open_source
 from pipeline.models.files import NamedModel, reference_sources
 from pipeline.run.outputs import guard_run, guard_shards
 from pipeline.run.reading import SETTINGS
@@ -26,7 +26,7 @@ def refuse_early(config: Config, *, is_scored: bool = False) -> None:
     if not config.train.is_empty:
         _ = config.train.options
         guard_run(config)
-    for name in config.data.sets:
+    for name in config.data.names:
         open_source(config.data, name)
     models = [NamedModel.policy(config)]
     if config.reference.model is not None:
@@ -36,7 +36,7 @@ def refuse_early(config: Config, *, is_scored: bool = False) -> None:
             model.folder(weights=False)
     # With `reference.sync`, stage two has each window scored.
     if is_scored and config.reference.sync is None:
-        open_stores(config, config.data.sets)
+        open_stores(config, config.data.names)
 
 
 def settings_of_run(run_folder: Path, set_name: str | None = None) -> Config:
@@ -50,5 +50,5 @@ def settings_of_run(run_folder: Path, set_name: str | None = None) -> Config:
             f"{run_folder}: must have a reference that can draw replies, got the name of one alone "
             f"(reference.declared: {config.reference.declared}). Choose another run"
         )
-    find_set(config.data, set_name or "train")
+    config.data.of(set_name or config.data.training[0])  # refuses an unknown name
     return config

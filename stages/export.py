@@ -44,7 +44,7 @@ def run(config: Config, output: Path) -> None:
     guard_output("--output", output, config)
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
-    names = config.data.sets
+    names = config.data.names
     stores = open_stores(config, names)
     check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -52,8 +52,9 @@ def run(config: Config, output: Path) -> None:
         work.mkdir(parents=True)
         sets = {}
         for name in names:
+            of_set = dataclasses.replace(config, data=config.data.of(name))
             source = dataclasses.replace(open_source(config.data, name), all_columns=True)
-            rows = _Rows(config, source, tokenizer, stores[name], work)
+            rows = _Rows(of_set, source, tokenizer, stores[name], work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
             say(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
@@ -62,7 +63,7 @@ def run(config: Config, output: Path) -> None:
         cause = error.__cause__
         if isinstance(cause, RefshardError):
             raise cause from error
-        raise DataError(f"{config.data.path}: its rows do not fit one table: {' '.join(str(cause).split())}") from error
+        raise DataError(f"{describe(source)}: its rows do not fit one table: {' '.join(str(cause).split())}") from error
     except OSError as error:
         raise StorageError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:

@@ -73,7 +73,7 @@ def _reports(config: Config, known: dict[str, Any]) -> list[str] | None:
     guard_shards(config)
     if not config.train.is_empty:
         guard_run(config)
-    sources = {name: open_source(config.data, name) for name in config.data.sets}
+    sources = {name: open_source(config.data, name) for name in config.data.names}
     folders = {name: open_folder(config.precompute.output).child(name) for name in sources}
     for folder in folders.values():
         if folder.size(MANIFEST) is None or not is_finished(folder) or lost_parts(load_store(folder)):
@@ -101,7 +101,7 @@ def _is_this_run(config: Config, known: dict[str, Any]) -> bool:
     if not is_recorded(output):
         return False
     config = with_template_date(config, known["tokenizer"])
-    scored = config.data.sets if config.loss.needs_reference else ()
+    scored = config.data.names if config.loss.needs_reference else ()
     stores = {name: open_store(open_folder(config.precompute.output).child(name)) for name in scored}
     if stores:
         check_identity(list(stores.values()), identity_of_run(config, known["tokenizer"]), known["exact_length"])

@@ -53,10 +53,10 @@ def run(
     # Before its identity is taken; after that it is loaded once or twice.
     files = WatchedFiles(files_of_model(reference.folder(), adapter))
     _check_reference(config, run_folder)
-    name = set_name or next(iter(config.data.eval), "train")
+    name = set_name or next(iter((*config.data.eval, *config.data.training)))
     source = open_source(config.data, name)
     tokenizer: Any = load_tokenizer(config)
-    prompts = choose_prompts(source, tokenizer, config, num_prompts, flag)
+    prompts = choose_prompts(source, tokenizer, config.data.of(name), num_prompts, flag)
     if not prompts:
         raise ConfigError(f"--set: must be a set with pairs, got {name} ({describe(source)}). Choose another set")
     if len(prompts) < num_prompts:

@@ -23,7 +23,7 @@ from pipeline.base.versions import library_versions
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger, kept_rows
 from pipeline.data.reading import look_at_rows
-from pipeline.data.sources import find_set, open_source, read_rows
+from pipeline.data.sources import open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
 from pipeline.run.outputs import guard_shards
@@ -46,7 +46,7 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         DataError: A score is missing, of another kind than the first, not finite, above 0, or not one for each token.
         IdentityError: The output folder holds another store, or the file was changed while it was read.
     """
-    find_set(config.data, set_name)
+    config.data.of(set_name)  # refuses an unknown name
     if not scores.exists():
         raise ConfigError(f"{scores}: no such file")
     guard_shards(config, overwrite=overwrite)
@@ -55,16 +55,17 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         raise ConfigError(f"FILE: must not be what --overwrite deletes, got {scores}. Move it out of {folder}")
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer, overwrite=overwrite)
-    source = open_source(dataclasses.replace(config.data, path=str(scores), split="train", format=None))
+    data = config.data.of(set_name)
+    source = open_source(dataclasses.replace(data, path=str(scores), split="train", format=None))
     source = dataclasses.replace(source, all_columns=True)
     watched = WatchedFiles(source.files)
     if source.format not in ("jsonl", "parquet"):
         raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
-    reading = look_at_rows(source, config.data, has_template=tokenizer.chat_template is not None)
+    reading = look_at_rows(source, data, has_template=tokenizer.chat_template is not None)
     if reading.refused is not None:
         raise reading.refused
     ledger = Ledger()
-    rows = kept_rows(read_rows(source), tokenizer, config.data, ledger)
+    rows = kept_rows(read_rows(source), tokenizer, data, ledger)
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
     if not batch:
         raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
@@ -77,9 +78,9 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
         delete_store(folder)
     plan = {
         "rows_per_shard": config.precompute.rows_per_shard,
-        "on_identical": config.data.on_identical,
-        "columns": dict(config.data.columns),
-        **({} if config.data.random_rejected is None else {"random_rejected": config.data.random_rejected}),
+        "on_identical": data.on_identical,
+        "columns": dict(data.columns),
+        **({} if data.random_rejected is None else {"random_rejected": data.random_rejected}),
         "imported": {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected},
     }
     declared = {**declared_reference(config), "dataset": str(scores), "imported": True}

@@ -85,7 +85,9 @@ OVERRIDES = click.option(
     metavar="KEY=VALUE",
     help="Override one key of the file, like -o loss.beta=0.2. Repeatable.",
 )
-SET = click.option("--set", "set_name", default="train", help="Set of pairs: train, or a name in data.eval.")
+SET = click.option(
+    "--set", "set_name", default="train", help="Set of pairs: train, or a name in data.sets or data.eval."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 PROCESSES = click.option(
     "--processes", default=1, type=AT_LEAST_1, metavar="N", help="Start N processes on this machine, one for each GPU."

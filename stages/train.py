@@ -4,9 +4,8 @@ stores + dataset -> joined set -> micro-batches -> policy token logps -> DPO los
 """
 
 import pickle
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,17 @@ from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_nan, without_other_bars
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.base.versions import library_versions
-from pipeline.config.reader import settings_text
 from pipeline.config.schema import Config
 from pipeline.models.adapters import check_adapters
 from pipeline.models.files import NamedModel, at_checkpoint, load_tokenizer
 from pipeline.models.lengths import check_max_length
 from pipeline.models.loading import load_policy
 from pipeline.models.recollection import Recollection, facts_of_run
-from pipeline.replies.records import GENERATIONS
 from pipeline.run.attempts import ATTEMPT_NAME, Attempt, claim_run
 from pipeline.run.card import model_card
 from pipeline.run.checkpoints import (
     best_checkpoint,
     delete_references,
-    delete_run,
-    find_checkpoint,
     is_last,
     is_recorded,
     newest_step,
@@ -45,7 +40,7 @@ from pipeline.run.checkpoints import (
 from pipeline.run.identity import check_same_run, identity_of_training, is_longer, run_identity
 from pipeline.run.inputs import RunInputs, SetInputs, describe_policy, describe_reference
 from pipeline.run.outputs import guard_run
-from pipeline.run.reading import RECORD, SETTINGS, read_record
+from pipeline.run.reading import RECORD, read_record
 from pipeline.run.records import INPUTS, RunLog, read_costs
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
@@ -53,8 +48,9 @@ from pipeline.store.dating import with_template_date
 from pipeline.store.store import Store
 from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
 from pipeline.training.batches import Collator
+from pipeline.training.beginning import JOINED, begin_attempt
 from pipeline.training.commit import CommitCallback
-from pipeline.training.ending import STAGING, metrics_of, rehearse_saving, save_policy
+from pipeline.training.ending import metrics_of, rehearse_saving, save_policy
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
 from pipeline.training.hub import Hub, HubCallback
@@ -65,6 +61,7 @@ from pipeline.training.joining import (
     join_sets,
     joined_token_logps,
     open_joined,
+    open_mixture,
     open_stores_of_run,
     watch_inputs,
     watch_joined,
@@ -79,8 +76,6 @@ from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, first_reference, window_at, window_config
 
 __all__ = ["run"]
-
-_JOINED = "joined"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +114,7 @@ class TrainingRun:
 
     @property
     def joined(self) -> Path:
-        return self.output / _JOINED / self.attempt.name
+        return self.output / JOINED / self.attempt.name
 
 
 def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None) -> None:
@@ -157,7 +152,7 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         # The stores change with every window; the first reference does not.
         stores, fingerprints = {}, first_reference(config, tokenizer, overwrite=overwrite)
     else:
-        stores = open_stores_of_run(config, config.data.sets if config.loss.needs_reference else (), tokenizer)
+        stores = open_stores_of_run(config, config.data.names if config.loss.needs_reference else (), tokenizer)
         fingerprints = {name: store.fingerprint for name, store in stores.items()}
     identity = run_identity(config, fingerprints, PartialState().num_processes, training)
 
@@ -176,13 +171,13 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         refuse_other_run(output, identity)
     attempt = on_main_process(lambda: claim_run(output, identity))
     with attempt.owning():
-        checkpoint = on_main_process(lambda: _begin(config, attempt, identity, overwrite=overwrite))
+        checkpoint = on_main_process(lambda: begin_attempt(config, attempt, identity, overwrite=overwrite))
         window, scored = None, config
         if config.reference.sync:
             order = order_of_run(arguments, count_pairs(config, tokenizer, flag))
             window = window_at(config, arguments, order, checkpoint)
             scored = window_config(config, window, output)
-            stores = open_stores_of_run(scored, filter(window.uses, config.data.sets), tokenizer)
+            stores = open_stores_of_run(scored, filter(window.uses, config.data.names), tokenizer)
         _train(
             TrainingRun(
                 config=config,
@@ -203,27 +198,6 @@ def run(config: Config, *, overwrite: bool = False, stop_at: float | None = None
         )
 
 
-# Open.
-
-
-def _begin(config: Config, attempt: Attempt, identity: Mapping[str, Any], *, overwrite: bool) -> Path | None:
-    """Clear the output folder of what earlier attempts made for themselves, and find the checkpoint to resume."""
-    output = attempt.run_folder
-    if overwrite:
-        delete_run(output)
-    elif is_recorded(output):
-        # The run is made longer: its end is another one.
-        (output / RECORD).unlink()
-        (output / GENERATIONS).unlink(missing_ok=True)
-    delete_named(output / _JOINED, ATTEMPT_NAME)
-    delete_named(output, re.compile(re.escape(STAGING) + ATTEMPT_NAME.pattern))
-    checkpoint = find_checkpoint(output, identity, lambda text: say(f"warning: {text}", err=True))
-    # Save the settings, defaults filled in, before anything runs. Access tokens are left out.
-    output.mkdir(parents=True, exist_ok=True)
-    replace_file(output / SETTINGS, settings_text(config).encode())
-    return checkpoint
-
-
 # Train.
 
 
@@ -234,12 +208,16 @@ def _train(run: TrainingRun) -> None:
     )
     run.data.check()
     first_on_each_machine(lambda: check_joined(run.joined), lambda: None)
-    sets = {name: open_joined(run.joined, name) for name in described}
+    mixture = open_mixture(run.config, run.joined, run.arguments)
+    sets = {"train": mixture.pairs, **{name: open_joined(run.joined, name) for name in run.config.data.eval}}
+    if run.config.data.sets:
+        _say(f"An epoch has {', '.join(f'{count:,} pairs of {name}' for name, count in mixture.counts.items())}")
     if error := too_few_pairs(run.config.train.options, len(sets["train"]), PartialState().num_processes):
         raise error
     scorer = _load_policy(run)
     trainer, record, commit = _make_trainer(run, sets, scorer)
-    inputs = on_main_process(lambda: _write_inputs(run, described, scorer.model))
+    taken = {name: replace(inputs, of_epoch=mixture.counts.get(name)) for name, inputs in described.items()}
+    inputs = on_main_process(lambda: _write_inputs(run, taken, scorer.model))
     hub = Hub(run.arguments) if run.arguments.push_to_hub else None
     on_main_process(lambda: _rehearse(run, trainer, inputs, sets, hub))
     if run.checkpoint is not None:
@@ -325,15 +303,19 @@ def _make_trainer(
         "batch_pairs": arguments.per_device_train_batch_size * micro_batches,
     }
     record = RecordCallback(RunLog(run.attempt), margins, about)
-    gate = make_gate(config, run.scored, run.stores["train"], window) if "train" in run.stores else None
+    gates = {
+        name: make_gate(config, run.scored, run.stores[name], window)
+        for name in config.data.training
+        if name in run.stores
+    }
 
     def before_training(trainer: PairTrainer) -> None:
         if run.checkpoint is not None:
             # The library forgets a best checkpoint that is not where it was saved.
             saved = read_json(run.checkpoint / "trainer_state.json")
             trainer.state.best_model_checkpoint = saved["best_model_checkpoint"]
-        if gate is not None:
-            run_gate(trainer, gate, _say, commit.leave_if_asked, record.pulse)
+        for name, gate in gates.items():
+            run_gate(trainer, gate, open_joined(run.joined, name), _say, commit.leave_if_asked, record.pulse)
             record.restart()
         if window is not None and trainer.state.global_step == window.first > 0 and window.first in window.evaluations:
             # The library evaluated at a step's end, and could not where the reference moves right after it.
@@ -351,6 +333,7 @@ def _make_trainer(
         attempt=run.attempt,
         margins=margins if state.is_main_process else None,
         finite=finite,
+        set_names=tuple(config.data.sets),
         before_training=before_training,
         model=scorer.model,
         args=arguments_of_loop(arguments),
@@ -424,7 +407,7 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     record |= {"identity": run.identity, "metrics": without_nan(metrics), "versions": library_versions()}
     run.attempt.check()
     write_json(output / RECORD, without_nan(record))
-    delete_named(output / _JOINED, ATTEMPT_NAME)
+    delete_named(output / JOINED, ATTEMPT_NAME)
     delete_references(output)
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     which = "" if step == last else f"; its weights are those of step {step}, the best"

@@ -40,7 +40,7 @@ def run(config: Config, commands: Commands, words: Sequence[str], *, overwrite: 
     output = config.train.folder
     if overwrite:
         delete_run(output)
-        for name in config.data.sets:
+        for name in config.data.names:
             delete_store(open_folder(config.precompute.output).child(name))
     # A process was killed while it moved the reference. No other one moves it now.
     delete_named(output / "references", TEMPORARY)

@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, number_of, one_line, printable
 from pipeline.base.progress import say
-from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig, Quantization, ReferenceConfig
 from pipeline.store.store import Store, find_stores, open_store, read_part
 from pipeline.store.verify import Findings, delete_leftovers, verify_store
 

@@ -17,7 +17,7 @@ import yaml
 from pipeline.base.errors import ConfigError
 from pipeline.config.names import hint_for_key, hint_for_value
 
-__all__ = ["FALSE_WORDS", "NULL_WORDS", "PathText", "convert", "kind_of", "require", "require_at_least"]
+__all__ = ["FALSE_WORDS", "NULL_WORDS", "PathText", "convert", "kind_of", "refuse_both", "require", "require_at_least"]
 
 NULL_WORDS = ("", "null", "Null", "NULL", "~")
 _TRUE_WORDS = ("true", "yes", "on")
@@ -185,3 +185,9 @@ def require_at_least(section: object, **least: int) -> None:
     for key, bound in least.items():
         value = getattr(section, key)
         require(value is None or value >= bound, key, f"at least {bound}", value)
+
+
+def refuse_both(key: str, other: str, both: bool) -> None:
+    """Refuse a setting that is set together with another. Raises ValueError."""
+    if both:
+        raise ValueError(f"{key}: must be left out if {other} is set. Keep one of the two")

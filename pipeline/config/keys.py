@@ -33,6 +33,7 @@ _CHANGES: dict[str, Change] = {
     "data": "pairs",
     "data.format": "run",
     "data.max_length": "shards",
+    "data.sets.NAME.fraction": "run",
     "data.on_bad_row": "run",
     "data.streaming": "run",
     "data.template_date": "shards",

@@ -1,22 +1,17 @@
 """The settings of a run: one frozen dataclass for each section, with the values that it refuses."""
 
-import contextlib
-import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.base.errors import did_you_mean
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
-from pipeline.config.convert import FALSE_WORDS, PathText, require, require_at_least
+from pipeline.config.convert import FALSE_WORDS, PathText, refuse_both, require, require_at_least
+from pipeline.config.data import DataConfig
 from pipeline.config.loss import WITHOUT_MARGIN, WITHOUT_WEIGHT, LossConfig
 from pipeline.config.training import TrainSection
 
 __all__ = [
     "Config",
-    "DataConfig",
-    "EvalSetConfig",
     "Ia3Settings",
     "LoraSettings",
     "PolicyConfig",
@@ -27,89 +22,6 @@ __all__ = [
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSetConfig:
-    """One held-out set; all its other settings are those of `data`."""
-
-    path: PathText | None = None
-    """File, folder or hub name; if left out, `data.path`."""
-    name: str | None = None
-    """Configuration of a hub dataset; if left out, `data.name`."""
-    split: str | None = None
-    """Split, with an optional range of rows: `test`, `train[2000:]`; if left out, `data.split`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The preference pairs, and how they become tokens."""
-
-    path: PathText
-    """File (JSON Lines, a JSON array, CSV, each also as .gz, or Parquet), folder with a file for each split,
-    `save_to_disk` folder, or hub name."""
-    name: str | None = None
-    """Configuration (subset) of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    split: str = "train"
-    """Split, with an optional range of rows: `train`, `train[:2000]`, `train[2000:4000]`. Of a single file, only the
-    range counts."""
-    format: Literal["jsonl", "parquet", "csv", "disk", "hub"] | None = None
-    """Format of the files; if left out, their ending decides. `jsonl` also stands for a JSON array (`.json`)."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Your column names by ours (prompt, chosen, rejected, tools, chat_template_kwargs, or those of another tool's
-    layout): `{prompt: question}`; a dot leads into an object: `{prompt: input.messages}`. With `user` instead of
-    `prompt`, and optionally `system`, texts become a conversation: `{user: question}`. `weight` and `margin`
-    name numbers that training reads besides the pair; shards do not hold them."""
-    max_length: int | None = 1024
-    """Largest number of tokens of prompt and completion together; the end of a longer completion is cut. `null`: no
-    limit. Stores with token log-probs also serve a smaller value."""
-    template_date: str | None = None
-    """Date (YYYY-MM-DD) for a chat template that asks for today's; if left out, the day on which the store was
-    created."""
-    streaming: bool = False
-    """Stream a hub dataset instead of downloading it. Local files are always streamed by stage one."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """Stop at a row that can't be a pair, or skip, count and list it."""
-    on_identical: Literal["keep", "drop"] = "keep"
-    """Keep or drop pairs with equal chosen and rejected; their loss is a constant. Both ways count them."""
-    random_rejected: int | None = None
-    """Seed with which one of the worse completions is rejected, in rows of several ranked or scored completions; if
-    left out, the worst one. It depends on the seed and the row's texts alone."""
-    eval: dict[str, EvalSetConfig] = field(default_factory=dict)
-    """Held-out sets by name: `{test: {split: test}}`. Each has a store of its own, beside that of `train`."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, max_length=2)  # one token of the prompt and one of the completion
-        if self.template_date is not None:
-            require(_is_date(self.template_date), "template_date", "a date as YYYY-MM-DD", self.template_date)
-        for name in self.eval:
-            is_name = name not in ("train", "costs") and name.replace("-", "").replace("_", "").isalnum()
-            rule = "named by letters, digits, - and _, and not train or costs, for it names a folder"
-            require(is_name, f"eval.{name}", rule, name)
-        known = (*PAIR_COLUMNS, *SPOKEN_COLUMNS, *LAYOUT_COLUMNS, *LOSS_COLUMNS)
-        for column in self.columns:
-            if column not in known:
-                raise ValueError(f"columns.{column}: unknown column of a pair{did_you_mean(column, known)}")
-        if "user" in self.columns:
-            _refuse_both("columns.user", "columns.prompt", "prompt" in self.columns)
-        elif "system" in self.columns:
-            raise ValueError(
-                "columns.system: must be set together with columns.user, whose column holds text. Name it there; "
-                "in conversations, write the system message as the first one"
-            )
-
-    @property
-    def sets(self) -> tuple[str, ...]:
-        """Names of all sets: `train`, then the held-out ones."""
-        return ("train", *self.eval)
-
-
-def _is_date(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return datetime.date.fromisoformat(text).isoformat() == text
-    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +79,13 @@ class ReferenceConfig:
     """Let the reference follow the policy (TR-DPO)."""
 
     def __post_init__(self) -> None:
-        _refuse_both("adapter", "disable_adapters", self.disable_adapters and self.adapter is not None)
+        refuse_both("adapter", "disable_adapters", self.disable_adapters and self.adapter is not None)
         if self.declared is not None:
             loaded = ("model", "revision", "adapter", "disable_adapters", "dtype", "autocast", "quantization", "sync")
             for key in loaded:
-                _refuse_both(key, "declared", getattr(self, key) not in (None, False, "auto"))
+                refuse_both(key, "declared", getattr(self, key) not in (None, False, "auto"))
         # A reference that moves is kept in float32.
-        _refuse_both("quantization", "sync", self.sync is not None and self.quantization is not None)
+        refuse_both("quantization", "sync", self.sync is not None and self.quantization is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +93,7 @@ class PrecomputeConfig:
     """Stage one: where the shards go, and how they are made."""
 
     output: PathText
-    """Folder of the stores: `output/train` and one for each held-out set."""
+    """Folder of the stores: `output/train`, or one for each of `data.sets`, and one for each held-out set."""
     reuse: list[PathText] = field(default_factory=list)
     """Stores of the same reference and tokenization, or folders of them, to copy log-probs from: `[runs/a/shards]`."""
     rows_per_shard: int = 1024
@@ -200,7 +112,7 @@ class PrecomputeConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, rows_per_shard=1, tokens_per_batch=1)
-        _refuse_both("tp_plan", "device_map", self.device_map is not None and self.tp_plan is not None)
+        refuse_both("tp_plan", "device_map", self.device_map is not None and self.tp_plan is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +181,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         named = [key for key in ("adapter", "lora", "ia3") if getattr(self, key) is not None]
         if len(named) > 1:
-            _refuse_both(named[1], named[0], True)
+            refuse_both(named[1], named[0], True)
         if self.quantization is not None and not named:
             raise ValueError(
                 "quantization: must be set together with an adapter, since quantized weights can't be trained. Set "
@@ -295,22 +207,17 @@ class Config:
                 f"loss.ld_alpha: must be left out without token log-probs in the shards, got {self.loss.ld_alpha}. Set "
                 "precompute.token_logps: true"
             )
+        named = {column for name in self.data.names for column in self.data.of(name).columns}
         for column, kinds, why in (
             ("weight", WITHOUT_WEIGHT, "compares the pairs of a micro-batch"),
             ("margin", WITHOUT_MARGIN, "has no logit that a margin could shift"),
         ):
-            if column in self.data.columns and (losses := [name for name in self.loss.types if name in kinds]):
+            if column in named and (losses := [name for name in self.loss.types if name in kinds]):
                 raise ValueError(f"data.columns.{column}: must be left out for {', '.join(losses)}, which {why}")
         if self.precompute.tp_plan is not None:
             _check_tensor_parallel(self)
         if self.reference.sync is not None:
             _check_sync(self)
-
-
-def _refuse_both(key: str, other: str, both: bool) -> None:
-    """Refuse a setting that is set together with another. Raises ValueError."""
-    if both:
-        raise ValueError(f"{key}: must be left out if {other} is set. Keep one of the two")
 
 
 def _check_tensor_parallel(config: "Config") -> None:
@@ -326,16 +233,22 @@ def _check_tensor_parallel(config: "Config") -> None:
             "precompute.tp_plan: must be left out with an adapter, whose weights are not split with its layers. Merge "
             "it into the reference, or set precompute.device_map: auto"
         )
-    _refuse_both("precompute.tp_plan", "reference.sync", reference.sync is not None)
+    refuse_both("precompute.tp_plan", "reference.sync", reference.sync is not None)
 
 
 def _check_sync(config: "Config") -> None:
     """Refuse settings that contradict a reference that moves."""
     if not config.loss.needs_reference:
         raise ValueError(f"reference.sync: must be left out for {', '.join(config.loss.types)}, without a reference")
+    if config.data.sets:
+        # A window is scored in one store, by its rows' place in the order of training.
+        raise ValueError(
+            "data.sets: must be left out if reference.sync is set. Write the pairs to one file, and name it "
+            "in data.path"
+        )
     # Pairs of weight 0 are left out, which a window's place in the order does not know.
-    _refuse_both("data.columns.weight", "reference.sync", "weight" in config.data.columns)
-    _refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
+    refuse_both("data.columns.weight", "reference.sync", "weight" in config.data.columns)
+    refuse_both("policy.quantization", "reference.sync", config.policy.quantization is not None)
     processes = config.cluster.train.nodes * config.cluster.train.processes
     require(processes == 1, "cluster.train.processes", "1 with reference.sync, on one node", processes)
     # Dropped pairs would change which pairs a window has, and weights that are not finite are not saved.
@@ -345,4 +258,4 @@ def _check_sync(config: "Config") -> None:
     # Such a run is a process for each window.
     for key in ("load_best_model_at_end", "push_to_hub"):
         if str(config.train.given.get(key, "false")).lower() not in FALSE_WORDS:
-            _refuse_both(f"train.{key}", "reference.sync", True)
+            refuse_both(f"train.{key}", "reference.sync", True)

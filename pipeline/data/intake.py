@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import BadRow
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.numbers import numbers_of_loss
 from pipeline.data.pairs import Pair

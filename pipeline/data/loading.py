@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.base.errors import interruption_of
 from pipeline.base.signals import work_unsignalled
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs, outcomes
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import count_rows, read_rows

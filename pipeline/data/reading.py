@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.base.errors import BadRow, ConfigError
 from pipeline.base.progress import say
 from pipeline.config.columns import PAIR_COLUMNS
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.layouts import is_in_row, to_pair
 from pipeline.data.other_layouts import COLUMNS_OF_FORMS
 from pipeline.data.pairs import FORMS, Form, Pair, Text

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.base.digests import sha256_of_file, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, first_line
 from pipeline.base.files import read_json, special_kind
-from pipeline.config.schema import DataConfig, EvalSetConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.readers import READERS, is_json_array, json_lines, load_hub, load_saved, open_parquet, saved_folder
 from pipeline.data.rows import Row, Source
 
@@ -27,7 +27,6 @@ __all__ = [
     "describe",
     "digests_of_data",
     "digests_of_rows",
-    "find_set",
     "open_source",
     "read_rows",
 ]
@@ -36,31 +35,23 @@ _STATE = "state.json"
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
-def find_set(data: DataConfig, name: str) -> EvalSetConfig:
-    """Return what a set has of its own: nothing for `train`, whose settings are `data`. Raises ConfigError."""
-    if name != "train" and name not in data.eval:
-        raise ConfigError(f"--set {name}: data.eval names no such set; there are {', '.join(['train', *data.eval])}")
-    return data.eval.get(name, EvalSetConfig())
-
-
 def open_source(data: DataConfig, name: str = "train") -> Source:
-    """Find the rows of a set: `train` or one of `data.eval`. Raises ConfigError for an unknown set, file or format."""
-    own = find_set(data, name)
-    path = own.path or data.path
-    base, start, stop = _parse_split(own.split or data.split)
-    kind, files = _find_files(path, base, data.format)
+    """Find the rows of a set by its name. Raises ConfigError for an unknown set, file or format."""
+    own = data.of(name)
+    path = own.path or ""
+    base, start, stop = _parse_split(own.split)
+    kind, files = _find_files(path, base, own.format)
     return Source(
         path=path,
         format=kind,
-        name=own.name or data.name,
-        # A revision belongs to the repository of data.path.
-        revision=data.revision if path == data.path else None,
+        name=own.name,
+        revision=own.revision,
         split=base,
         start=start,
         stop=stop,
         files=files,
-        columns=data.columns,
-        streaming=data.streaming,
+        columns=own.columns,
+        streaming=own.streaming,
     )
 
 

@@ -16,6 +16,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError, stopped_as_asked
 from pipeline.base.signals import StopFlag
+from pipeline.config.data import DataConfig
 from pipeline.config.schema import Config
 from pipeline.data.intake import outcomes
 from pipeline.data.pairs import Message
@@ -57,7 +58,7 @@ class Sampling:
 
 
 def choose_prompts(
-    source: Source, tokenizer: transformers.PreTrainedTokenizerBase, config: Config, count: int, flag: StopFlag
+    source: Source, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig, count: int, flag: StopFlag
 ) -> list[Prompt]:
     """Choose different prompts, spread evenly over a set, by row; fewer than `count` if the set has no more.
 
@@ -79,7 +80,7 @@ def choose_prompts(
                 break
             if position < places[len(chosen)]:
                 continue
-            for outcome in outcomes([row], tokenizer, config.data):
+            for outcome in outcomes([row], tokenizer, data):
                 if outcome.kept is not None and outcome.pair is not None:
                     ids = outcome.kept.pair.prompt_ids
                     chosen.setdefault(tuple(ids), Prompt(row=row.number, ids=ids, content=outcome.pair.prompt))

@@ -90,6 +90,11 @@ def curves_of_one(one: Shown) -> list[Section]:
                 dash = _DASHES_OF_SETS[j % len(_DASHES_OF_SETS)]
                 label = f"{series}, {name}" if series else name
                 lines.append(Line(name=label, curve=run.curve(prefix + metric), color=color, dash=dash))
+            for name in part(run.settings, "data", "sets"):
+                curve = run.curve(f"{metric}/{name}")
+                if curve.steps:
+                    color = style_of(len(lines))[0]
+                    lines.append(Line(name=f"training, {name}", curve=curve, color=color, smoothed=panel.smoothed))
         charts.append((panel.title, panel, lines))
     notes = [_NOTE]
     if held_out:

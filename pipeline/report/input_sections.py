@@ -21,7 +21,7 @@ def input_sections(shown: Sequence[Shown]) -> list[Section]:
 
 
 def _data(shown: Sequence[Shown]) -> Section:
-    header = ["set", "source", "rows", "kept", "dropped", "remarks", "joined", "missing"]
+    header = ["set", "source", "rows", "kept", "dropped", "remarks", "joined", "missing", "an epoch"]
     header += ["prompt tokens", "chosen tokens", "rejected tokens", "noise floor, nats per token"]
     note = "These are the rows of the last attempt. A joined pair has its reference log-probs; a missing pair has none."
     if any(part(one.run.settings, "reference", "sync") for one in shown):
@@ -46,6 +46,7 @@ def _data_rows(run: Run) -> list[list[object]]:
                 None if moves and not given.get("store") else given.get("matched"),
                 # All pairs outside of the window are missing, as they should be.
                 None if moves else given.get("missing"),
+                given.get("of_epoch"),
                 *(tokens.get(side) for side in ("prompt", "chosen", "rejected")),
                 f"{noise['mean']:.2g}, {noise['largest']:.2g} at most" if noise.get("tokens") else "not measured",
             ]

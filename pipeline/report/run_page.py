@@ -68,9 +68,11 @@ def _summary(shown: Sequence[Shown]) -> Section:
     return Section(title="Summary", body=body)
 
 
-def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
-    """Give a run's last figures by their names, with those of these held-out sets; None for an unknown one."""
+def _figures(run: Run, sets: Sequence[str], trained: Sequence[str]) -> dict[str, object]:
+    """Give a run's last figures by their names, with those of these held-out and training sets; None if unknown."""
     figures: dict[str, object] = {"state": _state(run), "training loss": run.curve("loss").last}
+    for name in trained:
+        figures[f"{name}: training accuracy"] = run.curve(f"rewards/accuracies/{name}").last
     for name in sets:
         prefix = run.held_out().get(name)
         for word, metric in _HELD_OUT.items():
@@ -84,9 +86,10 @@ def _figures(run: Run, sets: Sequence[str]) -> dict[str, object]:
 def _figures_of_all(shown: Sequence[Shown]) -> Markup:
     """Show the runs' figures, and the settings that differ. Figures that no run has are left out."""
     sets = held_out_sets(shown)
+    trained = list(dict.fromkeys(name for one in shown for name in part(one.run.settings, "data", "sets")))
     differing = differing_settings([one.run for one in shown])
     rows = [
-        {**{key: values[i] for key, values in differing.items()}, **_figures(one.run, sets)}
+        {**{key: values[i] for key, values in differing.items()}, **_figures(one.run, sets, trained)}
         for i, one in enumerate(shown)
     ]
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
@@ -142,7 +145,8 @@ def _worst_pairs(run: Run) -> list[Section]:
     """List the pairs of each set whose margin has fallen most; a file of an earlier version does not say which."""
     body = Markup("")
     for name, margins in sorted(run.margins.items(), key=lambda item: (item[0] != "train", item[0])):
-        if margins.rows is None:
+        # A row of several training sets does not say of which one it is.
+        if margins.rows is None or (name == "train" and part(run.settings, "data", "sets")):
             continue
         columns = margins.columns
         change = columns["policy_margin"].astype(np.float64) - columns["ref_margin"]

@@ -13,7 +13,7 @@ from pipeline.base.versions import library_versions
 from pipeline.config.loss import LossConfig
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
-from pipeline.run.inputs import RunInputs
+from pipeline.run.inputs import RunInputs, SetInputs
 
 __all__ = ["model_card"]
 
@@ -58,7 +58,10 @@ def model_card(
         if reference
         else ()
     )
-    adapter, dataset = inputs.policy.adapter, inputs.sets["train"].dataset
+    adapter, sets = inputs.policy.adapter, config.data.training
+    data = f"{_code(inputs.sets[sets[0]].dataset)}, {pairs:,} pairs"
+    if config.data.sets:
+        data = f"{pairs:,} pairs of {len(sets)} sets"
     header = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -67,8 +70,9 @@ def model_card(
     # The hub takes names of its own in these two fields, no paths.
     if not Path(config.policy.model).exists():
         header["base_model"] = config.policy.model
-    if open_source(config.data).format == "hub":
-        header["datasets"] = [config.data.path]
+    on_hub = [source.path for name in sets if (source := open_source(config.data, name)).format == "hub"]
+    if on_hub:
+        header["datasets"] = list(dict.fromkeys(on_hub))
     options = config.train.options
     metrics = {key: value for key, value in metrics.items() if not any(word in key for word in _TIMINGS)}
     lines = [
@@ -85,7 +89,8 @@ def model_card(
         f"| trained weights | {_code(adapter) if adapter else 'all'} |",
         *([f"| dtype of the weights | {inputs.policy.widened} |"] if inputs.policy.widened else []),
         *(f"| {what} | {text} |" for what, text in scored),
-        f"| data | {_code(dataset)}, {pairs:,} pairs |",
+        f"| data | {data} |",
+        *(f"| {_plain(name)} | {_set(inputs.sets[name], config.data.fraction(name))} |" for name in config.data.sets),
         f"| weights | of step {steps[0]:,}, of {steps[1]:,} that were trained |",
         f"| loss | {_code(_named_loss(config.loss))}, beta {config.loss.beta:g} |",
     ]
@@ -107,6 +112,10 @@ def _method(loss: LossConfig) -> str:
         if name in papers
     )
     return f"with {' and '.join(named)}"
+
+
+def _set(inputs: SetInputs, fraction: float) -> str:
+    return f"{_code(inputs.dataset)}, fraction {fraction:g}: {inputs.of_epoch or 0:,} pairs an epoch"
 
 
 def _named_loss(loss: LossConfig) -> str:

@@ -173,17 +173,20 @@ def run_identity(
     turn, so the pairs of a step stay the same. `training` is that of `identity_of_training`.
     """
     run, contents = as_dict(config), {}
-    held_out = run["data"].pop("eval")
-    for name, settings in {"train": run["data"], **held_out}.items():
+    held_out, sets = run["data"].pop("eval"), run["data"].pop("sets")
+    for name, settings in {**(sets or {"train": run["data"]}), **held_out}.items():
         contents[name] = digests_of_data(open_source(config.data, name))
         if contents[name]:
             # Data that has moved is the same data.
             del settings["path"]
+    if sets:
+        # Without them the identity is that of runs from before there were any.
+        run["data"]["sets"] = {name: {**settings, "dataset": contents[name]} for name, settings in sets.items()}
     identity = {
         "fingerprints": dict(fingerprints),
         "data": run["data"],
         # The order of local rows decides the pairs of a step. Hub data has a revision.
-        "dataset": contents["train"] or config.data.revision,
+        "dataset": None if sets else contents["train"] or config.data.revision,
         "held_out": {name: {**settings, "dataset": contents[name]} for name, settings in held_out.items()},
         "policy": run["policy"],
         "loss": run["loss"],

@@ -54,6 +54,8 @@ class SetInputs:
     """Folder of the store; None if no pair of the set is scored (a window that does not use it)"""
     noise: Mapping[str, Any] | None
     """The store's noise floor; None without a store"""
+    of_epoch: int | None = None
+    """Number of pairs of an epoch, by the set's fraction; None for a held-out set"""
 
 
 @dataclass(frozen=True, kw_only=True)

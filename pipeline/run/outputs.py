@@ -45,7 +45,7 @@ def guard_shards(config: Config, *, overwrite: bool = False) -> None:
         ConfigError: A store would be, hold or lie in a folder of the user's; the message names both.
     """
     output = open_folder(config.precompute.output)
-    for name in config.data.sets:
+    for name in config.data.names:
         store = output.child(name)
         if isinstance(store, LocalFolder):
             guard_output("precompute.output", store.path, config, ours="a store")
@@ -64,7 +64,7 @@ def guard_run(config: Config) -> None:
     folder = config.train.folder
     shards = open_folder(config.precompute.output)
     if isinstance(shards, LocalFolder):
-        for name in (*config.data.sets, COSTS):
+        for name in (*config.data.names, COSTS):
             _refuse_overlap("train.output_dir", folder, f"precompute.output/{name}", shards.path / name)
     guard_output("train.output_dir", folder, config, ours="a run")
     if config.train.joined_dir:
@@ -121,6 +121,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, Path]]:
         "reference.model": config.reference.model,
         "reference.adapter": config.reference.adapter,
         "data.path": config.data.path,
+        **{f"data.sets.{name}.path": train_set.path for name, train_set in config.data.sets.items()},
         **{f"data.eval.{name}.path": eval_set.path for name, eval_set in config.data.eval.items()},
     }
     for key, name in named.items():

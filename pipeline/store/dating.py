@@ -32,7 +32,7 @@ def with_template_date(
     if config.data.template_date is not None or not asks_for_date(tokenizer):
         return config
     output = open_folder(config.precompute.output)
-    stores = [] if overwrite else [output.child(name) for name in config.data.sets]
+    stores = [] if overwrite else [output.child(name) for name in config.data.names]
     stores += [store for reused in config.precompute.reuse for store in find_stores(reused)]
     for folder in stores:
         if folder.size(MANIFEST) is not None:

@@ -15,7 +15,7 @@ from pipeline.models.identity import differences, remedy
 from pipeline.store.format import ScoredPair, pair_keys
 from pipeline.store.store import Store, find_stores, open_store, read_part, read_parts
 
-__all__ = ["Reusable", "copy_scored", "open_reusable"]
+__all__ = ["Reusable", "copy_scored", "open_reusable", "reusable_of"]
 
 _PARTS_IN_MEMORY = 8
 """Decoded parts that are kept; rows in their old order read one part after the other"""
@@ -43,9 +43,7 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
         DataError: A store is missing or damaged.
     """
     stores = [open_store(store) for folder in folders for store in find_stores(folder)]
-    keys: list[npt.NDArray[np.bytes_]] = []
-    places: list[npt.NDArray[np.int64]] = []
-    for number, store in enumerate(stores):
+    for store in stores:
         stored = store.manifest["identity"]
         if not (stored["tokenization"]["token_logps"] and identity["tokenization"]["token_logps"]):
             raise ConfigError(
@@ -58,6 +56,14 @@ def open_reusable(folders: Sequence[str], identity: Mapping[str, Any]) -> Reusab
                 f"precompute.reuse: {store.folder}: scored by another reference or tokenization. It differs in "
                 f"{'; '.join(found)}.{remedy(stored, identity)} Leave it out, or restore the settings"
             )
+    return reusable_of(stores)
+
+
+def reusable_of(stores: list[Store]) -> Reusable:
+    """Index the pairs of finished stores of one identity, with token logps. Raises DataError for a damaged part."""
+    keys: list[npt.NDArray[np.bytes_]] = []
+    places: list[npt.NDArray[np.int64]] = []
+    for number, store in enumerate(stores):
         for part, table in enumerate(read_parts(store, ["pair_key"])):
             keys.append(pair_keys(table))
             rows = np.arange(table.num_rows)

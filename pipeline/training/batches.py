@@ -24,7 +24,7 @@ class JoinedBatch:
 
     batch: Batch
     ids: torch.Tensor
-    """Row in the source, and the pair's key as two integers, [P, 3] int64"""
+    """Row in the source, the pair's key as two integers, and the number of its training set, [P, 4] int64"""
     ref_chosen_logps: torch.Tensor
     """Reference logps of the chosen completions, [P] float32, nats"""
     ref_rejected_logps: torch.Tensor
@@ -73,7 +73,9 @@ class Collator:
             pairs.append(pair)
         joined = JoinedBatch(
             batch=make_batch(pairs, self.pad_id, "packed" if self.packed else "padded"),
-            ids=torch.tensor([[row["row"], *np.frombuffer(row["pair_key"], "<i8").tolist()] for row in rows]),
+            ids=torch.tensor(
+                [[row["row"], *np.frombuffer(row["pair_key"], "<i8").tolist(), row.get("set", 0)] for row in rows]
+            ),
             ref_chosen_logps=torch.tensor([row["ref_chosen_logps"] for row in rows], dtype=torch.float32),
             ref_rejected_logps=torch.tensor([row["ref_rejected_logps"] for row in rows], dtype=torch.float32),
             truncated=torch.tensor([row["truncated"] for row in rows]),

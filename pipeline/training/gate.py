@@ -107,13 +107,15 @@ def make_gate(config: Config, scored: Config, store: Store, window: Window | Non
 def run_gate(
     trainer: Any,
     gate: Gate,
+    pairs: Any,
     say: Callable[[str], None],
     leave_if_asked: Callable[[], None],
     show: Callable[[str], None],
 ) -> None:
     """Run the gate before the first step of an attempt, on every rank alike.
 
-    `leave_if_asked` raises at a stop request; `show` takes how far the gate is.
+    `pairs` are those joined to the gate's store. `leave_if_asked` raises at a stop request; `show` takes how far the
+    gate is.
 
     Raises:
         RefshardError: The policy differs from the reference; the message names the likely cause.
@@ -122,7 +124,7 @@ def run_gate(
     fresh = trainer.state.global_step == gate.start
     if not (relation.adapters_off or relation.frozen_adapter or (relation.at_start and fresh)):
         return
-    rows = choose_sample(trainer.train_dataset)
+    rows = choose_sample(pairs)
     if not rows:
         return
     state: _State = contextlib.nullcontext
@@ -141,7 +143,7 @@ def run_gate(
     else:
         state = functools.partial(_with_adapter, folder=str(relation.frozen_adapter))
         which = f"the policy with the adapter {relation.frozen_adapter}"
-    sample = [trainer.train_dataset[i] for i in rows]
+    sample = [pairs[i] for i in rows]
 
     def before_batch(done: int) -> None:
         leave_if_asked()

@@ -80,7 +80,7 @@ def cached_sets(
     if config.data.template_date is None and asks_for_date(tokenizer):
         return None
     sets: dict[str, Any] = {}
-    for name in config.data.sets:
+    for name in config.data.names:
         source, store = open_source(config.data, name), stores.get(name)
         rows = digests_of_rows(source)
         if rows is None:
@@ -93,7 +93,7 @@ def cached_sets(
         }
     model = NamedModel.policy(config)
     texts = texts_of_model(model.folder(weights=False))
-    rules = {key: value for key, value in asdict(config.data).items() if key not in ("path", "eval")}
+    rules = {key: value for key, value in asdict(config.data).items() if key not in ("path", "sets", "eval")}
     made_from = {
         "sets": sets,
         "rules": rules,

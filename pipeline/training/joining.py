@@ -25,6 +25,7 @@ from pipeline.store.reference_table import TokenLogps, load_reference_table
 from pipeline.store.serving import open_stores, remedy_for_missing
 from pipeline.store.store import Store, check_identity
 from pipeline.training.joined_cache import CachedSets, JoinedCache, cached_sets, read_joined, write_joined
+from pipeline.training.mixture import Mixture, mix
 
 __all__ = [
     "check_joined",
@@ -32,6 +33,7 @@ __all__ = [
     "join_sets",
     "joined_token_logps",
     "open_joined",
+    "open_mixture",
     "open_stores_of_run",
     "watch_inputs",
     "watch_joined",
@@ -41,7 +43,7 @@ __all__ = [
 def watch_inputs(config: Config) -> tuple[WatchedFiles, WatchedFiles]:
     """Take the digests of the policy's files and of the sets'."""
     adapter = None if config.policy.adapter is None else find_adapter(config.policy.adapter, "policy.adapter")
-    rows = [file for name in config.data.sets for file in data_files(open_source(config.data, name))]
+    rows = [file for name in config.data.names for file in data_files(open_source(config.data, name))]
     return WatchedFiles(files_of_model(NamedModel.policy(config).folder(), adapter)), WatchedFiles(rows)
 
 
@@ -82,7 +84,7 @@ def join_sets(
 
     found = find()
     if found is not None and found.take(folder):
-        for name in config.data.sets:
+        for name in config.data.names:
             say(_summary(name, read_joined(folder)["sets"][name], config, window))
     else:
         sets = _join_anew(config, stores, tokenizer, folder, flag, window)
@@ -92,7 +94,7 @@ def join_sets(
         if cache is not None and found is not None and cache.unchanged() and find() == found:
             found.keep(folder)
     sets = read_joined(folder)["sets"]
-    return {name: _inputs_of(config, name, sets[name], stores.get(name)) for name in config.data.sets}
+    return {name: _inputs_of(config, name, sets[name], stores.get(name)) for name in config.data.names}
 
 
 def _inputs_of(config: Config, name: str, counts: Mapping[str, Any], store: Store | None) -> SetInputs:
@@ -126,9 +128,13 @@ def _join_anew(
     # Token logps are appended.
     _token_file(folder).unlink(missing_ok=True)
     sets, unscored = {}, window is not None or not config.loss.needs_reference
-    for name in config.data.sets:
+    # Sets are concatenated, so all have the numbers that one has: weight 1 and margin 0.
+    named = {column for name in config.data.names for column in config.data.of(name).columns}
+    numbers = [number for number in LOSS_COLUMNS if number in named]
+    for name in config.data.names:
         source, store, ledger = open_source(config.data, name), stores.get(name), Ledger()
-        pairs = _until_stopped(_within_model(load_pairs(source, tokenizer, config.data, ledger), config), flag)
+        read = load_pairs(source, tokenizer, config.data.of(name), ledger)
+        pairs = _until_stopped(_within_model(read, config), flag)
         table = load_reference_table(
             [] if store is None else [store],
             config.data.max_length,
@@ -137,8 +143,7 @@ def _join_anew(
             token_file=_token_file(folder),
         )
         # Held-out sets are evaluated as they are.
-        numbers = [number for number in LOSS_COLUMNS if number in config.data.columns]
-        if name == "train" and "weight" in numbers:
+        if name in config.data.training and "weight" in numbers:
             pairs = _weighted(pairs, ledger)
         report = join(pairs, table, _joined_file(folder, name), keep_missing=unscored, numbers=numbers)
         columns = datasets.Dataset.from_file(str(_joined_file(folder, name))).data.table
@@ -181,6 +186,12 @@ def check_joined(folder: Path) -> None:
 def open_joined(folder: Path, name: str) -> datasets.Dataset:
     """Open a joined set, memory-mapped; `check_joined` comes first."""
     return datasets.Dataset.from_file(str(_joined_file(folder, name)))
+
+
+def open_mixture(config: Config, folder: Path, arguments: Any) -> Mixture:
+    """Open the joined training sets as the one that an epoch has, chosen by the seed of the data's order."""
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return mix({name: open_joined(folder, name) for name in config.data.training}, config.data.sets, seed)
 
 
 def joined_token_logps(folder: Path) -> TokenLogps:

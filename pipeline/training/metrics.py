@@ -1,6 +1,6 @@
 """Per-pair metrics of a micro-batch, and their averages over the pairs of one log entry."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from pipeline.scoring.forward import Scores, weighted_sums
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.losses import PairLoss, Pairs, wpo_weights
 
-__all__ = ["averages_of", "columns_of", "evaluated_metrics", "first_pairs", "pairs_of"]
+__all__ = ["MetricsBySet", "averages_of", "columns_of", "evaluated_metrics", "first_pairs", "pairs_of"]
 
 _OF_PAIRS = (
     *("logps/chosen", "logps/rejected", "logps/chosen_shift", "rewards/chosen", "rewards/rejected", "rewards/margins"),
@@ -111,6 +111,34 @@ def evaluated_metrics(loss: LossConfig, *, token_logps: bool, balanced: bool) ->
     optional = _OF_REFERENCE_TOKENS * (token_logps and loss.needs_reference) + ("aux_loss",) * balanced
     of_pairs = [name for name in _OF_PAIRS if loss.needs_reference or name not in _OF_REFERENCE]
     return (*of_pairs, *_OF_TOKENS, *_OF_EVALUATION, *optional)
+
+
+class MetricsBySet:
+    """Averages a few metrics over the pairs of each training set, between two log entries.
+
+    `names` are those of several sets, by number; nothing is measured without them.
+    """
+
+    _MEASURED = ("rewards/accuracies", "rewards/margins")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._totals: dict[str, tuple[float, int]] = {}
+
+    def add(self, columns: Mapping[str, torch.Tensor], numbers: torch.Tensor) -> None:
+        """Add pairs of all processes: each column [P], the numbers of their sets [P]."""
+        for number, name in enumerate(self._names):
+            of_set = numbers == number
+            for metric in self._MEASURED:
+                total, pairs = self._totals.get(f"{metric}/{name}", (0.0, 0))
+                added = float(columns[metric][of_set].sum()), int(of_set.sum())
+                self._totals[f"{metric}/{name}"] = (total + added[0], pairs + added[1])
+
+    def take(self) -> dict[str, float]:
+        """Give the averages, `rewards/accuracies/NAME`, and begin anew. A set without a pair has none."""
+        averages = {name: total / pairs for name, (total, pairs) in self._totals.items() if pairs}
+        self._totals = {}
+        return averages
 
 
 def averages_of(totals: Mapping[str, float]) -> dict[str, float]:

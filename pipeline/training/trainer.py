@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import multiprocessing.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from pipeline.training.dynamic_beta import DynamicBeta
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.fsdp import keep_outputs, load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
 from pipeline.training.losses import balance_weight, total_loss
-from pipeline.training.metrics import averages_of, columns_of, first_pairs, pairs_of
+from pipeline.training.metrics import MetricsBySet, averages_of, columns_of, first_pairs, pairs_of
 from pipeline.training.offload import ActivationOffload
 from pipeline.training.processes import on_main_process
 from pipeline.training.recording import Margins
@@ -72,6 +72,7 @@ class PairTrainer(transformers.Trainer):
         attempt: The run's attempt, which saves only while it owns the run's folder.
         margins: Collects each pair's margins.
         finite: Watches that each step is finite.
+        set_names: Names of several training sets, by the numbers in the batches.
         before_training: Called with the trainer once all is ready for the first step.
     """
 
@@ -85,6 +86,7 @@ class PairTrainer(transformers.Trainer):
         attempt: Attempt | None = None,
         margins: Margins | None = None,
         finite: FiniteWatch | None = None,
+        set_names: Sequence[str] = (),
         before_training: Callable[["PairTrainer"], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -95,6 +97,7 @@ class PairTrainer(transformers.Trainer):
             finite.attach(self.accelerator)
         self._attempt = attempt
         self._margins = margins
+        self._by_set = MetricsBySet(set_names)
         # Stop the loaders' workers before the interpreter exits. They ignore a SIGTERM unless this is set.
         self._closing: Any = multiprocessing.RawValue("b", 0)
         # Not atexit, which does not run in a process that multiprocessing started.
@@ -382,6 +385,7 @@ class PairTrainer(transformers.Trainer):
         if totals:
             prefix = "" if mode == "train" else next((k[: -len("loss")] for k in logs if k.endswith("_loss")), "eval_")
             logs.update({f"{prefix}{name}": value for name, value in averages_of(totals).items()})
+            logs.update(self._by_set.take() if mode == "train" else {})
             logs[f"{prefix}num_tokens"] = float(self.state.num_input_tokens_seen)
             totals.clear()
         if not math.isfinite(logs.get("loss", 0.0)):
@@ -397,14 +401,15 @@ class PairTrainer(transformers.Trainer):
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         stacked = gather(torch.stack(list(columns.values()), dim=1)).double().cpu()
         every_id = gather(ids).cpu()
+        named = dict(zip(columns, stacked.unbind(dim=1), strict=True))
         if self._margins is not None:
-            named = dict(zip(columns, stacked.unbind(dim=1), strict=True))
-            self._margins.add(named, every_id, training=mode == "train")
+            self._margins.add(named, every_id[:, :3], training=mode == "train")
         totals = self._totals[mode]
         for name, total in zip(columns, stacked.sum(dim=0).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + total
         totals["pairs"] = totals.get("pairs", 0.0) + stacked.shape[0]
         if mode == "train":
+            self._by_set.add(named, every_id[:, 3])
             # In the library's own counter, which checkpoints hold.
             self.state.num_input_tokens_seen += int(stacked[:, list(columns).index("tokens")].sum().item())
 

@@ -75,13 +75,14 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
     tokenizer = load_tokenizer(config, weights=False)
     config = with_template_date(config, tokenizer)
     batch_pairs = int(config.train.options.get("per_device_train_batch_size", 8))
-    sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.sets}
+    sets = {name: look_at_set(config, name, tokenizer, rows, batch_pairs) for name in config.data.names}
     scored = config.reference.sync is None and config.loss.needs_reference
     stores = look_at_stores(config, sets, tokenizer) if scored else {}
     date = config.data.template_date if asks_for_date(tokenizer) else None
     joined = look_at_joined(config, stores, tokenizer)
     found = Findings(sets=sets, stores=stores, joined=joined, template_date=date)
-    if sets["train"].ledger.kept:
+    first = config.data.training[0]
+    if any(sets[name].ledger.kept for name in config.data.training):
         device = torch.device("cpu") if hardware == "cpu" else pick_device()
         host = this_hardware(torch.device("cpu")).memory if planned is None else None
         found = dataclasses.replace(
@@ -89,7 +90,7 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
             estimate=_estimate(config, found, planned, device),
             host_memory=host,
             refused_here=None if planned or config.train.is_empty else refused_here(config),
-            start=None if config.train.is_empty else _distance_from_start(config, found.sets["train"].survey),
+            start=None if config.train.is_empty else _distance_from_start(config, sets[first].survey),
         )
     click.echo(json.dumps(as_dict(found), indent=1) if as_json else as_text(found, config.data.max_length))
     if others := [load_store(state.folder) for state in stores.values() if state.differences]:
@@ -100,7 +101,8 @@ def run(config: Config, *, hardware: str, rows: int | None, limits: Limits, as_j
 
 def _estimate(config: Config, found: Findings, planned: Hardware | None, device: torch.device) -> Estimate:
     """Estimate the cost on the planned hardware, or on this machine, whose speed is then measured."""
-    lengths = add_up({"train": found.sets["train"]}, found.stores)
+    data = config.data
+    lengths = add_up({name: found.sets[name] for name in data.training}, found.stores, data.fraction)
     assert lengths is not None
     policy_model, reference_model = model_settings(config)
     shapes = shapes_of(policy_model, config.policy)
@@ -113,7 +115,7 @@ def _estimate(config: Config, found: Findings, planned: Hardware | None, device:
         lengths,
         planned or this_hardware(device),
         reference=None if reference_model is policy_model else shapes_of(reference_model),
-        held_out=add_up({name: pairs for name, pairs in found.sets.items() if name != "train"}, found.stores),
+        held_out=add_up({name: found.sets[name] for name in data.eval}, found.stores),
         probe=probe,
     )
 
@@ -139,6 +141,7 @@ def _distance_from_start(config: Config, survey: Survey) -> str | None:
 def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
     """Yield what would stop a stage, besides stores of another run."""
     size, positions = min(model.vocab_size for model in model_settings(config)), most_positions(config)
+    yield from _too_few(config, found)
     for name, pairs in found.sets.items():
         dataset, ledger, survey = describe(pairs.source), pairs.ledger, pairs.survey
         if pairs.reading.refused is not None:
@@ -154,10 +157,6 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
                 f"{count:,} {'row' if count == 1 else 'rows'} of {dataset} can't be pairs and would stop stage one "
                 f"(first: {first.place}: {first.text}). Fix these rows, or set data.on_bad_row: skip"
             )
-        if name == "train" and ledger.kept and pairs.only_first_rows is None:
-            launch = config.cluster.train
-            too_few = too_few_pairs(config.train.options, ledger.kept, launch.nodes * launch.processes)
-            yield from () if too_few is None else (too_few,)
         if ledger.kept == 0 and not (bad and config.data.on_bad_row == "stop"):
             yield DataError(f"{dataset}: no pair was kept, so there is nothing to train on: {ledger.summary()}")
         if survey.highest_id >= size:
@@ -173,6 +172,15 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
                 f"{state.pairs_missing:,} of {ledger.kept:,} pairs of {dataset} have no reference logps in "
                 f"{state.folder}. {remedy_for_missing(load_store(state.folder))}"
             )
+
+
+def _too_few(config: Config, found: Findings) -> Iterator[RefshardError]:
+    """Yield an error if an epoch has no whole batch, and every row was surveyed."""
+    sets, launch = {name: found.sets[name] for name in config.data.training}, config.cluster.train
+    pairs = math.ceil(sum(config.data.fraction(name) * pairs.ledger.kept for name, pairs in sets.items()))
+    if pairs and all(one.only_first_rows is None for one in sets.values()):
+        too_few = too_few_pairs(config.train.options, pairs, launch.nodes * launch.processes)
+        yield from () if too_few is None else (too_few,)
 
 
 def above_limits(found: Findings, limits: Limits) -> Iterator[RefshardError]:

@@ -58,6 +58,10 @@ class Lengths:
     """Tokens that stage one computes, each prompt of a shard once; None if no prompt repeats."""
     unscored: float = 1.0
     """Share of the set that stage one has still to score."""
+    pairs_of_epoch: int | None = None
+    """Number of pairs of an epoch, by the sets' fractions; None: all."""
+    share_of_epoch: float = 1.0
+    """Tokens of an epoch as a multiple of the sets'."""
 
     @property
     def completion_tokens(self) -> int:
@@ -152,7 +156,7 @@ def estimate(
     sets = [lengths] if held_out is None else [lengths, held_out]
     schedule = Schedule(
         options=config.train.options,
-        pairs=lengths.pairs,
+        pairs=lengths.pairs if lengths.pairs_of_epoch is None else lengths.pairs_of_epoch,
         processes=used.count,
         window=None if sync is None else sync.steps,
     )
@@ -240,11 +244,15 @@ def _stage_two(
     # for it, or, if the head is frozen, their gradient is made in the forward pass.
     through_layers = (2 if shapes.has_adapter else 3) + _is_checkpointed(config)
     through_head = 2 if shapes.has_adapter else 4
-    flops = schedule.epochs * (
-        through_layers * forward_flops(shapes, lengths.packed_tokens, 0, lengths.context)
-        + through_head * forward_flops(shapes, 0, lengths.completion_tokens, 0)
+    flops = (
+        schedule.epochs
+        * lengths.share_of_epoch
+        * (
+            through_layers * forward_flops(shapes, lengths.packed_tokens, 0, lengths.context)
+            + through_head * forward_flops(shapes, 0, lengths.completion_tokens, 0)
+        )
     )
-    computed = round(schedule.epochs * lengths.packed_tokens)
+    computed = round(schedule.epochs * lengths.share_of_epoch * lengths.packed_tokens)
     for s in held_out:
         computed += len(schedule.evaluated) * s.packed_tokens
         flops += len(schedule.evaluated) * forward_flops(shapes, s.packed_tokens, s.completion_tokens, s.context)

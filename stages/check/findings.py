@@ -1,7 +1,7 @@
 """Find what becomes of the rows of each set, and what stage one has already done with them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,17 +114,17 @@ class Findings:
 
 def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, batch_pairs: int) -> PairSet:
     """Survey a set, or its first `rows`. Bad rows are counted whatever `data.on_bad_row` says."""
-    source = open_source(config.data, name)
+    source, data = open_source(config.data, name), config.data.of(name)
     total = count_rows(source)
     surveyed = source
     if rows is not None and (total is None or total > rows):
         surveyed = dataclasses.replace(source, stop=source.start + rows)
-    reading = look_at_rows(surveyed, config.data, has_template=tokenizer.chat_template is not None)
+    reading = look_at_rows(surveyed, data, has_template=tokenizer.chat_template is not None)
     ledger = Ledger()
     survey = survey_pairs(
         surveyed,
         tokenizer,
-        dataclasses.replace(config.data, on_bad_row="skip"),
+        dataclasses.replace(data, on_bad_row="skip"),
         ledger,
         rows_per_unit=config.precompute.rows_per_shard,
         batch_pairs=batch_pairs,
@@ -140,8 +140,13 @@ def look_at_set(config: Config, name: str, tokenizer: Any, rows: int | None, bat
     )
 
 
-def add_up(sets: Mapping[str, PairSet], stores: Mapping[str, StoreState]) -> Lengths | None:
-    """Add up the tokens of some sets, extended to the rows that were not surveyed; None if no pair was kept."""
+def add_up(
+    sets: Mapping[str, PairSet], stores: Mapping[str, StoreState], fraction: Callable[[str], float] = lambda name: 1.0
+) -> Lengths | None:
+    """Add up the tokens of some sets, extended to the rows that were not surveyed; None if no pair was kept.
+
+    `fraction` says by set how often an epoch has each pair.
+    """
     surveys = [(s.scale, s.survey) for s in sets.values()]
     pair_lengths = [percentiles(survey.lengths.get("pair", {})) for _, survey in surveys]
     shared = {name: s.scale * s.survey.shared_tokens for name, s in sets.items()}
@@ -149,11 +154,14 @@ def add_up(sets: Mapping[str, PairSet], stores: Mapping[str, StoreState]) -> Len
         shared[name] * (stores[name].missing_share(s.ledger.kept) if name in stores else 1.0)
         for name, s in sets.items()
     )
-    pairs = sum(round(s.scale * s.ledger.kept) for s in sets.values())
-    if not pairs:
+    pairs = {name: round(s.scale * s.ledger.kept) for name, s in sets.items()}
+    if not sum(pairs.values()):
         return None
+    tokens = {name: s.scale * sum(s.survey.scored.values()) for name, s in sets.items()}
     return Lengths(
-        pairs=pairs,
+        pairs=sum(pairs.values()),
+        pairs_of_epoch=round(sum(fraction(name) * pairs[name] for name in sets)),
+        share_of_epoch=sum(fraction(name) * tokens[name] for name in sets) / max(1, sum(tokens.values())),
         **{
             f"{side}_tokens": sum(round(scale * survey.scored[side]) for scale, survey in surveys)
             for side in ("prompt", "chosen", "rejected")

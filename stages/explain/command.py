@@ -67,7 +67,7 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
         trained = policy_as_reference(in_one_process(config), policy)
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
-    pair = explain_row(found_row, tokenizer, config.data, set_name)
+    pair = explain_row(found_row, tokenizer, config.data.of(set_name), set_name)
     named = config.reference.declared or reference_sources(config)[0].name
     found = Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.intake import KeptPair, Outcome, outcome_of
 from pipeline.data.rows import Row, Source
 from pipeline.data.sources import describe, read_rows

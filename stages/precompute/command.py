@@ -6,6 +6,7 @@ Each process of one launch is a worker, unless they hold one reference together 
 process is the only worker.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from pipeline.store.store import create_store, delete_store, is_finished
 from pipeline.training.arguments import refused_here
 from pipeline.training.settings import check_training, too_few_pairs
 from pipeline.training.windows import next_window
+from stages.precompute.siblings import Siblings
 from stages.precompute.worker import Reference, ScoringJob, Worker, load_reference_scorer
 
 __all__ = ["run"]
@@ -105,7 +107,7 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     if config.reference.declared is not None:
         raise ConfigError(
             "reference.declared: a reference known by name alone can't be scored with. Bring its log-probs with "
-            f"refshard import FILE --config F --set NAME (for {', '.join(config.data.sets)}), or name a model in "
+            f"refshard import FILE --config F --set NAME (for {', '.join(config.data.names)}), or name a model in "
             "reference.model"
         )
     recollection = Recollection("precompute", config)
@@ -119,13 +121,12 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
             say(f"warning: refshard train would stop on this machine: {error}", err=True)
     check_adapters(config)
     check_max_length(config)
-    sources = {name: open_source(config.data, name) for name in config.data.sets}
-    if (rows_there := count_rows(sources["train"])) is not None:
-        _check_enough(config, rows_there)
+    sources = {name: open_source(config.data, name) for name in config.data.names}
+    _check_enough(config, {name: count_rows(sources[name]) for name in config.data.training})
     tokenizer = load_tokenizer(config)
     for name, source in sources.items():
         if overwrite or not is_finished(open_folder(config.precompute.output).child(name)):
-            say_how_read(name, source, config.data, has_template=tokenizer.chat_template is not None)
+            say_how_read(name, source, config.data.of(name), has_template=tokenizer.chat_template is not None)
     # The run's folder, not a window's, which is deleted when its reference has moved.
     costs_in = open_folder(config.precompute.output)
     rows = None
@@ -139,32 +140,34 @@ def _run(config: Config, share: tuple[int, int], flag: StopFlag, ensemble: Ensem
     files = WatchedFiles(files_of_model(model.folder(), adapter))
     # Late, so that workers that start together at midnight hardly disagree.
     config = with_template_date(config, tokenizer, overwrite=overwrite)
-    identity = identity_of_run(config, tokenizer)
+    identity, output = identity_of_run(config, tokenizer), open_folder(config.precompute.output)
     worker = Worker(
         config=config,
         share=share,
         tokenizer=tokenizer,
         reference=Reference(config, tokenizer, files, ensemble),
         reusable=open_reusable(config.precompute.reuse, identity),
+        siblings=Siblings({name: output.child(name) for name in config.data.training}, identity),
         flag=flag,
         costs_in=costs_in,
     )
     missing, kept = 0, {}
+    # All at first: a set copies what another set's store holds.
+    for name in sources if overwrite else ():
+        delete_store(output.child(name))
+        delete_costs(costs_in, name)
     for name, source in sources.items():
-        if overwrite:
-            delete_store(open_folder(config.precompute.output).child(name))
-            delete_costs(costs_in, name)
         job = _make_job(name, source, rows if name == "train" else None, worker, identity)
         if job is None:
-            report, kept[name] = report_of(name, open_folder(config.precompute.output).child(name), config)
+            report, kept[name] = report_of(name, output.child(name), config)
             say(report)
             continue
         missing += worker.score(job)
         if is_finished(job.folder):
             report, kept[name] = report_of(name, job.folder)
             say(report)
-            if name == "train" and rows is None:
-                _check_enough(config, kept[name])
+            if name == config.data.training[-1] and rows is None:
+                _check_enough(config, {name: kept.get(name) for name in config.data.training})
     if len(kept) == len(sources):
         recollection.remember(facts_of_stores(config, tokenizer, kept))
     if missing:
@@ -190,10 +193,13 @@ def _make_job(
     return ScoringJob(name=name, source=source, files=files, rows=rows, folder=folder, header=header)
 
 
-def _check_enough(config: Config, pairs: int) -> None:
-    """Raise ConfigError if stage two would have nothing to train on."""
-    launch = config.cluster.train
-    if error := too_few_pairs(config.train.options, pairs, launch.nodes * launch.processes):
+def _check_enough(config: Config, pairs: Mapping[str, int | None]) -> None:
+    """Raise ConfigError if stage two would have nothing to train on. A set's number of pairs may be unknown."""
+    known = {name: count for name, count in pairs.items() if count is not None}
+    if len(known) < len(pairs):
+        return
+    launch, of_epoch = config.cluster.train, math.ceil(sum(config.data.fraction(n) * known[n] for n in known))
+    if error := too_few_pairs(config.train.options, of_epoch, launch.nodes * launch.processes):
         raise error
 
 

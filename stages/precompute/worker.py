@@ -5,6 +5,7 @@ rows -> units of rows_per_shard -> pairs -> tokens -> batches -> token logps -> 
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import deque
@@ -40,6 +41,7 @@ from pipeline.store.reuse import Reusable, copy_scored
 from pipeline.store.store import PartHeader, is_finished, part_exists, parts_there, write_part
 from stages.precompute.canary import StoredPairs
 from stages.precompute.distance import say_distance
+from stages.precompute.siblings import Siblings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +80,7 @@ class Worker:
     reference: "Reference"
     reusable: Reusable
     """Stores to copy scored pairs from"""
+    siblings: Siblings
     flag: StopFlag
     """Set when the process is asked to stop"""
     costs_in: Folder
@@ -100,7 +103,8 @@ class Worker:
             if not lost:
                 return 0
             say(f"{job.folder}: scores missing or shortened parts again: {', '.join(lost)}")
-        check = StoredPairs(job.source, job.folder, self.config, self.tokenizer, self.reference, self.flag)
+        config = dataclasses.replace(self.config, data=self.config.data.of(job.name))
+        check = StoredPairs(job.source, job.folder, config, self.tokenizer, self.reference, self.flag)
         share, written = self.share, set[int]()
         while True:
             num_units = self._score_missing(job, share, check, written)
@@ -120,7 +124,7 @@ class Worker:
         queue = UnitQueue(
             job.source,
             self.tokenizer,
-            self.config.data,
+            self.config.data.of(job.name),
             rows_per_unit=size,
             wanted=job.rows,
             share=share,
@@ -139,7 +143,7 @@ class Worker:
                     continue
                 if self.flag:
                     raise stopped_as_asked("finished units are saved")
-                scored, noise = self._score_unit(unit, account, check)
+                scored, noise = self._score_unit(job.name, unit, account, check)
                 job.files.check()
                 writer.put(unit, scored, noise)
         job.files.check()
@@ -160,9 +164,11 @@ class Worker:
                 f"{saved}; rows since then are scored again (precompute.rows_per_shard: {size})"
             ) from None
 
-    def _score_unit(self, unit: Unit, account: "_Account", check: StoredPairs) -> tuple[list[ScoredPair], NoiseFloor]:
+    def _score_unit(
+        self, name: str, unit: Unit, account: "_Account", check: StoredPairs
+    ) -> tuple[list[ScoredPair], NoiseFloor]:
         """Copy the pairs that other stores hold, score the rest, and count both in the unit's ledger."""
-        copied = copy_scored(self.reusable, unit.pairs)
+        copied = self.siblings.copy(name, unit.pairs) | copy_scored(self.reusable, unit.pairs)
         new = [pair for i, pair in enumerate(unit.pairs) if i not in copied]
         if new and not self.reference.is_loaded:
             self._say_distance(new)

@@ -96,7 +96,7 @@ def run(sweep: Sweep, commands: Commands) -> None:
     # A reference that moves has shards of each window.
     if base.reference.declared is None and any(one.config.reference.sync is None for one in runs):
         output = open_folder(base.precompute.output)
-        is_scored = all(is_finished(output.child(name)) for name in base.data.sets)
+        is_scored = all(is_finished(output.child(name)) for name in base.data.names)
         if not is_scored and (status := commands.run("precompute", *sweep.words(sweep.overrides))):
             raise click.exceptions.Exit(status)
     trained: list[_OneRun] = []
@@ -169,10 +169,8 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
                 f"{what}: must need the shards of the settings without --over, which all runs share. They differ in "
                 f"{'; '.join(found)}"
             )
-        if unscored := one.config.data.eval.keys() - base.data.eval.keys():
-            raise ConfigError(
-                f"{what}: the held-out set {min(unscored)} is not scored for all runs. Name it in the file"
-            )
+        if unscored := set(one.config.data.names) - set(base.data.names):
+            raise ConfigError(f"{what}: the set {min(unscored)} is not scored for all runs. Name it in the file")
         if twin := next((other for other in runs[:i] if _told(other.config) == _told(one.config)), None):
             raise ConfigError(f"--over: {twin.values} and {one.values} are the same settings")
 
@@ -189,7 +187,7 @@ _TEMPERATURE, _SEED = 1.0, 0
 
 def _generate(one: _OneRun, sweep: Sweep, commands: Commands) -> int:
     """Generate a finished run's replies, unless those of its policy, set and sampling exist. Returns an exit status."""
-    set_name, step = next(iter(one.config.data.eval), "train"), read_record(one.folder)["step"]
+    set_name, step = next(iter((*one.config.data.eval, *one.config.data.training))), read_record(one.folder)["step"]
     asked = (step, set_name, sweep.num_prompts, sweep.max_tokens, _TEMPERATURE, _SEED, sweep.reward_model)
     there = {
         (g.step, g.set_name, g.num_prompts, g.max_tokens, g.temperature, g.seed, g.reward_by)

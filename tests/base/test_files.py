@@ -23,8 +23,8 @@ from pipeline.base.digests import read_sha256
 from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.base.files import make_folder, put_if_absent, read_json, replace_file
 from pipeline.base.folders import LocalFolder
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import DataConfig
 from pipeline.data.readers import open_parquet
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.files import NamedModel

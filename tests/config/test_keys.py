@@ -38,6 +38,7 @@ def test_the_list_has_every_key_of_a_file_with_its_default(tmp_path: Path) -> No
         **flat(as_dict(load_config(file, ["policy.lora.r=16", "policy.quantization.bits=4"]))),
         **flat(as_dict(load_config(file, ["policy.ia3.target_modules=", "reference.quantization.bits=4"]))),
         **flat(as_dict(load_config(file, ["reference.sync.steps=512"]))),
+        **flat(as_dict(load_config(file, ["data.path=", "data.sets.NAME.path=p"]))),
         **{f"train.{key}": value for key, value in dataclasses.asdict(load_config(file).train).items()},
     }
     del whole["train.given"]
@@ -49,7 +50,8 @@ def test_the_list_has_every_key_of_a_file_with_its_default(tmp_path: Path) -> No
         key: setting.default for key, setting in given.items() if key != "train.output_dir"
     }
     assert sorted(key for key in keys if key not in given) == [
-        "data.path", "policy.model", "policy.quantization.bits", "precompute.output", "reference.quantization.bits"
+        "data.sets.NAME.path", "policy.model", "policy.quantization.bits", "precompute.output",
+        "reference.quantization.bits",
     ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ DEFAULTS = {
         "path": "pairs.jsonl",
         "name": None,
         "revision": None,
+        "sets": {},
         "split": "train",
         "format": None,
         "columns": {},
@@ -121,7 +122,7 @@ INNER_DEFAULTS: dict[str, Any] = {
     "policy.ia3": {"target_modules": None, "feedforward_modules": None},
     "reference.quantization": {"bits": 8, "type": "nf4", "double": False},
     "reference.sync": {"steps": 512, "mixup_alpha": 0.6},
-    "data.eval.test": {"path": None, "name": None, "split": None},
+    "data.eval.test": {"path": None, "name": None, "split": None, "columns": None},
 }
 
 LOSSES = (
@@ -248,7 +249,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("data.streaming=maybe", "data.streaming: must be true or false, got 'maybe'"),
         ("data.on_bad_row=off", "data.on_bad_row: must be one of stop, skip, got 'off'"),
         ("data.path={a: b}", "data.path: must be text, got a mapping"),
-        ("data.path=", "data.path: must be text, got nothing"),
+        ("data.path=", "data.path: missing; it has no default. Name a file"),
         ("policy.model=null", "policy.model: must be text, got nothing"),
         ("precompute.output=", "precompute.output: must be text, got nothing"),
         ("data.split=~", "data.split: must be text, got nothing"),

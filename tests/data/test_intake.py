@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, DataError
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row

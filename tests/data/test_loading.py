@@ -20,8 +20,8 @@ import torch
 
 from pipeline.base.errors import BadRow, DataError, StorageError, UnfinishedError
 from pipeline.base.signals import StopFlag
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import DataConfig
 from pipeline.data import loading as module
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.loading import Unit, UnitQueue, count_loaders, load_pairs
@@ -363,7 +363,7 @@ def test_a_loader_killed_from_outside_is_an_unfinished_run_and_not_a_bug(
 def test_a_process_that_ends_with_a_queue_still_open_ends_at_once(source: Source) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
-        "from pipeline.config.schema import DataConfig\n"
+        "from pipeline.config.data import DataConfig\n"
         "from pipeline.data.loading import UnitQueue\n"
         "from pipeline.data.sources import open_source\n"
         "from support.models import make_tokenizer\n"

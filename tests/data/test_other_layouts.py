@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.base.errors import BadRow
 from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.other_layouts import COLUMNS_OF_FORMS, looks_like
 from pipeline.data.pairs import FORMS, Pair

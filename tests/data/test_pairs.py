@@ -14,7 +14,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.layouts import split_shared_prompt, to_pair
 from pipeline.data.pairs import Pair, is_conversational
 from pipeline.data.sources import open_source, read_rows

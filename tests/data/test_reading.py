@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.reading import Reading, look_at_rows, say_how_read
 from pipeline.data.sources import open_source
 from support.runs import HH, write_jsonl

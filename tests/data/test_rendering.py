@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.base import signals
 from pipeline.base.errors import UnfinishedError
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data import rendering
 from pipeline.data.loading import UnitQueue
 from pipeline.data.rendering import TemplateError, apply_template

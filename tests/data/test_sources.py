@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, DataError, RefshardError, StorageError
-from pipeline.config.schema import DataConfig, EvalSetConfig
+from pipeline.config.data import DataConfig, EvalSetConfig
 from pipeline.data import readers
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row, Source
@@ -30,7 +30,6 @@ from pipeline.data.sources import (
     data_files,
     describe,
     digests_of_data,
-    find_set,
     open_source,
     read_rows,
 )
@@ -749,6 +748,6 @@ def test_a_set_is_opened_by_its_name_and_one_that_is_not_there_is_named(tmp_path
         [0, 1, 2, 3],
         [2, 3],
     ]
-    for find in (open_source, find_set):
+    for find in (open_source, DataConfig.of):
         with pytest.raises(ConfigError, match=r"^--set x: data\.eval names no such set; there are train, held$"):
             find(data, "x")

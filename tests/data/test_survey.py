@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.intake import KeptPair, Ledger, outcomes
 from pipeline.data.rows import Row
 from pipeline.data.survey import PERCENTILES, REASONS, Survey, percentiles

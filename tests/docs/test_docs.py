@@ -190,12 +190,14 @@ def unknown_settings(text: str, known: dict[str, Any]) -> list[str]:
     found = re.findall(rf"(?:^|[\s,(])((?:{sections})\.[a-z_][\w.]*)", "\n".join(spans(text)))
     found += re.findall(r"-o ((?:\w+\.)+\w+)=", text)
     keys = {
-        re.sub(r"^data\.eval\.\w+\.", "data.eval.*.", key.rstrip("."))
+        re.sub(r"^data\.(eval|sets)\.\w+\.", r"data.\1.*.", key.rstrip("."))
         for key in found
         if key.rsplit(".", 1)[-1] not in ("py", "sh", "jsonl", "parquet", "md")
     }
     # Names of the user's own, and mappings of which the library knows the keys.
-    own = re.compile(r"(data\.columns|data\.eval|train\.fsdp_config|cluster\.kubernetes\.node_selector)\.\w+")
+    own = re.compile(
+        r"(data\.columns|data\.eval|data\.sets|train\.fsdp_config|cluster\.kubernetes\.node_selector)\.\w+"
+    )
     return sorted(key for key in keys if key not in known and not own.fullmatch(key))
 
 

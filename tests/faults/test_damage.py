@@ -29,8 +29,9 @@ from transformers import LlamaForCausalLM
 
 from pipeline.base.errors import RefshardError, one_line
 from pipeline.base.folders import LocalFolder
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import Config
 from pipeline.data import readers
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
 from pipeline.data.sources import count_rows, open_source, read_rows

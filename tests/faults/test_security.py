@@ -25,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import BadRow, ConfigError, one_line
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
 from pipeline.data import layouts, pairs, tokens
 from pipeline.data.intake import Ledger, kept_pairs

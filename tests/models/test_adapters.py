@@ -11,15 +11,8 @@ import pytest
 import transformers
 
 from pipeline.base.errors import ConfigError
-from pipeline.config.schema import (
-    Config,
-    DataConfig,
-    Ia3Settings,
-    LoraSettings,
-    PolicyConfig,
-    PrecomputeConfig,
-    ReferenceConfig,
-)
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config, Ia3Settings, LoraSettings, PolicyConfig, PrecomputeConfig, ReferenceConfig
 from pipeline.models.adapters import check_adapters
 from support.models import make_model, make_tokenizer
 

@@ -18,9 +18,9 @@ import transformers
 
 from pipeline.base.digests import sha256_of_file
 from pipeline.base.errors import ConfigError, DataError
+from pipeline.config.data import DataConfig
 from pipeline.config.schema import (
     Config,
-    DataConfig,
     Ia3Settings,
     LoraSettings,
     PolicyConfig,

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig, ReferenceConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig, ReferenceConfig
 from pipeline.data.tokens import TokenizedPair
 from pipeline.models import loading
 from pipeline.models.products import dtype_of_products

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.intake import Ledger, kept_pairs
 from pipeline.data.layouts import to_pair
 from pipeline.data.rows import Row

@@ -63,7 +63,7 @@ def test_prompts_are_spread_and_a_set_that_has_too_few_at_its_end_gives_earlier_
 
     def rows(count: int) -> list[int]:
         source = open_source(config.data, "train")
-        return [prompt.row for prompt in choose_prompts(source, tokenizer, config, count, StopFlag())]
+        return [prompt.row for prompt in choose_prompts(source, tokenizer, config.data, count, StopFlag())]
 
     assert rows(2) == [0, 7]
     # Row 3 repeats row 0, and row 7 what took the place of row 4.

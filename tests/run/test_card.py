@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.versions import library_versions
-from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
 from pipeline.run import card as card_module
 from pipeline.run.card import model_card
@@ -48,7 +49,8 @@ def card_of(*, base_model: str, reference: str, dataset: str, adapter: str | Non
         stage_one=[],
     )
     # A hub name that would be refused when the pairs are read.
-    with mock.patch.object(card_module, "open_source", lambda data: SimpleNamespace(format=data.format)):
+    source = SimpleNamespace(format="hub", path=dataset)
+    with mock.patch.object(card_module, "open_source", lambda data, name: source):
         return model_card(config, inputs, **options)
 
 

@@ -11,7 +11,8 @@ import click
 import pytest
 import transformers
 
-from pipeline.config.schema import Config, DataConfig, PolicyConfig, PrecomputeConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
 from pipeline.data.intake import Ledger
 from pipeline.data.reading import Reading

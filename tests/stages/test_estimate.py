@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.errors import ConfigError
+from pipeline.config.data import DataConfig
 from pipeline.config.schema import (
     Config,
-    DataConfig,
     LoraSettings,
     PolicyConfig,
     PrecomputeConfig,

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pipeline.base.errors import ConfigError, DataError, RefshardError, UnfinishedError
 from pipeline.base.folders import open_folder
 from pipeline.base.tables import width_of
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import DataConfig
 from pipeline.data.rows import Row
 from pipeline.models.precision import Precision, reference_precision
 from pipeline.report.heatmap import Cell, of_differences, of_logps, on_terminal

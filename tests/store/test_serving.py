@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.base.errors import DataError, IdentityError
 from pipeline.base.folders import open_folder
-from pipeline.config.schema import Config, DataConfig, EvalSetConfig, PolicyConfig, PrecomputeConfig, ReferenceConfig
+from pipeline.config.data import DataConfig, EvalSetConfig
+from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig, ReferenceConfig
 from pipeline.store.format import INDEX, part_name
 from pipeline.store.serving import open_stores, remedy_for_missing, serving_store
 from pipeline.store.store import create_store, open_store

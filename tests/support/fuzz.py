@@ -20,8 +20,8 @@ from typing import Any
 import pipeline
 from pipeline.base.errors import BadRow, RefshardError
 from pipeline.base.folders import LocalFolder
+from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
-from pipeline.config.schema import DataConfig
 from pipeline.data.layouts import to_pair
 from pipeline.data.sources import count_rows, open_source, read_rows
 from pipeline.store.finishing import finish_store

@@ -190,7 +190,7 @@ def measure() -> Measured:
     import numpy as np
 
     from pipeline.base.folders import open_folder
-    from pipeline.config.schema import DataConfig
+    from pipeline.config.data import DataConfig
     from pipeline.data.intake import Ledger
     from pipeline.data.sources import count_rows, open_source
     from pipeline.store.finishing import finish_store

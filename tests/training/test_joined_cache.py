@@ -49,7 +49,7 @@ class Scored:
         self.joins += 1
         config, folder = self.config(*overrides), self.folder / "attempts" / str(self.joins)
         tokenizer = load_tokenizer(config)
-        stores = open_stores_of_run(config, config.data.sets, tokenizer)
+        stores = open_stores_of_run(config, config.data.names, tokenizer)
         cache = JoinedCache(joined_folder(config), lambda: True) if cached else None
         inputs = join_sets(config, stores, tokenizer, folder, StopFlag(), cache=cache)
         check_joined(folder)
@@ -62,7 +62,7 @@ class Scored:
 
 def rows_of(folder: Path, config: Config) -> list[Any]:
     logps, rows = joined_token_logps(folder), []
-    for name in config.data.sets:
+    for name in config.data.names:
         for row in open_joined(folder, name).data.table.to_pylist():
             count = len(row["chosen_ids"]) + len(row["rejected_ids"])
             start = row.pop("token_start", -1)
@@ -247,7 +247,7 @@ def test_other_code_or_libraries_join_anew(
 def entry_of(scored: Scored, tokenizer: Any = None, *overrides: str, keep_missing: bool = False) -> Any:
     config = scored.config(*overrides)
     loaded = load_tokenizer(config)
-    stores = open_stores_of_run(config, config.data.sets, loaded)
+    stores = open_stores_of_run(config, config.data.names, loaded)
     return cached_sets(scored.folder, config, stores, tokenizer or loaded, keep_missing=keep_missing)
 
 
@@ -396,7 +396,7 @@ def test_of_two_processes_that_join_at_once_the_first_is_kept(
 ) -> None:
     config = scored.config()
     tokenizer = load_tokenizer(config)
-    stores = open_stores_of_run(config, config.data.sets, tokenizer)
+    stores = open_stores_of_run(config, config.data.names, tokenizer)
 
     def other_is_faster() -> bool:
         scored.join()
@@ -413,7 +413,7 @@ def test_of_two_processes_that_join_at_once_the_first_is_kept(
 def test_sets_that_changed_while_they_were_joined_are_not_kept(scored: Scored) -> None:
     config = scored.config()
     tokenizer = load_tokenizer(config)
-    stores = open_stores_of_run(config, config.data.sets, tokenizer)
+    stores = open_stores_of_run(config, config.data.names, tokenizer)
     cache = JoinedCache(joined_folder(config), lambda: False)
     join_sets(config, stores, tokenizer, scored.folder / "joined", StopFlag(), cache=cache)
     assert scored.kept == []
