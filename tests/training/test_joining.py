@@ -122,6 +122,8 @@ def test_new_weights_need_no_scoring_and_a_pair_of_weight_0_is_not_there(
     left_out = weights_of("left-out", [row for number, row in enumerate(rows) if number != 4], "{}")
     # All others weigh the same, which is rounding away from weighing nothing in particular.
     assert all(torch.allclose(value, left_out[name], rtol=0, atol=1e-6) for name, value in found.items())
+    # Stage one takes its store for that of the same settings.
+    precompute.run(load_config(file, ["data.columns={weight: w, margin: m}"]))
     moved = weights_of("with-margins", weighted, "{weight: w, margin: m}")
     assert not all(torch.allclose(value, found[name], rtol=0, atol=1e-6) for name, value in moved.items())
     assert sha256_of_files(sorted((tmp_path / "shards").rglob("*.parquet"))) == shards
