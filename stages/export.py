@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError
+from pipeline.base.errors import BadRow, DataError, RefshardError, StorageError, number_of
 from pipeline.base.progress import say
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, kept_rows
@@ -56,7 +56,7 @@ def run(config: Config, output: Path) -> None:
             source = dataclasses.replace(open_source(config.data, name), all_columns=True)
             rows = _Rows(of_set, source, tokenizer, stores[name], work)
             sets[name] = datasets.Dataset.from_generator(rows, cache_dir=str(work / "cache"), split=name)
-            say(f"{name}: {len(sets[name]):,} pairs; {rows.ledger.summary()}")
+            say(f"{name}: {number_of(len(sets[name]), 'pair')}; {rows.ledger.summary()}")
         datasets.DatasetDict(sets).save_to_disk(str(work / "sets"))
         (work / "sets").rename(output)
     except datasets.exceptions.DatasetGenerationError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import ConfigError, IdentityError
+from pipeline.base.errors import ConfigError, IdentityError, number_of
 from pipeline.base.progress import say
 from pipeline.base.signals import StopFlag, watch_signals
 from pipeline.config.schema import Config
@@ -60,7 +60,8 @@ def run(
     if not prompts:
         raise ConfigError(f"--set: must be a set with pairs, got {name} ({describe(source)}). Choose another set")
     if len(prompts) < num_prompts:
-        say(f"{len(prompts)} prompts, not {num_prompts}: {name} has no more different ones ({describe(source)})")
+        found = number_of(len(prompts), "prompt")
+        say(f"{found}, not {num_prompts}: {name} has no more different ones ({describe(source)})")
     replies = draw_both(config, policy_folder, [prompt.ids for prompt in prompts], sampling, tokenizer, flag)
     files.check()
     if reward_model is not None:
@@ -117,8 +118,8 @@ def _rewarded(
 
 def _print_result(generations: Sequence[Generation], run_folder: Path, step: int) -> None:
     first = generations[0]
-    text = f"{len(generations)} prompts of {first.set_name}, policy after step {step:,}: KL from the reference "
-    text += f"{estimate_kl(generations)} nats"
+    text = f"{number_of(len(generations), 'prompt')} of {first.set_name}, policy after step {step:,}: "
+    text += f"KL from the reference {estimate_kl(generations)} nats"
     if first.temperature != 1:
         text += " (biased: not drawn at temperature 1)"
     before, after = (estimate_reward(generations, side) for side in ("reference", "policy"))

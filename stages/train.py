@@ -14,7 +14,7 @@ import transformers
 from accelerate import PartialState
 
 from pipeline.base.digests import WatchedFiles
-from pipeline.base.errors import DataError, stopped_as_asked
+from pipeline.base.errors import DataError, number_of, stopped_as_asked
 from pipeline.base.files import delete_named, read_json, replace_file, write_json
 from pipeline.base.folders import open_folder
 from pipeline.base.progress import say, without_nan, without_other_bars
@@ -234,7 +234,7 @@ def _train(run: TrainingRun) -> None:
     record.end(step, finished=finishes and not commit.stopped_early)
     if commit.stopped_early:
         saved = newest_step(run.output)
-        where = f"saved in {run.output / f'checkpoint-{saved}'}" if saved else "nothing was to be saved"
+        where = f"saved in {run.output / f'checkpoint-{saved}'}" if saved else "there was nothing to save"
         raise stopped_as_asked(where, f"after step {step} of {trainer.state.max_steps}")
     if not finishes:
         _say(f"Window {window} is done: step {step}; next the reference moves")
@@ -412,7 +412,7 @@ def _finish(run: TrainingRun, trainer: PairTrainer, inputs: RunInputs, pairs: in
     mean = "" if train_loss is None else f", training loss {train_loss:.4f}"
     which = "" if step == last else f"; its weights are those of step {step}, the best"
     widened = f"; its weights are {inputs.policy.widened}" if inputs.policy.widened else ""
-    say(f"The policy is in {output} ({last} steps{mean}){which}{widened}")
+    say(f"The policy is in {output} ({number_of(last, 'step')}{mean}){which}{widened}")
     if hub is not None:
         _push(output, hub, without_nan(record))
 

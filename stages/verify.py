@@ -107,7 +107,7 @@ def _score_again(store: Store, model: str, sample: int) -> str:
     bits = (reference_settings.get("quantization") or {}).get("bits")
     allowed = allowed_gap(store.noise, recorded_precision(reference_settings).products, in_8_bits=bits == 8)
     found_gap = compare(gaps, allowed)
-    said = f"{len(pairs)} pairs scored again with {model}: {found_gap}"
+    said = f"{number_of(len(pairs), 'pair')} scored again with {model}: {found_gap}"
     if not found_gap.agrees:
         raise DataError(f"{store.folder}: {said}. Score again into another precompute.output")
     return f"  rescored    {said}"

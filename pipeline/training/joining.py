@@ -237,7 +237,7 @@ def _weighted(pairs: Iterable[KeptPair], ledger: Ledger) -> Iterator[KeptPair]:
 def _until_stopped(pairs: Iterable[KeptPair], flag: StopFlag) -> Iterator[KeptPair]:
     for pair in pairs:
         if flag:
-            raise stopped_as_asked("nothing was to be saved", "before training began")
+            raise stopped_as_asked("there was nothing to save", "before training began")
         yield pair
 
 

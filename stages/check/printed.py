@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.base.errors import printable
+from pipeline.base.errors import number_of, printable
 from pipeline.base.tables import aligned
 from pipeline.data.reading import written_forms
 from pipeline.data.sources import describe
@@ -188,7 +188,7 @@ def _stage_lines(name: str, stage: StageEstimate, memory: int) -> Iterator[str]:
     largest = sorted(stage.memory.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in largest)
     verdict = "too much" if low > memory else "maybe too much" if high > memory else "fits"
-    steps = f", {stage.steps:,} steps" if stage.steps else ""
+    steps = f", {number_of(stage.steps, 'step')}" if stage.steps else ""
     yield f"  {name:14}{_time(stage.seconds)} for {stage.tokens:,} tokens{steps}"
     yield (
         f"  {'':14}{gigabytes(stage.total_memory)} of memory on each device ({gigabytes(low)} to {gigabytes(high)}: "

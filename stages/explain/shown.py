@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from markupsafe import Markup
 
-from pipeline.base.errors import printable
+from pipeline.base.errors import number_of, printable
 from pipeline.base.tables import aligned
 from pipeline.report import pages
 from pipeline.report.heatmap import Cell, Scale, legend, of_differences, of_logps, on_page, on_terminal
@@ -121,7 +121,7 @@ def _facts(found: Findings) -> dict[str, str]:
     if pair.key is not None:
         facts["key"] = pair.key
     if pair.prompt:
-        facts["prompt"] = f"{len(pair.prompt):,} tokens, not scored"
+        facts["prompt"] = f"{number_of(len(pair.prompt), 'token')}, not scored"
         facts |= {side: _counts(completion, pair.max_length) for side, completion in pair.completions.items()}
         first = dict.fromkeys(pair.completions[side].tokens[0].text for side in SIDES)
         facts["boundary"] = f"{pair.prompt[-1].text} | {' and '.join(first)}"
@@ -141,9 +141,9 @@ def _facts(found: Findings) -> dict[str, str]:
 def _counts(completion: Completion, max_length: int | None) -> str:
     total, scored = len(completion.tokens), len(completion.scored)
     if not scored:
-        return f"{total:,} tokens, none of them scored; {completion.ending}"
+        return f"{number_of(total, 'token')}, none of them scored; {completion.ending}"
     cut = f", {total - scored:,} more cut by max_length {max_length}" if total > scored else ""
-    return f"{scored:,} tokens scored{cut}; {completion.ending}"
+    return f"{number_of(scored, 'token')} scored{cut}; {completion.ending}"
 
 
 def _sums(found: Findings) -> list[list[str]]:
@@ -181,7 +181,7 @@ def _heat_maps(pair: Explanation, hidden: int) -> Iterator[str]:
     yield from ("", click.style("prompt", bold=True))
     if hidden:
         yield from on_terminal(prompt[:_HEAD], of_logps(), width)
-        yield click.style(f"... {hidden:,} tokens, shown with --full ...", italic=True)
+        yield click.style(f"... {number_of(hidden, 'token')}, shown with --full ...", italic=True)
     yield from on_terminal(prompt[-_TAIL:] if hidden else prompt, of_logps(), width)
     for title, scale, values in _maps(pair):
         for side, completion in pair.completions.items():
@@ -233,7 +233,7 @@ def _role(token: Token) -> str:
 def _token_tables(pair: Explanation, hidden: int) -> Iterator[str]:
     lines = _table(_token_table(pair.prompt))
     if hidden:
-        lines[1 + _HEAD : -_TAIL] = [f"... {hidden:,} tokens, shown with --full ..."]
+        lines[1 + _HEAD : -_TAIL] = [f"... {number_of(hidden, 'token')}, shown with --full ..."]
     yield from ("", "prompt", *lines)
     for side, completion in pair.completions.items():
         yield from ("", side, *_table(_token_table(completion.tokens)))

@@ -34,7 +34,7 @@ from stages.explain import command
 from stages.explain import shown as views
 from stages.explain import stored as stored_module
 from stages.explain.pieces import shown, token_bytes
-from stages.explain.row import Explanation, explain_row, with_logps
+from stages.explain.row import Completion, Explanation, Token, explain_row, with_logps
 from stages.explain.stored import StoredPair, compare, find_stored, with_stored
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
@@ -473,3 +473,8 @@ def test_stored_sums_are_compared_where_nothing_else_is_and_longer_cuts_are_cut(
     gap = compare(with_logps(pair, "recomputed", *logps), (1e-3, 1e-2))
     assert gap is not None
     assert not gap.agrees
+
+
+def test_one_token_is_called_a_token() -> None:
+    one = Completion(tokens=(Token(id=1, text="a", special=False, scored=True),), ending="EOS added")
+    assert views._counts(one, None) == "1 token scored; EOS added"
