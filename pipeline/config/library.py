@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +27,12 @@ def hint_of_field(name: str) -> Any:
     parts, enums = fields_of_training()[name].split(" | "), _read()[1]
     # Beside its enum, such a field is declared to be any text, and then refuses all others.
     words = [part for part in parts if part in enums]
+    field = types.SimpleNamespace(__annotations__={name: " | ".join(words or parts)})
     try:
-        members = [eval(part, {**_NAMES, **enums}) for part in words or parts]
-    except (NameError, SyntaxError):
+        return typing.get_type_hints(field, {**_NAMES, **enums})[name]
+    except (NameError, SyntaxError, TypeError):
         # A class of another library, or a type that is written in another way.
         return _hints_of_class().get(name, Any)
-    return Union[tuple(members)]  # noqa: UP007
 
 
 _NAMES = {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}

@@ -32,13 +32,16 @@ def write_comparison(results: Sequence[dict[str, Any]], readme: Path) -> None:
 def comparison(results: Sequence[dict[str, Any]]) -> list[str]:
     """Make the table of the workloads that README names, and the sentences around it."""
     shown = [result for result in results if result["workload"]["name"] in _ROWS]
+    # Results from before that side was measured have no place beside it.
+    fair = [result for result in shown if "trl-completions" in result["workload"]["peers"]]
+    shown = fair or shown
     rounds = sorted({len(result["measured"]["wall"]["ours"]) for result in shown})
     machine, shape = shown[0]["machine"], from_json(shown[0]["workload"]).shape
     peers = list(dict.fromkeys(result["workload"]["peers"][0] for result in shown))
     heads = ["", "refshard", "TRL", "times TRL's speed"]
     if "trl-completions" in peers:
         heads.append("times TRL's speed as it runs on a CPU")
-    rows = [_row(result, as_it_runs="trl-completions" in peers) for result in shown]
+    rows = [_row(result, as_it_runs=bool(fair)) for result in shown]
     return [
         f"Compared with TRL {machine['trl']}'s `DPOTrainer`: same weights, token ids and dtype, a Llama of "
         f"{shape.parameters / 1e6:.0f} million parameters",
@@ -60,9 +63,5 @@ def _row(result: dict[str, Any], *, as_it_runs: bool) -> list[str]:
     rates = [f"{side.rate.middle:.2f} {unit}" for side in (ours, theirs)]
     ratio = f"**{compare(result, 'wall', peer).ratio:.1f}x**"
     extras = [f"{side.extra / MIB:,.0f} MiB" for side in (ours, theirs)]
-    if not as_it_runs:
-        return [_ROWS[workload.name], *rates, ratio, *extras]
-    if peer == "trl":
-        # Measured before the other side was: none of its cells may hold this one's numbers.
-        rates[1] = ratio = extras[1] = "not measured"
-    return [_ROWS[workload.name], *rates, ratio, f"{compare(result, 'wall', 'trl').ratio:.1f}x", *extras]
+    as_is = [f"{compare(result, 'wall', 'trl').ratio:.1f}x"] if as_it_runs else []
+    return [_ROWS[workload.name], *rates, ratio, *as_is, *extras]

@@ -252,7 +252,7 @@ def test_no_decision_hangs_on_a_clock() -> None:
     found = {file.relative_to(ROOT).as_posix() for file in files if wall_clock.search(file.read_text())}
     told = {"pipeline/base/progress.py", "pipeline/run/records.py", "pipeline/report/run_page.py"}
     # A store's date, which is read once and recorded.
-    dates = {"pipeline/config/schema.py", "pipeline/data/dates.py", "pipeline/store/dating.py"}
+    dates = {"pipeline/config/data.py", "pipeline/data/dates.py", "pipeline/store/dating.py"}
     # The age of joined sets in a cache. Without one, a run joins again.
     caches = {"pipeline/training/joined_cache.py"}
     assert found == told | dates | caches

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.data import EvalSetConfig
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
@@ -53,7 +54,7 @@ def test_the_store_fixes_the_date_of_its_creation(config: Config, monkeypatch: p
     on(monkeypatch, "2026-11-29")
     assert with_template_date(config, tokenizer) == first
     # A set that is added to the run, a store that copies from this one, and a new start.
-    held_out = dataclasses.replace(config.data, eval={"held": config.data.eval.get("held")})  # type: ignore[dict-item]
+    held_out = dataclasses.replace(config.data, eval={"held": EvalSetConfig(split="test")})
     assert with_template_date(dataclasses.replace(config, data=held_out), tokenizer).data.template_date == "2026-11-28"
     copying = dataclasses.replace(
         config.precompute, output=f"{config.precompute.output}-2", reuse=[f"{config.precompute.output}/train"]
