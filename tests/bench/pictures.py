@@ -30,8 +30,12 @@ plt.rcParams.update(
 def draw_ratios(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Draw the ratios to each workload's first peer, wall clock and processor time, as bars.
 
-    A thin line goes from the smallest to the largest; a diamond marks the ratio to TRL as it runs on this device.
+    A thin line goes from the smallest to the largest; a diamond marks the ratio to TRL as it runs on this device. Bars
+    have one meaning: a workload whose first peer is another than that of the others is left out.
     """
+    firsts = [result["workload"]["peers"][0] for result in results]
+    if "trl-completions" in firsts:
+        results = [result for result, first in zip(results, firsts, strict=True) if first == "trl-completions"]
     label = "times TRL's speed, median of the rounds; thin lines from smallest to largest"
     figure, axes = _bars(results, label)
     marked = None
