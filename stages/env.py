@@ -12,7 +12,7 @@ import click
 
 from pipeline.base.progress import say
 from pipeline.base.tables import aligned
-from pipeline.base.versions import library_versions
+from pipeline.base.versions import library_versions, version_of
 
 __all__ = ["environment", "show_environment"]
 
@@ -36,7 +36,7 @@ def environment() -> dict[str, dict[str, str]]:
     """Collect what a result depends on outside the settings, as text by section and name."""
     import torch
 
-    versions = {**library_versions(), **{name: _version(name) for name in ("accelerate", "datasets")}}
+    versions = {**library_versions(), **{name: version_of(name) or "missing" for name in ("accelerate", "datasets")}}
     machine = {"system": platform.platform(), "processor": f"{platform.machine()}, {os.cpu_count()} cores"}
     if hasattr(os, "sysconf"):
         machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
@@ -74,14 +74,6 @@ def _optional() -> Iterator[tuple[str, str]]:
     for line in metadata.requires("refshard") or ():
         match = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
         if match and match[2] != "test":
-            version = _version(match[1])
-            missing = version == "missing"
-            yield match[1], f"missing (pip install 'refshard[{match[2]}]')" if missing else f"{version} ({match[2]})"
-    yield "deepspeed", _version("deepspeed")
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
+            version = version_of(match[1])
+            yield match[1], f"{version} ({match[2]})" if version else f"missing (pip install 'refshard[{match[2]}]')"
+    yield "deepspeed", version_of("deepspeed") or "missing"

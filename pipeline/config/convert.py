@@ -17,10 +17,20 @@ import yaml
 from pipeline.base.errors import ConfigError
 from pipeline.config.names import hint_for_key, hint_for_value
 
-__all__ = ["FALSE_WORDS", "NULL_WORDS", "PathText", "convert", "kind_of", "refuse_both", "require", "require_at_least"]
+__all__ = [
+    "FALSE_WORDS",
+    "NULL_WORDS",
+    "TRUE_WORDS",
+    "PathText",
+    "convert",
+    "kind_of",
+    "refuse_both",
+    "require",
+    "require_at_least",
+]
 
 NULL_WORDS = ("", "null", "Null", "NULL", "~")
-_TRUE_WORDS = ("true", "yes", "on")
+TRUE_WORDS = ("true", "yes", "on")
 FALSE_WORDS = ("false", "no", "off")
 
 
@@ -99,8 +109,8 @@ def _from_home(path: str, where: str) -> str:
 
 def _scalar(text: str, hint: Any) -> Any:
     """Convert a word. Raises ValueError."""
-    if hint is bool and text.lower() in (*_TRUE_WORDS, *FALSE_WORDS):
-        return text.lower() in _TRUE_WORDS
+    if hint is bool and text.lower() in (*TRUE_WORDS, *FALSE_WORDS):
+        return text.lower() in TRUE_WORDS
     if hint is float:
         return float(text)
     if hint is int:

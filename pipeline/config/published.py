@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-from pipeline.config.convert import FALSE_WORDS, NULL_WORDS, PathText
+from pipeline.config.convert import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, PathText
 from pipeline.config.keys import REQUIRED, Setting, section_in, settings
 from pipeline.config.library import fields_of_training, hint_of_field
 from pipeline.config.schema import Config
@@ -69,7 +69,7 @@ def _of(hint: Any, key: str, keys: dict[str, Setting]) -> dict[str, Any]:
     if hint == PathText or hint is str:
         return _WORD
     if hint is bool:
-        return {"anyOf": [{"type": "boolean"}, {"enum": ["true", "false", "yes", "no", "on", "off"]}]}
+        return {"anyOf": [{"type": "boolean"}, {"enum": [*TRUE_WORDS, *FALSE_WORDS]}]}
     if hint in (int, float):
         return {"anyOf": [{"type": "number"}, _NUMBER]}
     if kind is Literal:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,10 +26,10 @@ import pyarrow.parquet as pq
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from rounds import machine  # noqa: E402
+from start import WORDS  # noqa: E402
 
-from support.models import CORPUS, make_model, make_tokenizer  # noqa: E402
+from support.models import make_model, make_tokenizer  # noqa: E402
 
-WORDS = sorted({word for text in CORPUS for word in re.findall(r"\w+", text)})
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
