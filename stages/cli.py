@@ -20,6 +20,7 @@ from stages import options
 from stages.check.hardware import HARDWARE
 from stages.demo.cli import demo
 from stages.env import show_environment
+from stages.merge.cli import merge
 from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
 from stages.recipes.command import recipes
 from stages.schema import show_schema
@@ -42,6 +43,7 @@ def main(debug: bool) -> None:
     refshard verify runs/shards               checks that they are complete and undamaged
     refshard sweep --over loss.beta=0.1,0.5   several policies on the same shards
     refshard generate runs/policy             replies of policy and reference, and the KL between them
+    refshard merge runs/policy OUT            an adapter and its base as one plain model
     refshard report runs/policy               one page of a run's results; several runs: side by side
     refshard explain --config run.yaml --row 7   one pair: its tokens, what is scored, each log-prob
     refshard import FILE --config run.yaml    reference log-probs from a file
@@ -377,6 +379,7 @@ def submit_kubernetes(config: Config, **given: Any) -> None:
 
 
 main.add_command(demo)
+main.add_command(merge)
 main.add_command(recipes)
 main.add_command(show_environment)
 main.add_command(show_schema)

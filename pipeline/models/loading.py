@@ -27,11 +27,13 @@ __all__ = [
     "check_head",
     "disable_dropout",
     "empty_model",
+    "load_base",
     "load_plain",
     "load_policy",
     "load_reference",
     "loading_errors",
     "pick_device",
+    "with_adapter",
 ]
 
 
@@ -84,7 +86,7 @@ def load_reference(config: Config, device: "torch.device") -> Any:
                 "precompute.device_map: the reference does not fit the GPUs here, and weights that are kept elsewhere "
                 "take no adapter; use more GPUs or a narrower reference.dtype, or merge the adapter into the reference"
             )
-        model = _with_adapter(model, adapter, trainable=False)
+        model = with_adapter(model, adapter, trainable=False)
     model.requires_grad_(False)
     model.train(False)
     return model
@@ -133,12 +135,17 @@ def _make_head_whole(model: Any) -> None:
 def load_policy(config: Config) -> Any:
     """Load the model to train, with its adapter if the settings have one. The Trainer moves it to its device."""
     policy = config.policy
-    # Quantized weights can't be moved once they are loaded.
-    device = pick_device() if policy.quantization is not None else None
-    model = _load(NamedModel.policy(config), policy.dtype, device, policy.quantization, "policy")
+    model = load_base(config, policy.dtype)
     if policy.adapter is not None:
-        return _with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
+        return with_adapter(model, find_adapter(policy.adapter, "policy.adapter"), trainable=True)
     return _with_fresh_adapter(model, policy, _adapter_config(policy)) if policy.has_adapter else model
+
+
+def load_base(config: Config, dtype: str) -> Any:
+    """Load the policy's model without an adapter: on the CPU, or on this process's device if it is quantized."""
+    # Quantized weights can't be moved once they are loaded.
+    device = pick_device() if config.policy.quantization is not None else None
+    return _load(NamedModel.policy(config), dtype, device, config.policy.quantization, "policy")
 
 
 def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[Any, tuple[int, int] | None]:
@@ -170,7 +177,7 @@ def load_plain(config: Config) -> Any:
     """Load the reference in float32 on the CPU, its adapter merged into the weights."""
     named, adapter = reference_sources(config)
     model = _load(named, "float32", None, None, "reference")
-    return model if adapter is None else _with_adapter(model, adapter, trainable=False).merge_and_unload()
+    return model if adapter is None else with_adapter(model, adapter, trainable=False).merge_and_unload()
 
 
 def disable_dropout(model: Any) -> None:
@@ -290,7 +297,8 @@ def _leave_memory(address: int, size: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), pageout)
 
 
-def _with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
+def with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
+    """Attach a saved adapter to a plain model. Raises ConfigError if it does not fit, DataError if it is damaged."""
     from peft import PeftModel
 
     with loading_errors(f"adapter {adapter}", "does not fit the model"):

@@ -13,7 +13,7 @@ from pipeline.models.precision import reference_precision
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["dtype_of_products", "has_only_products", "products_held_in"]
+__all__ = ["adds_products", "dtype_of_products", "has_only_products", "products_held_in"]
 
 
 def dtype_of_products(config: Config) -> str | None:
@@ -24,10 +24,10 @@ def dtype_of_products(config: Config) -> str | None:
     precision, adapter = reference_precision(config), reference_sources(config)[1]
     if precision.weights != "float32" or reference_quantization(config) is not None:
         return None
-    return precision.autocast if adapter is None or _adds_products(adapter) else None
+    return precision.autocast if adapter is None or adds_products(adapter) else None
 
 
-def _adds_products(adapter: Path) -> bool:
+def adds_products(adapter: Path) -> bool:
     """Return True if an adapter adds products to those of the layers, and reads none of their weights itself."""
     settings = read_json(adapter / ADAPTER_CONFIG)
     reading = ("use_dora", "target_parameters", "trainable_token_indices")

@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.run.inputs import RunInputs, SetInputs
 
-__all__ = ["model_card"]
+__all__ = ["merged_card", "model_card"]
 
 _SETTINGS = (
     "learning_rate",
@@ -100,6 +100,28 @@ def model_card(
         lines += [f"| {_code(key)} | {value:.4g} |" for key, value in metrics.items()]
     lines += ["", "## Versions", "", ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in library_versions().items()), ""]
     return "\n".join(lines)
+
+
+def merged_card(card: str, *, base: str, dtype: str, compared: str | None) -> str:
+    """Turn the card of a run with an adapter into that of the merged model.
+
+    Args:
+        card: The run's card, as it is now; the hub's header may have been changed, or taken out.
+        base: Name of the model that the adapter was merged into.
+        dtype: Dtype of the merged weights.
+        compared: Result of the comparison with the unmerged policy, for people; None if there was none.
+    """
+    found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    try:
+        header = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        header = {}
+    header = {**(header if isinstance(header, dict) else {}), "library_name": "transformers"}
+    text = card[found.end() :].rstrip() if found else card.rstrip()
+    merged = f"The adapter is merged into {_code(base)}, in {dtype}, by `refshard merge`."
+    if compared is not None:
+        merged += f" Compared with the unmerged policy: {compared}."
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{text}\n\n## Merged weights\n\n{merged}\n"
 
 
 def _method(loss: LossConfig) -> str:

@@ -12,7 +12,7 @@ from pipeline.data.sources import as_recorded, digests_of_data, open_source
 from pipeline.models.identity import as_json, describe_differences, identity_of_reference
 from pipeline.models.precision import policy_precision
 
-__all__ = ["check_same_run", "identity_of_training", "is_longer", "run_identity"]
+__all__ = ["check_same_run", "identity_of_base", "identity_of_training", "is_longer", "run_identity"]
 
 # Settings that may change when a run resumes, since no step's result depends on them: outputs and their frequency,
 # measurements, the fetching of batches, the saving of memory. All others must stay.
@@ -196,10 +196,15 @@ def run_identity(
     }
     if config.policy.has_adapter:
         # Checkpoints hold the adapter alone.
-        dtype: Any = policy_precision(config).weights
-        base = ReferenceConfig(dtype=dtype, disable_adapters=True)
-        identity["policy_base"] = identity_of_reference(dataclasses.replace(config, reference=base))
+        identity["policy_base"] = identity_of_base(config)
     if training["deepspeed"]:
         # DeepSpeed's shares can be loaded only by as many processes.
         identity["processes"] = processes
     return as_json(identity)
+
+
+def identity_of_base(config: Config) -> dict[str, Any]:
+    """Collect the identity of the model that the policy's adapter is trained on."""
+    dtype: Any = policy_precision(config).weights
+    base = ReferenceConfig(dtype=dtype, disable_adapters=True)
+    return as_json(identity_of_reference(dataclasses.replace(config, reference=base)))

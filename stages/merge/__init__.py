@@ -1,0 +1,1 @@
+"""Write a run's adapter and its base as one plain model."""
