@@ -65,7 +65,8 @@ class LossConfig:
     dpop_lambda: float | None = None
     """Weight of `dpop`'s penalty for a chosen completion below its reference; if left out, 50, the paper's."""
     beta_dpo_alpha: float | None = None
-    """How far `beta_dpo` moves beta for each nat of the micro-batch's mean log-ratio margin; if left out, 0.6."""
+    """Share by which `beta_dpo` moves beta for each nat of the micro-batch's mean log-ratio margin above the running
+    mean; if left out, 0.6."""
     beta_dpo_filter: float | None = None
     """Share of each micro-batch that `beta_dpo` leaves out, mostly outliers; if left out, 0. The paper has 0.2."""
     r_dpo_alpha: float | None = None

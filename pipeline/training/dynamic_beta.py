@@ -1,8 +1,10 @@
 """Choose beta-DPO's beta for each micro-batch, and the pairs that its filter leaves out (arXiv 2407.08639).
 
-Written after the authors' code (junkangwu/beta-DPO, trainers.py). A gap is a pair's log-ratio margin u_c - u_r in nats,
-without beta. With the mean M of a micro-batch's gaps and a running mean M_0 of them, beta is loss.beta times
-1 + alpha (M - M_0). Micro-batches are those of all processes together.
+Written after the authors' code (junkangwu/beta-DPO, trainers.py). A gap is a pair's log-ratio margin u_c - u_r in nats:
+the paper has a difference of rewards, the code leaves beta out of it, and this module follows the code. With the mean M
+of the gaps that the filter keeps, and a running mean M_0 of all gaps, beta is loss.beta times 1 + alpha (M - M_0).
+Micro-batches are those of all processes together. The loss is a mean over all pairs that are kept; the code averages
+the means of the processes.
 """
 
 import dataclasses

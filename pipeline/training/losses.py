@@ -33,7 +33,7 @@ __all__ = [
 Tensor = torch.Tensor
 
 DPOP_LAMBDA, R_DPO_ALPHA, SIMPO_GAMMA, CPO_ALPHA = 50.0, 0.01, 0.5, 1.0
-"""Values of options that are left out: the paper's, a reward of 1 for 100 tokens, and twice those of TRL's CPOConfig"""
+"""Values of options that are left out: the paper's, a reward of 1 for 100 tokens, and the two of TRL's CPOConfig"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,16 +204,18 @@ def _corrected_loss(name: Literal["dpop", "beta_dpo", "cal_dpo", "r_dpo"], pairs
     delta = u_c - u_r
     match name:
         case "dpop":
-            # DPO-Positive (arXiv 2402.13228, eq. 3): -log sigmoid(beta (delta - lambda max(0, -u_c))). The penalty
-            # acts while the chosen completion is less likely than under the reference.
+            # DPO-Positive (arXiv 2402.13228): -log sigmoid(beta (delta - lambda max(0, -u_c))). The penalty acts while
+            # the chosen completion is less likely than under the reference. There is no authors' code.
             weight = _or(config.dpop_lambda, DPOP_LAMBDA)
             return -F.logsigmoid(beta * (delta - weight * torch.relu(-u_c)) - shift)
         case "beta_dpo":
-            # beta-DPO (arXiv 2407.08639): DPO with a beta of the micro-batch, from `DynamicBeta`.
+            # beta-DPO (arXiv 2407.08639): DPO with a beta of the micro-batch, from `DynamicBeta`, which follows the
+            # authors' code.
             return -F.logsigmoid((beta if pairs.betas is None else pairs.betas) * delta - shift)
         case "cal_dpo":
-            # Cal-DPO (arXiv 2412.14516, and the authors' listing of it): -log sigmoid(delta), without beta, plus
-            # (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2.
+            # Cal-DPO (arXiv 2412.14516): -log sigmoid(delta), without beta, plus
+            # (u_c - 1/(2 beta))^2 + (u_r + 1/(2 beta))^2, as in the paper's listing and the authors' first code
+            # (Cal-DPO/Cal-DPO). Their later code (tengxiao1/Cal-DPO) has half of the squares.
             return -F.logsigmoid(delta) + (u_c - 0.5 / beta) ** 2 + (u_r + 0.5 / beta) ** 2
         case "r_dpo":
             # Length-regularized DPO (R-DPO, arXiv 2403.19159): -log sigmoid(x + alpha n_c - alpha n_r). The optimal
@@ -242,7 +244,8 @@ def _loss_without_reference(name: Literal["simpo", "cpo", "orpo"], pairs: Pairs,
         case "orpo":
             # ORPO (arXiv 2403.07691, eq. 6 and 7): cross-entropy - lambda log sigmoid(log odds(c) - log odds(r)), with
             # odds P/(1-P) and P the geometric mean of a completion's token probabilities, and beta for lambda. As in
-            # the paper, the cross-entropy is that of the completion; the authors' code and TRL add the prompt's tokens.
+            # the paper, the cross-entropy is that of the completion; TRL and, by default, the authors' code add the
+            # prompt's tokens.
             log_odds = _log_odds(chosen / pairs.chosen_tokens) - _log_odds(rejected / pairs.rejected_tokens)
             return _cross_entropy(pairs) - beta * F.logsigmoid(log_odds)
 

@@ -48,6 +48,19 @@ def test_beta_is_that_of_a_loop_over_micro_batches() -> None:
         assert pairs.chosen_logps.grad.tolist() == pytest.approx(slopes, rel=1e-12)
 
 
+def test_beta_is_that_of_the_pairs_that_the_filter_keeps_and_the_running_mean_that_of_all() -> None:
+    loss = LossConfig(type="beta_dpo", beta=0.2, beta_dpo_alpha=0.3, beta_dpo_filter=0.5)
+    gaps, state = GAPS[0], {}
+    pairs = DynamicBeta(loss, seed=2).apply(make_pairs(gaps), state, lambda own: own, 0)
+    assert pairs.weights is not None and pairs.betas is not None
+    kept = [gap for gap, weight in zip(gaps, pairs.weights.tolist(), strict=True) if weight]
+    running, beta = 0.1 * sum(gaps) / 4, pairs.betas[0].item()
+    assert len(kept) == 2 and state["mean"] == pytest.approx(running)
+    assert beta == pytest.approx(0.2 * (1 + 0.3 * (sum(kept) / 2 - running)), rel=1e-14)
+    expected = sum(math.log1p(math.exp(-beta * gap)) for gap in kept) / 2
+    assert total_loss(pairs, loss).loss.item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_beta_stays_positive_far_below_the_running_mean() -> None:
     dynamic = DynamicBeta(LossConfig(type="beta_dpo"), seed=1)
     pairs = dynamic.apply(make_pairs([-1e4, -1e4]), {}, lambda own: own, 0)
