@@ -32,9 +32,10 @@ class Siblings:
         Raises DataError if such a store is damaged.
         """
         copied: dict[int, ScoredPair] = {}
-        for other in self._folders.keys() - {name}:
+        # In the order of the settings: of two stores with a pair, the same one is copied in every process.
+        for other in self._folders:
             left = [i for i in range(len(pairs)) if i not in copied]
-            if (reusable := self._open(other)) is not None:
+            if other != name and (reusable := self._open(other)) is not None:
                 found = copy_scored(reusable, [pairs[i] for i in left])
                 copied |= {left[i]: scored for i, scored in found.items()}
         return copied
