@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pipeline.base.errors import BadRow, printable
 from pipeline.config.columns import LOSS_COLUMNS
 from pipeline.data.layouts import in_row, is_in_row
@@ -28,5 +30,6 @@ def numbers_of_loss(row: Mapping[str, Any], columns: Mapping[str, str], place: s
         if not is_number or (name == "weight" and value < 0):
             rule = "a finite number from 0" if name == "weight" else "a finite number"
             raise BadRow(f"bad_{name}", f"{place}: {column} must be {rule}, got {printable(repr(value))[:80]}")
-        numbers[name] = float(value)
+        # As the joined sets hold it, so that a weight too small for them counts as 0 from the start.
+        numbers[name] = float(np.float32(value))
     return numbers

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -290,6 +291,12 @@ def test_weight_and_margin_are_read_and_do_not_change_the_key() -> None:
     (plain,) = kept_pairs(rows[:1], TOKENIZER, DataConfig(path="pairs.jsonl"), Ledger())
     assert (plain.weight, plain.margin) == (1.0, 0.0)
     assert first.key == second.key == plain.key
+
+
+def test_weights_are_rounded_as_the_joined_sets_hold_them() -> None:
+    (pair,) = kept_pairs([make_row(0, {**PLAIN, "w": 1e-60, "m": 0.1})], TOKENIZER, WITH_NUMBERS, Ledger())
+    # One above 0 here that is 0 there would be trained on, and a step of such pairs would divide 0 by 0.
+    assert pair.weight == 0 and pair.margin == np.float32(0.1)
 
 
 @pytest.mark.parametrize(
