@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.base.errors import BadRow
-from pipeline.config.columns import LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.data.other_layouts import OtherLayout, as_messages, find_layout, looks_like
 from pipeline.data.pairs import (
     Form,
@@ -39,16 +39,21 @@ def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str, seed
     try:
         return _read_pair(row, columns, place, seed)
     except BadRow as error:
-        remedy = looks_like(row) if error.reason in _REASONS_OF_LAYOUT else None
-        if error.reason == "missing_column":
-            remedy = remedy or _rename(row, columns)
+        if error.reason not in _REASONS_OF_LAYOUT:
+            raise
+        remedy = looks_like(_renamed(row, columns), _rename(row, columns) if error.reason == "missing_column" else "")
         if remedy is None:
             raise
         raise BadRow(error.reason, f"{error}. {remedy}") from error
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """Say how data.columns names the columns that a pair must have and the row has not."""
+    """Say how data.columns names the columns that a pair must have and the row has not.
+
+    Say nothing if it names those of another layout.
+    """
+    if columns.keys() & set(LAYOUT_COLUMNS):
+        return ""
     needed = (*(name for name in ("prompt", *SPOKEN_COLUMNS) if name in columns), "chosen", "rejected")
     named = ", ".join(f"{name}: YOUR_COLUMN" for name in needed if not is_in_row(row, columns.get(name, name)))
     return f"Set data.columns: {{{named}}}"

@@ -68,8 +68,11 @@ def find_layout(row: Mapping[str, Any]) -> OtherLayout | None:
     return None
 
 
-def looks_like(row: Mapping[str, Any]) -> str | None:
-    """Say which layout a row comes nearest to and what it lacks; None if it is like none."""
+def looks_like(row: Mapping[str, Any], otherwise: str = "") -> str | None:
+    """Say which layout a row comes nearest to and what it lacks; None if it is like none.
+
+    `otherwise` is the remedy for a row in our own layout. It is given too, unless the row is known to hold no pair.
+    """
     there = {name: value for name, value in row.items() if value is not None}
     for name, is_like, remedy in _NOT_PAIRS:
         if is_like(there):
@@ -82,8 +85,10 @@ def looks_like(row: Mapping[str, Any]) -> str | None:
         if is_near and 1 > share >= 0.3 and (found is None or share > found[0]):
             found = share, layout
     if found is None:
-        return None
-    return f"It comes nearest to {found[1].name}, but has {'; '.join(found[1].lacks(there))} (docs/guide.md, Rows)"
+        return otherwise or None
+    lacks = "; ".join(found[1].lacks(there))
+    nearest = f"It comes nearest to {found[1].name}, but has {lacks} (docs/guide.md, Layouts of other tools)"
+    return f"{nearest}. {otherwise} if a pair's columns have other names" if otherwise else nearest
 
 
 _ROLES = {
@@ -145,6 +150,10 @@ def _is_answer(value: Any) -> bool:
     )
 
 
+def _is_rejected(value: Any) -> bool:
+    return _is_answer(value) or _are_messages(value)
+
+
 def _first_speaker(value: Sequence[Mapping[str, Any]]) -> Any:
     who = value[0].get("role", value[0].get("from"))
     return _ROLES.get(who, who) if isinstance(who, str) else None
@@ -153,6 +162,10 @@ def _first_speaker(value: Sequence[Mapping[str, Any]]) -> Any:
 def _are_unanswered(value: Any) -> bool:
     """Return True for messages that do not end in the assistant's: those of a prompt."""
     return _are_messages(value) and _first_speaker(value[-1:]) != "assistant"
+
+
+def _is_asked(value: Any) -> bool:
+    return isinstance(value, str) or _are_messages(value) or _is_message(value)
 
 
 def _number(value: Any) -> float | None:
@@ -203,8 +216,9 @@ def _share_gpt(row: Mapping[str, Any], place: str) -> Values:
 
 def _answered_messages(row: Mapping[str, Any], place: str) -> Values:
     asked = as_messages(row["messages"], "messages", place)
-    chosen, rejected = (row.get(name, row.get(f"{name}_message")) for name in ("chosen", "rejected"))
-    return _pair_of(_with_system(row, asked, place), chosen, rejected, place)
+    # A file of several layouts has nulls in the columns of the others.
+    names = ("chosen", "rejected") if row.get("chosen") is not None else ("chosen_message", "rejected_message")
+    return _pair_of(_with_system(row, asked, place), row[names[0]], row[names[1]], place)
 
 
 def _alpaca(row: Mapping[str, Any], place: str) -> Values:
@@ -229,13 +243,15 @@ def _instruction(row: Mapping[str, Any], place: str) -> str:
 
 
 def _swift(row: Mapping[str, Any], place: str) -> Values:
-    messages, rejected = as_messages(row["messages"], "messages", place), row.get("rejected_messages")
-    if rejected is not None and not _is_answer(rejected):
+    messages = _with_system(row, as_messages(row["messages"], "messages", place), place)
+    rejected = next(row[name] for name in ("rejected_messages", "rejected_response") if _is_rejected(row.get(name)))
+    if not _is_answer(rejected):
         # Both are whole conversations: the prompt is what they share.
-        return {"prompt": None, "chosen": messages, "rejected": as_messages(rejected, "rejected_messages", place)}
+        other = _with_system(row, as_messages(rejected, "rejected_messages", place), place)
+        return {"prompt": None, "chosen": messages, "rejected": other}
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise BadRow("wrong_type", f"{place}: messages must end in the assistant's answer, which is the chosen one")
-    return _pair_of(messages[:-1], messages[-1:], row["rejected_response"] if rejected is None else rejected, place)
+    return _pair_of(messages[:-1], messages[-1:], rejected, place)
 
 
 def _whole_conversations(row: Mapping[str, Any], place: str) -> Values:
@@ -254,7 +270,7 @@ def _compared(row: Mapping[str, Any], place: str) -> Values:
 
 def _asked(row: Mapping[str, Any], place: str) -> Any:
     """Give what the completions answer: the first of the columns that may hold it."""
-    name = next(name for name in _ASKED.split("|") if row.get(name) is not None)
+    name = next(name for name in _ASKED.split("|") if _is_asked(row.get(name)))
     value = _instruction(row, place) if name == "instruction" and isinstance(row[name], str) else row[name]
     return _as_prompt(value, name, place)
 
@@ -262,7 +278,8 @@ def _asked(row: Mapping[str, Any], place: str) -> Any:
 def _several(row: Mapping[str, Any], place: str, seed: int | None = None) -> Values:
     """Make a pair of the best completion and the worst one, or a random one of the worse if there is a seed."""
     lowest_is_best = _are_ranked(_completions(row))
-    score = "rank" if lowest_is_best else _score_of(_completions(row)[0]) or "score"
+    score = "rank" if lowest_is_best else _score_of(_completions(row)[0])
+    assert score is not None
     answers: list[tuple[float, Any]] = []
     for number, item in enumerate(_completions(row), start=1):
         value, where = _number(item.get(score)), f"{place}: completion {number}"
@@ -289,8 +306,8 @@ def _digest(value: Any) -> bytes:
 
 
 def _completions(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    there = (row.get(name) for name in _COMPLETIONS.split("|"))
-    return next(value for value in there if isinstance(value, list))
+    there: list[Any] = [row.get(name) for name in _COMPLETIONS.split("|")]
+    return next(value for value in there if _are_ranked(value) or _are_scored(value))
 
 
 def _score_of(item: Any) -> str | None:
@@ -318,7 +335,7 @@ _TEXT = _Rule(lambda value: isinstance(value, str), "text")
 _ANSWER = _Rule(_is_answer, "an answer: text, or the assistant's message")
 _MESSAGES = _Rule(_are_messages, "a list of messages")
 _UNANSWERED = _Rule(_are_unanswered, "a list of messages that the answers follow")
-_PROMPT = _Rule(lambda value: isinstance(value, str) or _are_messages(value) or _is_message(value), "text or messages")
+_PROMPT = _Rule(_is_asked, "text or messages")
 _NUMBER = _Rule(lambda value: _number(value) is not None, "a finite number")
 
 _LAYOUTS = (
@@ -374,12 +391,10 @@ _LAYOUTS = (
         "ms-swift's preferences",
         {
             "messages": _MESSAGES,
-            "rejected_response|rejected_messages": _Rule(
-                lambda value: _is_answer(value) or _are_messages(value),
-                "an answer or a list of messages",
-            ),
+            "rejected_response|rejected_messages": _Rule(_is_rejected, "an answer or a list of messages"),
         },
         _swift,
+        ("system",),
     ),
     OtherLayout(
         "ranked",

@@ -138,12 +138,15 @@ def _tokenize_text(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], li
     return three[0], three[1], three[2]
 
 
+_ALPACA_AS_TEXT = ", or set data.columns: {prompt: instruction} for texts without input, system and history"
+
+
 def _render(pair: Pair, tokenizer: "PreTrainedTokenizerBase", place: str, template_date: str | None) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"policy.model: its tokenizer has no chat template, but {place} is a conversation; "
             "use a chat model, or save a template with its tokenizer"
-            + (", or set data.columns: {prompt: instruction} for text" if pair.form == "alpaca" else "")
+            + (_ALPACA_AS_TEXT if pair.form == "alpaca" else "")
         )
     if isinstance(tokenizer.chat_template, dict):
         # The library's rule: the default one, and `tool_use` for pairs with tools.

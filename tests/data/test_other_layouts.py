@@ -131,6 +131,14 @@ def test_ms_swifts_earlier_rounds_are_the_prompt() -> None:
         assert read({"messages": [*rounds, YES], **rejected}).prompt == rounds
 
 
+def test_a_system_column_beside_ms_swifts_messages_is_their_first_message() -> None:
+    for rejected in ({"rejected_response": "No."}, {"rejected_messages": [ASK, NO]}, {"rejected_messages": [NO]}):
+        row = {"system": "Be brief.", "messages": [ASK, YES], **rejected}
+        assert read(row) == Pair(prompt=[BRIEF, ASK], chosen=[YES], rejected=[NO])
+    spoken = {"system": "Be long.", "messages": [BRIEF, ASK, YES], "rejected_response": "No."}
+    assert read(spoken).prompt == [BRIEF, ASK]
+
+
 def test_the_best_of_several_is_chosen_and_the_worst_rejected_whatever_their_order() -> None:
     for completions in (SCORED["completions"], SCORED["completions"][::-1]):
         assert read({**SCORED, "completions": completions}) == PAIR
@@ -231,8 +239,39 @@ def test_parquet_gives_the_columns_that_a_layout_needs(tmp_path: Path, columns: 
     ],
 )
 def test_a_row_that_fits_no_layout_says_which_is_nearest_and_what_it_lacks(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadRow, match=rf"pairs\.jsonl:7: .*It comes nearest to {message}.*Rows\)"):
+    with pytest.raises(BadRow, match=rf"pairs\.jsonl:7: .*It comes nearest to {message}.*Layouts of other tools\)"):
         read(row)
+
+
+def test_a_message_about_a_layout_knows_the_names_that_the_settings_give() -> None:
+    row, names = {"asked": [ASK], "a": "Yes.", "b": "No."}, {"context": "asked", "response1": "a", "response2": "b"}
+    with pytest.raises(BadRow, match=r"nearest to two answers .* but has no overall_preference \(") as refusal:
+        read({**row, "vote": None}, **names, overall_preference="vote")
+    assert "YOUR_COLUMN" not in str(refusal.value)
+
+
+def test_a_pair_under_other_names_is_told_how_to_name_them_though_a_layout_is_near() -> None:
+    row = {"prompt": "Two?", "chosen_response": " Yes.", "rejected_response": " No."}
+    with pytest.raises(BadRow, match=r"Set data\.columns: \{chosen: YOUR_COLUMN, rejected: YOUR_COLUMN\} if a pair's"):
+        read(row)
+    assert read(row, chosen="chosen_response", rejected="rejected_response").form == "text"
+    with pytest.raises(BadRow, match="KTO") as refusal:
+        read({"prompt": "Two?", "completion": "Yes.", "label": True})
+    assert "YOUR_COLUMN" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**COMPARED, "prompt": 5},
+        {**RANKED, "prompt": 5, "instruction": {"id": 1}},
+        {**SCORED, "completions": ["Yes.", "No."], "responses": SCORED["completions"]},
+        {**SWIFT, "rejected_messages": []},
+        {"messages": [ASK], "chosen_message": YES, "rejected_message": NO, "chosen": None, "rejected": None},
+    ],
+)
+def test_of_the_columns_that_a_layout_may_read_the_one_that_fits_is_read(row: dict[str, Any]) -> None:
+    assert read(row) == PAIR
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,12 @@ def test_conversation_without_a_template_is_a_setting_to_mend(plain: Any) -> Non
         tokenize(CONVERSATION, plain, "chat.jsonl:12")
 
 
+def test_what_a_base_model_can_not_read_of_alpaca_is_named_with_the_way_to_read_the_rest(plain: Any) -> None:
+    message = r"or set data\.columns: \{prompt: instruction\} for texts without input, system and history$"
+    with pytest.raises(ConfigError, match=message):
+        tokenize(replace(CONVERSATION, form="alpaca"), plain, "chat.jsonl:12")
+
+
 def test_named_templates_without_a_default_are_a_setting_to_mend() -> None:
     tokenizer = chat({"rag": SIMPLE, "tool_use": SIMPLE})
     with pytest.raises(
