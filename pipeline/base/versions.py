@@ -1,5 +1,6 @@
 """Versions of the libraries that compute; recorded with every result, never compared."""
 
+import functools
 import platform
 from importlib import metadata
 
@@ -12,8 +13,12 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version_of(name) or "unknown" for name in names}}
 
 
+@functools.cache
 def version_of(name: str) -> str | None:
-    """Return the version of an installed package, without importing it; None if it is not installed."""
+    """Return the version of an installed package, without importing it; None if it is not installed.
+
+    Read once in a process: what it has imported stays, whatever is installed meanwhile.
+    """
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

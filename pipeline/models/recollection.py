@@ -5,6 +5,7 @@ said the last time. An entry is found by a digest of the settings, of every file
 of the libraries' versions and of this program's own code, so anything that could change an answer makes another entry.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -133,6 +134,7 @@ def _place_of(library: str) -> Any:
     return [str(package), stamp_of(package)[1], stamp_of(package.parent)[1]]
 
 
+@functools.cache
 def digest_of_code() -> str:
     """Give the SHA-256, in hex, of this program's own sources."""
     digest = hashlib.sha256()

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.base.files import TEMPORARY, make_folder, replace_file
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.base.progress import say
 from pipeline.base.schemas import Schema
-from pipeline.base.versions import library_versions
+from pipeline.base.versions import library_versions, version_of
 from pipeline.config.schema import Config
 from pipeline.data.dates import asks_for_date
 from pipeline.data.sources import digests_of_rows, open_source
@@ -104,7 +103,7 @@ def cached_sets(
         "on_missing": config.train.on_missing,
         "keep_missing": keep_missing,
         "code": digest_of_code(),
-        "versions": {**library_versions(), **{name: metadata.version(name) for name in _READERS}},
+        "versions": {**library_versions(), **{name: version_of(name) for name in _READERS}},
     }
     made_from = as_json(made_from)
     return CachedSets(folder / fingerprint_of(made_from), made_from)
