@@ -88,6 +88,8 @@ def cached_sets(
         sets[name] = {
             "rows": rows,
             "source": where,
+            # A training set is joined without pairs of weight 0, a held-out one with them.
+            "is_held_out": name in config.data.eval,
             "store": None if store is None else {"identity": store.fingerprint, "index": store.digest},
         }
     model = NamedModel.policy(config)

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.base.errors import DataError
 from pipeline.base.signals import StopFlag
+from pipeline.config.data import DataConfig, EvalSetConfig, TrainSetConfig
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.models.files import load_tokenizer
@@ -253,6 +254,24 @@ def entry_of(scored: Scored, tokenizer: Any = None, *overrides: str, keep_missin
 
 def test_a_window_of_a_moving_reference_has_sets_of_its_own(scored: Scored) -> None:
     assert entry_of(scored) != entry_of(scored, keep_missing=True)
+
+
+def test_a_held_out_set_that_is_trained_on_is_joined_anew(scored: Scored) -> None:
+    """The pairs of weight 0 of a held-out set are joined, those of a training set are not."""
+    config, tokenizer = scored.config(), load_tokenizer(scored.config())
+    one, two = ({"path": str(scored.folder / name)} for name in ("pairs.jsonl", "heldout.jsonl"))
+
+    def entry(sets: dict[str, Any], held_out: dict[str, Any]) -> Any:
+        data = DataConfig(
+            sets={name: TrainSetConfig(**own) for name, own in sets.items()},
+            eval={name: EvalSetConfig(**own) for name, own in held_out.items()},
+        )
+        changed = dataclasses.replace(config, data=data)
+        return cached_sets(scored.folder, changed, {}, tokenizer, keep_missing=False)
+
+    assert entry({"a": one}, {"b": two}) != entry({"a": one, "b": two}, {})
+    more = entry({"a": {**one, "fraction": 0.5}, "b": two}, {})
+    assert more is not None and more == entry({"a": one, "b": two}, {})
 
 
 def test_sets_whose_tokens_depend_on_todays_date_are_not_kept(scored: Scored) -> None:
