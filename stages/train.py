@@ -333,7 +333,7 @@ def _make_trainer(
         attempt=run.attempt,
         margins=margins if state.is_main_process else None,
         finite=finite,
-        set_names=tuple(config.data.sets),
+        set_names=sorted(config.data.sets),
         before_training=before_training,
         model=scorer.model,
         args=arguments_of_loop(arguments),

@@ -18,15 +18,15 @@ class Mixture:
     """The pairs of an epoch."""
 
     pairs: datasets.Dataset
-    """Rows of all sets, one after the other; the column `set` has the number of each row's set"""
+    """Rows of all sets, one after the other; the column `set` has the number of each row's set, by name"""
     counts: Mapping[str, int]
     """Number of pairs of an epoch by set; a pair that is taken twice counts twice"""
 
 
 def mix(sets: Mapping[str, datasets.Dataset], settings: Mapping[str, TrainSetConfig], seed: int) -> Mixture:
-    """Concatenate joined sets, each by its `fraction`. The rows stay on disk; memory has 9 bytes for each.
+    """Concatenate joined sets in the order of their names, each by its `fraction`.
 
-    A single set, without `settings`, is given as it is.
+    The rows stay on disk; memory has 9 bytes for each. A single set, without `settings`, is given as it is.
     """
     if not settings:
         ((name, pairs),) = sets.items()
@@ -34,7 +34,8 @@ def mix(sets: Mapping[str, datasets.Dataset], settings: Mapping[str, TrainSetCon
     # A set without token log-probs has no place of them.
     shared = set.intersection(*(set(pairs.column_names) for pairs in sets.values()))
     parts, chosen, counts, before = [], [], {}, 0
-    for number, (name, pairs) in enumerate(sets.items()):
+    # A resumed run has the sets in the order of its file, which the identity of a run does not hold.
+    for number, (name, pairs) in enumerate(sorted(sets.items(), key=lambda item: item[0])):
         kept = pairs.remove_columns([column for column in pairs.column_names if column not in shared])
         parts.append(kept.add_column("set", np.full(len(pairs), number, np.int16)))
         keys = (key.as_py() for chunk in pairs.data.table["pair_key"].chunks for key in chunk)

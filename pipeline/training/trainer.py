@@ -72,7 +72,7 @@ class PairTrainer(transformers.Trainer):
         attempt: The run's attempt, which saves only while it owns the run's folder.
         margins: Collects each pair's margins.
         finite: Watches that each step is finite.
-        set_names: Names of several training sets, by the numbers in the batches.
+        set_names: Names of several training sets, by the numbers in the batches: sorted.
         before_training: Called with the trainer once all is ready for the first step.
     """
 

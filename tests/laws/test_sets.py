@@ -72,7 +72,8 @@ def test_a_mixture_trains_as_a_file_with_the_same_pairs_as_often(make_run: MakeR
 
     chosen = copies_of([pair.key for pair in kept(load_config(make_run(rows=two)))], 0.5, 42)
     assert 0 < chosen.sum() < 16
-    rows = [row for row in one for _ in range(2)] + [row for row, is_in in zip(two, chosen, strict=True) if is_in]
+    # In the order of the sets' names.
+    rows = [row for row, is_in in zip(two, chosen, strict=True) if is_in] + [row for row in one for _ in range(2)]
     other = {"output_dir": str(tmp_path / "plain")}
     plain = load_config(make_run(rows=rows, precompute={"output": str(tmp_path / "plain-shards")}, train=other))
     precompute.run(plain)

@@ -54,6 +54,12 @@ def test_sets_are_concatenated_with_their_numbers() -> None:
     assert mixed.pairs["pair_key"] == [*KEYS[:3], KEYS[3], KEYS[3], KEYS[4], KEYS[4]]
 
 
+def test_the_order_in_which_a_file_names_its_sets_does_not_matter() -> None:
+    sets, fractions = {"b": a_set(3, 200), "a": a_set(0, 3)}, settings(a=2.0, b=0.5)
+    one, two = mix(sets, fractions, seed=0), mix(dict(sorted(sets.items())), fractions, seed=0)
+    assert one.pairs.to_dict() == two.pairs.to_dict() and one.counts == two.counts
+
+
 def test_a_set_of_sums_takes_the_place_of_token_log_probs_from_all() -> None:
     mixed = mix({"a": a_set(0, 3), "b": a_set(3, 2, with_tokens=False)}, settings(a=1.0, b=1.0), seed=0)
     assert "token_start" not in mixed.pairs.column_names
