@@ -129,7 +129,9 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("from") is not None and "value" in value and "role" not in value
+    # Arrow gives a mapping the keys of all rows' mappings, with nulls.
+    is_turn = isinstance(value, Mapping) and value.get("from") is not None and "value" in value
+    return is_turn and value.get("role") is None
 
 
 def _are_turns(value: Any) -> bool:
@@ -155,7 +157,7 @@ def _is_rejected(value: Any) -> bool:
 
 
 def _first_speaker(value: Sequence[Mapping[str, Any]]) -> Any:
-    who = value[0].get("role", value[0].get("from"))
+    who = value[0].get("from") if value[0].get("role") is None else value[0]["role"]
     return _ROLES.get(who, who) if isinstance(who, str) else None
 
 

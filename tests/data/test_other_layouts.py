@@ -120,6 +120,16 @@ def test_share_gpts_speakers_are_roles_and_its_function_calls_tool_calls() -> No
         read({**SHARE_GPT, "conversations": [turn("robot", "Two?")]})
 
 
+def test_turns_and_messages_of_one_arrow_file_have_the_keys_of_both() -> None:
+    table = pa.Table.from_pylist([{"chosen": [turn("human", "Two?"), turn("gpt", "Yes.")]}, {"chosen": [ASK, YES]}])
+    table = table.append_column("rejected", pa.array([[turn("human", "Two?"), turn("gpt", "No.")], [ASK, NO]]))
+    share_gpt = pa.Table.from_pylist(
+        [{**SHARE_GPT, "tools": None}, {"conversations": [ASK], "chosen": YES, "rejected": NO}]
+    )
+    for row in (*table.to_pylist(), *share_gpt.to_pylist()):
+        assert read(row) == PAIR
+
+
 def test_open_ais_tools_are_the_pairs() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert read({**OPEN_AI, "input": {"messages": [ASK], "tools": tools}}).tools == tools
