@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.base.errors import BadRow
 from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
-from pipeline.data.other_layouts import OtherLayout, as_messages, find_layout, looks_like
+from pipeline.data.other_layouts import OtherLayout, find_layout, looks_like
 from pipeline.data.pairs import (
     Form,
     Message,
@@ -26,6 +26,7 @@ from pipeline.data.pairs import (
     without_nulls,
 )
 from pipeline.data.rows import LARGEST_ROW
+from pipeline.data.turns import as_messages
 
 __all__ = ["in_row", "is_in_row", "split_shared_prompt", "to_pair"]
 

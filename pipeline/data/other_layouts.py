@@ -6,13 +6,14 @@ A layout is recognized by a row's keys and the types of their values, never by t
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pipeline.base.errors import BadRow
-from pipeline.data.pairs import Form, is_conversational, kind_of
+from pipeline.data.pairs import Form, kind_of
+from pipeline.data.turns import are_messages, as_messages, first_speaker, is_answer, is_message, with_tool_calls
 
-__all__ = ["COLUMNS_OF_FORMS", "OtherLayout", "as_messages", "find_layout", "looks_like"]
+__all__ = ["COLUMNS_OF_FORMS", "OtherLayout", "find_layout", "looks_like"]
 
 Values = dict[str, Any]
 """Values of a pair's columns: prompt, chosen, rejected, tools"""
@@ -91,83 +92,17 @@ def looks_like(row: Mapping[str, Any], otherwise: str = "") -> str | None:
     return f"{nearest}. {otherwise} if a pair's columns have other names" if otherwise else nearest
 
 
-_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("observation", "tool"), "tool"),
-}
-
-
-def as_messages(value: Any, name: str, place: str) -> Any:
-    """Give a message as a list of one, and ShareGPT's turns as messages; any other value as it is.
-
-    Raises BadRow for a turn of an unknown speaker, and for a function call that is not JSON.
-    """
-    if isinstance(value, Mapping) and (_is_turn(value) or value.get("role") is not None):
-        value = [value]
-    if not _are_turns(value):
-        return value
-    return [_message(turn, f"{place}: {name} turn {i}") for i, turn in enumerate(value, start=1)]
-
-
-def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
-    who, said = turn["from"], turn["value"]
-    if who != "function_call":
-        if not isinstance(who, str) or who not in _ROLES:
-            known = ", ".join(("human", "gpt", "system", "function_call", "observation"))
-            raise BadRow("wrong_type", f"{place}: from must be one of {known}, got {who!r}. Rename it")
-        return {"role": _ROLES[who], "content": said}
-    try:
-        calls = json.loads(said) if isinstance(said, str) else said
-    except (ValueError, RecursionError) as error:
-        raise BadRow("wrong_type", f"{place}: a function_call must be JSON: {error}") from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
-        raise BadRow("wrong_type", f"{place}: a function_call must be {{name, arguments}}, got {kind_of(calls)}")
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
-
-
-def _is_turn(value: Any) -> bool:
-    # Arrow gives a mapping the keys of all rows' mappings, with nulls.
-    is_turn = isinstance(value, Mapping) and value.get("from") is not None and "value" in value
-    return is_turn and value.get("role") is None
-
-
-def _are_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_turn, value))
-
-
-def _are_messages(value: Any) -> bool:
-    return is_conversational(value) or _are_turns(value)
-
-
-def _is_message(value: Any) -> bool:
-    return _is_turn(value) or (isinstance(value, Mapping) and value.get("role") is not None)
-
-
-def _is_answer(value: Any) -> bool:
-    return (
-        isinstance(value, str) or _is_message(value) or (_are_messages(value) and _first_speaker(value) == "assistant")
-    )
-
-
 def _is_rejected(value: Any) -> bool:
-    return _is_answer(value) or _are_messages(value)
-
-
-def _first_speaker(value: Sequence[Mapping[str, Any]]) -> Any:
-    who = value[0].get("from") if value[0].get("role") is None else value[0]["role"]
-    return _ROLES.get(who, who) if isinstance(who, str) else None
+    return is_answer(value) or are_messages(value)
 
 
 def _are_unanswered(value: Any) -> bool:
     """Return True for messages that do not end in the assistant's: those of a prompt."""
-    return _are_messages(value) and _first_speaker(value[-1:]) != "assistant"
+    return are_messages(value) and first_speaker(value[-1:]) != "assistant"
 
 
 def _is_asked(value: Any) -> bool:
-    return isinstance(value, str) or _are_messages(value) or _is_message(value)
+    return isinstance(value, str) or are_messages(value) or is_message(value)
 
 
 def _number(value: Any) -> float | None:
@@ -245,12 +180,12 @@ def _instruction(row: Mapping[str, Any], place: str) -> str:
 
 
 def _swift(row: Mapping[str, Any], place: str) -> Values:
-    messages = _with_system(row, as_messages(row["messages"], "messages", place), place)
-    rejected = next(row[name] for name in ("rejected_messages", "rejected_response") if _is_rejected(row.get(name)))
-    if not _is_answer(rejected):
+    messages = _with_system(row, with_tool_calls(row["messages"], "messages", place), place)
+    name = next(name for name in ("rejected_messages", "rejected_response") if _is_rejected(row.get(name)))
+    rejected = with_tool_calls(row[name], name, place)
+    if not is_answer(rejected):
         # Both are whole conversations: the prompt is what they share.
-        other = _with_system(row, as_messages(rejected, "rejected_messages", place), place)
-        return {"prompt": None, "chosen": messages, "rejected": other}
+        return {"prompt": None, "chosen": messages, "rejected": _with_system(row, rejected, place)}
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise BadRow("wrong_type", f"{place}: messages must end in the assistant's answer, which is the chosen one")
     return _pair_of(messages[:-1], messages[-1:], rejected, place)
@@ -288,7 +223,7 @@ def _several(row: Mapping[str, Any], place: str, seed: int | None = None) -> Val
         text = next((item[name] for name in _TEXTS if item.get(name) is not None), None)
         if value is None:
             raise BadRow("wrong_type", f"{where}: {score} must be a finite number, got {kind_of(item.get(score))}")
-        if not _is_answer(text):
+        if not is_answer(text):
             raise BadRow("wrong_type", f"{where}: {' or '.join(_TEXTS)} must be an answer, got {kind_of(text)}")
         answers.append((-value if lowest_is_best else value, text))
     # The first of several equal ones is taken.
@@ -334,8 +269,8 @@ _COMPLETIONS = "completions|responses"
 _ASKED = "prompt|context|instruction|question|messages"
 
 _TEXT = _Rule(lambda value: isinstance(value, str), "text")
-_ANSWER = _Rule(_is_answer, "an answer: text, or the assistant's message")
-_MESSAGES = _Rule(_are_messages, "a list of messages")
+_ANSWER = _Rule(is_answer, "an answer: text, or the assistant's message")
+_MESSAGES = _Rule(are_messages, "a list of messages")
 _UNANSWERED = _Rule(_are_unanswered, "a list of messages that the answers follow")
 _PROMPT = _Rule(_is_asked, "text or messages")
 _NUMBER = _Rule(lambda value: _number(value) is not None, "a finite number")
@@ -348,7 +283,7 @@ _LAYOUTS = (
             "preferred_output": _ANSWER,
             "non_preferred_output": _ANSWER,
             "input": _Rule(
-                lambda value: isinstance(value, Mapping) and _are_messages(value.get("messages")),
+                lambda value: isinstance(value, Mapping) and are_messages(value.get("messages")),
                 "an object with a list of messages",
             ),
         },
