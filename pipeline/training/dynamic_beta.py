@@ -62,10 +62,13 @@ class DynamicBeta:
 
     def _take(self, gaps: torch.Tensor, state: dict[str, Any]) -> float:
         """Move the running mean and deviation toward the micro-batch's; return the mean."""
+        state["batches"] = state.get("batches", 0) + 1
+        if not gaps.isfinite().all():
+            # With train.on_nonfinite: continue, training goes on, and would do so with NaN for ever.
+            return float(state.get("mean", 0.0))
         now = {"mean": float(gaps.mean()), "deviation": float(gaps.std()) if len(gaps) > 1 else 0.0}
         for name, value in now.items():
             state[name] = _MOMENTUM * state.get(name, 0.0) + (1 - _MOMENTUM) * value
-        state["batches"] = state.get("batches", 0) + 1
         return float(state["mean"])
 
     def _draw(self, gaps: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
@@ -75,6 +78,6 @@ class DynamicBeta:
         # The largest of log-weights plus Gumbel noise are such a draw, even where the density itself would be 0.
         generator = torch.Generator().manual_seed(self._seed + int(state["batches"]))
         noise = -torch.log(-torch.log(torch.rand(len(gaps), generator=generator, dtype=torch.float64)))
-        distances = (gaps - state["mean"]) / (state["deviation"] or 1.0)
+        distances = (gaps - state.get("mean", 0.0)) / (state.get("deviation") or 1.0)
         count = max(1, int(len(gaps) * (1 - self._filter)))
         return torch.topk(noise - 0.5 * distances**2, count).indices

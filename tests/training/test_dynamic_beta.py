@@ -67,6 +67,15 @@ def test_beta_stays_positive_far_below_the_running_mean() -> None:
     assert pairs.betas is not None and pairs.betas.tolist() == [1e-3, 1e-3]
 
 
+def test_a_micro_batch_that_is_not_finite_does_not_move_the_running_means() -> None:
+    for option in (0.0, 0.5):
+        dynamic, state = DynamicBeta(LossConfig(type="beta_dpo", beta_dpo_filter=option), seed=1), {}
+        dynamic.apply(make_pairs([math.nan, 1.0]), state, lambda own: own, 0)
+        dynamic.apply(make_pairs([1.0, 3.0]), state, lambda own: own, 0)
+        dynamic.apply(make_pairs([math.inf, 1.0]), state, lambda own: own, 0)
+        assert state["mean"] == pytest.approx(0.2) and state["batches"] == 3
+
+
 def test_a_resumed_run_goes_on_with_the_same_beta_and_pairs() -> None:
     loss = LossConfig(type="beta_dpo", beta_dpo_filter=0.5)
     whole: dict[str, Any] = {}
