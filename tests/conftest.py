@@ -1,6 +1,8 @@
 """Fixtures that many tests share, and the order in which files of tests are run."""
 
 import gc
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ import torch
 
 from pipeline.base import signals
 from support.models import make_model, make_tokenizer
+from support.processes import ROOT
 from support.runs import simple_rows, write_config, write_jsonl
+
+# The checkout's own package, also where another checkout is installed.
+_spec = importlib.util.spec_from_file_location("refshard", ROOT / "stages" / "refshard" / "__init__.py")
+assert _spec is not None and _spec.loader is not None
+sys.modules["refshard"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["refshard"])
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

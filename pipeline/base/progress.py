@@ -7,6 +7,7 @@ With `--json-logs` a command prints only JSON objects on stdout, one a line, eac
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -18,7 +19,18 @@ from tqdm import tqdm
 
 from pipeline.base.errors import printable
 
-__all__ = ["JSON_LOGS", "JsonLines", "Progress", "emit", "say", "start_json", "without_nan", "without_other_bars"]
+__all__ = [
+    "JSON_LOGS",
+    "JsonLines",
+    "Progress",
+    "emit",
+    "is_notebook",
+    "is_shown",
+    "say",
+    "start_json",
+    "without_nan",
+    "without_other_bars",
+]
 
 JSON_LOGS = "REFSHARD_JSON_LOGS"
 """Environment variable with the option's effect, also in the processes that a command starts"""
@@ -70,11 +82,25 @@ def emit(kind: str, record: Mapping[str, Any]) -> None:
 def say(text: str, *, err: bool = False) -> None:
     """Print lines for people, above the progress line if there is one. Escape what a terminal would obey.
 
-    Paths, names and texts of the data are anybody's.
+    Paths, names and texts of the data are anybody's. The level of the logger `refshard` leaves lines out: warnings and
+    what goes to stderr are of level WARNING, the others of INFO.
     """
+    if not is_shown(logging.WARNING if err or text.startswith("warning:") else logging.INFO):
+        return
     file = sys.stderr if err else sys.stdout
     tqdm.write("\n".join(map(printable, text.split("\n"))), file=file)
     file.flush()
+
+
+def is_shown(level: int) -> bool:
+    """Return True unless a script or notebook has set the logger `refshard` to a higher level."""
+    return logging.getLogger("refshard").level <= level
+
+
+def is_notebook() -> bool:
+    """Return True in the kernel of a notebook, which shows a line that is rewritten, though it is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
 
 
 @contextlib.contextmanager
@@ -116,7 +142,9 @@ class Progress:
         # The first line is written at once, the others seldom.
         self._last_line = -math.inf
         self._last_said: int | None = None
-        self._rewrites = sys.stderr.isatty() and not isinstance(sys.stdout, JsonLines) and total != done
+        self._is_shown = is_shown(logging.INFO)
+        is_live = (sys.stderr.isatty() or is_notebook()) and not isinstance(sys.stdout, JsonLines)
+        self._rewrites = is_live and self._is_shown and total != done
         self._bar = tqdm(
             total=total, initial=done, desc=self._name, unit=f" {unit}", disable=not self._rewrites, dynamic_ncols=True
         )
@@ -155,13 +183,13 @@ class Progress:
         """Show activity, though nothing more is done yet."""
         if self._rewrites:
             self._bar.set_description_str(f"{self._name} ({doing})" if doing else self._name)
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        elif self._is_shown and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._write_line(doing)
 
     def close(self) -> None:
         """Write the last line."""
         self._bar.close()
-        if not self._rewrites and self._latest.done not in (self._start.done, self._last_said):
+        if self._is_shown and not self._rewrites and self._latest.done not in (self._start.done, self._last_said):
             self._write_line("", is_last=True)
 
     def _rates(self) -> tuple[float, float]:

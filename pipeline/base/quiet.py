@@ -9,8 +9,10 @@ __all__ = ["silence_libraries"]
 def silence_libraries() -> None:
     """Leave out warnings of the installed libraries about their own parts."""
     # A kernel for 4-bit products on CPUs that is not installed; another one computes the same.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
-    )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
     # A library that reads an attribute of another one by its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward from kernels-community" not in record.getMessage()

@@ -1,11 +1,13 @@
 """A request to stop, as a flag that a signal or a time sets. The program leaves at its next safe point."""
 
+import contextlib
 import mmap
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing import connection, get_context, parent_process
 from types import FrameType
 from typing import Any
@@ -16,6 +18,7 @@ __all__ = [
     "is_stop_requested",
     "leave_with_parent",
     "process_context",
+    "signals_restored",
     "watch_signals",
     "work_unsignalled",
 ]
@@ -71,6 +74,22 @@ def watch_signals(stop_at: float | None = None) -> StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, handle)
     return flag
+
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Put the handlers of the watched signals back afterwards, and forget a request to stop."""
+    global _watched
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if is_main else {}
+    try:
+        yield
+    finally:
+        _watched = None
+        for number, handler in before.items():
+            # None stands for a handler that was not set from Python.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def work_unsignalled(closing: Any) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -20,21 +20,35 @@ from pipeline.config.schema import Config
 __all__ = ["as_dict", "dump_settings", "load_config", "settings_text"]
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's settings from a YAML file and apply `key=value` overrides (`loss.beta=0.2`). Raises ConfigError."""
-    path = Path(path)
-    try:
-        text = read_file(path, most=_LARGEST_CONFIG).decode("utf-8")
-    except (OSError, ValueError, DataError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error))
-        raise ConfigError(f"--config {path}: can't be read ({reason})") from error
-    tree = _parse_yaml(text, str(path))
+def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read a run's settings from a YAML file, or from a mapping with a file's content; then apply overrides.
+
+    An override is `key=value`, like `loss.beta=0.2`. Raises ConfigError.
+    """
+    place, text = ("config", _as_text(source)) if isinstance(source, Mapping) else (str(source), _read_text(source))
+    tree = _parse_yaml(text, place)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections like `data:` and `policy:`, got {kind_of(tree)}")
+        raise ConfigError(f"{place}: must hold sections like `data:` and `policy:`, got {kind_of(tree)}")
     for override in overrides:
         _apply_override(tree, override)
     _refuse_passwords(tree, "")
     return typing.cast(Config, convert(tree, Config, ""))
+
+
+def _read_text(path: Path | str) -> str:
+    try:
+        return read_file(Path(path), most=_LARGEST_CONFIG).decode("utf-8")
+    except (OSError, ValueError, DataError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error))
+        raise ConfigError(f"--config {path}: can't be read ({reason})") from error
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    """Write a mapping as a settings file has it, so that both are read in one way."""
+    try:
+        return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config: must hold text, numbers, lists and mappings, got {one_line(str(error))}") from error
 
 
 _LARGEST_CONFIG = 2**20
@@ -91,6 +105,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(_Written, _Dumper.represent_written)
+_Dumper.add_representer(tuple, _Dumper.represent_list)
+# Subclasses of float are numpy's.
+_Dumper.add_multi_representer(float, lambda dumper, number: dumper.represent_float(float(number)))
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def _as_written(value: Any) -> Any:

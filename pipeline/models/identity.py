@@ -39,6 +39,7 @@ __all__ = [
     "fingerprint_of",
     "identity_of_reference",
     "identity_of_run",
+    "identity_of_tokenizer",
     "in_other_precision",
     "policy_reference_relation",
     "precisions_apart",
@@ -94,14 +95,21 @@ def identity_of_run(config: Config, tokenizer: "PreTrainedTokenizerBase | Tokeni
         "schema": SCHEMA_VERSION,
         "reference": identity_of_reference(config),
         "tokenization": {
-            "version": TOKENIZATION_VERSION,
-            "tokenizer": known.digest,
-            "chat_template": None if known.chat_template is None else _digest(known.chat_template),
-            "eos": known.eos_token,
+            **identity_of_tokenizer(known),
             **({"template_date": config.data.template_date} if dated else {}),
             "max_length": config.data.max_length,
             "token_logps": config.precompute.token_logps,
         },
+    }
+
+
+def identity_of_tokenizer(known: TokenizerFacts) -> dict[str, Any]:
+    """Collect what decides the token ids of a text."""
+    return {
+        "version": TOKENIZATION_VERSION,
+        "tokenizer": known.digest,
+        "chat_template": None if known.chat_template is None else _digest(known.chat_template),
+        "eos": known.eos_token,
     }
 
 

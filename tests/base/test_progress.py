@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import os
 import sys
+import types
 from typing import Any
 
 import click
@@ -223,3 +225,35 @@ def test_asking_for_json_twice_wraps_once_and_processes_inherit_it(monkeypatch: 
 def test_records_go_nowhere_where_people_read(capsys: pytest.CaptureFixture[str]) -> None:
     emit("log", {"loss": 1.0})
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_level_of_our_logger_leaves_out_messages_and_progress_then_warnings(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(level: int) -> list[str]:
+        monkeypatch.setattr(logging.getLogger("refshard"), "level", level)
+        progress = Progress("train", 80, "steps")
+        work(clock, progress, 1, seconds=1)
+        progress.close()
+        for text, err in (("a message", False), ("warning: by a stage", False), ("to stderr", True)):
+            say(text, err=err)
+        out, err_text = capsys.readouterr()
+        return [*out.splitlines(), *(line.partition(":")[0] for line in err_text.splitlines())]
+
+    assert shown(logging.NOTSET) == shown(logging.INFO) == ["a message", "warning: by a stage", "train", "to stderr"]
+    assert shown(logging.WARNING) == ["warning: by a stage", "to stderr"]
+    assert shown(logging.ERROR) == []
+
+
+def test_a_notebook_has_a_line_that_is_rewritten(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not module.is_notebook()
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    work(clock, Progress("train", 80, "steps"), 2, seconds=1)
+    assert "\rtrain:" in capsys.readouterr().err
+    # IPython in a terminal, and a script that has imported it.
+    for other in (types.SimpleNamespace(config={}), None):
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda other=other: other))
+        assert not module.is_notebook()

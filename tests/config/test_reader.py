@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -493,6 +494,29 @@ def test_a_file_that_is_not_a_mapping_of_settings_is_refused(load: Load, tmp_pat
         load(text)
     assert str(tmp_path / "run.yaml") in str(caught.value)
     assert found in str(caught.value)
+
+
+def test_a_mapping_means_what_its_file_means(tmp_path: Path) -> None:
+    settings = {
+        "data": {"path": tmp_path / "pairs.jsonl", "max_length": None, "streaming": False, "split": "on"},
+        "policy": {"model": "m", "lora": {"r": 4, "target_modules": ("q_proj", "v_proj")}},
+        "precompute": {"output": "out"},
+        "loss": {"type": ["sigmoid", "sft"], "weights": [1, 0.5], "beta": np.float64(0.3)},
+        "train": {"output_dir": "p", "learning_rate": 5e-7, "save_strategy": "no", "bf16": True, "max_steps": 3},
+    }
+    config = load_config(settings, ["loss.beta=0.2"])
+    assert config.data.path == str(tmp_path / "pairs.jsonl") and config.data.max_length is None
+    assert config.data.split == "on" and config.policy.lora.target_modules == ["q_proj", "v_proj"]
+    assert (config.loss.beta, config.loss.weights, config.train.given["save_strategy"]) == (0.2, [1.0, 0.5], "no")
+    assert load_config(settings).loss.beta == 0.3
+    file = tmp_path / "run.yaml"
+    file.write_text(settings_text(config))
+    assert load_config(file) == config
+    assert config.train.options["learning_rate"] == 5e-7 and config.train.options["bf16"] is True
+    with pytest.raises(ConfigError, match=r"^loss\.beta: must be"):
+        load_config({**settings, "loss": {"beta": "much"}})
+    with pytest.raises(ConfigError, match=r"^config: must hold text, numbers, lists and mappings, got .*object"):
+        load_config({**settings, "loss": object()})
 
 
 def test_a_tag_runs_nothing(load: Load, tmp_path: Path) -> None:

@@ -147,8 +147,9 @@ def test_every_command_that_a_page_shows_exists_with_its_options(name: str) -> N
     lines = [line for kind, block in blocks(text) if kind in ("", "sh", "shell", "bash") for line in block.splitlines()]
     wrong = []
     for line in lines:
-        if line.lstrip("$ ").startswith("refshard "):
-            wrong += problems_of(shlex.split(line.lstrip("$ "), comments=True), whole=True)
+        command = re.sub(r"^(torchrun|accelerate launch) .*-m (?=refshard )", "", line.lstrip("$ "))
+        if command.startswith("refshard "):
+            wrong += problems_of(shlex.split(command, comments=True), whole=True)
     for span in spans(text):
         if span.startswith("refshard "):
             wrong += problems_of(span.split(), whole=False)

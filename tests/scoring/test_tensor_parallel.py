@@ -19,8 +19,9 @@ from pipeline.base.folders import open_folder
 from pipeline.base.signals import StopFlag
 from pipeline.scoring.tensor_parallel import Ensemble, share_of_process
 from pipeline.store.store import Store, open_store, read_part
+from support.installed import as_installed, folder_of_others
 from support.models import make_model
-from support.processes import _FORKS, ROOT, redirected, said
+from support.processes import _FORKS, redirected, said
 from support.runs import refshard, simple_rows
 from support.stores import bytes_of_stores
 from support.watched import Watched, start_ranks
@@ -96,11 +97,15 @@ def test_the_processes_of_a_launch_need_nothing_of_each_other_and_write_what_one
     ],
     ids=["torchrun", "accelerate"],
 )
-def test_a_launcher_starts_workers_that_write_what_one_writes(config: Path, launcher: list[str]) -> None:
+def test_a_launcher_starts_workers_that_write_what_one_writes(
+    config: Path, launcher: list[str], tmp_path: Path
+) -> None:
+    """It starts the installed program by name, also in a folder with packages of the same names as ours."""
     words = ["precompute", "--config", config, "-o", f"precompute.output={config.parent / 'launched'}"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "stages.cli", *map(str, words)],
-        cwd=ROOT,
+        [sys.executable, "-m", *launcher, "-m", "refshard", *map(str, words)],
+        cwd=folder_of_others(tmp_path / "work"),
+        env=as_installed(tmp_path / "site"),
         timeout=300,
         capture_output=True,
         text=True,

@@ -32,8 +32,8 @@ from pipeline.training.fsdp import keep_outputs, load_optimizer
 from pipeline.training.gate import Gaps
 from pipeline.training.processes import first_on_each_machine, of_main_process
 from stages import train
+from support.installed import as_installed, folder_of_others
 from support.models import make_model, make_tokenizer
-from support.processes import ROOT
 from support.runs import refshard, simple_rows, write_config, write_jsonl
 from support.watched import Watched, start_ranks
 
@@ -307,7 +307,7 @@ def test_another_number_of_pairs_a_step_is_refused_and_other_random_numbers_are_
 # Launchers
 
 
-def test_accelerate_launch_trains_a_sharded_policy(runs: Callable[[str], Runs]) -> None:
+def test_accelerate_launch_trains_a_sharded_policy(runs: Callable[[str], Runs], tmp_path: Path) -> None:
     group = runs("full")
     with socket.socket() as held:
         # accelerate looks for a free port and may lose it again; where its own is taken, torchrun keeps one from the
@@ -317,8 +317,9 @@ def test_accelerate_launch_trains_a_sharded_policy(runs: Callable[[str], Runs]) 
         port = f"--main_process_port={held.getsockname()[1]}"
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", port]
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", "stages.cli", *group.words("launched", "fsdp")],
-            cwd=ROOT,
+            [sys.executable, *launcher, "-m", "refshard", *group.words("launched", "fsdp")],
+            cwd=folder_of_others(tmp_path / "work"),
+            env=as_installed(tmp_path / "site"),
             timeout=300,
             capture_output=True,
             text=True,

@@ -1,0 +1,110 @@
+"""Run a stage within this process, which is left as it was: no exit, no signal handlers, no changed log level."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.errors import ConfigError, RefshardError, interruption_of
+from pipeline.base.folders import open_folder
+from pipeline.base.quiet import silence_libraries
+from pipeline.base.signals import signals_restored
+from pipeline.config.reader import load_config
+from pipeline.config.schema import Config
+
+from .stores import Store, open_store
+
+__all__ = ["precompute", "train"]
+
+
+def precompute(
+    config: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), overwrite: bool = False
+) -> dict[str, Store]:
+    """Run stage one: write the reference's log-probs to shards. Only what is missing is scored.
+
+    An interrupt (Ctrl-C, or the notebook's stop button) ends it at the next unit; a second one ends it at once.
+
+    Args:
+        config: A settings file, or its content as a mapping.
+        overrides: Changes of single settings, like `loss.beta=0.2`.
+        overwrite: Delete the shards in the output folder and start over.
+
+    Returns:
+        Each set's store by name; none for a loss without a reference.
+
+    Raises:
+        UnfinishedError: It was interrupted, or other workers have not finished; the same call resumes.
+        RefshardError: The settings or data are wrong, or the disk failed; see the subclasses.
+    """
+    settings = _settings(config, overrides)
+    with _visiting():
+        from stages.early import refuse_early
+        from stages.precompute import command
+
+        refuse_early(settings)
+        command.run(settings, overwrite=overwrite)
+    names = settings.data.names if settings.loss.needs_reference else ()
+    output = open_folder(settings.precompute.output)
+    return {name: open_store(str(output.child(name))) for name in names}
+
+
+def train(config: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), overwrite: bool = False) -> Path:
+    """Run stage two: train the policy on the shards. It resumes from the newest complete checkpoint.
+
+    An interrupt ends it after the current step, with a checkpoint; a second one ends it at once.
+
+    Args:
+        config: A settings file, or its content as a mapping.
+        overrides: Changes of single settings, like `loss.beta=0.2`.
+        overwrite: Delete the checkpoints in the output folder and start over.
+
+    Returns:
+        Folder of the policy, which `from_pretrained` or PEFT loads.
+
+    Raises:
+        UnfinishedError: It was interrupted, or the shards are not complete; the same call resumes.
+        RefshardError: The settings or data are wrong, or the disk failed; see the subclasses.
+    """
+    settings = _settings(config, overrides)
+    with _visiting():
+        from stages import train as stage
+        from stages.early import refuse_early
+
+        refuse_early(settings, is_scored=True)
+        stage.run(settings, overwrite=overwrite)
+    return settings.train.folder
+
+
+def _settings(config: Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    settings = load_config(config, overrides)
+    if settings.reference.sync is not None:
+        raise ConfigError(
+            "reference.sync: must be left out here, since each window is trained in a process of its own. Run: "
+            "refshard train --config FILE"
+        )
+    return settings
+
+
+@contextlib.contextmanager
+def _visiting() -> Iterator[None]:
+    """Leave signal handlers, warnings, log level and memory as they were, and raise what a user can act on as ours."""
+    import click
+    from transformers.utils import logging as library
+
+    from pipeline.scoring.memory import free_memory
+
+    level = library.get_verbosity()
+    try:
+        with signals_restored(), warnings.catch_warnings():
+            silence_libraries()
+            yield
+    except click.exceptions.Exit as error:
+        raise RefshardError(f"another process of this launch has failed, with status {error.exit_code}") from error
+    except Exception as error:
+        if (ours := interruption_of(error)) is not None:
+            raise ours from error
+        raise
+    finally:
+        library.set_verbosity(level)
+        free_memory()
