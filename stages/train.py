@@ -347,7 +347,8 @@ def _make_trainer(
         # A stop request comes last, since it overrules what the others want done at a step's end.
         callbacks=[SpacingWatch(_say), finite, record, *([] if window is None else [WindowCallback(window)]), commit],
     )
-    for librarys_own in (transformers.ProgressCallback, transformers.PrinterCallback):
+    # In a notebook the library draws a table.
+    for librarys_own in (transformers.trainer.DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback):
         trainer.remove_callback(librarys_own)
     return trainer, record, commit
 

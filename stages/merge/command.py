@@ -153,6 +153,7 @@ def _compared(unmerged: _Logps, merged: _Logps, config: Config, dtype: str) -> A
 
 def _save(config: Config, run_folder: Path, work: Path, dtype: str, tokenizer: Any) -> None:
     """Save the merged model as `from_pretrained` reads it, with its generation config and the tokenizer."""
+    from pipeline.scoring.memory import free_memory
     from pipeline.training.trainer import saving
 
     say(f"Merging the adapter into {NamedModel.policy(config).name}, in {dtype} ...")
@@ -161,6 +162,8 @@ def _save(config: Config, run_folder: Path, work: Path, dtype: str, tokenizer: A
     with without_other_bars(), saving(f"{work}: the merged model"):
         model.save_pretrained(work, max_shard_size=_SHARD)
         tokenizer.save_pretrained(work)
+    del model
+    free_memory()
 
 
 def _write_card(config: Config, run_folder: Path, work: Path, dtype: str, found: Agreement | None) -> None:

@@ -19,12 +19,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 
+class LibrarysBar(transformers.TrainerCallback):
+    """A bar of the library's own, as in notebooks: it would stand beside our line."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the library draws its bar")
+
+
 def test_every_block_runs_in_one_process(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "models" / "sft", tokenizer, num_hidden_layers=1)
     write_jsonl(tmp_path / "pairs.jsonl", simple_rows(8))
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", LibrarysBar)
     [settings] = blocks("yaml")
     (tmp_path / "run.yaml").write_text(settings)
     names: dict[str, Any] = {}

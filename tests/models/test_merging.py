@@ -32,6 +32,9 @@ FRESH: dict[str, dict[str, Any]] = {
 }
 
 
+CHANGING_EMBEDDINGS = ("saved whole", "on embeddings")
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[bool, Path]:
     """A bfloat16 model with a head of its own, and one whose head is its embeddings; wide enough to be quantized."""
@@ -70,8 +73,9 @@ def logps(model: Any) -> torch.Tensor:
         return torch.log_softmax(model(input_ids=IDS).logits.float(), dim=-1)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-@pytest.mark.parametrize("kind", FRESH)
+@pytest.mark.parametrize(
+    ("kind", "tied"), [*((kind, False) for kind in FRESH), *((kind, True) for kind in ("lora", *CHANGING_EMBEDDINGS))]
+)
 def test_a_merged_model_gives_the_log_probs_of_base_and_adapter(
     kind: str, tied: bool, bases: dict[bool, Path], tmp_path: Path
 ) -> None:
@@ -84,7 +88,7 @@ def test_a_merged_model_gives_the_log_probs_of_base_and_adapter(
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     assert not hasattr(merged.config, "quantization_config")
     # Two matrices of the same size that differ can't be one.
-    assert merged.config.tie_word_embeddings == (tied and kind not in ("saved whole", "on embeddings"))
+    assert merged.config.tie_word_embeddings == (tied and kind not in CHANGING_EMBEDDINGS)
     # LLM.int8() rounds activations too.
     torch.testing.assert_close(logps(merged), logps(policy), atol=0.5 if kind == "8 bits" else 1e-4, rtol=0)
     with policy.disable_adapter():
