@@ -1,15 +1,16 @@
 """Run a stage within this process, which is left as it was: no exit, no signal handlers, no changed log level."""
 
 import contextlib
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import ConfigError, RefshardError, interruption_of
-from pipeline.base.folders import open_folder
+from pipeline.base.errors import ConfigError, RefshardError, interruption_of, stopped_as_asked
+from pipeline.base.folders import Folder, open_folder
 from pipeline.base.quiet import silence_libraries
-from pipeline.base.signals import signals_restored
+from pipeline.base.signals import is_stop_requested, signals_restored
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 
@@ -17,11 +18,15 @@ from .stores import Store, open_store
 
 __all__ = ["precompute", "train"]
 
+_SECONDS_BETWEEN_LOOKS = 1.0
+
 
 def precompute(
     config: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Store]:
     """Run stage one: write the reference's log-probs to shards. Only what is missing is scored.
+
+    Each of several processes of a launch scores its share, and waits for the others.
 
     An interrupt (Ctrl-C, or the notebook's stop button) ends it at the next unit; a second one ends it at once.
 
@@ -34,7 +39,7 @@ def precompute(
         Each set's store by name; none for a loss without a reference.
 
     Raises:
-        UnfinishedError: It was interrupted, or other workers have not finished; the same call resumes.
+        UnfinishedError: It was interrupted; the same call resumes.
         RefshardError: The settings or data are wrong, or the disk failed; see the subclasses.
     """
     settings = _settings(config, overrides)
@@ -44,9 +49,11 @@ def precompute(
 
         refuse_early(settings)
         command.run(settings, overwrite=overwrite)
-    names = settings.data.names if settings.loss.needs_reference else ()
-    output = open_folder(settings.precompute.output)
-    return {name: open_store(str(output.child(name))) for name in names}
+        output = open_folder(settings.precompute.output)
+        names = settings.data.names if settings.loss.needs_reference else ()
+        folders = {name: output.child(name) for name in names}
+        _wait_for_others(folders.values())
+    return {name: open_store(str(folder)) for name, folder in folders.items()}
 
 
 def train(config: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), overwrite: bool = False) -> Path:
@@ -84,6 +91,17 @@ def _settings(config: Path | str | Mapping[str, Any], overrides: Sequence[str]) 
             "refshard train --config FILE"
         )
     return settings
+
+
+def _wait_for_others(folders: Collection[Folder]) -> None:
+    """Wait until the other processes of a launch have scored their shares."""
+    from pipeline.scoring.tensor_parallel import processes_of_launch
+    from pipeline.store.store import is_finished
+
+    while processes_of_launch()[1] > 1 and not all(is_finished(folder) for folder in folders):
+        if is_stop_requested():
+            raise stopped_as_asked("the finished units are saved")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import transformers
 
 import refshard
 from pipeline.base import signals
-from pipeline.base.signals import STOP_SIGNALS, watch_signals
+from pipeline.base.folders import LocalFolder
+from pipeline.base.signals import STOP_SIGNALS, StopFlag, watch_signals
 from pipeline.data.intake import KeptPair
+from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair
 from support.installed import as_installed, folder_of_others
 from support.models import make_tokenizer
@@ -128,6 +131,28 @@ def test_a_reference_that_moves_is_refused(make_run: Callable[..., Path]) -> Non
 
 def test_a_loss_without_a_reference_has_no_stores(make_run: Callable[..., Path]) -> None:
     assert refshard.precompute(make_run(loss={"type": "simpo"})) == {}
+
+
+def test_a_process_of_several_waits_for_the_others_shards_until_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = LocalFolder(make_store(tmp_path / "train", [made_pairs(2)], finish=False))
+    running._wait_for_others([folder])
+    looks = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            finish_store(folder, 1)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(running, "time", types.SimpleNamespace(sleep=look))
+    running._wait_for_others([folder])
+    assert len(looks) == 2
+    (tmp_path / "train" / "index.json").unlink()
+    monkeypatch.setattr(signals, "_watched", StopFlag(0))
+    with pytest.raises(refshard.UnfinishedError, match="stopped as asked; the finished units are saved"):
+        running._wait_for_others([folder])
 
 
 # Stores
