@@ -52,7 +52,7 @@ class KubernetesConfig:
     """Further settings for Kubernetes."""
 
     image: str | None = None
-    """Container image with refshard in it."""
+    """Container image with refshard in it, as the `Dockerfile` of its sources builds it."""
     namespace: str | None = None
     """Namespace; if left out, that of the current context."""
     claim: str | None = None

@@ -70,7 +70,9 @@ def _check(config: Config) -> None:
     cluster, kubernetes = config.cluster, config.cluster.kubernetes
     image = kubernetes.image
     if image is None:
-        raise ConfigError("cluster.kubernetes.image: missing; name a container image with refshard in it")
+        raise ConfigError(
+            "cluster.kubernetes.image: missing; name a container image with refshard in it, built with its Dockerfile"
+        )
     if not re.fullmatch(r"[\w./:@-]+", image, re.ASCII):
         raise ConfigError(f"cluster.kubernetes.image: must be an image's name, got {image!r}")
     name, _, digest = image.partition("@")

@@ -53,7 +53,9 @@ MOST_LINES = 450
 TOP_LEVEL = {
     ".github",
     ".ci",
+    ".dockerignore",
     ".gitignore",
+    "Dockerfile",
     "LICENSE",
     "Makefile",
     "README.md",
@@ -61,6 +63,7 @@ TOP_LEVEL = {
     "docs",
     "pipeline",
     "pyproject.toml",
+    "requirements.lock",
     "stages",
     "tests",
 }

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from stages.submit import kubernetes as submit_kubernetes
 from stages.submit.files import name_of_run
 from support.job_controller import Cluster, RefusedError, jsonpath
 from support.kubernetes_lint import complaints
-from support.processes import Command
+from support.processes import ROOT, Command
 from support.runs import refshard, simple_rows, write_config, write_jsonl
 from support.tally import tally
 
@@ -211,6 +212,15 @@ def test_workers_that_share_an_object_store_need_no_volume(render: Callable[...,
     assert "volume.yaml" not in files["submit.sh"]
     for name in ("precompute", "finish", "train"):
         assert "'claimName': 'mine'" in str(files[f"{name}.yaml"])
+
+
+def test_a_new_volume_is_writable_for_the_user_of_refshards_image(render: Callable[..., Any]) -> None:
+    user = re.search(r"^USER (\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert user is not None
+    context = render()["train.yaml"]["spec"]["template"]["spec"]["securityContext"]
+    assert context == {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
+    # The files of a claim that was there before keep their group.
+    assert "securityContext" not in str(render(cluster={"kubernetes": {"claim": "mine"}})["train.yaml"])
 
 
 def test_one_job_alternates_while_the_reference_moves(render: Callable[..., Any]) -> None:
