@@ -3,8 +3,10 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, Union
 
+from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
 from pipeline.config.convert import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, PathText
 from pipeline.config.keys import REQUIRED, Setting, section_in, settings
 from pipeline.config.library import fields_of_training, hint_of_field
@@ -14,10 +16,65 @@ from pipeline.config.training import FIXED_TRAIN_FIELDS, TRAIN_DEFAULTS
 __all__ = ["schema_of_settings"]
 
 _NULL = {"enum": [None, *NULL_WORDS]}
-_NUMBER = {"type": "string", "pattern": r"^\s*[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?\s*$|^[-+]?(inf|nan)$"}
-"""A number that YAML takes for a word: 5e-7"""
-_WORD = {"type": ["string", "number", "boolean"]}
-"""A text: YAML takes some words for numbers, dates or truth"""
+_DECIMAL = r"(\d+(_\d+)*\.?(\d+(_\d+)*)?|\.\d+(_\d+)*)([eE][-+]?\d+)?"
+_WHOLE = r"(\d+(_\d+)*(\.0*)?|\d+(\.\d+)?[eE]\+?\d+)"
+_WORD = {"type": ["string", "number", "boolean"], "not": {"type": "string", "pattern": r"://[^/?#\s]*@"}}
+"""A text without a password: YAML takes some words for numbers, dates or truth"""
+
+_Limits = Mapping[str, float]
+_COUNT: _Limits = {"minimum": 1}
+_POSITIVE: _Limits = {"exclusiveMinimum": 0}
+_SHARE: _Limits = {"minimum": 0, "maximum": 1}
+_LIMITS: dict[str, _Limits] = {
+    "data.max_length": {"minimum": 2},
+    "data.sets.NAME.fraction": _POSITIVE,
+    "precompute.rows_per_shard": _COUNT,
+    "precompute.tokens_per_batch": _COUNT,
+    "policy.lora.r": _COUNT,
+    "policy.lora.alpha": _POSITIVE,
+    "policy.lora.dropout": {"minimum": 0, "exclusiveMaximum": 1},
+    "reference.sync.steps": _COUNT,
+    "reference.sync.mixup_alpha": _SHARE,
+    "loss.weights": {},
+    "loss.beta": _POSITIVE,
+    "loss.label_smoothing": {"minimum": 0, "maximum": 0.5},
+    "loss.f_alpha_divergence_coef": {},
+    "loss.ld_alpha": _SHARE,
+    "loss.discopop_tau": _POSITIVE,
+    "loss.beta_dpo_filter": {"minimum": 0, "exclusiveMaximum": 1},
+    **{f"loss.{name}": {"minimum": 0} for name in ("dpop_lambda", "beta_dpo_alpha", "r_dpo_alpha", "simpo_gamma")},
+    **{f"loss.{name}": {"minimum": 0} for name in ("cpo_alpha", "router_aux_loss_coef")},
+    **{f"cluster.{stage}.{name}": _COUNT for stage in ("precompute", "train") for name in ("processes", "cpus")},
+    **{f"cluster.{stage}.gpus": {"minimum": 0} for stage in ("precompute", "train")},
+    **{f"cluster.{name}": _COUNT for name in ("workers", "grace", "train.nodes")},
+    "cluster.precompute.nodes": {"minimum": 1, "maximum": 1},
+    "cluster.restarts": {"minimum": 0},
+}
+"""Limits of finite numbers, as the sections have them; `tests/config/test_published.py` compares the two"""
+
+_COLUMNS = {
+    "propertyNames": {"enum": [*PAIR_COLUMNS, *SPOKEN_COLUMNS, *LAYOUT_COLUMNS, *LOSS_COLUMNS]},
+    "dependentRequired": {"system": ["user"]},
+    "dependentSchemas": {"user": {"properties": {"prompt": False}}},
+}
+_GIVEN = {"not": _NULL}
+_RULES: dict[str, dict[str, Any]] = {
+    "data": {
+        "type": "object",
+        "anyOf": [
+            {"required": ["path"], "properties": {"path": _GIVEN}},
+            {"required": ["sets"], "properties": {"sets": {"type": "object", "minProperties": 1}}},
+        ],
+    },
+    "data.columns": _COLUMNS,
+    "data.sets.NAME.columns": _COLUMNS,
+    "data.eval.NAME.columns": _COLUMNS,
+    "data.eval": {"propertyNames": {"pattern": r"^(?!(train|costs)$)[^\s./\\]+$"}},
+    "data.sets": {"propertyNames": {"pattern": r"^(?!costs$)[^\s./\\]+$"}},
+    "data.template_date": {"format": "date"},
+    "loss.type": {"minItems": 1, "uniqueItems": True},
+}
+"""Further rules of single keys"""
 
 
 def schema_of_settings() -> dict[str, Any]:
@@ -46,7 +103,11 @@ def _section(section: type, prefix: str, keys: dict[str, Setting]) -> dict[str, 
     for name, setting in found.items():
         if setting is None:
             continue
-        properties[name] = {**_of(setting.hint, setting.key, keys), "description": setting.meaning}
+        properties[name] = {
+            **_of(setting.hint, setting.key, keys),
+            **_RULES.get(setting.key, {}),
+            "description": setting.meaning,
+        }
         if setting.default is REQUIRED:
             required.append(name)
         elif setting.default is None or isinstance(setting.default, str | int | float):
@@ -71,7 +132,9 @@ def _of(hint: Any, key: str, keys: dict[str, Setting]) -> dict[str, Any]:
     if hint is bool:
         return {"anyOf": [{"type": "boolean"}, {"enum": [*TRUE_WORDS, *FALSE_WORDS]}]}
     if hint in (int, float):
-        return {"anyOf": [{"type": "number"}, _NUMBER]}
+        limits = _LIMITS.get(key)
+        number = {"type": "integer" if hint is int else "number", **(limits or {})}
+        return {"anyOf": [number, {"type": "string", "pattern": _pattern(hint, limits)}]}
     if kind is Literal:
         # YAML 1.1 takes `off` and `no` for false.
         off = [False] if any(choice in FALSE_WORDS for choice in members) else []
@@ -92,3 +155,10 @@ def _of(hint: Any, key: str, keys: dict[str, Setting]) -> dict[str, Any]:
     if kind is list:
         return {"type": "array", "items": _of(members[0], key, keys) if members else {}}
     return {}
+
+
+def _pattern(hint: type, limits: _Limits | None) -> str:
+    """Give the pattern of a number that YAML takes for a word: 5e-7, 1e3."""
+    sign = r"\+?" if limits else "[-+]?"
+    digits = rf"^\s*{sign}{_WHOLE if hint is int else _DECIMAL}\s*$"
+    return digits if hint is int or limits is not None else rf"{digits}|^\s*[-+]?(inf|nan)\s*$"

@@ -1,14 +1,19 @@
 """The schema for editors: every ready file fits, and a wrong one that a schema can know does not."""
 
+import math
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
+from pipeline.base.errors import ConfigError
 from pipeline.config.keys import settings
-from pipeline.config.published import schema_of_settings
+from pipeline.config.published import _LIMITS, schema_of_settings
+from pipeline.config.reader import load_config
+from support.wrong_settings import fits
 
 SCHEMA = schema_of_settings()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -80,3 +85,36 @@ def test_what_the_commands_take_fits(change: dict[str, Any]) -> None:
 )
 def test_a_wrong_key_or_value_does_not(change: dict[str, Any]) -> None:
     assert list(VALIDATOR.iter_errors({**SMALL, **change}))
+
+
+def with_value(key: str, value: float) -> dict[str, Any]:
+    """Give the smallest settings with a number, and with the loss that takes it."""
+    tree: dict[str, Any] = {name: dict(section) for name, section in SMALL.items()}
+    losses = [name for name in ("discopop", "dpop", "beta_dpo", "r_dpo", "simpo", "cpo") if name in key]
+    tree["loss"] = {"type": losses[0]} if losses else {}
+    if key == "loss.f_alpha_divergence_coef":
+        tree["loss"] = {"f_divergence_type": "alpha_divergence"}
+    if "NAME" in key:
+        tree["data"] = {"sets": {"NAME": {"path": "p"}}}
+    *names, last = key.split(".")
+    place = tree
+    for name in names:
+        place = place.setdefault(name, {})
+    place[last] = [value] if key == "loss.weights" else value
+    return tree
+
+
+@pytest.mark.parametrize("key", _LIMITS)
+def test_the_limits_of_a_number_are_those_of_the_commands(key: str, tmp_path: Path) -> None:
+    whole = any(setting.key == key and "int" in str(setting.hint) for setting in settings())
+    file = tmp_path / "run.yaml"
+    for value in {*(float(limit) for limit in _LIMITS[key].values()), 7.0}:
+        for near in (value - 1, value, value + 1) if whole else (value - 1e-3, value, value + 1e-3, math.inf):
+            tree = with_value(key, int(near) if whole else near)
+            file.write_text(yaml.safe_dump(tree).replace(".inf", "inf"))
+            try:
+                load_config(file)
+            except ConfigError as error:
+                assert not fits(yaml.safe_load(file.read_text())), error
+            else:
+                assert fits(yaml.safe_load(file.read_text())), near

@@ -1,0 +1,104 @@
+"""The demo trained under several betas, lengths, losses and adapters: its true reward against the KL.
+
+    python tests/bench/choosing.py --json tests/bench/results/choosing.json [--folder DIR]
+
+All runs share one set of shards. The demo knows the true reward of a reply, so a policy that wins on its own margins
+and loses on the reward is seen. The same command with the same folder trains only the runs that are missing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parents[1])]
+
+from rounds import machine  # noqa: E402
+
+from pipeline.replies.means import estimate_kl, estimate_reward  # noqa: E402
+from pipeline.run.reading import read_run  # noqa: E402
+
+CONFIG, PREPARED, RUNS = ROOT / "stages" / "recipes" / "default.yaml", Path("runs/default"), Path("runs/choosing")
+BETAS, STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2), (250, 1000)
+OTHER_BETAS = (0.05, 0.2, 1)
+OTHERS: dict[str, list[str]] = {
+    "ipo": ["loss.type=ipo"],
+    "apo_zero": ["loss.type=apo_zero"],
+    "robust": ["loss.type=robust", "loss.label_smoothing=0.2"],
+    "lora": ["policy.lora.r=16", "train.learning_rate=3e-3"],
+}
+"""Name -> what differs from the default run, which trains all weights by the loss `sigmoid`"""
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_shift")
+
+
+def runs() -> Iterator[tuple[str, float, int, list[str]]]:
+    """Give series, beta, steps and overrides of each run."""
+    for steps in STEPS:
+        for beta in BETAS:
+            yield f"sigmoid, {steps:,} steps", beta, steps, []
+    for name, overrides in OTHERS.items():
+        for beta in OTHER_BETAS:
+            yield name, beta, STEPS[0], overrides
+
+
+def command(folder: Path, *words: str) -> None:
+    """Run a command of refshard in a folder, on one thread."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "stages.cli", *words], env=environment, cwd=folder, check=True)
+
+
+def train(folder: Path, beta: float, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Train a policy unless it is there, let it reply, and give its figures on the held-out pairs and prompts."""
+    words = [text.split("=")[-1] for text in overrides if text.startswith(("loss.type", "policy.lora"))]
+    run = RUNS / "-".join([*words, f"beta{beta}", str(steps)])
+    if not (folder / run / "demo.json").exists():
+        given = [f"loss.beta={beta}", f"train.max_steps={steps}", *overrides, f"train.output_dir={run}"]
+        given += ["train.save_strategy=no", f"train.eval_steps={steps}"]
+        options = ["--config", str(CONFIG), *(word for one in given for word in ("-o", one))]
+        command(folder, "train", *options)
+        command(folder, "demo", "summary", str(PREPARED), *options)
+    done = read_run(folder / run)
+    ((_, prefix),) = done.held_out().items()
+    kl, reward = estimate_kl(done.generations), estimate_reward(done.generations, "policy")
+    assert reward is not None
+    figures = json.loads((folder / run / "demo.json").read_text(encoding="utf-8"))
+    return {
+        **figures,
+        "kl_error": kl.error,
+        "reward_error": reward.error,
+        **{name: done.figure(prefix + name) for name in METRICS},
+    }
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Prepare the demo, score its pairs once, and train all runs."""
+    command(folder, "demo", "prepare", str(PREPARED))
+    command(folder, "precompute", "--config", str(CONFIG))
+    done: list[dict[str, Any]] = []
+    for series, beta, steps, overrides in runs():
+        figures = train(folder, beta, steps, overrides)
+        done.append({"series": series, "beta": beta, "steps": steps, "overrides": overrides, **figures})
+        print(f"{series}, beta {beta}: reward {figures['reward_after']:.2f}, KL {figures['kl']:.2f}", flush=True)
+    prepared = json.loads((folder / PREPARED / "prepared.json").read_text(encoding="utf-8"))
+    return {"machine": machine(), "reference_rewards": prepared["reference_rewards"], "runs": done}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary folder if left out")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = measure((given.folder or Path(temporary)).resolve())
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
