@@ -20,6 +20,8 @@ from stages import options
 from stages.check.hardware import HARDWARE
 from stages.demo.cli import demo
 from stages.env import show_environment
+from stages.export.cli import export
+from stages.import_scores.cli import import_
 from stages.merge.cli import merge
 from stages.options import AT_LEAST_1, EXISTING_FOLDER, FILE, FOLDER, PATH
 from stages.recipes.command import recipes
@@ -46,8 +48,8 @@ def main(debug: bool) -> None:
     refshard merge runs/policy OUT            an adapter and its base as one plain model
     refshard report runs/policy               one page of a run's results; several runs: side by side
     refshard explain --config run.yaml --row 7   one pair: its tokens, what is scored, each log-prob
-    refshard import FILE --config run.yaml    reference log-probs from a file
-    refshard export DIR --config run.yaml     the data with reference log-probs as columns
+    refshard import FILE --config run.yaml    reference log-probs from a file, also of vLLM and SGLang
+    refshard export DIR --config run.yaml     reference log-probs for TRL, fairseq2, open-instruct
     refshard submit slurm --config run.yaml   both stages as jobs; also: submit k8s
     refshard recipes                          ready settings; recipes copy NAME puts one here
     refshard schema                           the settings' JSON schema, for editors
@@ -317,35 +319,6 @@ def explain(config: Config, row: int, set_name: str, no_model: bool, policy: Pat
     stage.run(config, row=row, set_name=set_name, recompute=recompute, policy=policy, view=shown)
 
 
-@main.command("import", short_help="Read reference log-probs from a file.")
-@click.argument("scores", type=PATH)
-@options.with_config
-@options.SET
-@click.option("--chosen", default="ref_chosen_logps", help="Column with the log-probs of the chosen completions.")
-@click.option("--rejected", default="ref_rejected_logps", help="Column with the log-probs of the rejected completions.")
-@click.option("--overwrite", is_flag=True, help="Delete the existing store and start over.")
-def import_(scores: Path, config: Config, **given: Any) -> None:
-    """Write the log-probs in SCORES, a Parquet or JSON Lines file, as shards.
-
-    SCORES has the columns of the pairs, as `data` describes them, and two more. These hold a number for each completion
-    (the sum over its tokens), or a list (one number for each token). The section `reference` names the model that gave
-    them; if it can't be loaded here, reference.declared gives it a name.
-    """
-    from stages import import_scores as stage
-
-    stage.run(config, scores, **given)
-
-
-@main.command(short_help="Write the data with reference log-probs as columns.")
-@click.argument("output", type=PATH)
-@options.with_config
-def export(output: Path, config: Config) -> None:
-    """Write the data to OUTPUT, a datasets folder, with ref_chosen_logps and ref_rejected_logps, for other trainers."""
-    from stages import export as stage
-
-    stage.run(config, output)
-
-
 @main.group(short_help="Make job files for a scheduler.")
 def submit() -> None:
     """Make the job files of both stages for a scheduler, and submit them with --submit.
@@ -379,6 +352,8 @@ def submit_kubernetes(config: Config, **given: Any) -> None:
 
 
 main.add_command(demo)
+main.add_command(export)
+main.add_command(import_)
 main.add_command(merge)
 main.add_command(recipes)
 main.add_command(show_environment)

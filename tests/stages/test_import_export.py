@@ -17,7 +17,7 @@ from pipeline.base.errors import IdentityError
 from pipeline.config.reader import load_config
 from pipeline.data.intake import kept_rows
 from pipeline.store.store import open_store, read_parts
-from stages import import_scores
+from stages.import_scores import command as import_scores
 from support.models import make_tokenizer
 from support.runs import refshard, simple_rows, write_jsonl
 from support.tally import tally

@@ -12,7 +12,7 @@ import pytest
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
-from stages import import_scores
+from stages.import_scores import command as import_scores
 from stages.precompute import command, worker
 from support.runs import simple_rows, write_jsonl
 from support.stores import bytes_of_stores

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from pipeline.base.errors import ConfigError, DataError, number_of
 from pipeline.base.folders import LocalFolder, open_folder
 from pipeline.base.progress import say
 from pipeline.base.versions import library_versions
+from pipeline.config.data import DataConfig
 from pipeline.config.schema import Config
 from pipeline.data.intake import KeptPair, Ledger, kept_rows
 from pipeline.data.reading import look_at_rows
+from pipeline.data.rows import Source
 from pipeline.data.sources import open_source, read_rows
 from pipeline.models.files import declared_reference, load_tokenizer
 from pipeline.models.identity import identity_of_run
@@ -31,15 +33,34 @@ from pipeline.store.dating import with_template_date
 from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, SummedPair
 from pipeline.store.store import create_store, delete_store, is_finished, write_part
+from stages.import_scores.compared import report_differences
+from stages.import_scores.engines import is_answer, logps_of_answer
 
 __all__ = ["run"]
 
+_Kind = Literal["sums", "tokens", "answers"]
+"""Content of the columns: a log-prob for each completion, one for each of its tokens, or an engine's answer"""
 
-def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: str, overwrite: bool = False) -> None:
+_SAMPLE = 8
+"""Pairs that the reference scores too, if the log-probs come from an engine"""
+
+
+def run(
+    config: Config,
+    scores: Path,
+    *,
+    set_name: str,
+    chosen: str,
+    rejected: str,
+    sample: int | None = None,
+    overwrite: bool = False,
+) -> None:
     """Read scores and write them as a store, ready for stage two.
 
-    A column of numbers holds sums over a completion's tokens; a column of lists holds a log-prob for each token. The
-    settings' `reference` identifies the scorer: a model whose weights are digested, or a name (`reference.declared`).
+    A column of numbers holds sums over a completion's tokens; a column of lists holds a log-prob for each token; a
+    column of an engine's answers holds one for each token of prompt and completion. The settings' `reference`
+    identifies the scorer: a model whose weights are digested, or a name (`reference.declared`). The reference scores
+    `sample` pairs here, to report the differences; None stands for 8 of an engine's answers, and for none else.
 
     Raises:
         ConfigError: The set or the file does not exist, or settings rule imported scores out.
@@ -56,39 +77,31 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer, overwrite=overwrite)
     data = config.data.of(set_name)
-    source = open_source(dataclasses.replace(data, path=str(scores), split="train", format=None))
-    source = dataclasses.replace(source, all_columns=True)
+    source = _open(scores, data, tokenizer)
     watched = WatchedFiles(source.files)
-    if source.format not in ("jsonl", "parquet"):
-        raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
-    reading = look_at_rows(source, data, has_template=tokenizer.chat_template is not None)
-    if reading.refused is not None:
-        raise reading.refused
     ledger = Ledger()
     rows = kept_rows(read_rows(source), tokenizer, data, ledger)
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
     if not batch:
         raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
-    read = _Reader(chosen, rejected, token_logps=_holds_lists(batch[0], chosen, rejected))
-    token_logps = read.token_logps
+    read = _Reader(chosen, rejected, _kind_of(batch[0], chosen, rejected))
+    token_logps = read.kind != "sums"
     # Read before the store is created: a file that can't be imported leaves nothing behind.
     pairs = [read(pair, row) for pair, row in batch]
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
     if overwrite:
         delete_store(folder)
-    plan = {
-        "rows_per_shard": config.precompute.rows_per_shard,
-        "on_identical": data.on_identical,
-        "columns": dict(data.columns),
-        **({} if data.random_rejected is None else {"random_rejected": data.random_rejected}),
-        "imported": {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected},
-    }
+    plan = _plan(config, data, {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected})
     declared = {**declared_reference(config), "dataset": str(scores), "imported": True}
     provenance = {"imported": str(scores), "versions": library_versions()}
-    header = create_store(folder, identity_of_run(config, tokenizer), plan, declared, provenance)
+    identity = identity_of_run(config, tokenizer)
+    header = create_store(folder, identity, plan, declared, provenance)
     if is_finished(folder):
         say(f"{folder}: imported already; nothing to do.")
         return
+    if sample := (_SAMPLE if read.kind == "answers" else 0) if sample is None else sample:
+        imported = [(kept, score) for (kept, _), score in zip(batch, pairs, strict=True)]
+        report_differences(config, tokenizer, identity["reference"], imported, sample)
     unit, written = 0, Ledger()
     while pairs:
         ledger_copy = copy.deepcopy(ledger)
@@ -103,8 +116,31 @@ def run(config: Config, scores: Path, *, set_name: str, chosen: str, rejected: s
     say(f"{set_name}: {ledger.summary()}; {kind}, in {folder} ({number_of(unit, 'part')})")
 
 
-def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> bool:
-    """Return True if the first row has a log-prob for each token, not one for each completion."""
+def _open(scores: Path, data: DataConfig, tokenizer: Any) -> Source:
+    """Open the file of scores as a set of pairs with all its columns."""
+    source = open_source(dataclasses.replace(data, path=str(scores), split="train", format=None))
+    source = dataclasses.replace(source, all_columns=True)
+    if source.format not in ("jsonl", "parquet"):
+        raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")
+    reading = look_at_rows(source, data, has_template=tokenizer.chat_template is not None)
+    if reading.refused is not None:
+        raise reading.refused
+    return source
+
+
+def _plan(config: Config, data: DataConfig, imported: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what must be equal to continue the store."""
+    return {
+        "rows_per_shard": config.precompute.rows_per_shard,
+        "on_identical": data.on_identical,
+        "columns": dict(data.columns),
+        **({} if data.random_rejected is None else {"random_rejected": data.random_rejected}),
+        "imported": imported,
+    }
+
+
+def _kind_of(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: str) -> _Kind:
+    """Say what the first row has: a log-prob for each completion, one for each token, or an engine's answers."""
     pair, row = first
     for column in (chosen, rejected):
         if column not in row:
@@ -112,35 +148,35 @@ def _holds_lists(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejecte
                 f"{pair.place}: no column {column!r}; there are {', '.join(map(repr, row))}. Name the scores' columns "
                 "with --chosen and --rejected"
             )
-    return isinstance(row[chosen], Sequence) and not isinstance(row[chosen], str)
+    if is_answer(row[chosen]):
+        return "answers"
+    return "tokens" if isinstance(row[chosen], Sequence) and not isinstance(row[chosen], str) else "sums"
 
 
 class _Reader:
     """Converts rows to scored pairs, and refuses other scores of a pair that came before."""
 
-    def __init__(self, chosen: str, rejected: str, *, token_logps: bool) -> None:
+    def __init__(self, chosen: str, rejected: str, kind: _Kind) -> None:
         self._columns = (chosen, rejected)
-        self.token_logps = token_logps
+        self.kind = kind
         self._seen: dict[bytes, bytes] = {}
 
     def __call__(self, pair: KeptPair, row: Mapping[str, Any]) -> ScoredPair | SummedPair:
-        if not self.token_logps and pair.truncated:
+        if self.kind == "sums" and pair.truncated:
             raise DataError(
                 f"{pair.place}: data.max_length cuts this pair, and a sum can't be cut with it. Import a log-prob for "
                 "each token, or raise data.max_length"
             )
         completions = (pair.pair.chosen_ids, pair.pair.rejected_ids)
         values = [
-            _numbers(row.get(column), len(ids), column, pair)
-            if self.token_logps
-            else np.array([_number(row.get(column), column, pair.place)], dtype=np.float32)
+            self._values(row.get(column), pair, ids, column)
             for column, ids in zip(self._columns, completions, strict=True)
         ]
         digest = hashlib.blake2b(values[0].tobytes() + values[1].tobytes(), digest_size=16).digest()
         if self._seen.setdefault(pair.key, digest) != digest:
             raise DataError(f"{pair.place}: this pair appears twice with different scores. Remove one of the two rows")
         common: dict[str, Any] = {"key": pair.key, "row": pair.row, "prompt_tokens": len(pair.pair.prompt_ids)}
-        if self.token_logps:
+        if self.kind != "sums":
             return ScoredPair(**common, chosen_token_logps=values[0], rejected_token_logps=values[1])
         return SummedPair(
             **common,
@@ -149,6 +185,15 @@ class _Reader:
             chosen_logps=float(values[0][0]),
             rejected_logps=float(values[1][0]),
         )
+
+    def _values(self, value: Any, pair: KeptPair, ids: Sequence[int], column: str) -> npt.NDArray[np.float32]:
+        match self.kind:
+            case "sums":
+                return np.array([_number(value, column, pair.place)], dtype=np.float32)
+            case "tokens":
+                return _numbers(value, len(ids), column, pair)
+            case "answers":
+                return _numbers(logps_of_answer(value, pair, ids, column), len(ids), column, pair)
 
 
 def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArray[np.float32]:
