@@ -1,9 +1,10 @@
 """Hidden states -> token logps, without logits.
 
 The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they exist
-for one chunk of positions at a time: forward keeps one number per position, and backward recomputes each chunk. If the
-head is frozen, as under adapters, the gradient of the hidden states is linear in that of the logps. Forward then makes
-it on the way, and no chunk is recomputed.
+for one chunk of positions at a time: forward keeps one number per position, and backward recomputes each chunk. Two
+cases recompute none. If the head is frozen, as under adapters, the gradient of the hidden states is linear in that of
+the logps, and forward makes it on the way. If all probabilities of a small batch fit in `_KEPT_BYTES`, forward keeps
+them.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ __all__ = ["Head", "TokenStatistics", "head_of", "positions_of_chunk", "token_lo
 # Bytes of one chunk's float32 logits: few enough for a CPU's caches, enough for an efficient product.
 _CHUNK_BYTES = 64 * 2**20
 _CHUNK_BYTES_ON_GPU = 256 * 2**20
-_SMALLEST_CHUNK = 128
+# Products of fewer rows are slower: a CPU reads the whole weight for each chunk.
+_SMALLEST_CHUNK = 256
+# Float32 probabilities that forward may keep. The product that backward saves is a quarter of the head's operations.
+_KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ class _TokenStatistics(torch.autograd.Function):
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         # d logp / d hidden of each position.
         slopes = torch.empty_like(chunks.hidden) if options.gradient_in_forward else None
-        powers: torch.Tensor | None = None
+        keeps = not options.gradient_in_forward and any(ctx.needs_input_grad) and _fits(len(targets), head)
+        powers = torch.empty((len(targets), len(weight)), dtype=chunks.wide, device=hidden.device) if keeps else None
         for part, logits in chunks:
             mean_logit[part] = logits.mean(dim=-1)
             top, first = logits.max(dim=-1, keepdim=True)
@@ -192,23 +197,24 @@ class _TokenStatistics(torch.autograd.Function):
             target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
             logits.sub_(top)
             powers = torch.empty_like(logits) if powers is None else powers
-            power = torch.exp(logits, out=powers[: len(logits)])
+            power = torch.exp(logits, out=powers[part if keeps else slice(len(logits))])
             total = power.sum(dim=-1)
             log_total = total.log()
-            log_sums[part] = log_total + top.squeeze(1)
+            log_sums[part] = log_total if keeps else log_total + top.squeeze(1)
             logps[part] = target.sub_(log_total)
             if options.squares:
                 # The sum is at least 1 / vocabulary, so its logarithm is finite.
                 log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
             # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
-            entropy[part] = log_total - power.mul_(logits).sum(dim=-1) / total
+            spent, needed = (logits, power) if keeps else (power, logits)
+            entropy[part] = log_total - spent.mul_(needed).sum(dim=-1) / total
             if slopes is not None:
                 gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], head)
                 torch.mm(gradient.to(chunks.dtype), chunks.weight, out=slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
+            ctx.save_for_backward(hidden, weight, bias, targets, log_sums, powers if keeps else None)
         ctx.options, ctx.operand_dtype, ctx.hidden_dtype = options, chunks.dtype, hidden.dtype
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
         return logps, entropy, mean_logit, is_top1, log_sum_squares
@@ -219,7 +225,7 @@ class _TokenStatistics(torch.autograd.Function):
         if options.gradient_in_forward:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 4
-        hidden, weight, bias, targets, log_sums = ctx.saved_tensors
+        hidden, weight, bias, targets, log_sums, powers = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         head = Head(weight, bias, options.scale, options.softcap)
         chunks = _Chunks(hidden, head, ctx.operand_dtype)
@@ -230,8 +236,7 @@ class _TokenStatistics(torch.autograd.Function):
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if need_bias else None
         narrow: torch.Tensor | None = None
         product: torch.Tensor | None = None
-        for part, logits in chunks:
-            gradient = _to_gradient(logits, log_sums[part], targets[part], head)
+        for part, gradient in _gradients(chunks, powers, log_sums, targets, head):
             gradient *= grad_logps[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -256,14 +261,34 @@ class _TokenStatistics(torch.autograd.Function):
         )
 
 
+def _fits(positions: int, head: Head) -> bool:
+    """Return True if forward keeps the probabilities; a capped head's gradient needs the logits, too."""
+    return head.softcap is None and 4 * positions * len(head.weight) <= _KEPT_BYTES
+
+
+def _gradients(
+    chunks: _Chunks, powers: torch.Tensor | None, log_sums: torch.Tensor, targets: torch.Tensor, head: Head
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield d logp / d (W h + b), [positions, vocabulary], of all positions if forward kept them, else of each chunk.
+
+    `powers` are exp(logit - largest logit); beside them, `log_sums` are the logarithms of their sums.
+    """
+    if powers is None:
+        for part, logits in chunks:
+            yield part, _to_gradient(logits, log_sums[part], targets[part], head)
+        return
+    gradient = powers.mul_(-torch.exp(-log_sums)[:, None])
+    yield slice(len(targets)), _from_target(gradient, targets, head)
+
+
 def _to_gradient(logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     """Turn the logits of some positions into d logp / d (W h + b), in place: [positions, vocabulary]."""
     slope = 1.0 - (logits / head.softcap) ** 2 if head.softcap is not None else None
-    # d logp / d logit = [logit is the target's] - probability
-    gradient = logits.sub_(log_sums[:, None]).exp_().neg_()
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sums[:, None]))
-    if head.scale != 1.0:
-        gradient *= head.scale
-    if slope is not None:
-        gradient *= slope
-    return gradient
+    gradient = _from_target(logits.sub_(log_sums[:, None]).exp_().neg_(), targets, head)
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+def _from_target(negated: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    """Turn negated probabilities, in place, into d logp / d logit = [logit is the target's] - probability, scaled."""
+    negated.scatter_add_(1, targets[:, None], torch.ones_like(negated[:, :1]))
+    return negated if head.scale == 1.0 else negated.mul_(head.scale)

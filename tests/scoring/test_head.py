@@ -23,8 +23,10 @@ HEADS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[0, 2**20], ids=["recomputed", "kept"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 positions, whose probabilities backward computes again, or which forward keeps."""
+    monkeypatch.setattr(module, "_KEPT_BYTES", request.param)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(module, "_SMALLEST_CHUNK", 16)
 
@@ -190,8 +192,9 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str) -> None:
+def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200
+    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * count * VOCABULARY - 1)
     hidden, head, targets = make_case(kind, count)
     with Allocations() as forward:
         logps = token_statistics(hidden, targets, head, squares=True).logps
@@ -201,6 +204,18 @@ def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str) -> 
         # The chunks were seen, so the recording worked.
         assert torch.Size([16, VOCABULARY]) in recorded.shapes
         assert max(shape.numel() for shape in recorded.shapes) <= max(count * HIDDEN, 16 * VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scale"])
+def test_logits_that_fit_are_computed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * COUNT * VOCABULARY)
+    hidden, head, targets = make_case(kind)
+    with Allocations() as forward:
+        logps = token_statistics(hidden, targets, head).logps
+    with Allocations() as backward:
+        logps.sum().backward()
+    assert torch.Size([16, VOCABULARY]) in forward.products
+    assert set(backward.products) == {torch.Size([COUNT, HIDDEN]), torch.Size([VOCABULARY, HIDDEN])}
 
 
 def test_the_recording_would_see_full_logits() -> None:
