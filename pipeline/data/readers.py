@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.base.errors import BadRow, ConfigError, DataError, StorageError, first_line
 from pipeline.base.files import find_special, open_file, read_json
 from pipeline.config.columns import LAYOUT_COLUMNS, PAIR_COLUMNS
+from pipeline.data.pairs import kind_of
 from pipeline.data.rows import LARGEST_ROW, Row, Source
 
 __all__ = ["READERS", "is_json_array", "json_lines", "load_hub", "load_saved", "open_parquet", "saved_folder"]
@@ -119,7 +120,7 @@ def _object_without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _as_object(item: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(item, dict):
-        raise BadRow("not_json", f"{place}: expected a JSON object, found {type(item).__name__}")
+        raise BadRow("not_json", f"{place}: must be a JSON object, got {kind_of(item)}")
     return item
 
 

@@ -7,12 +7,14 @@ and loses on the reward is seen. The same command with the same folder trains on
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +27,38 @@ from pipeline.replies.means import estimate_kl, estimate_reward  # noqa: E402
 from pipeline.run.reading import read_run  # noqa: E402
 
 CONFIG, PREPARED, RUNS = ROOT / "stages" / "recipes" / "default.yaml", Path("runs/default"), Path("runs/choosing")
-BETAS, STEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2), (250, 1000)
-OTHER_BETAS = (0.05, 0.2, 1)
+BETAS, SEEDS, SHORT, LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2), (0, 1), 250, 1000
+LONG_BETAS, OTHER_BETAS = (0.1, 0.5, 2), (0.1, 0.5)
 OTHERS: dict[str, list[str]] = {
-    "ipo": ["loss.type=ipo"],
-    "apo_zero": ["loss.type=apo_zero"],
-    "robust": ["loss.type=robust", "loss.label_smoothing=0.2"],
-    "lora": ["policy.lora.r=16", "train.learning_rate=3e-3"],
+    "IPO": ["loss.type=ipo"],
+    "LoRA": ["policy.lora.r=16", "train.learning_rate=3e-3"],
 }
 """Name -> what differs from the default run, which trains all weights by the loss `sigmoid`"""
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_shift")
 
 
-def runs() -> Iterator[tuple[str, float, int, list[str]]]:
-    """Give series, beta, steps and overrides of each run."""
-    for steps in STEPS:
-        for beta in BETAS:
-            yield f"sigmoid, {steps:,} steps", beta, steps, []
+@dataclass(frozen=True)
+class Member:
+    """One run: its series in the picture, and what differs from the demo's settings."""
+
+    series: str
+    beta: float
+    steps: int = SHORT
+    seed: int = 0
+    overrides: Sequence[str] = ()
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / f"{self.series}-beta{self.beta}-{self.steps}-seed{self.seed}"
+
+
+def members() -> Iterator[Member]:
+    """Give the runs in the order in which they train."""
+    for seed in SEEDS:
+        yield from (Member("DPO", beta, seed=seed) for beta in BETAS)
+    yield from (Member("DPO", beta, LONG) for beta in LONG_BETAS)
     for name, overrides in OTHERS.items():
-        for beta in OTHER_BETAS:
-            yield name, beta, STEPS[0], overrides
+        yield from (Member(name, beta, overrides=overrides) for beta in OTHER_BETAS)
 
 
 def command(folder: Path, *words: str) -> None:
@@ -53,13 +67,13 @@ def command(folder: Path, *words: str) -> None:
     subprocess.run([sys.executable, "-m", "stages.cli", *words], env=environment, cwd=folder, check=True)
 
 
-def train(folder: Path, beta: float, steps: int, overrides: list[str]) -> dict[str, Any]:
+def train(folder: Path, member: Member) -> dict[str, Any]:
     """Train a policy unless it is there, let it reply, and give its figures on the held-out pairs and prompts."""
-    words = [text.split("=")[-1] for text in overrides if text.startswith(("loss.type", "policy.lora"))]
-    run = RUNS / "-".join([*words, f"beta{beta}", str(steps)])
+    run = member.folder
     if not (folder / run / "demo.json").exists():
-        given = [f"loss.beta={beta}", f"train.max_steps={steps}", *overrides, f"train.output_dir={run}"]
-        given += ["train.save_strategy=no", f"train.eval_steps={steps}"]
+        given = [f"loss.beta={member.beta}", f"train.max_steps={member.steps}", f"train.seed={member.seed}"]
+        given += [*member.overrides, f"train.output_dir={run}"]
+        given += ["train.save_strategy=no", f"train.eval_steps={member.steps}"]
         options = ["--config", str(CONFIG), *(word for one in given for word in ("-o", one))]
         command(folder, "train", *options)
         command(folder, "demo", "summary", str(PREPARED), *options)
@@ -81,10 +95,10 @@ def measure(folder: Path) -> dict[str, Any]:
     command(folder, "demo", "prepare", str(PREPARED))
     command(folder, "precompute", "--config", str(CONFIG))
     done: list[dict[str, Any]] = []
-    for series, beta, steps, overrides in runs():
-        figures = train(folder, beta, steps, overrides)
-        done.append({"series": series, "beta": beta, "steps": steps, "overrides": overrides, **figures})
-        print(f"{series}, beta {beta}: reward {figures['reward_after']:.2f}, KL {figures['kl']:.2f}", flush=True)
+    for member in members():
+        figures = train(folder, member)
+        done.append({**dataclasses.asdict(member), **figures})
+        print(f"{member.folder.name}: reward {figures['reward_after']:.2f}, KL {figures['kl']:.2f}", flush=True)
     prepared = json.loads((folder / PREPARED / "prepared.json").read_text(encoding="utf-8"))
     return {"machine": machine(), "reference_rewards": prepared["reference_rewards"], "runs": done}
 

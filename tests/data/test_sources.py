@@ -575,7 +575,8 @@ BAD_ROWS: dict[str, tuple[str, bytes, str, str]] = {
     "not JSON": ("p.jsonl", b'{"chosen": }\n', "not_json", r"p\.jsonl:2: not JSON at column 12"),
     "cut off": ("p.jsonl", b'{"chosen": "a', "not_json", r"p\.jsonl:2: not JSON"),
     "Python": ("p.jsonl", b"{'chosen': 'a'}\n", "not_json", r"p\.jsonl:2: not JSON"),
-    "no object": ("p.jsonl", b'"chosen"\n', "not_json", r"p\.jsonl:2: expected a JSON object, found str"),
+    "no object": ("p.jsonl", b'"chosen"\n', "not_json", r"p\.jsonl:2: must be a JSON object, got text"),
+    "null": ("p.jsonl", b"null\n", "not_json", r"p\.jsonl:2: must be a JSON object, got null"),
     "key twice": ("p.jsonl", b'{"chosen": 1, "chosen": 1}\n', "not_json", r"p\.jsonl:2: .*'chosen' is repeated"),
     "inner key twice": (
         "p.jsonl",
