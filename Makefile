@@ -48,8 +48,9 @@ train: precompute
 	$(BIN)/refshard train --config $(CONFIG) $(ARGS)
 endif
 
+# One thread a process: two workers fill two processors, and threads that wait for each other only cost.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test-nightly: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m nightly
