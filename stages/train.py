@@ -72,6 +72,7 @@ from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
 from pipeline.training.spacing import SpacingWatch
 from pipeline.training.steps import order_of_run
+from pipeline.training.tracking import attach
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, first_reference, window_at, window_config
 
@@ -218,6 +219,7 @@ def _train(run: TrainingRun) -> None:
     trainer, record, commit = _make_trainer(run, sets, scorer)
     taken = {name: replace(inputs, of_epoch=mixture.counts.get(name)) for name, inputs in described.items()}
     inputs = on_main_process(lambda: _write_inputs(run, taken, scorer.model))
+    attach(trainer.args, run.config, inputs)
     hub = Hub(run.arguments) if run.arguments.push_to_hub else None
     on_main_process(lambda: _rehearse(run, trainer, inputs, sets, hub))
     if run.checkpoint is not None:

@@ -1,6 +1,6 @@
 """Several runs on one page: their names, their colors, the settings in which they differ, and tables over runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
+from pipeline.base.nested import flatten
 from pipeline.report.charts import style_of
 from pipeline.report.pages import swatch, table
 from pipeline.run.reading import Run
 
-__all__ = ["Shown", "by_equal", "common_folder", "differing_settings", "flatten", "runs_table", "show_runs"]
+__all__ = ["Shown", "by_equal", "common_folder", "differing_settings", "runs_table", "show_runs"]
 
 _Described = TypeVar("_Described")
 
@@ -92,17 +93,6 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _rank(key: str) -> int:
     return next((i for i, start in enumerate(_FIRST) if key.startswith(start)), len(_FIRST))
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give the values of a nested mapping by dotted key; None is left out."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(flatten(item, f"{prefix}{key}."))
-        elif item is not None:
-            flat[f"{prefix}{key}"] = item
-    return flat
 
 
 def _value_text(value: Any) -> str:

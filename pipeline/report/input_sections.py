@@ -7,7 +7,8 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
-from pipeline.report.comparison import Shown, by_equal, flatten, runs_table
+from pipeline.base.nested import flatten
+from pipeline.report.comparison import Shown, by_equal, runs_table
 from pipeline.report.pages import Section, facts, table
 from pipeline.run.reading import Run, part
 

@@ -16,6 +16,7 @@ from transformers.utils import import_utils
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.base.files import special_kind
 from pipeline.config.schema import Config
+from pipeline.training.tracking import TrackedArguments
 
 __all__ = ["arguments_of_loop", "in_one_piece", "refused_here", "training_arguments", "trial_arguments"]
 
@@ -37,7 +38,7 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
     _check_launcher(settings)
     if error := refused_here(config):
         raise error
-    made = _make(transformers.TrainingArguments, settings)
+    made = _make(TrackedArguments, settings)
     # Without an accelerator the loader would warn for every set that it can't pin.
     made.dataloader_pin_memory &= made.device.type != "cpu"
     if made.n_gpu > 1:

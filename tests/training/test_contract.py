@@ -263,3 +263,20 @@ def test_the_arguments_look_for_devices_in_one_place() -> None:
     assert "_setup_devices" in vars(transformers.TrainingArguments)
     assert transformers.TrainingArguments.device.fget is not None
     assert "self._setup_devices" in inspect.getsource(transformers.TrainingArguments.device.fget)
+
+
+TRACKERS = {
+    "WandbCallback": "setup",
+    "MLflowCallback": "setup",
+    "TrackioCallback": "setup",
+    "TensorBoardCallback": "on_train_begin",
+}
+"""Callback -> method that gives the tracker the run's settings"""
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_trackers_take_a_run_s_settings_from_the_arguments_dict(name: str) -> None:
+    callback = getattr(integration_utils, name)
+    source = inspect.getsource(getattr(callback, TRACKERS[name]))
+    assert "args.to_dict()" in source or "args.to_json_string()" in source
+    assert "self.to_dict()" in inspect.getsource(transformers.TrainingArguments.to_json_string)

@@ -201,6 +201,9 @@ def test_the_librarys_trackers_get_what_the_log_gets(finished: tuple[Path, Any, 
         tracked = [(event.step, event.value) for event in events.Scalars(tag)]
         logged = [(entry["step"], entry[key]) for entry in records(run, "log") if key in entry]
         assert tracked == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    [text] = [event.tensor_proto.string_val[0] for event in events.Tensors("args/text_summary")]
+    settings = json.loads(text)
+    assert (settings["loss/beta"], settings["learning_rate"], settings["stage_one/pairs"]) == (BETA, 1e-3, 27)
 
 
 @pytest.mark.parametrize(("tracker", "why"), [("comet_ml", "pip install comet-ml"), ("nonsense", "only azure_ml")])
