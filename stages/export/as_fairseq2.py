@@ -81,12 +81,18 @@ def _text_tokens(pair: Pair, tokenizer: Any) -> _Tokens:
 
 
 def _chat_tokens(pair: Pair, tokenizer: Any) -> _Tokens:
-    """Split the conversations where the template's marks of the assistant's tokens begin, which must reach the end."""
-    found = []
+    """Split the conversations where the template's marks of the assistant's tokens begin, which must reach the end.
+
+    Give nothing if the library can't mark them: a template that scored this pair may fail with marks.
+    """
+    found: _Tokens = []
     for completion in (pair.chosen, pair.rejected):
-        marked = tokenizer.apply_chat_template(
-            [*pair.prompt, *completion], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        try:
+            marked = tokenizer.apply_chat_template(
+                [*pair.prompt, *completion], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception:  # a template is a program and may raise anything
+            return []
         ids, marks = marked["input_ids"], marked["assistant_masks"]
         start = marks.index(1) if 1 in marks else len(ids)
         found.append((ids[:start], ids[start:] if all(marks[start:]) else []))

@@ -68,5 +68,5 @@ def report_differences(
     if not found_gap.agrees:
         say(
             "  this is more than rounding, and the parity gate stops a policy that begins as this reference. If the "
-            "engine computes otherwise on purpose, set reference.declared to a name of your choice and import again"
+            "engine computes otherwise on purpose, set reference.declared to a name and import again with --overwrite"
         )

@@ -105,11 +105,14 @@ def test_fairseq2_gets_no_pair_that_it_would_tokenize_or_cut_otherwise(tmp_path:
         write(Rows([apart], tokenizer), tmp_path / "apart")
 
 
-def test_fairseq2_gets_no_conversation_whose_template_marks_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["", "{{ 1 + '' }}"], ids=["no marks", "a template that fails"])
+def test_fairseq2_gets_no_conversation_whose_tokens_the_library_can_t_mark(tmp_path: Path, fault: str) -> None:
     plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     one = {"prompt": [turn("user", "how?")], "chosen": [turn("assistant", "so")], "rejected": [turn("assistant", "no")]}
+    rows = Rows([one], make_tokenizer(template=plain))
+    rows.tokenizer.chat_template = plain.replace("{{ m.content }}", fault + "{{ m.content }}")
     with pytest.raises(DataError, match="fairseq2 would score other tokens"):
-        write(Rows([one], make_tokenizer(template=plain)), tmp_path)
+        write(rows, tmp_path)
 
 
 @pytest.fixture
