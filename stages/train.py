@@ -46,13 +46,14 @@ from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.selfcheck import not_packed
 from pipeline.store.dating import with_template_date
 from pipeline.store.store import Store
-from pipeline.training.arguments import arguments_of_loop, in_one_piece, training_arguments
+from pipeline.training.arguments import arguments_of_loop, in_one_piece, loads_once, training_arguments
 from pipeline.training.batches import Collator
 from pipeline.training.beginning import JOINED, begin_attempt
 from pipeline.training.commit import CommitCallback
 from pipeline.training.ending import metrics_of, rehearse_saving, save_policy
 from pipeline.training.finite import FiniteWatch
 from pipeline.training.gate import make_gate, run_gate
+from pipeline.training.handover import load_in_main_process
 from pipeline.training.hub import Hub, HubCallback
 from pipeline.training.joined_cache import JoinedCache, joined_folder
 from pipeline.training.joining import (
@@ -251,13 +252,25 @@ def _load_policy(run: TrainingRun) -> Scorer:
     # The fresh adapter's factors are the first random numbers of the run, as in TRL.
     transformers.set_seed(arguments.seed)
     _say(f"Loading the policy {config.policy.model} on {arguments.device.type} ...")
-    with in_one_piece(arguments):
-        policy = load_policy(config)
-    if getattr(policy, "is_quantized", False) and not config.policy.has_adapter:
-        raise quantized_error(NamedModel.policy(config), str(policy.quantization_method))
-    if NamedModel.policy(config) == NamedModel.policy(run.config):
-        run.base.check_untouched()
-    scorer = Scorer.check(policy, run.tokenizer, "policy.model", config.data.max_length)
+
+    def load() -> Any:
+        with in_one_piece(arguments):
+            loaded = load_policy(config)
+        if getattr(loaded, "is_quantized", False) and not config.policy.has_adapter:
+            raise quantized_error(NamedModel.policy(config), str(loaded.quantization_method))
+        if NamedModel.policy(config) == NamedModel.policy(run.config):
+            run.base.check_untouched()
+        return loaded
+
+    def check(loaded: Any) -> Scorer:
+        return Scorer.check(loaded, run.tokenizer, "policy.model", config.data.max_length)
+
+    # Weights are handed on when training begins.
+    if loads_once(arguments) and not run.all_steps_are_done:
+        scorer = load_in_main_process(load, check, config.policy, run.tokenizer, arguments)
+    else:
+        scorer = check(load())
+    policy = scorer.model
     if scorer.reading == "cached":
         # A cache keeps no gradient.
         scorer.reading = "padded"

@@ -33,6 +33,7 @@ __all__ = [
     "load_reference",
     "loading_errors",
     "pick_device",
+    "policy_without_weights",
     "with_adapter",
 ]
 
@@ -164,13 +165,23 @@ def empty_model(model_config: Any, policy: PolicyConfig | None = None) -> tuple[
         model = library.from_config(model_config, trust_remote_code=False)
     if policy is None or not policy.has_adapter:
         return model, None
-    adapter = _adapter_config(policy)
     # The plain model must not change: the caller counts its weights.
-    with torch.device("meta"):
-        other = library.from_config(model_config, trust_remote_code=False)
-        wrapped = _with_fresh_adapter(other, policy, adapter)
+    wrapped = policy_without_weights(model_config, policy)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return model, (trained, int(getattr(adapter, "r", 0) or 0))
+    return model, (trained, int(getattr(wrapped.active_peft_config, "r", 0) or 0))
+
+
+def policy_without_weights(model_config: Any, policy: PolicyConfig) -> Any:
+    """Make the policy of a transformers config on the meta device: `load_policy` without reading weights."""
+    import torch
+
+    model, _ = empty_model(model_config)
+    model.eval()  # as the library loads it
+    disable_dropout(model)
+    if not policy.has_adapter:
+        return model
+    with torch.device("meta"):
+        return _with_fresh_adapter(model, policy, _adapter_config(policy))
 
 
 def load_plain(config: Config) -> Any:

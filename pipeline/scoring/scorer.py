@@ -16,6 +16,7 @@ from pipeline.data.tokens import TokenizedPair
 from pipeline.models.files import reference_sources
 from pipeline.models.loading import load_reference, pick_device
 from pipeline.models.precision import reference_precision
+from pipeline.scoring.attention import switch_attention
 from pipeline.scoring.forward import LOGPS, input_device, prepare, score, under_autocast
 from pipeline.scoring.memory import free_memory, tokens_that_fit
 from pipeline.scoring.packing import Reading, make_batch, plan_batches
@@ -58,9 +59,17 @@ class Scorer:
         prepare(model)
         if autocast is not None:
             under_autocast(model, getattr(torch, autocast))
-        pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         reading = check_scoring(model, key, max_length, autocast)
-        return cls(model=model, reading=reading, pad_id=pad_id, key=key)
+        return cls(model=model, reading=reading, pad_id=_pad_id(tokenizer), key=key)
+
+    @classmethod
+    def of_checked(cls, model: Any, tokenizer: PreTrainedTokenizerBase, key: str, reading: Reading) -> "Scorer":
+        """Prepare a model for scoring as `check` has prepared another one with the same config."""
+        prepare(model)
+        if reading == "packed":
+            switch_attention(model)
+        model.train(model.training)  # the check leaves all modules in the model's own mode
+        return cls(model=model, reading=reading, pad_id=_pad_id(tokenizer), key=key)
 
     def fit(self) -> int:
         """Give the tokens of one forward pass; the first call probes the device if no number was given."""
@@ -130,6 +139,10 @@ class Scorer:
         """Drop the model and release its memory."""
         self.model = None
         free_memory()
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
 
 def load_scorer(

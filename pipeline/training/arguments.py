@@ -18,7 +18,7 @@ from pipeline.base.files import special_kind
 from pipeline.config.schema import Config
 from pipeline.training.tracking import TrackedArguments
 
-__all__ = ["arguments_of_loop", "in_one_piece", "refused_here", "training_arguments", "trial_arguments"]
+__all__ = ["arguments_of_loop", "in_one_piece", "loads_once", "refused_here", "training_arguments", "trial_arguments"]
 
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 """Fields that may name a JSON file"""
@@ -53,6 +53,8 @@ def training_arguments(config: Config) -> transformers.TrainingArguments:
             "processes on CPUs, set train.use_cpu: true"
         )
     _check_fsdp(made, config)
+    if made.fsdp:
+        _load_once(made, config)
     _check_deepspeed(made)
     _check_options(made, config)
     if config.reference.sync is not None:
@@ -225,17 +227,26 @@ def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
         raise ConfigError(
             f"train.fsdp_config.state_dict_type: must be FULL_STATE_DICT or SHARDED_STATE_DICT, got {state_dict}"
         )
-    if _is_on(settings.get("cpu_ram_efficient_loading")):
-        raise ConfigError(
-            "train.fsdp_config.cpu_ram_efficient_loading: must be off, as each process checks the whole policy before "
-            "it is sharded, got on. Leave it out"
-        )
     if _is_on(settings.get("activation_checkpointing")) and config.policy.has_adapter:
         # PEFT saves modules by name, and the checkpointing wrappers change the names: the adapter would be empty.
         raise ConfigError(
             "train.fsdp_config.activation_checkpointing: must be off with an adapter, got on. Set "
             "train.gradient_checkpointing: true"
         )
+
+
+def _load_once(made: transformers.TrainingArguments, config: Config) -> None:
+    """Let the main process alone load the policy, unless the settings forbid it; quantized weights can't move."""
+    settings, plugin = cast("dict[str, Any]", made.fsdp_config), cast("dict[str, Any]", made.fsdp_plugin_args)
+    wanted = _is_on(settings.get("cpu_ram_efficient_loading", True)) and config.policy.quantization is None
+    plugin["cpu_ram_efficient_loading"] = wanted
+    # The library would read whole models without weights in all processes but one of each machine.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def loads_once(arguments: transformers.TrainingArguments) -> bool:
+    """Return True if the main process alone loads the policy, and FSDP hands its weights on."""
+    return bool((arguments.fsdp_plugin_args or {}).get("cpu_ram_efficient_loading"))
 
 
 def _check_deepspeed(made: transformers.TrainingArguments) -> None:

@@ -19,9 +19,17 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import ConfigError, DataError, one_line
 
-__all__ = ["keep_outputs", "load_optimizer", "name_plugin", "put_weights", "save_optimizer", "whole_weights"]
+__all__ = [
+    "keep_outputs",
+    "load_optimizer",
+    "name_plugin",
+    "put_weights",
+    "save_optimizer",
+    "shard_exactly",
+    "whole_weights",
+]
 
 WHOLE, SHARE = "optimizer.pt", "optimizer-{:05d}-of-{:05d}.pt"
 
@@ -42,6 +50,50 @@ def keep_outputs(plugin: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def shard_exactly(accelerator: Any) -> None:
+    """Let accelerate's sharding keep buffers whole, and refuse a policy that it would change or can't shard.
+
+    Where it hands on the main process's weights, it takes saved buffers for shards. Every process has them already. It
+    ties the head anew, and would tie it to an adapter's own embedding.
+    """
+    prepare = accelerator.prepare
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        models = [each for each in args if isinstance(each, torch.nn.Module)]
+        modules = [module for model in models for module in model.modules()]
+        saved = [(m, name) for m in modules for name in m._buffers.keys() - m._non_persistent_buffers_set]
+        before = [_ties(model) for model in models]
+        for module, name in saved:
+            module._non_persistent_buffers_set.add(name)
+        try:
+            result = prepare(*args, **kwargs)
+        except ValueError as error:
+            raise ConfigError(
+                f"train.fsdp: must be off for a policy that can't be sharded so ({one_line(str(error))}), got on. Set "
+                "train.fsdp_config or policy otherwise"
+            ) from error
+        finally:
+            for module, name in saved:
+                module._non_persistent_buffers_set.discard(name)
+        if [_ties(model) for model in models] != before:
+            raise ConfigError(
+                "train.fsdp: must be off for an adapter that trains a tied embedding, as sharding would tie the head "
+                "to it, got on. Take the embedding out of modules_to_save"
+            )
+        return result
+
+    accelerator.prepare = prepared
+
+
+def _ties(model: torch.nn.Module) -> set[frozenset[str]]:
+    """Give the names of each parameter that has several, without what wrappers put into them."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        names.setdefault(id(parameter), set()).add(plain)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def whole_weights(model: Any, *, trained_only: bool) -> dict[str, torch.Tensor]:

@@ -26,7 +26,15 @@ from pipeline.scoring.forward import Want, score
 from pipeline.training.batches import JoinedBatch
 from pipeline.training.dynamic_beta import DynamicBeta
 from pipeline.training.finite import FiniteWatch
-from pipeline.training.fsdp import keep_outputs, load_optimizer, name_plugin, put_weights, save_optimizer, whole_weights
+from pipeline.training.fsdp import (
+    keep_outputs,
+    load_optimizer,
+    name_plugin,
+    put_weights,
+    save_optimizer,
+    shard_exactly,
+    whole_weights,
+)
 from pipeline.training.losses import balance_weight, total_loss
 from pipeline.training.metrics import MetricsBySet, averages_of, columns_of, first_pairs, pairs_of
 from pipeline.training.offload import ActivationOffload
@@ -118,6 +126,7 @@ class PairTrainer(transformers.Trainer):
             self.is_fsdp_enabled = hasattr(self.accelerator.state, "fsdp_plugin")
         if self.is_fsdp_enabled:
             keep_outputs(self.accelerator.state.fsdp_plugin)
+            shard_exactly(self.accelerator)
         if self.args.deepspeed and not self.is_deepspeed_enabled:
             raise ConfigError(
                 "train.deepspeed: accelerate, started for CPUs (ACCELERATE_USE_CPU, accelerate launch --cpu), runs DDP "

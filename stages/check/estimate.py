@@ -118,7 +118,7 @@ class Estimate:
     scores: bool = True
     """False for a loss without a reference, which has no first stage"""
     host_memory: int
-    """Bytes of the CPU's memory while all processes load the policy; each holds the whole policy."""
+    """Bytes of the CPU's memory while the policy is loaded, by all processes together."""
 
     @property
     def stages(self) -> dict[str, StageEstimate]:
@@ -169,8 +169,21 @@ def estimate(
         train=None if config.train.is_empty else _stage_two(config, shapes, sets, schedule, used, probe),
         scores=config.loss.needs_reference,
         disk=_disk(config, shapes, sets, schedule),
-        host_memory=used.count * (weight_bytes(shapes, config.policy.dtype, config.policy.quantization) + _PROGRAM),
+        host_memory=_host_memory(config, shapes, used.count),
     )
+
+
+def _host_memory(config: Config, shapes: Shapes, processes: int) -> int:
+    """Return the bytes of the CPU's memory while the policy is loaded: by each process, or under FSDP by one alone."""
+    policy, options = config.policy, config.train.options
+    weights = weight_bytes(shapes, policy.dtype, policy.quantization)
+    of_fsdp = options.get("fsdp_config")
+    each = isinstance(of_fsdp, Mapping) and of_fsdp.get("cpu_ram_efficient_loading", True) in (False, "false")
+    if processes > 1 and options.get("fsdp") and policy.quantization is None and not each:
+        mixed = bool(options.get("bf16") or options.get("fp16"))
+        widened = shapes.trained_parameters * (4 - bytes_of(policy.dtype)) if mixed and not shapes.has_adapter else 0
+        return weights + widened + processes * _PROGRAM
+    return processes * (weights + _PROGRAM)
 
 
 def _stage_one(

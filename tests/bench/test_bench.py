@@ -68,6 +68,15 @@ def test_the_gpu_benchmark_stops_in_time_and_says_what_it_left_out(tmp_path: Pat
     assert set(found["left_out"].values()) == {"no time was left"} and len(found["left_out"]) > 10
 
 
+def test_only_the_main_process_needs_the_memory_of_a_policy_under_fsdp() -> None:
+    said = run_script("one_copy.py", "--layers", "8")
+    peaks = {name: [float(peak.replace(",", "")) for peak in re.findall(r"rank \d ([\d,]+) MiB", line)]
+             for name, _, line in (line.partition(": ") for line in said.splitlines()) if " MiB" in line}  # fmt: skip
+    whole = float(re.findall(r"^([\d,]+) MiB of weights", said, re.MULTILINE)[0])
+    assert peaks["one copy is loaded"][1] < peaks["a copy in each process"][1] - 0.3 * whole
+    assert said.endswith("the same policy\n")
+
+
 def test_a_measurement_starts_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at real size, where nothing is shared with the driver: the other tests here fork instead."""
     monkeypatch.syspath_prepend(str(BENCH))

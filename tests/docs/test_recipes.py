@@ -277,9 +277,10 @@ def test_a_recipe_fits_what_it_asks_for(recipe: Recipe) -> None:
     for job, stage in ((cluster.precompute, found.precompute), (cluster.train, found.train)):
         assert stage.seconds[2] < seconds(str(job.time))
     if recipe.config.policy.quantization is None:
-        # Each process of stage two loads all of the policy.
+        # Each process of stage two loads all of the policy; under FSDP one of them.
         size = 4 if recipe.config.policy.dtype == "float32" else 2
-        weights = recipe.hardware.count * recipe.shapes().parameters * size
+        copies = 1 if recipe.config.train.options.get("fsdp") else recipe.hardware.count
+        weights = copies * recipe.shapes().parameters * size
         assert weights < found.host_memory < weights + recipe.hardware.count * 10**9
     assert found.host_memory < gibibytes(str(cluster.train.memory))
 

@@ -328,6 +328,25 @@ def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:
     assert eight == 8 * found.host_memory and 0.4e9 < found.host_memory - 32 * 10**9 < 0.7e9
 
 
+@pytest.mark.parametrize(
+    ("policy", "options", "weights"),
+    [
+        ({}, {"fsdp": "true"}, 32 * 10**9),
+        ({"dtype": "bfloat16"}, {"fsdp": "true"}, 16 * 10**9),
+        # FSDP trains float32 weights under mixed precision.
+        ({"dtype": "bfloat16"}, {"fsdp": "true", "bf16": "true"}, 32 * 10**9),
+        ({"dtype": "bfloat16"}, {"bf16": "true"}, 8 * 16 * 10**9),
+        ({}, {"fsdp": "true", "fsdp_config": {"cpu_ram_efficient_loading": False}}, 8 * 32 * 10**9),
+    ],
+)
+def test_under_fsdp_one_process_loads_the_policy(policy: dict[str, Any], options: dict[str, Any], weights: int) -> None:
+    # As read from a file, where a mapping is no text.
+    section = TrainSection(output_dir="o", given=options)
+    config = dataclasses.replace(make_config(policy), train=section)
+    programs = made(config, "8xh100-80gb").host_memory - weights
+    assert 8 * 0.4e9 < programs < 8 * 0.7e9
+
+
 def test_stage_one_is_charged_for_the_pairs_that_it_has_still_to_score() -> None:
     def left(*unscored: float) -> Estimate:
         sets = [dataclasses.replace(LENGTHS, unscored=share) for share in unscored]

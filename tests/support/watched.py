@@ -58,7 +58,18 @@ class Watched(Command):
         return self.said()[1]
 
 
-def start_ranks(count: int, *words: Any) -> list[Watched]:
+def main_process_loads_alone() -> None:
+    """Fail in every process but the main one if it loads a model's weights."""
+    if os.environ["RANK"] != "0":
+        from pipeline.models import loading
+
+        def fail(*arguments: Any) -> None:
+            raise AssertionError("this process loads weights")
+
+        loading._load = fail  # type: ignore[assignment]
+
+
+def start_ranks(count: int, *words: Any, before: Callable[[], None] | None = None) -> list[Watched]:
     """Start the processes of one run, as torchrun does.
 
     They meet at a store of this process, whose port is its own from the first moment on: one that was only looked up
@@ -74,7 +85,11 @@ def start_ranks(count: int, *words: Any) -> list[Watched]:
         "TORCHELASTIC_RESTART_COUNT": 0,
     }
     ranks = [
-        Watched(*words, environment={k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        Watched(
+            *words,
+            environment={k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            before=before,
+        )
         for rank in range(count)
     ]
     for rank in ranks:

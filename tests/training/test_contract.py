@@ -19,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import fsdp_utils, send_to_device
 from peft.tuners import lora
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Trainer
@@ -164,6 +164,20 @@ def test_the_processes_state_is_shared_by_its_dict() -> None:
     PartialState()
     assert "distributed_type" in PartialState._shared_state
     assert "fsdp_plugin" in inspect.getsource(AcceleratorState)
+
+
+def test_sharding_takes_the_main_processes_weights_by_name_and_widens_as_expected() -> None:
+    sharding = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    assert "fsdp2_plugin.cpu_ram_efficient_loading" in sharding
+    assert 'accelerator.mixed_precision != "no"' in sharding and "param.requires_grad" in sharding
+    # Buffers outside of the state dict are kept, and only those.
+    assert "get_non_persistent_buffers(model, recurse=True, fqns=True)" in sharding
+    assert "src=0" in inspect.getsource(fsdp_utils.fsdp2_load_full_state_dict)
+    module = torch.nn.BatchNorm1d(1)
+    module._non_persistent_buffers_set.update(module._buffers)
+    assert module.state_dict().keys() == {"weight", "bias"}
+    # Parameters are known by their memory, which those on the meta device do not have.
+    assert "data_ptr" in inspect.getsource(accelerate.Accelerator._get_named_parameters)
 
 
 def test_the_deepspeed_config_can_be_taken_from_the_loading_of_models() -> None:

@@ -28,14 +28,14 @@ from pipeline.run.checkpoints import MARKER, checkpoint_folders, processes_of
 from pipeline.training import arguments, gate
 from pipeline.training import processes as training_processes
 from pipeline.training.arguments import training_arguments
-from pipeline.training.fsdp import keep_outputs, load_optimizer
+from pipeline.training.fsdp import keep_outputs, load_optimizer, shard_exactly
 from pipeline.training.gate import Gaps
 from pipeline.training.processes import first_on_each_machine, of_main_process
 from stages import train
 from support.installed import as_installed, folder_of_others
 from support.models import make_model, make_tokenizer
 from support.runs import refshard, simple_rows, write_config, write_jsonl
-from support.watched import Watched, start_ranks
+from support.watched import Watched, main_process_loads_alone, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -103,12 +103,12 @@ class Runs:
         overrides = [word for key, value in every.items() for word in ("-o", f"{key}={value}")]
         return ["train", "--config", str(self.folder / "run.yaml"), *overrides]
 
-    def start(self, name: str, way: str, **settings: Any) -> list[Watched]:
+    def start(self, name: str, way: str, before: Callable[[], None] | None = None, **settings: Any) -> list[Watched]:
         words, processes = self.words(name, way, **settings), WAYS[way][0]
-        return [Watched(*words)] if processes == 1 else start_ranks(processes, *words)
+        return [Watched(*words)] if processes == 1 else start_ranks(processes, *words, before=before)
 
-    def train(self, name: str, way: str, **settings: Any) -> list[Watched]:
-        ranks = self.start(name, way, **settings)
+    def train(self, name: str, way: str, before: Callable[[], None] | None = None, **settings: Any) -> list[Watched]:
+        ranks = self.start(name, way, before, **settings)
         statuses = [rank.finish() for rank in ranks]
         assert not any(statuses), [rank.err for rank in ranks]
         return ranks
@@ -206,10 +206,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runs]:
 def test_two_processes_give_what_one_gives_and_checkpoints_that_load(
     runs: Callable[[str], Runs], kind: str, way: str, settings: Mapping[str, Any]
 ) -> None:
-    """L8."""
+    """L8. Under FSDP only the main process reads the weights."""
     group = runs(kind)
     name = f"{way} {len(settings)}"
-    ranks = group.train(name, way, **settings)
+    ranks = group.train(name, way, main_process_loads_alone if "fsdp" in way else None, **settings)
     group.check_equal(name)
     assert "Parity gate: the policy before its first step is the reference" in ranks[0].out
     output = group.folder / name
@@ -403,7 +403,6 @@ def _arguments(**changes: Any) -> Any:
             {"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}},
             "state_dict_type: must be FULL_STATE_DICT or SHARDED_STATE_DICT, got LOCAL",
         ),
-        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: must be off"),
         (
             {"fsdp_config": {"activation_checkpointing": "true"}},
             "activation_checkpointing: must be off with an adapter",
@@ -415,6 +414,56 @@ def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: 
     with pytest.raises(ConfigError, match=message):
         arguments._check_fsdp(_arguments(**changes), adapted)
     arguments._check_fsdp(_arguments(), adapted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantization", "once"),
+    [({}, None, True), ({"cpu_ram_efficient_loading": "false"}, None, False), ({}, object(), False)],
+)
+def test_the_main_process_loads_alone_by_default_unless_the_weights_are_quantized(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], quantization: Any, once: bool
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    made, config = _arguments(fsdp_config=settings, fsdp_plugin_args={}), SimpleNamespace()
+    assert not arguments.loads_once(made)
+    config.policy = SimpleNamespace(quantization=quantization)
+    arguments._load_once(made, config)  # type: ignore[arg-type]
+    assert arguments.loads_once(made) is once
+    # Otherwise the library itself leaves weights out of every model that other processes load.
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_saved_buffers_are_whole_while_weights_are_handed_on_and_saved_after_it() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    names = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    seen: list[set[str]] = []
+    accelerator = SimpleNamespace(prepare=lambda *given: seen.append(set(given[0].state_dict())) or given)
+    shard_exactly(accelerator)
+    optimizer = object()
+    assert accelerator.prepare(model, optimizer) == (model, optimizer)
+    assert seen == [{"weight", "bias"}]
+    assert set(model.state_dict()) == names
+
+
+def test_sharding_that_ties_other_weights_or_fails_is_refused() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in ("base", "own", "head")})
+    model["head"].weight = model["base"].weight
+
+    def tie(*given: Any) -> Any:
+        model["head"].weight = model["own"].weight
+        return given
+
+    def fail(*given: Any) -> Any:
+        raise ValueError("no such layer\nat all")
+
+    for prepare, message in (
+        (tie, "must be off for an adapter that trains a tied embedding"),
+        (fail, r"must be off for a policy that can't be sharded so \(no such layer at all\), got on"),
+    ):
+        accelerator = SimpleNamespace(prepare=prepare)
+        shard_exactly(accelerator)
+        with pytest.raises(ConfigError, match=f"train.fsdp: {message}"):
+            accelerator.prepare(model)
 
 
 @pytest.mark.parametrize(
