@@ -93,7 +93,8 @@ def _judge(train: _Measured | None, held_out: _Measured) -> str:
         text = "The policy prefers the chosen completion on pairs that it was not trained on: it generalizes."
         if train is not None and _gap(train, held_out) > _ERRORS:
             text += " It is clearly better on training pairs, so a part of that is overfitting."
-        return text
+        # A policy far from its reference may prefer the right completions and write broken ones (docs/choosing.md).
+        return f"{text} Pairs do not show whether its own replies got better: read them (refshard generate)."
     if learned:
         return (
             "The training pairs are learned, but held-out pairs show no change beyond chance: the policy overfits, or "

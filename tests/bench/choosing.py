@@ -28,12 +28,14 @@ from pipeline.run.reading import read_run  # noqa: E402
 
 CONFIG, PREPARED, RUNS = ROOT / "stages" / "recipes" / "default.yaml", Path("runs/default"), Path("runs/choosing")
 BETAS, SEEDS, SHORT, LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2), (0, 1), 250, 1000
-LONG_BETAS, OTHER_BETAS = (0.1, 0.5, 2), (0.1, 0.5)
-OTHERS: dict[str, list[str]] = {
-    "IPO": ["loss.type=ipo"],
-    "LoRA": ["policy.lora.r=16", "train.learning_rate=3e-3"],
+LONG_BETAS = (0.1, 0.5)
+OTHERS: dict[str, tuple[tuple[float, ...], list[str]]] = {
+    # Its beta is per token: 0.1 asks for a log-ratio margin of 5 nats a token.
+    "IPO": ((0.1, 0.5, 2, 10), ["loss.type=ipo"]),
+    "LoRA": ((0.1, 0.5), ["policy.lora.r=16"]),
+    "LoRA-fast": ((0.1, 0.5), ["policy.lora.r=16", "train.learning_rate=3e-3"]),
 }
-"""Name -> what differs from the default run, which trains all weights by the loss `sigmoid`"""
+"""Name -> betas, and what differs from the default run, which trains all weights by the loss `sigmoid`"""
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_shift")
 
 
@@ -57,8 +59,8 @@ def members() -> Iterator[Member]:
     for seed in SEEDS:
         yield from (Member("DPO", beta, seed=seed) for beta in BETAS)
     yield from (Member("DPO", beta, LONG) for beta in LONG_BETAS)
-    for name, overrides in OTHERS.items():
-        yield from (Member(name, beta, overrides=overrides) for beta in OTHER_BETAS)
+    for name, (betas, overrides) in OTHERS.items():
+        yield from (Member(name, beta, overrides=overrides) for beta in betas)
 
 
 def command(folder: Path, *words: str) -> None:

@@ -1,4 +1,4 @@
-"""Results -> docs/benchmarks.md and its pictures, and the comparison in README.md beside docs.
+"""Results -> docs/benchmarks.md with its pictures, the comparison in README.md, and what docs/choosing.md measured.
 
 python tests/bench/page.py                  from tests/bench/results into docs
 python tests/bench/page.py --results DIR --docs DIR
@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pictures import draw_counts, draw_join, draw_memory, draw_ratios, draw_shares
-from readme import write_comparison
+from choices import choices, frontier
+from pictures import draw_betas, draw_choices, draw_counts, draw_join, draw_memory, draw_ratios, draw_shares
+from readme import replace_made, write_comparison
 from report import (
     LONG_RUN,
     MIB,
@@ -86,7 +87,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
     chosen = parser.parse_args()
-    cpu, whole, gpu, joined = (_read(chosen.results / f"{name}.json") for name in ("cpu", "whole", "gpu", "join"))
+    names = ("cpu", "whole", "gpu", "join", "choosing")
+    cpu, whole, gpu, joined, choosing = (_read(chosen.results / f"{name}.json") for name in names)
     chosen.docs.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Benchmarks",
@@ -113,6 +115,11 @@ def main() -> None:
     readme = chosen.docs.parent / "README.md"
     if cpu and readme.exists():
         write_comparison(cpu["results"], readme)
+    page = chosen.docs / "choosing.md"
+    if choosing and page.exists():
+        draw_choices(choosing["runs"], frontier(choosing), chosen.docs / "choosing-kl.svg")
+        draw_betas(choosing["runs"], chosen.docs / "choosing-beta.svg")
+        replace_made(page, choices(choosing))
 
 
 def _read(file: Path) -> dict[str, Any] | None:

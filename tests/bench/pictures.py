@@ -140,6 +140,69 @@ def draw_join(series: Sequence[dict[str, Any]], file: Path) -> None:
     _save(figure, file)
 
 
+def draw_choices(runs: Sequence[dict[str, Any]], frontier: Sequence[tuple[float, float]], file: Path) -> None:
+    """Draw the true reward against the KL: a point with its error for each run, and the curve of the best policies."""
+    figure, axes = plt.subplots(figsize=(5.6, 5), layout="constrained")
+    kls, rewards = zip(*frontier, strict=True)
+    axes.plot(kls, rewards, "-", color="#999999", linewidth=1, label="best possible at a KL")
+    for kind, marker, color, label in (
+        (("DPO", 250, 0), "o", OURS, "DPO, 250 steps"),
+        (("DPO", 250, 1), "o", "#7fb2d6", "the same, another seed"),
+        (("DPO", 1000, 0), "s", THEIRS, "DPO, 1,000 steps"),
+        (("IPO", 250, 0), "^", "#5a8f4e", "IPO, beta per token"),
+        (("LoRA", 250, 0), "v", "#8a5a9e", "LoRA"),
+    ):
+        found = [run for run in runs if (run["series"], run["steps"], run["seed"]) == kind]
+        if found:
+            x, y = [run["kl"] for run in found], [run["reward_after"] for run in found]
+            errors = [run["reward_error"] for run in found]
+            line = "-" if kind[0] == "DPO" else ""
+            axes.errorbar(x, y, errors, fmt=marker + line, color=color, linewidth=1, markersize=5, label=label)
+            for run in found if kind[1:] == (250, 0) and kind[0] == "DPO" else ():
+                place = (run["kl"], run["reward_after"])
+                axes.annotate(f"{run['beta']:g}", place, (7, -1), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("KL from the reference, nats per reply")
+    axes.set_ylabel("true reward of a reply (numbers: beta)")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, file)
+
+
+def draw_betas(runs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw, against beta, what a run without a true reward sees, and below it what the replies are worth."""
+    figure, rows = plt.subplots(4, 1, figsize=(5.6, 7.6), sharex=True, layout="constrained")
+    for steps, seed, marker, color, label in (
+        (250, 0, "o", OURS, "250 steps"),
+        (250, 1, "o", "#7fb2d6", "the same, another seed"),
+        (1000, 0, "s", THEIRS, "1,000 steps"),
+    ):
+        found = [run for run in runs if (run["series"], run["steps"], run["seed"]) == ("DPO", steps, seed)]
+        betas = [run["beta"] for run in found]
+        for axes, values in zip(
+            rows,
+            (
+                [run["margin"] / run["beta"] for run in found],
+                [100 * run["accuracy"] for run in found],
+                [100 * run["grammatical_after"] for run in found],
+                [run["reward_after"] for run in found],
+            ),
+            strict=True,
+        ):
+            axes.plot(betas, values, f"{marker}-", color=color, linewidth=1, markersize=5, label=label)
+    titles = ("held-out pairs: margin / beta, nats", "held-out pairs: accuracy, %")
+    for axes, title in zip(rows, (*titles, "replies: grammatical, %", "replies: true reward"), strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+    rows[-1].set_xscale("log")
+    tried = sorted({run["beta"] for run in runs if run["series"] == "DPO"})
+    rows[-1].set_xticks(tried, [f"{beta:g}" for beta in tried])
+    rows[-1].minorticks_off()
+    rows[-1].set_xlabel("beta")
+    handles, labels = rows[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, file)
+
+
 def _save(figure: Any, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None, "Creator": None})
     plt.close(figure)

@@ -22,11 +22,14 @@ _ROWS = {
 
 def write_comparison(results: Sequence[dict[str, Any]], readme: Path) -> None:
     """Replace what stands between the two marks."""
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    replace_made(readme, comparison(results))
+
+
+def replace_made(file: Path, lines: Sequence[str]) -> None:
+    """Replace what stands between the two marks of a page."""
+    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    made = "\n".join([BEGIN, "", *comparison(results), END])
-    readme.write_text(before + made + after, encoding="utf-8")
+    file.write_text(before + "\n".join([BEGIN, "", *lines, END]) + after, encoding="utf-8")
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> list[str]:

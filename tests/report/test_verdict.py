@@ -25,7 +25,7 @@ def run_of(folder: Path, **rewards: list[float]) -> Path:
 @pytest.mark.parametrize(
     ("train", "test", "words"),
     [
-        ([1.0] * 50, [1.0] * 50, "it generalizes."),
+        ([1.0] * 50, [1.0] * 50, "it generalizes. Pairs do not show whether its own replies got better: read them"),
         ([1.0] * 50, [1.0] * 36 + [-0.5] * 14, "a part of that is overfitting"),
         ([1.0] * 50, [0.1, -0.1] * 3, "or the held-out pairs are too few to tell"),
         ([2.0] * 50, [-1.0] * 38 + [1.0] * 12, "has overfitted: it has learned the training pairs and is worse"),
