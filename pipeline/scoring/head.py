@@ -3,8 +3,7 @@
 The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they exist
 for one chunk of positions at a time: forward keeps one number per position, and backward recomputes each chunk. Two
 cases recompute none. If the head is frozen, as under adapters, the gradient of the hidden states is linear in that of
-the logps, and forward makes it on the way. If all probabilities of a small batch fit in `_KEPT_BYTES`, forward keeps
-them.
+the logps, and forward makes it on the way. If the logits of a small batch fit in `_KEPT_BYTES`, forward keeps them.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ _CHUNK_BYTES = 64 * 2**20
 _CHUNK_BYTES_ON_GPU = 256 * 2**20
 # Products of fewer rows are slower: a CPU reads the whole weight for each chunk.
 _SMALLEST_CHUNK = 256
-# Float32 probabilities that forward may keep. The product that backward saves is a quarter of the head's operations.
+# Logits that forward may keep for backward. The product that backward saves is a quarter of the head's operations.
 _KEPT_BYTES = 256 * 2**20
 
 
@@ -134,12 +133,12 @@ def _operand_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 class _Chunks:
-    """Logits of a few positions at a time, in two buffers that all chunks reuse.
+    """Logits of a few positions at a time, in two buffers that all chunks reuse, or in one of all positions.
 
     New memory costs more than the passes over it, since each of its pages is a fault.
     """
 
-    def __init__(self, hidden: torch.Tensor, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: torch.Tensor, head: Head, dtype: torch.dtype, *, keep: bool = False) -> None:
         self.dtype = dtype
         """Dtype of the products' operands"""
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -147,20 +146,32 @@ class _Chunks:
         self.hidden, self.weight = hidden.to(dtype), head.weight.to(dtype)
         self._head = head
         self._size = positions_of_chunk(len(hidden), len(head.weight), on_gpu=hidden.device.type != "cpu")
+        shape, device = (len(hidden), len(head.weight)), hidden.device
+        fits = keep and self.wide.itemsize * shape[0] * shape[1] <= _KEPT_BYTES
+        self.kept = torch.empty(shape, dtype=self.wide, device=device) if fits else None
+        """Logits of all positions once they were iterated over, [N, vocabulary], if they are to be kept and fit"""
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the positions of each chunk."""
+        for start in range(0, len(self.hidden), max(self._size, 1)):
+            yield slice(start, min(start + self._size, len(self.hidden)))
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Give each chunk's positions and its logits, [positions, vocabulary], which the next chunk overwrites."""
+        """Give each chunk's positions and its logits, [positions, vocabulary].
+
+        The next chunk overwrites them, unless they are kept.
+        """
         device = self.hidden.device
         products = torch.empty((self._size, len(self.weight)), dtype=self.dtype, device=device)
         widened = products if self.wide == self.dtype else torch.empty_like(products, dtype=self.wide)
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, len(self.hidden), max(self._size, 1)):
-                part = slice(start, min(start + self._size, len(self.hidden)))
-                count = part.stop - start
-                torch.mm(self.hidden[part], self.weight.t(), out=products[:count])
-                logits = widened[:count]
-                if widened is not products:
-                    logits.copy_(products[:count])
+            for part in self.parts():
+                count = part.stop - part.start
+                logits = widened[:count] if self.kept is None else self.kept[part]
+                product = logits if self.wide == self.dtype else products[:count]
+                torch.mm(self.hidden[part], self.weight.t(), out=product)
+                if product is not logits:
+                    logits.copy_(product)
                 if self._head.bias is not None:
                     logits += self._head.bias
                 if self._head.scale != 1.0:
@@ -181,40 +192,38 @@ class _TokenStatistics(torch.autograd.Function):
         options: _Options,
     ) -> tuple[torch.Tensor, ...]:
         head = Head(weight, bias, options.scale, options.softcap)
-        chunks = _Chunks(hidden, head, _operand_dtype(hidden))
+        keep = any(ctx.needs_input_grad) and not options.gradient_in_forward
+        chunks = _Chunks(hidden, head, _operand_dtype(hidden), keep=keep)
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
             torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         # d logp / d hidden of each position.
         slopes = torch.empty_like(chunks.hidden) if options.gradient_in_forward else None
-        keeps = not options.gradient_in_forward and any(ctx.needs_input_grad) and _fits(len(targets), head)
-        powers = torch.empty((len(targets), len(weight)), dtype=chunks.wide, device=hidden.device) if keeps else None
+        powers: torch.Tensor | None = None
         for part, logits in chunks:
             mean_logit[part] = logits.mean(dim=-1)
             top, first = logits.max(dim=-1, keepdim=True)
             is_top1[part] = first.squeeze(1) == targets[part]
             target = logits.gather(1, targets[part, None]).sub_(top).squeeze(1)
-            logits.sub_(top)
             powers = torch.empty_like(logits) if powers is None else powers
-            power = torch.exp(logits, out=powers[part if keeps else slice(len(logits))])
+            power = torch.sub(logits, top, out=powers[: len(logits)]).exp_()
             total = power.sum(dim=-1)
             log_total = total.log()
-            log_sums[part] = log_total if keeps else log_total + top.squeeze(1)
+            log_sums[part] = log_total + top.squeeze(1)
             logps[part] = target.sub_(log_total)
             if options.squares:
                 # The sum is at least 1 / vocabulary, so its logarithm is finite.
                 log_sum_squares[part] = 2 * (torch.linalg.vector_norm(power, dim=-1).log() - log_total)
             # Entropy = log-sum-exp minus the mean logit under the model's own probabilities.
-            spent, needed = (logits, power) if keeps else (power, logits)
-            entropy[part] = log_total - spent.mul_(needed).sum(dim=-1) / total
+            entropy[part] = log_sums[part] - power.mul_(logits).sum(dim=-1) / total
             if slopes is not None:
-                gradient = _to_gradient(logits.add_(top), log_sums[part], targets[part], head)
+                gradient = _to_gradient(logits, log_sums[part], targets[part], head)
                 torch.mm(gradient.to(chunks.dtype), chunks.weight, out=slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, log_sums, powers if keeps else None)
+            ctx.save_for_backward(hidden, weight, bias, targets, log_sums, chunks.kept)
         ctx.options, ctx.operand_dtype, ctx.hidden_dtype = options, chunks.dtype, hidden.dtype
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1, log_sum_squares)
         return logps, entropy, mean_logit, is_top1, log_sum_squares
@@ -225,7 +234,7 @@ class _TokenStatistics(torch.autograd.Function):
         if options.gradient_in_forward:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad_logps[:, None]).to(ctx.hidden_dtype), *[None] * 4
-        hidden, weight, bias, targets, log_sums, powers = ctx.saved_tensors
+        hidden, weight, bias, targets, log_sums, kept = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         head = Head(weight, bias, options.scale, options.softcap)
         chunks = _Chunks(hidden, head, ctx.operand_dtype)
@@ -236,7 +245,8 @@ class _TokenStatistics(torch.autograd.Function):
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if need_bias else None
         narrow: torch.Tensor | None = None
         product: torch.Tensor | None = None
-        for part, gradient in _gradients(chunks, powers, log_sums, targets, head):
+        for part, logits in chunks if kept is None else ((part, kept[part]) for part in chunks.parts()):
+            gradient = _to_gradient(logits, log_sums[part], targets[part], head)
             gradient *= grad_logps[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -261,34 +271,14 @@ class _TokenStatistics(torch.autograd.Function):
         )
 
 
-def _fits(positions: int, head: Head) -> bool:
-    """Return True if forward keeps the probabilities; a capped head's gradient needs the logits, too."""
-    return head.softcap is None and 4 * positions * len(head.weight) <= _KEPT_BYTES
-
-
-def _gradients(
-    chunks: _Chunks, powers: torch.Tensor | None, log_sums: torch.Tensor, targets: torch.Tensor, head: Head
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield d logp / d (W h + b), [positions, vocabulary], of all positions if forward kept them, else of each chunk.
-
-    `powers` are exp(logit - largest logit); beside them, `log_sums` are the logarithms of their sums.
-    """
-    if powers is None:
-        for part, logits in chunks:
-            yield part, _to_gradient(logits, log_sums[part], targets[part], head)
-        return
-    gradient = powers.mul_(-torch.exp(-log_sums)[:, None])
-    yield slice(len(targets)), _from_target(gradient, targets, head)
-
-
 def _to_gradient(logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     """Turn the logits of some positions into d logp / d (W h + b), in place: [positions, vocabulary]."""
     slope = 1.0 - (logits / head.softcap) ** 2 if head.softcap is not None else None
-    gradient = _from_target(logits.sub_(log_sums[:, None]).exp_().neg_(), targets, head)
-    return gradient if slope is None else gradient.mul_(slope)
-
-
-def _from_target(negated: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
-    """Turn negated probabilities, in place, into d logp / d logit = [logit is the target's] - probability, scaled."""
-    negated.scatter_add_(1, targets[:, None], torch.ones_like(negated[:, :1]))
-    return negated if head.scale == 1.0 else negated.mul_(head.scale)
+    # d logp / d logit = [logit is the target's] - probability
+    gradient = logits.sub_(log_sums[:, None]).exp_().neg_()
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sums[:, None]))
+    if head.scale != 1.0:
+        gradient *= head.scale
+    if slope is not None:
+        gradient *= slope
+    return gradient

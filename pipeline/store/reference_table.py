@@ -191,13 +191,20 @@ def _pieces(
         if token_file is not None:
             values, starts = _side_by_side(*lists)
             piece["token_start"] = start + starts
-            start += len(values)
             try:
                 token_file.parent.mkdir(parents=True, exist_ok=True)
                 with token_file.open("ab") as sink:
+                    there = sink.tell() // 4
                     sink.write(values.tobytes())
             except OSError as error:
                 raise StorageError(f"{token_file}: can't be written ({error.strerror or error})") from error
+            if there != start:
+                # A newer attempt of the run deletes what this one makes.
+                raise StorageError(
+                    f"{token_file}: must hold {start} values before part {number}, got {there}: another process "
+                    "changed it. Run refshard train again"
+                )
+            start += len(values)
         yield piece
 
 

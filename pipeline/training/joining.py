@@ -89,7 +89,7 @@ def join_sets(
     else:
         sets = _join_anew(config, stores, tokenizer, folder, flag, window)
         made_from = None if found is None else found.made_from
-        write_joined(folder, {"made_from": made_from, "files": sha256_of_files(_joined_files(folder)), "sets": sets})
+        write_joined(folder, {"made_from": made_from, "files": _digests(folder, config.data.names), "sets": sets})
         # What changed while it was read is known by other digests than those of the rows that were read.
         if cache is not None and found is not None and cache.unchanged() and find() == found:
             found.keep(folder)
@@ -162,6 +162,15 @@ def _join_anew(
             assert store is not None
             _check_matched(report, ledger.kept, describe(source), store, config.train.on_missing)
     return sets
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Take the digests of the files that were joined. Raises StorageError if a newer attempt has deleted one."""
+    files = [_joined_file(folder, name) for name in names]
+    digests = sha256_of_files(files)
+    if any("token_start" in datasets.Dataset.from_file(str(file)).column_names for file in files):
+        digests |= sha256_of_files([_token_file(folder)])
+    return digests
 
 
 def watch_joined(folder: Path) -> WatchedFiles:

@@ -25,7 +25,7 @@ HEADS = {
 
 @pytest.fixture(autouse=True, params=[0, 2**20], ids=["recomputed", "kept"])
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 positions, whose probabilities backward computes again, or which forward keeps."""
+    """Chunks of 16 positions, whose logits backward computes again, or which forward keeps."""
     monkeypatch.setattr(module, "_KEPT_BYTES", request.param)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(module, "_SMALLEST_CHUNK", 16)
@@ -194,7 +194,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("kind", HEADS)
 def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200
-    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * count * VOCABULARY - 1)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 8 * count * VOCABULARY - 1)
     hidden, head, targets = make_case(kind, count)
     with Allocations() as forward:
         logps = token_statistics(hidden, targets, head, squares=True).logps
@@ -206,16 +206,17 @@ def test_no_tensor_of_the_logits_size_is_made_forward_or_backward(kind: str, mon
         assert max(shape.numel() for shape in recorded.shapes) <= max(count * HIDDEN, 16 * VOCABULARY)
 
 
-@pytest.mark.parametrize("kind", ["plain", "bias", "scale"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_logits_that_fit_are_computed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * COUNT * VOCABULARY)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 8 * COUNT * VOCABULARY)
     hidden, head, targets = make_case(kind)
     with Allocations() as forward:
         logps = token_statistics(hidden, targets, head).logps
     with Allocations() as backward:
         logps.sum().backward()
     assert torch.Size([16, VOCABULARY]) in forward.products
-    assert set(backward.products) == {torch.Size([COUNT, HIDDEN]), torch.Size([VOCABULARY, HIDDEN])}
+    assert not any(shape[1] == VOCABULARY for shape in backward.products)
+    assert torch.Size([VOCABULARY, HIDDEN]) in backward.products
 
 
 def test_the_recording_would_see_full_logits() -> None:

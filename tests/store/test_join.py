@@ -171,6 +171,26 @@ def test_token_logps_come_with_the_pairs_where_they_are_asked_for(tmp_path: Path
     assert not any("token" in name for name in rows[0])
 
 
+def test_token_logps_that_another_process_deletes_while_they_are_written_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened anew, the file would have the later parts alone, where the earlier ones should be."""
+    store = make_store(tmp_path / "train", [[scored(key(n), (-1.0,), (-2.0,))] for n in range(3)])
+    token_file = tmp_path / "tokens"
+
+    read_all = reference_table.read_parts
+
+    def read_parts(store: Any) -> Any:
+        for number, part in enumerate(read_all(store)):
+            if number == 2:
+                token_file.unlink()
+            yield part
+
+    monkeypatch.setattr(reference_table, "read_parts", read_parts)
+    with pytest.raises(StorageError, match="must hold 4 values before part 2, got 0"):
+        load_reference_table([store], 64, token_file=token_file)
+
+
 def test_several_sets_share_one_file_of_token_logps(tmp_path: Path) -> None:
     """One collator serves training and held-out sets."""
     token_file = tmp_path / "tokens"

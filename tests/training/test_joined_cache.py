@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, StorageError
 from pipeline.base.signals import StopFlag
 from pipeline.config.data import DataConfig, EvalSetConfig, TrainSetConfig
 from pipeline.config.reader import load_config
@@ -487,3 +487,22 @@ def test_a_resumed_run_that_finds_its_sets_has_the_weights_of_one_that_joins_aga
     assert one == other
     assert not (tmp_path / "policy" / "joined").exists()
     tally("a run resumed with its joined sets found, and joined again", 2, outcome="the same weights bit for bit")
+
+
+@pytest.mark.parametrize("gone", ["token-logps.f32", "train.arrow"])
+def test_sets_of_which_a_newer_attempt_deletes_a_file_are_not_kept(
+    scored: Scored, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Kept without it, they would stop every later run."""
+    join = joining.join
+
+    def join_and_lose(pairs: Any, table: Any, file: Path, **options: Any) -> Any:
+        report = join(pairs, table, file, **options)
+        if file.name == "heldout.arrow":
+            (file.parent / gone).unlink()
+        return report
+
+    monkeypatch.setattr(joining, "join", join_and_lose)
+    with pytest.raises(StorageError, match=gone):
+        scored.join()
+    assert scored.kept == []
