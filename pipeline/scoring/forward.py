@@ -191,7 +191,8 @@ def score(model: Any, batch: Batch, want: Want = STATISTICS) -> Scores:
     """Score every completion token of the batch.
 
     `prepare` must have been called on the model; `check_scoring` tells if it reads packed batches. Gradients flow to
-    its parameters unless the caller switched them off. No tensor of [tokens, vocabulary] is made, forward or backward.
+    its parameters unless the caller switched them off. Logits of all tokens are in memory at once for small batches
+    alone (head.py).
     """
     if batch.layout is None:
         reading: dict[str, Any] = {"attention_mask": batch.attention_mask}

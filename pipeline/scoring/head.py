@@ -1,4 +1,4 @@
-"""Hidden states -> token logps, without logits.
+"""Hidden states -> token logps, with few logits in memory.
 
 The logits of N positions over a vocabulary of V are the largest tensor of a language model's step. Here they exist
 for one chunk of positions at a time: forward keeps one number per position, and backward recomputes each chunk. Two
