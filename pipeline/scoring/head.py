@@ -109,8 +109,15 @@ def token_statistics(
     pass over each chunk.
     """
     frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
-    in_forward = torch.is_grad_enabled() and hidden.requires_grad and frozen
-    options = _Options(scale=head.scale, softcap=head.softcap, squares=squares, gradient_in_forward=in_forward)
+    # Inside the function gradients are always off, so it can't ask.
+    backward_follows = torch.is_grad_enabled() and (hidden.requires_grad or not frozen)
+    options = _Options(
+        scale=head.scale,
+        softcap=head.softcap,
+        squares=squares,
+        gradient_in_forward=backward_follows and frozen,
+        keep=backward_follows and not frozen,
+    )
     logps, entropy, mean_logit, is_top1, log_sum_squares = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, options
     )
@@ -125,6 +132,8 @@ class _Options:
     softcap: float | None
     squares: bool
     gradient_in_forward: bool
+    keep: bool
+    """Keep the logits for backward, if they fit"""
 
 
 def _operand_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -146,9 +155,9 @@ class _Chunks:
         self.hidden, self.weight = hidden.to(dtype), head.weight.to(dtype)
         self._head = head
         self._size = positions_of_chunk(len(hidden), len(head.weight), on_gpu=hidden.device.type != "cpu")
-        shape, device = (len(hidden), len(head.weight)), hidden.device
+        shape = (len(hidden), len(head.weight))
         fits = keep and self.wide.itemsize * shape[0] * shape[1] <= _KEPT_BYTES
-        self.kept = torch.empty(shape, dtype=self.wide, device=device) if fits else None
+        self.kept = torch.empty(shape, dtype=self.wide, device=hidden.device) if fits else None
         """Logits of all positions once they were iterated over, [N, vocabulary], if they are to be kept and fit"""
 
     def parts(self) -> Iterator[slice]:
@@ -162,16 +171,17 @@ class _Chunks:
         The next chunk overwrites them, unless they are kept.
         """
         device = self.hidden.device
-        products = torch.empty((self._size, len(self.weight)), dtype=self.dtype, device=device)
-        widened = products if self.wide == self.dtype else torch.empty_like(products, dtype=self.wide)
+        shape = (self._size, len(self.weight))
+        buffer = torch.empty(shape, dtype=self.wide, device=device) if self.kept is None else self.kept
+        products = None if self.wide == self.dtype else torch.empty(shape, dtype=self.dtype, device=device)
         with torch.autocast(device.type, enabled=False):
             for part in self.parts():
                 count = part.stop - part.start
-                logits = widened[:count] if self.kept is None else self.kept[part]
-                product = logits if self.wide == self.dtype else products[:count]
-                torch.mm(self.hidden[part], self.weight.t(), out=product)
-                if product is not logits:
-                    logits.copy_(product)
+                logits = buffer[:count] if self.kept is None else buffer[part]
+                if products is None:
+                    torch.mm(self.hidden[part], self.weight.t(), out=logits)
+                else:
+                    logits.copy_(torch.mm(self.hidden[part], self.weight.t(), out=products[:count]))
                 if self._head.bias is not None:
                     logits += self._head.bias
                 if self._head.scale != 1.0:
@@ -192,8 +202,7 @@ class _TokenStatistics(torch.autograd.Function):
         options: _Options,
     ) -> tuple[torch.Tensor, ...]:
         head = Head(weight, bias, options.scale, options.softcap)
-        keep = any(ctx.needs_input_grad) and not options.gradient_in_forward
-        chunks = _Chunks(hidden, head, _operand_dtype(hidden), keep=keep)
+        chunks = _Chunks(hidden, head, _operand_dtype(hidden), keep=options.keep)
         logps, log_sums, entropy, mean_logit, log_sum_squares = (
             torch.empty(len(targets), dtype=chunks.wide, device=hidden.device) for _ in range(5)
         )

@@ -18,15 +18,14 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from cached import SHAPE  # noqa: E402
 from cached import build_model as build_qwen  # noqa: E402
-from workloads import HH, PAD_ID, SEED, Shape, Workload, make_pairs  # noqa: E402
+from workloads import HH, PAD_ID, SEED, Workload, make_pairs  # noqa: E402
 
 from pipeline.data.tokens import TokenizedPair  # noqa: E402
 from pipeline.scoring import forward  # noqa: E402
 from pipeline.scoring.forward import prepare, score  # noqa: E402
 from pipeline.scoring.packing import Batch, cache_pairs, pad_pairs  # noqa: E402
-
-SHAPE = Shape(vocabulary=32000, hidden=512, layers=8, intermediate=1408, heads=8, kv_heads=2)
 
 
 def build_lfm2() -> Any:

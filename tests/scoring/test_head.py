@@ -219,6 +219,15 @@ def test_logits_that_fit_are_computed_once(kind: str, monkeypatch: pytest.Monkey
     assert torch.Size([VOCABULARY, HIDDEN]) in backward.products
 
 
+def test_logits_are_not_kept_where_no_backward_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_BYTES", 8 * COUNT * VOCABULARY)
+    hidden, head, targets = make_case("plain")
+    with torch.no_grad(), Allocations() as recorded:
+        token_statistics(hidden, targets, head)
+    assert torch.Size([16, VOCABULARY]) in recorded.products
+    assert torch.Size([COUNT, VOCABULARY]) not in recorded.shapes
+
+
 def test_the_recording_would_see_full_logits() -> None:
     hidden, head, targets = make_case("plain")
     with Allocations() as recorded:
