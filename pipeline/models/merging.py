@@ -9,10 +9,13 @@ from pipeline.base.files import read_json
 from pipeline.config.schema import Config
 from pipeline.models.files import ADAPTER_CONFIG, NamedModel
 from pipeline.models.loading import load_base, loading_errors, with_adapter
-from pipeline.models.precision import Precision, policy_precision, resolve_dtype
+from pipeline.models.precision import policy_precision, resolve_dtype
 from pipeline.models.products import adds_products
 
 __all__ = ["dtype_of_base", "load_merged"]
+
+_NARROW = {"bfloat16": "BF16", "float16": "F16"}
+"""Dtype -> its name in safetensors, of those whose numbers float32 has too"""
 
 
 def dtype_of_base(config: Config) -> str:
@@ -27,7 +30,8 @@ def load_merged(config: Config, adapter: Path, dtype: str) -> Any:
     trained on the rounded weights.
 
     Raises:
-        ConfigError: The base can't be dequantized, or the adapter does not fit it or can't be merged.
+        ConfigError: The base can't be dequantized, the adapter does not fit it or can't be merged, or a weight is too
+            large for float16.
         DataError: A weight file is damaged.
     """
     import torch
@@ -48,19 +52,38 @@ def load_merged(config: Config, adapter: Path, dtype: str) -> Any:
         with warnings.catch_warnings(action="ignore"):  # of layers that are merged already
             merged: Any = wrapped.merge_and_unload()
     _narrow(merged, wanted)
+    if dtype == "float16":  # the other dtypes have float32's range
+        _refuse_infinite(merged)
     if was_tied:
         _tie_if_equal(merged)
     return merged
 
 
 def _loaded_in(config: Config, adapter: Path) -> str:
-    """Name the dtype to load the base in: the policy's, or a narrower one of the checkpoint, with the same numbers."""
+    """Name the dtype to load the base in: the policy's, or for one in float32 a narrower one of all weight files."""
     trained, settings = policy_precision(config).weights, read_json(adapter / ADAPTER_CONFIG)
     # Weights that the adapter replaces whole take the base's dtype.
     replaces = settings.get("modules_to_save") or settings.get("bias", "none") != "none"
     if config.policy.quantization is not None or replaces or not adds_products(adapter):
         return trained
-    return min((trained, dtype_of_base(config)), key=lambda name: Precision(weights=name).bits)
+    stored, folder = dtype_of_base(config), NamedModel.policy(config).folder()
+    is_narrow = trained == "float32" and stored in _NARROW and _are_stored_in(stored, folder)
+    return stored if is_narrow else trained
+
+
+def _are_stored_in(dtype: str, folder: Path) -> bool:
+    """Return True if a model's files have all floating-point weights in a dtype; its config.json may name another."""
+    from safetensors import SafetensorError, safe_open
+
+    found: set[str] = set()
+    try:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                names = opened.keys()
+                found |= {opened.get_slice(name).get_dtype() for name in names}
+    except (SafetensorError, OSError):  # which loading reports
+        return False
+    return {name for name in found if name.startswith(("F", "BF"))} <= {_NARROW[dtype]}
 
 
 def _dequantized(model: Any, named: NamedModel) -> Any:
@@ -78,6 +101,15 @@ def _narrow(module: Any, dtype: Any) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def _refuse_infinite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"--dtype: must hold every weight, got float16, in which numbers of {name} are infinite. Choose "
+                "bfloat16 or float32"
+            )
 
 
 def _untie(model: Any) -> bool:

@@ -25,8 +25,8 @@ def merge(run_folder: Path, output: Path, dtype: str, sample: int) -> None:
     """Merge the adapter of RUN, a finished train.output_dir, into its base, and write one plain model to OUT.
 
     Tokenizer, chat template, generation config and card come along. Some of the run's pairs are scored by the unmerged
-    and by the merged model. If their log-probs differ by more than rounding, nothing is written. A quantized base is
-    dequantized first. The base's weights must fit the CPU's memory.
+    and by the merged model. If their log-probs differ by more than rounding, nothing is written. The base's weights
+    must fit the CPU's memory. A quantized base is dequantized first, in the memory of the GPU if there is one.
     """
     from stages.merge import command as stage
 

@@ -61,21 +61,23 @@ def run(run_folder: Path, output: Path, *, dtype: str = "auto", sample: int = 8)
     _check_base(config, run_folder)
     config = in_one_process(config)
     dtype = dtype_of_base(config) if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(config)
-    pairs = _sample(config, tokenizer, sample)
-    unmerged = _logps(policy_as_reference(config, run_folder).reference, config, tokenizer, pairs)
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
+        # Before a model is loaded, which can take long.
         with storage_errors(output):
             work.mkdir(parents=True)
+        tokenizer = load_tokenizer(config)
+        pairs = _sample(config, tokenizer, sample)
+        unmerged = _logps(policy_as_reference(config, run_folder).reference, config, tokenizer, pairs)
         _save(config, run_folder, work, dtype, tokenizer)
         merged = _logps(ReferenceConfig(model=str(work)), config, tokenizer, pairs)
         found = _compared(unmerged, merged, config, dtype)
         if found is not None:
             if not found.agrees:
+                remedy = "Load the adapter with PEFT instead" if dtype == "float32" else "Choose --dtype float32"
                 raise DataError(
                     f"{output}: must score as the run's policy, got other log-probs: {found}. Nothing was written. "
-                    "Choose a wider --dtype"
+                    f"{remedy}"
                 )
             say(f"{number_of(len(pairs), 'pair')} scored by both models: {found}")
         _write_card(config, run_folder, work, dtype, found)

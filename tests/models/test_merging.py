@@ -1,6 +1,7 @@
 """A merged model, saved and loaded as any other, gives the log-probs of base and adapter."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,43 @@ def test_a_policy_trained_on_rounded_weights_is_merged_into_those(bases: dict[bo
     merged = load_merged(config, tmp_path / "adapter", "float32")
     in_policy = policy.get_base_model().model.layers[0].mlp.up_proj.weight
     assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, in_policy.float())
+
+
+def test_a_checkpoint_whose_config_names_a_narrower_dtype_than_its_files_is_not_rounded(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    wide = transformers.AutoModelForCausalLM.from_pretrained(bases[False], dtype=torch.float32)
+    with torch.no_grad():
+        wide.model.layers[0].mlp.up_proj.weight += 1e-4
+    wide.save_pretrained(tmp_path / "wide")
+    file = tmp_path / "wide" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "bfloat16"}))
+    config = config_of(tmp_path / "wide", lora=LoraSettings(r=4, target_modules=["q_proj"]))
+    trained(config, tmp_path / "adapter")
+    merged = load_merged(config, tmp_path / "adapter", "float32")
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, wide.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(("dtype", "loaded"), [("float32", "bfloat16"), ("float16", "float16"), ("auto", "bfloat16")])
+def test_only_for_a_policy_in_float32_a_checkpoint_may_stay_narrower(
+    dtype: str, loaded: str, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert merging._loaded_in(config_of(bases[False], lora=LoraSettings(), dtype=dtype), tmp_path) == loaded
+
+
+def test_a_weight_that_float16_can_not_hold_is_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(bases[False], dtype=torch.float32)
+    with torch.no_grad():
+        base.model.norm.weight[0] = 1e5
+    base.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base", **FRESH["lora"])
+    trained(config, tmp_path / "adapter")
+    with pytest.raises(
+        ConfigError, match=r"^--dtype: must hold every weight, got float16, .* model\.norm\.weight are inf"
+    ):
+        load_merged(config, tmp_path / "adapter", "float16")
+    assert load_merged(config, tmp_path / "adapter", "bfloat16").model.norm.weight[0] > 9e4
 
 
 def test_a_saved_adapter_that_was_continued_is_merged_whole(bases: dict[bool, Path], tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import torch
 import transformers
 import yaml
 
-from pipeline.base.errors import ConfigError, DataError, IdentityError, RefshardError, UnfinishedError
+from pipeline.base.errors import (
+    ConfigError,
+    DataError,
+    IdentityError,
+    RefshardError,
+    StorageError,
+    UnfinishedError,
+)
 from pipeline.config.reader import load_config
 from pipeline.models.loading import load_policy
 from pipeline.run.identity import identity_of_base
@@ -90,9 +97,24 @@ def test_another_model_than_the_runs_is_not_written(run: Path, tmp_path: Path, m
 
     command_load = command.load_merged
     monkeypatch.setattr(command, "load_merged", halved)
-    with pytest.raises(DataError, match="must score as the run's policy, got other log-probs: token log-probs differ"):
+    said = "must score as the run's policy, got other log-probs: token log-probs differ"
+    with pytest.raises(DataError, match=f"{said}.* Load the adapter with PEFT instead$"):
         command.run(run, tmp_path / "merged", sample=2)
+    with pytest.raises(DataError, match=r"Choose --dtype float32$"):
+        command.run(run, tmp_path / "merged", dtype="bfloat16", sample=2)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".tmp-", "merged"))]
+
+
+def test_an_output_that_can_not_be_made_is_refused_before_a_model_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(command, "_logps", load)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        command.run(run, tmp_path / "file" / "merged")
 
 
 def changed_base(run: Path) -> Path:
