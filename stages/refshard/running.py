@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,10 +120,20 @@ def _visiting() -> Iterator[None]:
             yield
     except click.exceptions.Exit as error:
         raise RefshardError(f"another process of this launch has failed, with status {error.exit_code}") from error
-    except Exception as error:
-        if (ours := interruption_of(error)) is not None:
+    except BaseException as error:
+        ours = interruption_of(error)
+        if ours is not None or isinstance(error, RefshardError | KeyboardInterrupt):
+            _let_go(error)
+        if ours is not None:
             raise ours from error
         raise
     finally:
         library.set_verbosity(level)
         free_memory()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the variables of the calls that an error has left; they hold models, and a notebook keeps its error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__

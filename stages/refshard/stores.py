@@ -5,6 +5,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.base.errors import ConfigError, DataError, number_of
@@ -53,15 +54,20 @@ class Store:
             columns: Names of the columns to read; all of them if left out. docs/shard-format.md describes them.
 
         Raises:
+            ConfigError: There is no such column.
             DataError: A part is missing or damaged.
         """
+        from pipeline.store.format import schema
         from pipeline.store.store import read_parts
 
+        known = schema(token_logps=self.manifest["identity"]["tokenization"]["token_logps"]).names
+        if unknown := [name for name in columns or () if name not in known]:
+            raise ConfigError(f"columns: must be names of {', '.join(known)}, got {unknown[0]!r}. Correct it")
         for table in read_parts(self.parts, columns):
             yield from table.combine_chunks().to_batches()
 
 
-def open_store(folder: str) -> Store:
+def open_store(folder: Path | str) -> Store:
     """Open a store: `OUTPUT/train`, or OUTPUT if there is only one in it; also `s3://...`.
 
     Raises:
@@ -70,7 +76,7 @@ def open_store(folder: str) -> Store:
     """
     from pipeline.store import store
 
-    found = store.find_stores(str(folder))
+    found = store.find_stores(folder)
     if len(found) > 1:
         raise DataError(f"{folder}: must be one store, got {', '.join(map(str, found))}. Name one of them")
     return Store(store.open_store(found[0]))
@@ -95,7 +101,7 @@ def reference_columns(
         on_missing: Raise at rows that the store does not have, or drop them.
 
     Raises:
-        ConfigError: The dataset is of another kind, or has these columns already.
+        ConfigError: The dataset is of another kind or has these columns already, or `on_missing` is unknown.
         DataError: Rows are not in the store; the message says how many, and the likely cause.
     """
     import datasets
@@ -103,6 +109,8 @@ def reference_columns(
 
     from pipeline.store.reference_table import load_reference_table
 
+    if on_missing not in ("stop", "drop"):
+        raise ConfigError(f"on_missing: must be 'stop' or 'drop', got {on_missing!r}. Choose one of them")
     if not isinstance(dataset, datasets.Dataset):
         raise ConfigError(f"dataset: must be a datasets.Dataset, got {type(dataset).__name__}. Name one of its splits")
     if there := [name for name in _COLUMNS if name in dataset.column_names]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,27 @@ def test_no_error_ends_the_process(error: Exception, ours: type[Exception], said
         raise error
 
 
+class Model:
+    """Stands for a model, of which one in memory is enough."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [refshard.UnfinishedError("stopped as asked"), torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()],
+)
+def test_an_error_that_a_notebook_keeps_holds_no_model(error: BaseException) -> None:
+    models = []
+
+    def stage() -> None:
+        model = Model()
+        models.append(weakref.ref(model))
+        raise error
+
+    with pytest.raises((refshard.UnfinishedError, KeyboardInterrupt)) as kept, running._visiting():
+        stage()
+    assert kept.value.__traceback__ is not None and models[0]() is None
+
+
 def test_a_reference_that_moves_is_refused(make_run: Callable[..., Path]) -> None:
     config = make_run(reference={"sync": {"steps": 2}})
     for stage in (refshard.precompute, refshard.train):
@@ -170,6 +192,8 @@ def test_a_store_gives_its_pairs_part_by_part(tmp_path: Path) -> None:
         assert (row["pair_key"], row["row"]) == (pair.key, pair.row)
         assert row["chosen_token_logps"] == pair.chosen_token_logps.tolist()
     assert [batch.schema.names for batch in store.pairs(["row"])] == [["row"], ["row"]]
+    with pytest.raises(refshard.ConfigError, match=r"^columns: must be names of pair_key, row, .*, got 'logps'"):
+        list(store.pairs(["row", "logps"]))
 
 
 def test_a_folder_of_several_stores_or_of_an_unfinished_one_is_refused(tmp_path: Path) -> None:
@@ -232,6 +256,8 @@ def test_rows_that_were_not_scored_are_told_or_dropped_and_get_no_number(
         refshard.reference_columns(dataset, store, tokenizer)
     added = refshard.reference_columns(dataset, store, tokenizer, on_missing="drop")
     assert added["ref_chosen_logps"][:] == [0, -2, -3, -4, -5]
+    with pytest.raises(refshard.ConfigError, match=r"^on_missing: must be 'stop' or 'drop', got 'warn'"):
+        refshard.reference_columns(dataset, store, tokenizer, on_missing="warn")  # type: ignore[arg-type]
     with pytest.raises(refshard.DataError, match=r"The tokenizer is another one than the store's: .*eos"):
         refshard.reference_columns(dataset, store, make_tokenizer(bos=False))
 
