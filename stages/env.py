@@ -16,7 +16,10 @@ from pipeline.base.versions import library_versions, version_of
 
 __all__ = ["environment", "show_environment"]
 
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE")
+_VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
 """Variables that change what a run does, and that hold no secret and no path"""
 
 
@@ -37,7 +40,8 @@ def environment() -> dict[str, dict[str, str]]:
     import torch
 
     versions = {**library_versions(), **{name: version_of(name) or "missing" for name in ("accelerate", "datasets")}}
-    machine = {"system": platform.platform(), "processor": f"{platform.machine()}, {os.cpu_count()} cores"}
+    processor = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    machine = {"system": platform.platform(), "processor": processor}
     if hasattr(os, "sysconf"):
         machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     machine["threads"] = f"{torch.get_num_threads()} of torch"
@@ -58,7 +62,8 @@ def _devices(torch: Any) -> Iterator[tuple[str, str]]:
         yield "CUDA", f"{torch.version.cuda or torch.version.hip}, NCCL {_nccl(torch)}"
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+            # torch says that older GPUs support it too, as it emulates it there.
+            bf16 = "bfloat16" if torch.version.hip or facts.major >= 8 else "bfloat16 emulated"
             capability = f"capability {facts.major}.{facts.minor}"
             yield f"GPU {index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {capability}, {bf16}"
     if torch.backends.mps.is_available():

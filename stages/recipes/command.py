@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.files import put_if_absent
 from pipeline.base.progress import say
 
 __all__ = ["recipes"]
@@ -20,7 +21,8 @@ def recipes(context: click.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     for name, text in _texts().items():
-        comment = "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+        # The first line is for editors.
+        comment = "\n".join(line[1:].strip() for line in text.splitlines()[1:] if line.startswith("#"))
         about, _, facts = comment.partition("\n\n")
         say(f"{name}\n{textwrap.indent(textwrap.fill(about, 100), '  ')}")
         for key in ("hardware", "stage one", "stage two"):
@@ -39,13 +41,10 @@ def copy(name: str, target: Path | None) -> None:
     if name not in texts:
         raise ConfigError(f"NAME: must be one of {', '.join(texts)}, got {name!r}")
     target = target or Path(f"{name}.yaml")
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(texts[name])
-    except FileExistsError:
-        raise ConfigError(f"{target}: is there already. Name another file: refshard recipes copy {name} FILE") from None
-    except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror}") from None
+    if not put_if_absent(target, texts[name].encode()):
+        raise ConfigError(
+            f"{target}: must be a new file, it exists already. Name another one: refshard recipes copy {name} FILE"
+        )
     say(f"{target}: copied. Adapt data.path, policy.model and the folders, then: refshard check --config {target}")
     say("For an editor that knows the keys: refshard schema > refshard.schema.json")
 

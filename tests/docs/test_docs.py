@@ -150,6 +150,8 @@ def test_every_command_that_a_page_shows_exists_with_its_options(name: str) -> N
         command = re.sub(r"^(torchrun|accelerate launch) .*-m (?=refshard )", "", line.lstrip("$ "))
         if command.startswith("refshard "):
             wrong += problems_of(shlex.split(command, comments=True), whole=True)
+        if re.search(r" -m (stages|pipeline)\b", line):
+            wrong.append(f"{line}: a launcher must start refshard by its name")
     for span in spans(text):
         if span.startswith("refshard "):
             wrong += problems_of(span.split(), whole=False)

@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
 from pipeline.base.signals import StopFlag
+from stages.cli import main
 from stages.options import parse_stop_after
 from support.processes import ROOT
 from support.runs import refshard
@@ -77,3 +79,9 @@ except SystemExit:
     environment = {name: value for name, value in os.environ.items() if "NVML" not in name}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.stdout.endswith("by NVML\n"), done.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [("refshard rec", "recipes"), ("refshard merge --dt", "--dtype")])
+def test_a_shell_completes_commands_and_options(words: str, said: str) -> None:
+    asked = {"_REFSHARD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert CliRunner().invoke(main, [], prog_name="refshard", env=asked).output == f"plain,{said}\n"
