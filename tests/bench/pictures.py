@@ -145,12 +145,13 @@ def draw_choices(runs: Sequence[dict[str, Any]], frontier: Sequence[tuple[float,
     figure, axes = plt.subplots(figsize=(5.6, 5), layout="constrained")
     kls, rewards = zip(*frontier, strict=True)
     axes.plot(kls, rewards, "-", color="#999999", linewidth=1, label="best possible at a KL")
-    for kind, marker, color, label in (
-        (("DPO", 250, 0), "o", OURS, "DPO, 250 steps"),
-        (("DPO", 250, 1), "o", "#7fb2d6", "the same, another seed"),
-        (("DPO", 1000, 0), "s", THEIRS, "DPO, 1,000 steps"),
-        (("IPO", 250, 0), "^", "#5a8f4e", "IPO, beta per token"),
-        (("LoRA", 250, 0), "v", "#8a5a9e", "LoRA"),
+    right, above, below = ((7, 3), "left"), ((0, 7), "center"), ((0, -14), "center")
+    for kind, marker, color, label, beside in (
+        (("DPO", 250, 0), "o", OURS, "DPO, 250 steps", right),
+        (("DPO", 250, 1), "o", "#7fb2d6", "the same, another seed", None),
+        (("DPO", 1000, 0), "s", THEIRS, "DPO, 1,000 steps", above),
+        (("IPO", 250, 0), "^", "#5a8f4e", "IPO, beta per token", below),
+        (("LoRA", 250, 0), "v", "#8a5a9e", "LoRA", below),
     ):
         found = [run for run in runs if (run["series"], run["steps"], run["seed"]) == kind]
         if found:
@@ -158,9 +159,10 @@ def draw_choices(runs: Sequence[dict[str, Any]], frontier: Sequence[tuple[float,
             errors = [run["reward_error"] for run in found]
             line = "-" if kind[0] == "DPO" else ""
             axes.errorbar(x, y, errors, fmt=marker + line, color=color, linewidth=1, markersize=5, label=label)
-            for run in found if kind[1:] == (250, 0) and kind[0] == "DPO" else ():
-                place = (run["kl"], run["reward_after"])
-                axes.annotate(f"{run['beta']:g}", place, (7, -1), textcoords="offset points", fontsize=9)
+        for run in found if beside else ():
+            place, (shift, anchor) = (run["kl"], run["reward_after"]), beside
+            said = {"textcoords": "offset points", "fontsize": 9, "color": color, "ha": anchor}
+            axes.annotate(f"{run['beta']:g}", place, shift, **said)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("KL from the reference, nats per reply")
