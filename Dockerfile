@@ -1,8 +1,10 @@
 # refshard with the versions of requirements.lock, for NVIDIA GPUs. In the clone:
 #
 #   docker build --tag refshard:0.1 .
-#   docker run --rm --gpus all --ipc host --user "$(id -u)" --volume "$PWD:/data" refshard:0.1 train --config run.yaml
+#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/data" --env XDG_CACHE_HOME=/data/.cache \
+#     refshard:0.1 train --config run.yaml
 #
+# XDG_CACHE_HOME keeps what is fetched from the hub, and the digests of weights, for the next command.
 # torch's wheel brings the libraries of CUDA; the base adds what the container runtime needs to hand in the driver.
 # Rocky Linux 9 has the Python that the locked versions were tested with.
 FROM nvidia/cuda:13.0.1-base-rockylinux9
@@ -18,9 +20,10 @@ RUN dnf install --assumeyes --nodocs --setopt=install_weak_deps=False \
  && chmod 1777 /home/refshard
 
 # One layer of 6 GB that changes with the lock alone, so that a change of refshard moves only the small one above it.
+# pip compiles the modules: the image's user can't write here, so each process would compile them, which takes 25 s.
 COPY requirements.lock /usr/src/refshard/
 RUN python3.11 -m venv /opt/refshard \
- && /opt/refshard/bin/pip install --no-cache-dir --no-compile --require-hashes \
+ && /opt/refshard/bin/pip install --no-cache-dir --require-hashes \
       --requirement /usr/src/refshard/requirements.lock
 
 COPY LICENSE README.md pyproject.toml /usr/src/refshard/

@@ -60,6 +60,8 @@ def test_the_image_is_built_of_what_is_here_and_runs_the_command_as_a_user_of_it
     installs = re.findall(r"pip install ([^&]*?)(?:\n\S|\n\n|&&)", DOCKERFILE)
     assert len(installs) == 2
     assert all("--require-hashes" in words or "--no-deps --no-build-isolation" in words for words in installs)
+    # The user can't write there, so what is not compiled is compiled in each process.
+    assert "--no-compile" not in DOCKERFILE and "DONTWRITEBYTECODE" not in DOCKERFILE
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
