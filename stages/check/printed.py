@@ -160,8 +160,8 @@ def estimate_lines(estimate: Estimate, host_memory_here: int | None) -> Iterator
         fits = "too much" if needed > host_memory_here else "fits"
         verdict = f": {fits}, this machine has {gigabytes(host_memory_here)}"
     yield (
-        f"  {'CPU memory':14}{gigabytes(needed)} on the machine for all its processes together, while each of them "
-        f"loads the whole policy{verdict}"
+        f"  {'CPU memory':14}{gigabytes(needed)} on the machine for all its processes together, while the policy is "
+        f"loaded{verdict}"
     )
     disk = ", ".join(f"{part} {gigabytes(size)}" for part, size in estimate.disk.items())
     yield f"  {'disk':14}{gigabytes(estimate.total_disk)}: {disk}"

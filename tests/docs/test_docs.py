@@ -204,6 +204,11 @@ def unknown_settings(text: str, known: dict[str, Any]) -> list[str]:
     return sorted(key for key in keys if key not in known and not own.fullmatch(key))
 
 
+def test_the_readme_counts_the_faults_that_the_page_of_reliability_counts() -> None:
+    counted = re.search(r"^([\d,]+) faults, injected for real", read("docs/reliability.md"), re.MULTILINE)
+    assert counted is not None and f"| {counted[1]} faults, injected for real |" in read("README.md")
+
+
 def test_what_does_not_exist_is_found(known: dict[str, Any], tmp_path: Path) -> None:
     for words in (
         "refshard trian --config F",

@@ -247,7 +247,7 @@ def test_a_finished_stage_is_done_and_too_little_memory_of_the_machine_is_said()
         lengths,
         hardware_named("2xt4-16gb"),
     )
-    for here, verdict in ((10**9, ": too much, this machine has 1.0 GB"), (2 * 10**9, ": fits"), (None, "whole")):
+    for here, verdict in ((10**9, ": too much, this machine has 1.0 GB"), (2 * 10**9, ": fits"), (None, "is loaded")):
         lines = list(estimate_lines(found, here))
         [memory] = [line for line in lines if "CPU memory" in line]
         assert "1.0 GB on the machine for all its processes together" in memory and verdict in memory

@@ -85,3 +85,17 @@ except SystemExit:
 def test_a_shell_completes_commands_and_options(words: str, said: str) -> None:
     asked = {"_REFSHARD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     assert CliRunner().invoke(main, [], prog_name="refshard", env=asked).output == f"plain,{said}\n"
+
+
+_INTERRUPTED = """
+import os, signal, sys
+from stages import cli
+cli.main.commands["schema"].callback = lambda: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["refshard", "schema"]
+cli.run()
+"""
+
+
+def test_an_interrupt_before_anything_has_begun_ends_with_130_and_a_line() -> None:
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (130, "refshard: interrupted")
