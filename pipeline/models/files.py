@@ -315,8 +315,8 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         info = HfApi().model_info(model.name, revision=model.revision, files_metadata=True)
-        model_config = read_json(Path(hf_hub_download(model.name, "config.json", revision=info.sha)))
-    except (OSError, ValueError) as error:
+        file = Path(hf_hub_download(model.name, "config.json", revision=info.sha))
+    except Exception as error:  # the errors of the hub's client have no common type
         raise _not_on_hub(model, error) from error
     weights = {
         file.rfilename: file.lfs.sha256
@@ -326,7 +326,7 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
     weights.pop(ADAPTER_WEIGHTS, None)
     if not weights:
         raise _no_safetensors(model)
-    return model_config, weights
+    return read_json(file), weights
 
 
 def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokenizerBase":

@@ -109,6 +109,20 @@ def test_a_missing_folder_is_refused_by_its_key_without_asking_the_hub(name: str
         NamedModel(name, None, "reference.model").folder()
 
 
+def test_a_hub_that_can_not_be_reached_for_digests_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """Error of the hub's client, which is no OSError."""
+
+    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ask)
+    with pytest.raises(
+        ConfigError, match=r"^policy\.model: 'org/name' is neither a folder here nor a model on the hub: "
+    ):
+        reference_weights(NamedModel("org/name", None, "policy.model"))
+
+
 def test_an_unreachable_hub_model_is_refused_by_its_key() -> None:
     with pytest.raises(ConfigError, match=r"policy\.model: 'org/none' is neither a folder here nor"):
         NamedModel("org/none", None, "policy.model").folder()
