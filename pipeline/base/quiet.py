@@ -12,6 +12,8 @@ def silence_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
     # A library that reads an attribute of another one by its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # An adapter on embeddings that are the head too: the head stays as it was, and `refshard merge` separates the two.
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part", UserWarning)
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

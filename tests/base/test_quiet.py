@@ -8,7 +8,7 @@ import pytest
 from pipeline.base.quiet import silence_libraries
 
 
-def test_two_warnings_of_libraries_are_left_out_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_some_warnings_of_libraries_are_left_out_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before = list(kernels.filters)
     try:
@@ -16,6 +16,8 @@ def test_two_warnings_of_libraries_are_left_out_and_no_others(caplog: pytest.Log
             warnings.simplefilter("always")
             silence_libraries()
             warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+            tied = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but"
+            warnings.warn(tied, UserWarning, stacklevel=1)
             warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
             kernels.warning("Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.")
             kernels.warning("the library was built for another CPU")
