@@ -30,6 +30,7 @@ CONSTANTS = BENCH / "results" / "scale.json"
 TEMPLATE = BENCH / "scale.md.jinja"
 JOIN = BENCH / "results" / "join.json"
 START = BENCH / "results" / "start.json"
+MIXED = BENCH / "results" / "mixed.json"
 PAGE = ROOT / "docs" / "scale.md"
 
 
@@ -167,6 +168,7 @@ def page(plan: Plan, measured: Measured, join: dict[str, float]) -> str:
         "measured": measured,
         "join": join,
         "start": json.loads(START.read_text(encoding="utf-8")),
+        "mixed": json.loads(MIXED.read_text(encoding="utf-8")),
         "store_bytes": store_bytes,
         "part_bytes": store_bytes / plan.units,
         "warm": plan.restart_seconds(measured, digests_cached=True),
