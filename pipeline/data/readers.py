@@ -30,6 +30,7 @@ _LARGEST_FOOTER = 16 * 2**20
 _LARGEST_GROUP = 16 * 2**30
 """Most unpacked bytes of a row group, whose pages are read together."""
 
+_ROWS_AT_ONCE = 256
 _ROWS_CHECKED_AT_ONCE = 1000
 
 
@@ -264,14 +265,15 @@ def _read_parquet(source: Source) -> Iterator[Row]:
         names = parquet.schema_arrow.names
         # A dotted name leads into a column.
         there = {name: column if column in names else column.partition(".")[0] for name, column in named.items()}
-        wanted = {*there.values(), *(() if {there["prompt"], there.get("user")} & set(names) else others)}
+        prompt = next((there[name] for name in ("prompt", "user") if there.get(name) in names), None)
+        wanted = {*there.values(), *(() if prompt else others)}
         # Without a needed column all are read, so that the pair's error can name the columns that there are.
         needed = {there[name] for name in ("chosen", "rejected", *source.columns)}
         reads_all = source.all_columns or not needed <= set(names)
         columns = None if reads_all else [name for name in names if name in wanted]
         in_file = 0
         try:
-            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+            for batch in _batches(parquet, columns, prompt):
                 for i in range(batch.num_rows):
                     place = f"{file} row {in_file}"
                     yield Row(next(numbers), place, partial(_decode, place, partial(_arrow_row, batch, i)))
@@ -280,6 +282,20 @@ def _read_parquet(source: Source) -> Iterator[Row]:
             raise DataError(f"{file}: damaged after row {in_file} ({first_line(error)})") from error
         if in_file != parquet.metadata.num_rows:
             raise DataError(f"{file}: damaged, holds {in_file:,} rows, not the {parquet.metadata.num_rows:,} it counts")
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str] | None, prompt: str | None) -> Iterator[pa.RecordBatch]:
+    """Yield the rows in batches: all columns from the first row on whose prompt is null, for it has another layout.
+
+    A batch is of one row group: pyarrow can't join two groups' columns of messages.
+    """
+    for group in range(parquet.num_row_groups):
+        for number, batch in enumerate(parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns)):
+            if columns is not None and prompt is not None and batch.column(prompt).null_count:
+                columns = None
+                yield from itertools.islice(parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group]), number, None)
+                break
+            yield batch
 
 
 def _arrow_row(batch: pa.RecordBatch, i: int) -> Mapping[str, Any]:

@@ -318,3 +318,12 @@ def test_the_pages_rows_are_read_as_it_says() -> None:
     rows = [line.strip() for line in section[: section.index("\n## ", 5)].splitlines() if line.startswith("    {")]
     forms = [read(json.loads(row)).form for row in rows]
     assert {*COLUMNS_OF_FORMS, "chat_answers"} <= set(forms)
+
+
+def test_a_row_without_a_prompt_among_others_is_read_in_its_layout_from_parquet_too(tmp_path: Path) -> None:
+    plain = {"prompt": [ASK], "chosen": [YES], "rejected": [NO], "conversations": None}
+    rows = [*[plain] * 300, {**plain, "prompt": None, "conversations": SHARE_GPT["conversations"]}, plain]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=100)
+    found = [row.load() for row in read_rows(open_source(DataConfig(path=str(tmp_path / "pairs.parquet"))))]
+    assert "conversations" not in found[0] and len(found) == 302
+    assert [read(dict(row)) for row in found] == [PAIR] * 302
