@@ -37,6 +37,7 @@ REASONS = {
     "template_differs": "the chat template renders the prompt differently without the generation prompt",
     "identical": "chosen and rejected are equal",
     "identical_after_truncation": "chosen and rejected are equal after the cut",
+    "weight_0": "training leaves the pair out, since its weight is 0",
 }
 """Meaning of each remark, for people."""
 
@@ -200,6 +201,7 @@ def _remarks(outcome: Outcome, cut: TokenizedPair, whole: TokenizedPair, tokeniz
         "doubled_eos": eos is not None and any((eos, eos) in itertools.pairwise(a) for a, _ in sides),
         "no_bos": begins == 0 and adds_bos(tokenizer),
         "several_bos": begins > 1,
+        "weight_0": outcome.kept is not None and outcome.kept.weight == 0,
     }
     if whole.merged and whole.template_differs:
         # The template is the cause, not the tokenizer.

@@ -145,7 +145,7 @@ def add_up(
 ) -> Lengths | None:
     """Add up the tokens of some sets, extended to the rows that were not surveyed; None if no pair was kept.
 
-    `fraction` says by set how often an epoch has each pair.
+    `fraction` says by set how often an epoch has each pair; it never has a pair of weight 0.
     """
     surveys = [(s.scale, s.survey) for s in sets.values()]
     pair_lengths = [percentiles(survey.lengths.get("pair", {})) for _, survey in surveys]
@@ -158,10 +158,12 @@ def add_up(
     if not sum(pairs.values()):
         return None
     tokens = {name: s.scale * sum(s.survey.scored.values()) for name, s in sets.items()}
+    left_out = {name: s.survey.found["weight_0"] / max(1, s.ledger.kept) for name, s in sets.items()}
+    copies = {name: fraction(name) * (1 - left_out[name]) for name in sets}
     return Lengths(
         pairs=sum(pairs.values()),
-        pairs_of_epoch=round(sum(fraction(name) * pairs[name] for name in sets)),
-        share_of_epoch=sum(fraction(name) * tokens[name] for name in sets) / max(1, sum(tokens.values())),
+        pairs_of_epoch=round(sum(copies[name] * pairs[name] for name in sets)),
+        share_of_epoch=sum(copies[name] * tokens[name] for name in sets) / max(1, sum(tokens.values())),
         **{
             f"{side}_tokens": sum(round(scale * survey.scored[side]) for scale, survey in surveys)
             for side in ("prompt", "chosen", "rejected")

@@ -102,6 +102,11 @@ def test_what_a_pair_has_is_found_and_nothing_else(tokenizer: Any, row: dict[str
     assert survey.found[merged] + survey.found["template_differs"] == ledger.noted[merged]
 
 
+def test_a_pair_of_weight_0_is_found() -> None:
+    survey, _, _ = take([{**GOOD, "w": 0}, {**GOOD, "w": 0.5}], PLAIN, columns={"weight": "w"})
+    assert dict(survey.found) == {"weight_0": 1}
+
+
 def test_a_beginning_is_not_missed_where_ends_are_marked_by_the_same_token() -> None:
     tokenizer = make_tokenizer(bos=True)
     tokenizer.eos_token = "<s>"

@@ -17,10 +17,11 @@ from pipeline.config.training import TrainSection
 from pipeline.data.intake import Ledger
 from pipeline.data.reading import Reading
 from pipeline.data.rows import Source
+from pipeline.data.sources import open_source
 from pipeline.data.survey import Survey
 from stages.check.command import Limits, above_limits
 from stages.check.estimate import Lengths, estimate
-from stages.check.findings import Findings, PairSet
+from stages.check.findings import Findings, PairSet, add_up
 from stages.check.hardware import HARDWARE, hardware_named
 from stages.check.printed import as_text, estimate_lines
 from stages.check.shapes import shapes_of
@@ -181,6 +182,18 @@ def test_a_cut_is_found_once_whether_eos_is_lost_with_it_or_not(truncated: int, 
     pairs = PairSet(source=source, ledger=ledger, survey=survey, reading=reading, rows=8, only_first_rows=None)
     said = as_text(Findings(sets={"train": pairs}, stores={}), 64)
     assert re.findall(r"^  found +(.*)$", said, flags=re.MULTILINE) == lines
+
+
+def test_an_epoch_has_no_pair_of_weight_0() -> None:
+    survey = Survey(found=Counter(weight_0=2), scored=Counter(prompt=10, chosen=10, rejected=20))
+    source = open_source(DataConfig(path="a/b"))
+    reading = Reading(forms={}, unread=(), findings={})
+    pairs = PairSet(
+        source=source, ledger=Ledger(rows=9, kept=8), survey=survey, reading=reading, rows=9, only_first_rows=None
+    )
+    lengths = add_up({"train": pairs}, {}, lambda name: 2.0)
+    assert lengths is not None
+    assert (lengths.pairs, lengths.pairs_of_epoch, lengths.share_of_epoch) == (8, 12, 1.5)
 
 
 def test_each_limit_fails_with_what_was_found_and_what_is_allowed(make_run: Callable[..., Path]) -> None:
