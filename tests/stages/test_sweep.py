@@ -142,6 +142,21 @@ def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
 
 
 @pytest.mark.nightly
+def test_fractions_of_a_set_are_swept_on_shards_that_are_scored_once(make_run: MakeRun, tmp_path: Path) -> None:
+    files = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", simple_rows(8, start)) for start, name in ((0, "a"), (8, "b"))
+    }
+    config = make_run(data={"path": None, "sets": {name: {"path": str(file)} for name, file in files.items()}})
+    words = ["sweep", "--config", config, "--over", "data.sets.b.fraction=0.5,1,3", "--prompts", 0]
+    done = refshard(*words)
+    costs = [json.loads(file.read_text()) for file in (tmp_path / "shards" / "costs").glob("*.json")]
+    assert sorted((cost["set"], cost["pairs"]) for cost in costs) == [("a", 8), ("b", 8)]
+    runs = sorted((tmp_path / "policy").glob("*/inputs.json"))
+    counts = [json.loads(file.read_text())["sets"]["b"]["of_epoch"] for file in runs]
+    assert len(counts) == 3 and 0 < counts[0] < 8 and counts[1:] == [8, 24], done.stdout
+
+
+@pytest.mark.nightly
 def test_a_reference_that_moves_has_the_shards_of_each_run_to_itself(make_run: MakeRun, tmp_path: Path) -> None:
     config = make_run(train={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
     words = ["sweep", "--config", config, "--over", "reference.sync={steps: 1, mixup_alpha: 1}"]

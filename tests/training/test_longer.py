@@ -1,4 +1,4 @@
-"""A run that is made longer ends in the weights of one that was as long from the beginning, bit for bit."""
+"""A run that is made longer ends in the weights of one that was as long from the start, bit for bit; also a mixture."""
 
 import json
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from pipeline.base.errors import IdentityError
 from pipeline.config.reader import load_config
 from stages import train
 from stages.precompute import command as precompute
+from support.runs import simple_rows, write_jsonl
 
 MakeRun = Callable[..., Path]
 SAVED = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "save_strategy": "steps", "save_steps": 3}
@@ -30,7 +31,7 @@ def steps_of(folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     ("shorter", "longer", "sections"),
     [
-        # 24 pairs are 6 steps an epoch.
+        # 24 pairs of two sets are 6 steps an epoch.
         ({"max_steps": 5}, {"max_steps": 8}, {"policy": {"lora": {"r": 4, "dropout": 0.1}}}),
         (
             {"max_steps": -1, "num_train_epochs": 1},
@@ -49,7 +50,11 @@ def test_a_longer_run_is_the_same_as_one_at_once(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = make_run(train=SAVED, **sections)
+    sets = {
+        "twice": {"path": str(write_jsonl(tmp_path / "twice.jsonl", simple_rows(8))), "fraction": 2.0},
+        "once": {"path": str(write_jsonl(tmp_path / "once.jsonl", simple_rows(8, start=8)))},
+    }
+    config = make_run(data={"path": None, "sets": sets}, train=SAVED, **sections)
     precompute.run(load_config(config))
 
     def run(output: str, length: dict[str, Any]) -> Path:
