@@ -1,6 +1,6 @@
-"""Names of the columns that a pair is read from."""
+"""Names of the columns that a pair is read from, and of those who speak in it."""
 
-__all__ = ["LAYOUT_COLUMNS", "LOSS_COLUMNS", "PAIR_COLUMNS", "SPOKEN_COLUMNS"]
+__all__ = ["LAYOUT_COLUMNS", "LOSS_COLUMNS", "PAIR_COLUMNS", "ROLES", "SPOKEN_COLUMNS"]
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 SPOKEN_COLUMNS = ("system", "user")
@@ -27,3 +27,5 @@ LAYOUT_COLUMNS = (
 """Columns of other tools' layouts"""
 LOSS_COLUMNS = ("weight", "margin")
 """Numbers that the loss takes besides the pair; read only if `data.columns` names them"""
+ROLES = ("user", "assistant", "system", "tool", "function_call")
+"""Those who speak, as `data.roles` names them; `function_call`: a turn whose text is the JSON of a call"""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.base.errors import ConfigError, did_you_mean
-from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, ROLES, SPOKEN_COLUMNS
 from pipeline.config.convert import PathText, refuse_both, require, require_at_least
 
 __all__ = ["DataConfig", "EvalSetConfig", "TrainSetConfig"]
@@ -28,9 +28,12 @@ class EvalSetConfig:
     """Split, with an optional range of rows: `test`, `train[2000:]`; if left out, `data.split`."""
     columns: dict[str, str] | None = None
     """Your column names by ours; if left out, `data.columns`."""
+    roles: dict[str, str] | None = None
+    """Your speakers' names by ours; if left out, `data.roles`."""
 
     def __post_init__(self) -> None:
         _check_columns(self.columns or {})
+        _check_roles(self.roles or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class TrainSetConfig:
     """Format of the files; if left out, `data.format`."""
     columns: dict[str, str] | None = None
     """Your column names by ours; if left out, `data.columns`."""
+    roles: dict[str, str] | None = None
+    """Your speakers' names by ours; if left out, `data.roles`."""
     fraction: float = 1.0
     """Number of times that an epoch has each pair: 0.25 takes a quarter of the pairs, 2 takes every pair twice. Stage
     one scores all pairs."""
@@ -56,6 +61,7 @@ class TrainSetConfig:
     def __post_init__(self) -> None:
         require(0 < self.fraction < math.inf, "fraction", "a positive finite number", self.fraction)
         _check_columns(self.columns or {})
+        _check_roles(self.roles or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,9 @@ class DataConfig:
     layout): `{prompt: question}`; a dot leads into an object: `{prompt: input.messages}`. With `user` instead of
     `prompt`, and optionally `system`, texts become a conversation: `{user: question}`. `weight` and `margin`
     name numbers that training reads besides the pair; shards do not hold them."""
+    roles: dict[str, str] | None = None
+    """Your speakers' names by ours (user, assistant, system, tool, function_call), in ShareGPT's turns and in messages:
+    `{user: customer, assistant: agent}`. Usual names need no setting."""
     max_length: int | None = 1024
     """Largest number of tokens of prompt and completion together; the end of a longer completion is cut. `null`: no
     limit. Stores with token log-probs also serve a smaller value."""
@@ -111,6 +120,7 @@ class DataConfig:
             if name in self.eval:
                 raise ValueError(f"eval.{name}: must differ from the names in data.sets, got {name!r}. Name it anew")
         _check_columns(self.columns)
+        _check_roles(self.roles or {})
         self._check_path()
 
     def _check_path(self) -> None:
@@ -158,6 +168,7 @@ class DataConfig:
             revision=self.revision if path == self.path else None,
             split=own.split or self.split,
             columns=self.columns if own.columns is None else own.columns,
+            roles=self.roles if own.roles is None else own.roles,
         )
 
 
@@ -185,3 +196,13 @@ def _check_columns(columns: dict[str, str]) -> None:
             "columns.system: must be set together with columns.user, whose column holds text. Name it there; "
             "in conversations, write the system message as the first one"
         )
+
+
+def _check_roles(roles: dict[str, str]) -> None:
+    for ours, name in roles.items():
+        if ours not in ROLES:
+            raise ValueError(f"roles: must name only {', '.join(ROLES)}, got {ours!r}{did_you_mean(ours, ROLES)}")
+        if [*roles.values()].count(name) > 1:
+            raise ValueError(
+                f"roles.{ours}: must be the name of one role alone, got {name!r}. Name each role's speaker"
+            )

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union
 
-from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, SPOKEN_COLUMNS
+from pipeline.config.columns import LAYOUT_COLUMNS, LOSS_COLUMNS, PAIR_COLUMNS, ROLES, SPOKEN_COLUMNS
 from pipeline.config.convert import FALSE_WORDS, NULL_WORDS, TRUE_WORDS, PathText
 from pipeline.config.keys import REQUIRED, Setting, section_in, settings
 from pipeline.config.library import fields_of_training, hint_of_field
@@ -57,6 +57,7 @@ _COLUMNS = {
     "dependentRequired": {"system": ["user"]},
     "dependentSchemas": {"user": {"properties": {"prompt": False}}},
 }
+_ROLES = {"propertyNames": {"enum": [*ROLES]}}
 _GIVEN = {"not": _NULL}
 _RULES: dict[str, dict[str, Any]] = {
     "data": {
@@ -69,6 +70,7 @@ _RULES: dict[str, dict[str, Any]] = {
     "data.columns": _COLUMNS,
     "data.sets.NAME.columns": _COLUMNS,
     "data.eval.NAME.columns": _COLUMNS,
+    **dict.fromkeys(("data.roles", "data.sets.NAME.roles", "data.eval.NAME.roles"), _ROLES),
     "data.eval": {"propertyNames": {"pattern": r"^(?!(train|costs)$)[^\s./\\]+$"}},
     "data.sets": {"propertyNames": {"pattern": r"^(?!costs$)[^\s./\\]+$"}},
     "data.template_date": {"format": "date"},

@@ -133,7 +133,7 @@ def outcome_of(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataConfig)
     pair: Pair | None = None
     try:
         values = row.load()
-        pair = to_pair(values, data.columns, row.place, data.random_rejected)
+        pair = to_pair(values, data.columns, row.place, data.random_rejected, data.roles)
         whole = tokenize(pair, tokenizer, row.place, data.template_date)
         numbers = numbers_of_loss(values, data.columns, row.place)
     except BadRow as error:

@@ -26,16 +26,24 @@ from pipeline.data.pairs import (
     without_nulls,
 )
 from pipeline.data.rows import LARGEST_ROW
-from pipeline.data.turns import as_messages
+from pipeline.data.turns import as_messages, with_our_roles
 
 __all__ = ["in_row", "is_in_row", "split_shared_prompt", "to_pair"]
 
 
-def to_pair(row: Mapping[str, Any], columns: Mapping[str, str], place: str, seed: int | None = None) -> Pair:
+def to_pair(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    place: str,
+    seed: int | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Pair:
     """Read a pair from a row; `columns` maps our column names to the row's. Raises BadRow if there is no pair in it.
 
-    `seed` is `data.random_rejected`.
+    `seed` is `data.random_rejected`, `roles` is `data.roles`.
     """
+    if roles:
+        row = with_our_roles(row, roles, place)
     columns = {name: column for name, column in columns.items() if name not in LOSS_COLUMNS}
     try:
         return _read_pair(row, columns, place, seed)

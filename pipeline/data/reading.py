@@ -118,7 +118,8 @@ class _Row:
     @classmethod
     def of(cls, values: Mapping[str, Any], data: DataConfig, place: str) -> "_Row":
         try:
-            return cls(values, to_pair(values, data.columns, place, data.random_rejected), place=place)
+            pair = to_pair(values, data.columns, place, data.random_rejected, data.roles)
+            return cls(values, pair, place=place)
         except BadRow as error:
             return cls(values, None, shares_nothing=error.reason == "no_shared_prompt")
 

@@ -30,6 +30,8 @@ class Source:
     streaming: bool
     all_columns: bool = False
     """Read also the columns that a pair does not use, if the format could skip them."""
+    roles: Mapping[str, str] | None = None
+    """Names of those who speak, ours to the rows' (`data.roles`)."""
 
 
 @dataclass(frozen=True)

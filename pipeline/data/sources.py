@@ -51,6 +51,7 @@ def open_source(data: DataConfig, name: str = "train") -> Source:
         stop=stop,
         files=files,
         columns=own.columns,
+        roles=own.roles,
         streaming=own.streaming,
     )
 

@@ -1,4 +1,4 @@
-"""Read the messages that other tools write: ShareGPT's turns, and ms-swift's calls of tools."""
+"""Read the messages that other tools write: ShareGPT's turns, ms-swift's calls of tools, other names of roles."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,15 @@ from typing import Any
 from pipeline.base.errors import BadRow
 from pipeline.data.pairs import is_conversational, kind_of
 
-__all__ = ["are_messages", "as_messages", "first_speaker", "is_answer", "is_message", "with_tool_calls"]
+__all__ = [
+    "are_messages",
+    "as_messages",
+    "first_speaker",
+    "is_answer",
+    "is_message",
+    "with_our_roles",
+    "with_tool_calls",
+]
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -49,12 +57,36 @@ def with_tool_calls(value: Any, name: str, place: str) -> Any:
     return written
 
 
+def with_our_roles(row: Mapping[str, Any], roles: Mapping[str, str], place: str) -> dict[str, Any]:
+    """Give a row whose messages and turns name who speaks as we do; `roles` maps our names to the row's.
+
+    Raises BadRow for a row that is nested deeper than any conversation is.
+    """
+    ours = {theirs: role for role, theirs in roles.items()}
+    try:
+        return {column: _in_our_roles(value, ours) for column, value in row.items()}
+    except RecursionError as error:
+        raise BadRow("too_large", f"{place}: nested deeper than any message or tool is") from error
+
+
+def _in_our_roles(value: Any, ours: Mapping[str, str]) -> Any:
+    if is_message(value):
+        key = "from" if _is_turn(value) else "role"
+        who = value[key]
+        # A call is written in a turn's text; a message has tool_calls.
+        role = ours.get(who) if isinstance(who, str) else None
+        return value if role is None or (role, key) == ("function_call", "role") else {**value, key: role}
+    if isinstance(value, list) and all(map(is_message, value)):
+        return [_in_our_roles(item, ours) for item in value]
+    return {key: _in_our_roles(inner, ours) for key, inner in value.items()} if isinstance(value, Mapping) else value
+
+
 def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     who, said = turn["from"], turn["value"]
     if who != "function_call":
         if not isinstance(who, str) or who not in _ROLES:
             known = ", ".join(("human", "gpt", "system", "function_call", "observation"))
-            raise BadRow("wrong_type", f"{place}: from must be one of {known}, got {who!r}. Rename it")
+            raise BadRow("wrong_type", f"{place}: from must be one of {known}, got {who!r}. Name it in data.roles")
         return {"role": _ROLES[who], "content": said}
     return _tool_call(said, place)
 

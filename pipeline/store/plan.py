@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.base.errors import DataError, number_of
 from pipeline.base.folders import Folder
 from pipeline.config.columns import LOSS_COLUMNS
+from pipeline.config.data import DataConfig
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger
 from pipeline.data.rows import Source
@@ -14,7 +15,7 @@ from pipeline.models.files import declared_reference
 from pipeline.store.reuse import Reusable
 from pipeline.store.store import open_store
 
-__all__ = ["declared_of", "plan_of", "report_of"]
+__all__ = ["declared_of", "plan_of", "report_of", "rules_of_reading"]
 
 
 def report_of(name: str, folder: Folder, config: Config | None = None) -> tuple[str, int]:
@@ -48,8 +49,7 @@ def plan_of(config: Config, source: Source, reusable: Reusable, rows: frozenset[
         **of_window,
         "rows_per_shard": config.precompute.rows_per_shard,
         "on_identical": config.data.on_identical,
-        "columns": _pair_columns(source),
-        **_random(config),
+        **rules_of_reading(config.data, source),
         "reuse": [store.digest for store in reusable.stores],
         "rows": f"{source.start}:{'' if source.stop is None else source.stop}",
         # Local data is identified by content: a moved file is the same, an edited one is not.
@@ -71,20 +71,18 @@ def declared_of(config: Config, source: Source) -> dict[str, Any]:
             "revision": source.revision,
             "split": source.split + range_of_rows,
             "format": source.format,
-            "columns": _pair_columns(source),
+            **rules_of_reading(config.data, source),
             "streaming": source.streaming,
-            **_random(config),
         },
         "tokens_per_batch": config.precompute.tokens_per_batch,
     }
 
 
-def _random(config: Config) -> dict[str, int]:
-    """Give the seed of the rejected completions; nothing without one, as plans of earlier versions have it."""
-    seed = config.data.random_rejected
-    return {} if seed is None else {"random_rejected": seed}
-
-
-def _pair_columns(source: Source) -> dict[str, str]:
-    """Give the named columns that pairs are made of. Weights and margins do not change what is scored."""
-    return {name: column for name, column in source.columns.items() if name not in LOSS_COLUMNS}
+def rules_of_reading(data: DataConfig, source: Source) -> dict[str, Any]:
+    """Give what rows are read as pairs by. A rule that is not set is left out, as plans of earlier versions have it."""
+    rules = {"roles": source.roles or None, "random_rejected": data.random_rejected}
+    return {
+        # Weights and margins do not change what is scored.
+        "columns": {name: column for name, column in source.columns.items() if name not in LOSS_COLUMNS},
+        **{name: rule for name, rule in rules.items() if rule is not None},
+    }

@@ -32,6 +32,7 @@ from pipeline.run.outputs import guard_shards
 from pipeline.store.dating import with_template_date
 from pipeline.store.finishing import finish_store
 from pipeline.store.format import ScoredPair, SummedPair
+from pipeline.store.plan import rules_of_reading
 from pipeline.store.store import create_store, delete_store, is_finished, write_part
 from stages.import_scores.compared import report_differences
 from stages.import_scores.engines import is_answer, logps_of_answer
@@ -91,7 +92,7 @@ def run(
     config = dataclasses.replace(config, precompute=dataclasses.replace(config.precompute, token_logps=token_logps))
     if overwrite:
         delete_store(folder)
-    plan = _plan(config, data, {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected})
+    plan = _plan(config, source, {"files": sha256_of_files(source.files), "chosen": chosen, "rejected": rejected})
     declared = {**declared_reference(config), "dataset": str(scores), "imported": True}
     provenance = {"imported": str(scores), "versions": library_versions()}
     identity = identity_of_run(config, tokenizer)
@@ -128,13 +129,12 @@ def _open(scores: Path, data: DataConfig, tokenizer: Any) -> Source:
     return source
 
 
-def _plan(config: Config, data: DataConfig, imported: Mapping[str, Any]) -> dict[str, Any]:
+def _plan(config: Config, source: Source, imported: Mapping[str, Any]) -> dict[str, Any]:
     """Give what must be equal to continue the store."""
     return {
         "rows_per_shard": config.precompute.rows_per_shard,
-        "on_identical": data.on_identical,
-        "columns": dict(data.columns),
-        **({} if data.random_rejected is None else {"random_rejected": data.random_rejected}),
+        "on_identical": config.data.on_identical,
+        **rules_of_reading(config.data, source),
         "imported": imported,
     }
 

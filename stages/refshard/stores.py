@@ -144,6 +144,7 @@ def _outcomes(dataset: "datasets.Dataset", store: Store, tokenizer: "PreTrainedT
     data = DataConfig(
         path="dataset",
         columns=read.get("columns") or {},
+        roles=read.get("roles"),
         random_rejected=read.get("random_rejected"),
         max_length=tokenization["max_length"],
         template_date=tokenization.get("template_date"),

@@ -67,6 +67,7 @@ CHANGED = {
     "data.split": ["data.split=train[:5]"],
     "data.format": ["data.format=jsonl"],
     "data.columns": ["data.columns={{tools: other}}"],
+    "data.roles": ["data.roles={{user: customer}}"],
     "data.max_length": ["data.max_length=512"],
     "data.streaming": ["data.streaming=true"],
     "data.on_bad_row": ["data.on_bad_row=skip"],

@@ -28,6 +28,7 @@ DEFAULTS = {
         "split": "train",
         "format": None,
         "columns": {},
+        "roles": None,
         "max_length": 1024,
         "streaming": False,
         "on_bad_row": "stop",
@@ -123,7 +124,7 @@ INNER_DEFAULTS: dict[str, Any] = {
     "policy.ia3": {"target_modules": None, "feedforward_modules": None},
     "reference.quantization": {"bits": 8, "type": "nf4", "double": False},
     "reference.sync": {"steps": 512, "mixup_alpha": 0.6},
-    "data.eval.test": {"path": None, "name": None, "split": None, "columns": None},
+    "data.eval.test": {"path": None, "name": None, "split": None, "columns": None, "roles": None},
 }
 
 LOSSES = (
@@ -259,6 +260,12 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(load: Load, text: st
         ("data.template_date=2026-02-30", "data.template_date: must be a date as YYYY-MM-DD, got '2026-02-30'"),
         ("data.columns={system: s}", "data.columns.system: must be set together with columns.user"),
         ("data.columns={user: q, prompt: p}", "data.columns.user: must be left out if columns.prompt is set"),
+        (
+            "data.roles={users: a}",
+            "data.roles: must name only user, assistant, system, tool, function_call, got 'users'; did you mean",
+        ),
+        ("data.roles={user: a, tool: a}", "data.roles.user: must be the name of one role alone, got 'a'"),
+        ("data.eval.test.roles={user: [a]}", "data.eval.test.roles.user: must be text, got a list"),
         ("data.columns.prompt=", "data.columns.prompt: must be text, got nothing"),
         ("data.eval=[test]", "data.eval: must be a mapping, got a list"),
         ("data.eval.test=[a]", "data.eval.test: must be a mapping of settings, got a list"),

@@ -26,6 +26,7 @@ BEYOND_A_SCHEMA = {
         r"data\.eval\.\w+\.path: must be set with data\.sets",
         r"data\.eval\.\w+: must differ from the names in data\.sets",
     ),
+    "two values of a mapping are equal": (r"\S+\.roles\.\w+: must be the name of one role alone",),
     "-o may give the folder on the command line": (r"train\.output_dir: missing",),
     "YAML has made another number of it before the schema sees it": (
         r"data\.max_length: must be a whole number, got '(1__0|0x10)'",
