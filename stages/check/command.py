@@ -7,14 +7,14 @@ the weights on disk are read once for their digests, which tell if the shards ar
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import click
 import torch
 
-from pipeline.base.errors import ConfigError, DataError, RefshardError
+from pipeline.base.errors import ConfigError, DataError, RefshardError, number_of
 from pipeline.config.schema import Config
 from pipeline.data.dates import asks_for_date
 from pipeline.data.sources import describe
@@ -32,7 +32,7 @@ from pipeline.store.store import check_identity, load_store
 from pipeline.training.arguments import refused_here
 from pipeline.training.settings import check_training, too_few_pairs
 from stages.check.estimate import Estimate, estimate
-from stages.check.findings import Findings, add_up, look_at_joined, look_at_set, look_at_stores
+from stages.check.findings import Findings, PairSet, add_up, look_at_joined, look_at_set, look_at_stores
 from stages.check.hardware import Hardware, hardware_named
 from stages.check.printed import as_dict, as_text, gigabytes
 from stages.check.probe import probe_layer, this_hardware
@@ -142,22 +142,12 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
     """Yield what would stop a stage, besides stores of another run."""
     size, positions = min(model.vocab_size for model in model_settings(config)), most_positions(config)
     yield from _too_few(config, found)
+    yield from _unreadable(config, found.sets)
     for name, pairs in found.sets.items():
-        dataset, ledger, survey = describe(pairs.source), pairs.ledger, pairs.survey
         if pairs.reading.refused is not None:
-            yield pairs.reading.refused
             continue
-        bad = {
-            reason: n for reason, n in ledger.dropped.items() if reason not in ("prompt_too_long", "identical", "tie")
-        }
-        if bad and config.data.on_bad_row == "stop":
-            first = min((survey.examples[reason][0] for reason in bad), key=lambda example: example.row)
-            count = sum(bad.values())
-            yield DataError(
-                f"{count:,} {'row' if count == 1 else 'rows'} of {dataset} can't be pairs and would stop stage one "
-                f"(first: {first.place}: {first.text}). Fix these rows, or set data.on_bad_row: skip"
-            )
-        if ledger.kept == 0 and not (bad and config.data.on_bad_row == "stop"):
+        dataset, ledger, survey = describe(pairs.source), pairs.ledger, pairs.survey
+        if ledger.kept == 0 and not (_bad_rows(pairs) and config.data.on_bad_row == "stop"):
             yield DataError(f"{dataset}: no pair was kept, so there is nothing to train on: {ledger.summary()}")
         if survey.highest_id >= size:
             yield ConfigError(
@@ -172,6 +162,32 @@ def _problems(config: Config, found: Findings) -> Iterator[RefshardError]:
                 f"{state.pairs_missing:,} of {ledger.kept:,} pairs of {dataset} have no reference logps in "
                 f"{state.folder}. {remedy_for_missing(load_store(state.folder))}"
             )
+
+
+def _unreadable(config: Config, sets: Mapping[str, PairSet]) -> Iterator[RefshardError]:
+    """Yield an error about sets that must not be read as they would be, and one about rows that would stop stage one.
+
+    Sets of one file mostly have one cause, which is said once.
+    """
+    refused = {name: pairs.reading.refused for name, pairs in sets.items() if pairs.reading.refused is not None}
+    if refused:
+        first, *others = refused
+        yield ConfigError(f"{refused[first]}" + (f". The same holds for {', '.join(others)}" if others else ""))
+    bad = [pairs for name, pairs in sets.items() if name not in refused and _bad_rows(pairs)]
+    if bad and config.data.on_bad_row == "stop":
+        examples = (bad[0].survey.examples[reason][0] for reason in _bad_rows(bad[0]))
+        example = min(examples, key=lambda example: example.row)
+        rows = (f"{number_of(sum(_bad_rows(pairs).values()), 'row')} of {describe(pairs.source)}" for pairs in bad)
+        yield DataError(
+            f"{' and '.join(rows)} can't be pairs and would stop stage one (first: {example.place}: {example.text}). "
+            "Fix these rows, or set data.on_bad_row: skip"
+        )
+
+
+def _bad_rows(pairs: PairSet) -> dict[str, int]:
+    """Count the rows of a set that can't be pairs, by reason."""
+    kept_apart = ("prompt_too_long", "identical", "tie")
+    return {reason: count for reason, count in pairs.ledger.dropped.items() if reason not in kept_apart}
 
 
 def _too_few(config: Config, found: Findings) -> Iterator[RefshardError]:

@@ -1,5 +1,6 @@
 """`refshard check`: counts that stage one will have, thresholds that fail, and what is done, missing or other."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ import click
 import pytest
 import transformers
 
+from pipeline.base.errors import ConfigError
 from pipeline.config.data import DataConfig
 from pipeline.config.schema import Config, PolicyConfig, PrecomputeConfig
 from pipeline.config.training import TrainSection
@@ -18,8 +20,8 @@ from pipeline.data.intake import Ledger
 from pipeline.data.reading import Reading
 from pipeline.data.rows import Source
 from pipeline.data.sources import open_source
-from pipeline.data.survey import Survey
-from stages.check.command import Limits, above_limits
+from pipeline.data.survey import Example, Survey
+from stages.check.command import Limits, _unreadable, above_limits
 from stages.check.estimate import Lengths, estimate
 from stages.check.findings import Findings, PairSet, add_up
 from stages.check.hardware import HARDWARE, hardware_named
@@ -151,14 +153,37 @@ def test_answers_alone_beside_an_unread_prompt_stop_check_and_stage_one_before_a
     assert not (tmp_path / "shards").exists()
 
 
+SOURCE = Source(
+    path="a/b", format="hub", name=None, revision=None, split="train", start=0, stop=None, files=(), columns={},
+    streaming=True,
+)  # fmt: skip
+
+
+def test_a_cause_that_two_sets_have_is_said_once() -> None:
+    def one(refused: ConfigError | None, row: int) -> PairSet:
+        survey = Survey(examples={"wrong_type": [Example(f"a:{row}", row, "no text")]})
+        ledger = Ledger(rows=9, dropped=Counter(wrong_type=row, tie=1))
+        reading = Reading(forms={}, unread=(), findings={}, refused=refused)
+        return PairSet(source=SOURCE, ledger=ledger, survey=survey, reading=reading, rows=9, only_first_rows=None)
+
+    data = DataConfig(path="a/b")
+    config = Config(data=data, policy=PolicyConfig(model="m"), precompute=PrecomputeConfig(output="o"))
+    refused = ConfigError("data.columns: must name one. Name it")
+    [bad] = _unreadable(config, {"train": one(None, 2), "test": one(None, 1)})
+    assert str(bad) == (
+        "2 rows of a/b (train) and 1 row of a/b (train) can't be pairs and would stop stage one (first: a:2: no text). "
+        "Fix these rows, or set data.on_bad_row: skip"
+    )
+    [error] = _unreadable(config, {name: one(refused, 2) for name in ("train", "a", "b")})
+    assert str(error) == "data.columns: must name one. Name it. The same holds for a, b"
+    skips = dataclasses.replace(config, data=dataclasses.replace(data, on_bad_row="skip"))
+    assert list(_unreadable(skips, {"train": one(None, 2)})) == []
+
+
 def test_the_first_rows_of_an_unknown_number_are_called_so() -> None:
-    source = Source(
-        path="a/b", format="hub", name=None, revision=None, split="train", start=0, stop=None, files=(), columns={},
-        streaming=True,
-    )  # fmt: skip
     ledger = Ledger(rows=20, dropped=Counter(wrong_type=20))
     reading = Reading(forms={}, unread=(), findings={})
-    pairs = PairSet(source=source, ledger=ledger, survey=Survey(), reading=reading, rows=None, only_first_rows=20)
+    pairs = PairSet(source=SOURCE, ledger=ledger, survey=Survey(), reading=reading, rows=None, only_first_rows=20)
     said = as_text(Findings(sets={"train": pairs}, stores={}), 64)
     assert "only the first 20 of an unknown number of rows; the estimates are not of the whole set" in said
 
@@ -175,11 +200,7 @@ def test_a_cut_is_found_once_whether_eos_is_lost_with_it_or_not(truncated: int, 
     counts = Counter(truncated=truncated, eos_cut=eos_cut)
     survey, ledger = Survey(found=+counts), Ledger(rows=8, kept=0)
     reading = Reading(forms={}, unread=(), findings={})
-    source = Source(
-        path="a/b", format="hub", name=None, revision=None, split="train", start=0, stop=None, files=(), columns={},
-        streaming=False,
-    )  # fmt: skip
-    pairs = PairSet(source=source, ledger=ledger, survey=survey, reading=reading, rows=8, only_first_rows=None)
+    pairs = PairSet(source=SOURCE, ledger=ledger, survey=survey, reading=reading, rows=8, only_first_rows=None)
     said = as_text(Findings(sets={"train": pairs}, stores={}), 64)
     assert re.findall(r"^  found +(.*)$", said, flags=re.MULTILINE) == lines
 
