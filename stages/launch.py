@@ -8,7 +8,6 @@ signal, has the time that the scheduler leaves, and gives the launch its exit st
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ import click
 from pipeline.base.errors import ConfigError, UnfinishedError
 from pipeline.base.progress import say
 from pipeline.base.signals import STOP_SIGNALS, leave_with_parent, process_context
-from stages.subprocesses import import_libraries
+from stages.subprocesses import import_libraries, run_entry
 
 __all__ = ["run"]
 
@@ -153,5 +152,4 @@ def _run_command(entry: Callable[[], None], words: list[str], environment: Mappi
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     leave_with_parent(_UNFINISHED)
     os.environ.update(environment)
-    sys.argv = words
-    entry()
+    run_entry(entry, words)

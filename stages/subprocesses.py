@@ -7,15 +7,18 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from pipeline.base.errors import UnfinishedError, stopped_as_asked
+from pipeline.base.progress import say_loading
 from pipeline.base.signals import StopFlag, leave_with_parent, process_context
 
-__all__ = ["Commands", "import_libraries", "leave"]
+__all__ = ["Commands", "import_libraries", "leave", "run_entry"]
 
 
 def import_libraries() -> None:
     """Import what both stages need, so that forked processes start with it."""
+    say_loading()
     import pipeline.scoring.forward
     import pipeline.training.trainer
     import pipeline.training.windows  # noqa: F401
@@ -61,18 +64,32 @@ class Commands:
 def _run(entry: Callable[[], None], words: list[str]) -> None:
     # Without the parent, which starts the next command, this one would only get in a rerun's way.
     leave_with_parent(UnfinishedError.exit_status)
+    run_entry(entry, words)
+
+
+def run_entry(entry: Callable[[], None], words: list[str]) -> None:
+    """Run the command line in a process that multiprocessing started, with its exit handlers."""
     sys.argv = words
-    entry()
-
-
-def leave(status: int) -> None:
-    """End the process; one of several ends without its C++ destructors.
-
-    Threads of torch's process groups outlive them and sometimes abort a finished rank, which ends the launch as failed.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    try:
+        entry()
+    finally:
+        # A fork ends without them before Python 3.14, and trackers finish a run in theirs.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process as `sys.exit` does: threads are joined, exit handlers run. Only C++ destructors do not.
+
+    Threads of torch and of other libraries outlive their destructors and sometimes abort a process that has done all.
+    """
+    atexit.register(_skip_destructors, status)
     sys.exit(status)
+
+
+def _skip_destructors(status: int) -> None:
+    """Run the other exit handlers, and end. The handler that is registered last runs first."""
+    atexit.unregister(_skip_destructors)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -27,6 +27,7 @@ __all__ = [
     "is_notebook",
     "is_shown",
     "say",
+    "say_loading",
     "start_json",
     "without_nan",
     "without_other_bars",
@@ -90,6 +91,13 @@ def say(text: str, *, err: bool = False) -> None:
     file = sys.stderr if err else sys.stdout
     tqdm.write("\n".join(map(printable, text.split("\n"))), file=file)
     file.flush()
+
+
+def say_loading() -> None:
+    """Say on a terminal why nothing happens for some seconds, before torch and the libraries on it are imported."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and sys.stderr.isatty() and "torch" not in sys.modules:
+        say("Loading the libraries ...", err=True)
 
 
 def is_shown(level: int) -> bool:

@@ -156,6 +156,28 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
     assert "of 16 steps" not in said
 
 
+@pytest.mark.parametrize(
+    ("rank", "loaded", "kind", "said"),
+    [
+        (None, False, Terminal, "Loading the libraries ...\n"),
+        ("0", False, Terminal, "Loading the libraries ...\n"),
+        ("1", False, Terminal, ""),
+        (None, True, Terminal, ""),
+        (None, False, io.StringIO, ""),
+    ],
+)
+def test_a_terminal_is_told_once_that_the_libraries_load(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, loaded: bool, kind: type[io.StringIO], said: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "modules", {"torch": None} if loaded else {})
+    monkeypatch.setattr(sys, "stderr", out := kind())
+    module.say_loading()
+    assert out.getvalue() == said
+
+
 def test_no_line_holds_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
     say("pairs\x1b[31m\x9b2J\u202egnp.jsonl:\n  two")
     say("warning: \x1b]0;title\x07", err=True)
