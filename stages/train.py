@@ -73,7 +73,7 @@ from pipeline.training.recording import Margins, RecordCallback
 from pipeline.training.settings import check_metric, check_training, quantized_error, too_few_pairs
 from pipeline.training.spacing import SpacingWatch
 from pipeline.training.steps import order_of_run
-from pipeline.training.tracking import attach
+from pipeline.training.tracking import attach, one_page
 from pipeline.training.trainer import EvaluationLeft, PairTrainer
 from pipeline.training.windows import Window, WindowCallback, first_reference, window_at, window_config
 
@@ -226,13 +226,14 @@ def _train(run: TrainingRun) -> None:
     if run.checkpoint is not None:
         _say(f"Resuming {run.checkpoint}{other_processes(run.checkpoint, scorer.model)}")
     finishes = run.window is None or run.window.is_last
-    try:
-        _run_steps(run, trainer)
-        if finishes and not commit.stopped_early:
-            on_main_process(commit.check_files)
-            _finish(run, trainer, inputs, len(sets["train"]), hub)
-    except EvaluationLeft as left:
-        trainer.leave(save=left.save)
+    with one_page(trainer, run.attempt, resumes=run.checkpoint is not None):
+        try:
+            _run_steps(run, trainer)
+            if finishes and not commit.stopped_early:
+                on_main_process(commit.check_files)
+                _finish(run, trainer, inputs, len(sets["train"]), hub)
+        except EvaluationLeft as left:
+            trainer.leave(save=left.save)
     step = trainer.state.global_step
     record.end(step, finished=finishes and not commit.stopped_early)
     if commit.stopped_early:

@@ -3,6 +3,7 @@
     RUN/log.jsonl              a line for each start of an attempt, log, evaluation and end, appended
     RUN/inputs.json            reference, policy, sets: what the last attempt began with
     RUN/margins/NAME.parquet   a row a pair, of the newest evaluation; `train`: the last trained pairs
+    RUN/trackers.json          pages of the run in trackers, which the next attempt continues
     RUN/generations.jsonl      replies of the reference and of the policy to the same prompts (refshard generate)
     OUTPUT/costs/*.json        costs of stage one, a file for each worker's work on a set
 
@@ -37,6 +38,7 @@ __all__ = [
     "LOG",
     "MARGINS",
     "MARGIN_COLUMNS",
+    "PAGES",
     "RunLog",
     "delete_costs",
     "delete_records",
@@ -45,7 +47,7 @@ __all__ = [
     "write_margins",
 ]
 
-LOG, INPUTS, MARGINS, COSTS = "log.jsonl", "inputs.json", "margins", "costs"
+LOG, INPUTS, MARGINS, PAGES, COSTS = "log.jsonl", "inputs.json", "margins", "trackers.json", "costs"
 
 _COST_SCHEMA = Schema(__package__, "cost")
 _LARGEST_COST = 2**20
@@ -114,7 +116,7 @@ def write_margins(
 
 def delete_records(run_folder: Path) -> None:
     """Delete the records of an earlier run in this folder."""
-    for name in (LOG, INPUTS, GENERATIONS):
+    for name in (LOG, INPUTS, PAGES, GENERATIONS):
         (run_folder / name).unlink(missing_ok=True)
     delete_named(run_folder / MARGINS, re.compile(r".+\.parquet"))
 

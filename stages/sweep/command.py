@@ -16,7 +16,7 @@ import click
 
 from pipeline.base.errors import ConfigError, StorageError, UnfinishedError
 from pipeline.base.folders import open_folder
-from pipeline.base.progress import emit, say
+from pipeline.base.progress import emit, say, say_loading
 from pipeline.base.tables import aligned
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
@@ -76,6 +76,7 @@ def run(sweep: Sweep, commands: Commands) -> None:
     base = load_config(sweep.config_file, sweep.overrides)
     parent = sweep.into or base.train.folder
     runs = [_one_run(sweep, member, parent) for member in make_grid(sweep.over)]
+    say_loading()
     _check_served(base, runs, sweep.processes)
     # Imported here: the module loads torch, and a wrong setting is answered without it.
     from pipeline.training.arguments import refused_here
@@ -152,6 +153,10 @@ def _one_run(sweep: Sweep, member: Member, parent: Path) -> _OneRun:
         shards = parent / f"{member.name}-shards"
         together = (*together, f"precompute.output={json.dumps(str(shards))}")
         config = load_config(sweep.config_file, together)
+    if (named := config.train.given.get("run_name")) is not None:
+        # Trackers show the runs by it, and Trackio takes runs of equal names for one.
+        together = (*together, f"train.run_name={json.dumps(f'{named}-{member.name}')}")
+        config = load_config(sweep.config_file, together)
     refuse_early(config)
     return _OneRun(", ".join(member.overrides), config, together, folder)
 
@@ -178,7 +183,8 @@ def _check_served(base: Config, runs: Sequence[_OneRun], processes: int) -> None
 def _told(config: Config) -> object:
     """Return the settings in which two runs of a sweep may differ."""
     own = dataclasses.replace(config.train, output_dir=None, given={})
-    return config.data, config.policy, config.reference, config.loss, own, config.train.options
+    options = {key: value for key, value in config.train.options.items() if key != "run_name"}
+    return config.data, config.policy, config.reference, config.loss, own, options
 
 
 _TEMPERATURE, _SEED = 1.0, 0

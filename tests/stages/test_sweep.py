@@ -13,10 +13,12 @@ import pytest
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.signals import StopFlag
+from pipeline.config.reader import load_config
 from pipeline.replies.means import estimate
 from stages import cli
 from stages.subprocesses import Commands
 from stages.sweep import command
+from stages.sweep.grid import make_grid
 from support.processes import Command
 from support.runs import refshard, simple_rows, write_jsonl
 from support.stores import digests
@@ -139,6 +141,16 @@ def test_what_one_set_of_shards_can_not_serve_is_refused_before_anything_runs(
         command.run(sweep, Commands(entry=cli.run, flag=StopFlag()))
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "policy").exists()
+
+
+def test_the_runs_of_a_sweep_have_names_of_their_own_in_trackers(make_run: MakeRun, tmp_path: Path) -> None:
+    over = ["loss.beta=0.1,0.5"]
+    sweep = command.Sweep(
+        config_file=make_run(train={"run_name": "uf"}), overrides=[], over=over, num_prompts=0, max_tokens=1
+    )
+    runs = [command._one_run(sweep, member, tmp_path) for member in make_grid(over)]
+    assert [run.config.train.options["run_name"] for run in runs] == ["uf-beta-0.1", "uf-beta-0.5"]
+    assert command._told(runs[0].config) == command._told(load_config(sweep.config_file))
 
 
 @pytest.mark.nightly

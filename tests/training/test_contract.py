@@ -7,6 +7,7 @@ says which assumption died.
 import atexit
 import inspect
 import multiprocessing.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -286,6 +287,18 @@ TRACKERS = {
     "TensorBoardCallback": "on_train_begin",
 }
 """Callback -> method that gives the tracker the run's settings"""
+
+
+def test_trackers_can_be_told_which_page_to_continue_and_kept_from_ending_it() -> None:
+    assert {"wandb", "mlflow", "trackio", "tensorboard"} <= integration_utils.INTEGRATION_TO_CALLBACK.keys()
+    for variable in ("MLFLOW_RUN_ID", "MLFLOW_MAX_LOG_PARAMS"):
+        assert variable in inspect.getsource(integration_utils.MLflowCallback.setup)
+    assert re.search(
+        r'name=args\.run_name,.*resume="allow"', inspect.getsource(integration_utils.TrackioCallback), re.S
+    )
+    board = inspect.getsource(integration_utils.TensorBoardCallback)
+    assert "if self.logging_dir is None:" in board and "log_dir=self.logging_dir" in board
+    assert "getattr(callback, event)(" in inspect.getsource(transformers.trainer_callback.CallbackHandler.call_event)
 
 
 @pytest.mark.parametrize("name", TRACKERS)
