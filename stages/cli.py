@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from pipeline.base.errors import ConfigError, one_line, status_and_text
-from pipeline.base.progress import emit, say
+from pipeline.base.progress import emit, say, say_loading
 from pipeline.base.quiet import silence_libraries
 from pipeline.base.signals import watch_signals
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from stages import options
-from stages.check.hardware import HARDWARE
+from stages.check.hardware import HARDWARE, hardware_named
 from stages.demo.cli import demo
 from stages.env import show_environment
 from stages.export.cli import export
@@ -87,6 +87,7 @@ def precompute(config: Config, processes: int, **given: Any) -> None:
         _launch(config, processes)
         return
     if given["overwrite"] or not finished.reported_stores(config):
+        say_loading()
         from stages.precompute import command as stage
 
         stage.run(config, **given)
@@ -110,6 +111,8 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
 
     config = load_config(config_file, overrides)
     early.refuse_early(config, is_scored=True)
+    if not given["overwrite"]:
+        early.refuse_other_settings(config, processes)
     if processes > 1:
         _launch(config, processes)
         return
@@ -120,6 +123,7 @@ def train(config_file: Path, overrides: tuple[str, ...], processes: int, one_win
         trdpo.run(config, _commands(given["stop_at"]), words, overwrite=given["overwrite"])
         return
     if given["overwrite"] or not finished.reported_run(config):
+        say_loading()
         from stages import train as stage
 
         stage.run(config, **given)
@@ -156,6 +160,9 @@ def check(config: Config, hardware: str, rows: int | None, as_json: bool, **limi
     from stages import early
 
     early.refuse_early(config)
+    if hardware not in ("here", "cpu"):
+        hardware_named(hardware)  # refuses a wrong name before the libraries load
+    say_loading()
     from stages.check import command as stage
 
     stage.run(config, hardware=hardware, rows=rows, limits=stage.Limits(**limits), as_json=as_json)
@@ -231,6 +238,7 @@ def generate(run_folder: Path, max_tokens: int, temperature: float, seed: int, *
     from stages import early
 
     early.settings_of_run(run_folder, given["set_name"])
+    say_loading()
     from pipeline.replies.sampling import Sampling
     from stages import generate as stage
 

@@ -1,5 +1,6 @@
 """Refuse what settings and folders alone show to be wrong, before the libraries load, which takes seconds."""
 
+import os
 from pathlib import Path
 
 from pipeline.base.errors import ConfigError
@@ -7,11 +8,22 @@ from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.models.files import NamedModel, reference_sources
+from pipeline.run.checkpoints import is_recorded, newest_identity
+from pipeline.run.identity import check_same_run, with_settings_of
 from pipeline.run.outputs import guard_run, guard_shards
-from pipeline.run.reading import SETTINGS
+from pipeline.run.reading import SETTINGS, read_record
 from pipeline.store.serving import open_stores
 
-__all__ = ["refuse_early", "settings_of_run"]
+__all__ = ["is_launched", "refuse_early", "refuse_other_settings", "settings_of_run"]
+
+_NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which the libraries know how many processes were launched"""
+
+
+def is_launched() -> bool:
+    """Return True if a launcher has started this process, which may be one of several."""
+    several = any(os.environ.get(name, "1") != "1" for name in _NUMBERS_OF_PROCESSES)
+    return several or any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 def refuse_early(config: Config, *, is_scored: bool = False) -> None:
@@ -35,8 +47,25 @@ def refuse_early(config: Config, *, is_scored: bool = False) -> None:
         if not model.is_on_hub:
             model.folder(weights=False)
     # With `reference.sync`, stage two has each window scored.
-    if is_scored and config.reference.sync is None:
+    if is_scored and config.reference.sync is None and config.loss.needs_reference:
         open_stores(config, config.data.names)
+
+
+def refuse_other_settings(config: Config, processes: int) -> None:
+    """Refuse a loss, training options or an adapter other than those of the run that is saved in `train.output_dir`.
+
+    The full command compares everything, and alone knows the number of processes that others have launched.
+
+    Raises:
+        IdentityError: A setting differs; each is named.
+    """
+    if config.train.is_empty or is_launched():
+        return
+    output = config.train.folder
+    saved = (output, read_record(output).get("identity", {})) if is_recorded(output) else newest_identity(output)
+    place, identity = saved or (output, {})
+    if isinstance(identity.get("policy"), dict):
+        check_same_run(place, identity, with_settings_of(identity, config, processes))
 
 
 def settings_of_run(run_folder: Path, set_name: str | None = None) -> Config:

@@ -5,7 +5,6 @@ sizes of parts, the run's record. Only what the libraries say of tokenizer and s
 for every error, the full command runs and says what there is to say.
 """
 
-import os
 from typing import Any
 
 from pipeline.base.errors import RefshardError
@@ -26,11 +25,9 @@ from pipeline.store.plan import declared_of, plan_of, report_of
 from pipeline.store.reuse import open_reusable
 from pipeline.store.serving import serving_store
 from pipeline.store.store import check_identity, create_store, is_finished, load_store, open_store
+from stages.early import is_launched
 
 __all__ = ["reported_run", "reported_stores"]
-
-_NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables by which the libraries know how many processes were launched"""
 
 
 def reported_stores(config: Config) -> bool:
@@ -58,8 +55,7 @@ def reported_run(config: Config) -> bool:
 
 def _recalled(command: str, config: Config) -> dict[str, Any] | None:
     """Give what the command found out before; None where more than one process or reference takes part."""
-    launched = any(os.environ.get(name, "1") != "1" for name in _NUMBERS_OF_PROCESSES)
-    if launched or any(name.startswith("ACCELERATE_") for name in os.environ) or config.reference.sync is not None:
+    if is_launched() or config.reference.sync is not None:
         return None
     known = Recollection(command, config).recall()
     try:

@@ -92,9 +92,10 @@ class NamedModel:
 
     def text_config(self, *, weights: bool = True) -> Any:
         """Read the text model's part of config.json, as the library does. Raises ConfigError as `folder` does."""
+        folder = self.folder(weights=weights)
+        # A missing folder is refused without the library, which loads for seconds.
         from transformers import AutoConfig
 
-        folder = self.folder(weights=weights)
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
         except Exception as error:  # the library fails anywhere on what it can't use: a size of 0, text for a number
@@ -331,9 +332,10 @@ def _weights_on_hub(model: NamedModel) -> tuple[dict[str, Any], dict[str, str]]:
 
 def load_tokenizer(config: Config, *, weights: bool = True) -> "PreTrainedTokenizerBase":
     """Load the policy's tokenizer, which tokenizes for both models; fetch a hub model's `weights` with it."""
+    folder = NamedModel.policy(config).folder(weights=weights)
+    # A missing folder is refused without the library, which loads for seconds.
     from transformers import AutoTokenizer
 
-    folder = NamedModel.policy(config).folder(weights=weights)
     try:
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

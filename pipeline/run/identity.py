@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import IdentityError
+from pipeline.config.library import defaults_of_training
 from pipeline.config.reader import as_dict
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.sources import as_recorded, digests_of_data, open_source
 from pipeline.models.identity import as_json, describe_differences, identity_of_reference
 from pipeline.models.precision import policy_precision
 
-__all__ = ["check_same_run", "identity_of_base", "identity_of_training", "is_longer", "run_identity"]
+__all__ = [
+    "check_same_run",
+    "identity_of_base",
+    "identity_of_training",
+    "is_longer",
+    "run_identity",
+    "with_settings_of",
+]
 
 # Settings that may change when a run resumes, since no step's result depends on them: outputs and their frequency,
 # measurements, the fetching of batches, the saving of memory. All others must stay.
@@ -139,16 +147,8 @@ def _unplaced(settings: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[st
 
 
 def identity_of_training(config: Config) -> dict[str, Any]:
-    """Collect what of the `train` section a checkpoint must agree with. A setting that equals its default is left out.
-
-    The library's defaults are asked for, which loads torch; `run_identity` takes the answer.
-    """
-    import transformers
-
-    defaults: dict[str, Any] = {"on_missing": "stop"}
-    for field in dataclasses.fields(transformers.TrainingArguments):
-        make = field.default_factory
-        defaults[field.name] = field.default if make is dataclasses.MISSING else make()
+    """Collect what of the `train` section a checkpoint must agree with, without settings that equal their default."""
+    defaults = {"on_missing": "stop", **defaults_of_training()}
     options = config.train.options
     fixed = {
         key: value
@@ -189,18 +189,35 @@ def run_identity(
         "dataset": None if sets else contents["train"] or config.data.revision,
         "held_out": {name: {**settings, "dataset": contents[name]} for name, settings in held_out.items()},
         "policy": run["policy"],
-        "loss": run["loss"],
         "sync": run["reference"]["sync"],
-        "train": training["train"],
-        "processes x gradient_accumulation_steps": processes * training["accumulation"],
+        **_identity_of_steps(run, processes, training),
     }
     if config.policy.has_adapter:
         # Checkpoints hold the adapter alone.
         identity["policy_base"] = identity_of_base(config)
-    if training["deepspeed"]:
-        # DeepSpeed's shares can be loaded only by as many processes.
-        identity["processes"] = processes
     return as_json(identity)
+
+
+def with_settings_of(saved: Mapping[str, Any], config: Config, processes: int) -> dict[str, Any]:
+    """Give a saved run's identity, with what these settings say of loss, training and adapter in place of its own.
+
+    They say it at once: no file is read for it. No store depends on these settings.
+    """
+    run = as_dict(config)
+    kept = {key: value for key, value in saved.items() if key != "processes"}
+    policy = {**saved["policy"], **{key: run["policy"][key] for key in ("lora", "ia3")}}
+    steps = _identity_of_steps(run, processes, identity_of_training(config))
+    return as_json({**kept, "policy": policy, **steps})
+
+
+def _identity_of_steps(run: Mapping[str, Any], processes: int, training: Mapping[str, Any]) -> dict[str, Any]:
+    steps = {
+        "loss": run["loss"],
+        "train": training["train"],
+        "processes x gradient_accumulation_steps": processes * training["accumulation"],
+    }
+    # DeepSpeed's shares can be loaded only by as many processes.
+    return {**steps, "processes": processes} if training["deepspeed"] else steps
 
 
 def identity_of_base(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.folders import open_folder
-from pipeline.base.progress import say
+from pipeline.base.progress import say, say_loading
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.models.files import (
@@ -61,16 +61,16 @@ def run(config: Config, *, row: int, set_name: str, recompute: bool, policy: Pat
     """
     # Before the tokenizer, whose library loads for seconds.
     found_row = find_row(open_source(config.data, set_name), row)
-    trained = None
     if policy is not None:
         policy = trained_weights(config, policy, "--policy")
-        trained = policy_as_reference(in_one_process(config), policy)
+    say_loading()
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
     pair = explain_row(found_row, tokenizer, config.data.of(set_name), set_name)
     named = config.reference.declared or reference_sources(config)[0].name
     found = Findings(pair=pair, reference=named, beta=config.loss.beta, policy=policy)
     if pair.dropped is None:
+        trained = None if policy is None else policy_as_reference(in_one_process(config), policy)
         found = _with_logps(config, found, tokenizer, recompute, trained)
     if view.html is not None:
         pages.write_page(view.html, as_page(found))
@@ -126,10 +126,10 @@ def _remarks(config: Config, recompute: bool, has_policy: bool) -> Iterator[str]
 
 def _score(pair: Explanation, tokenizer: Any, name: str, config: Config, key: str) -> list[list[float]]:
     """Return the token logps of both completions under the reference of `config`, nats."""
+    say(f"Loading {name} ...", err=True)
     # It imports torch, which explaining without a model does without.
     from pipeline.scoring.scorer import load_scorer
 
-    say(f"Loading {name} ...", err=True)
     with load_scorer(config, tokenizer, key, tokens_per_batch=1) as scorer:
         ((_, *logps),) = scorer.logps([pair.scored_ids])
     return [values.tolist() for values in logps]

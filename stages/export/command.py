@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 from pipeline.base.errors import ConfigError, DataError, StorageError
-from pipeline.base.progress import say
+from pipeline.base.progress import say, say_loading
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
 from pipeline.models.files import load_tokenizer
@@ -46,15 +46,17 @@ def run(config: Config, output: Path, *, form: str = "datasets", tokenized: Path
     if output.exists() or output.is_symlink():
         raise DataError(f"{output}: must be a new folder or file, it exists already. Name another one")
     guard_output("--output", output, config)
+    sources = {name: open_source(config.data, name) for name in config.data.names}
+    stores = open_stores(config, config.data.names)
+    say_loading()
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer)
-    stores = open_stores(config, config.data.names)
     check_identity(list(stores.values()), identity_of_run(config, tokenizer), exact_length_of_reference(config))
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")
     sets = {}
     for name in config.data.names:
         of_set = dataclasses.replace(config, data=config.data.of(name))
-        source = dataclasses.replace(open_source(config.data, name), all_columns=form == "datasets")
+        source = dataclasses.replace(sources[name], all_columns=form == "datasets")
         sets[name] = ScoredSet(of_set, source, tokenizer, stores[name], work)
     try:
         work.mkdir(parents=True)

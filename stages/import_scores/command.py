@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.base.digests import WatchedFiles, sha256_of_files
 from pipeline.base.errors import ConfigError, DataError, number_of
 from pipeline.base.folders import LocalFolder, open_folder
-from pipeline.base.progress import say
+from pipeline.base.progress import say, say_loading
 from pipeline.base.versions import library_versions
 from pipeline.config.data import DataConfig
 from pipeline.config.schema import Config
@@ -75,6 +75,7 @@ def run(
     folder = open_folder(config.precompute.output).child(set_name)
     if overwrite and isinstance(folder, LocalFolder) and scores.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(f"FILE: must not be what --overwrite deletes, got {scores}. Move it out of {folder}")
+    say_loading()
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer, overwrite=overwrite)
     data = config.data.of(set_name)

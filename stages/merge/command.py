@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.base.errors import ConfigError, DataError, IdentityError, UnfinishedError, number_of
 from pipeline.base.files import read_file, storage_errors, sync_tree
-from pipeline.base.progress import say, without_other_bars
+from pipeline.base.progress import say, say_loading, without_other_bars
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config, ReferenceConfig
 from pipeline.data.intake import KeptPair, Ledger, kept_pairs
@@ -59,6 +59,7 @@ def run(run_folder: Path, output: Path, *, dtype: str = "auto", sample: int = 8)
         raise DataError(f"{output}: must be a new folder, it exists already. Name another one")
     guard_output("OUT", output, config)
     _check_base(config, run_folder)
+    say_loading()
     config = in_one_process(config)
     dtype = dtype_of_base(config) if dtype == "auto" else dtype
     work = output.with_name(f".tmp-{uuid.uuid4().hex}")

@@ -10,7 +10,7 @@ import transformers
 
 from pipeline.base.errors import ConfigError
 from pipeline.config import library
-from pipeline.config.library import fields_of_training, hint_of_field
+from pipeline.config.library import defaults_of_training, fields_of_training, hint_of_field
 from pipeline.config.training import TrainSection
 
 OF_CLASS = typing.get_type_hints(transformers.TrainingArguments)
@@ -28,6 +28,12 @@ def test_the_source_has_the_fields_of_the_class() -> None:
     assert set(fields_of_training()) == fields
 
 
+def test_the_source_has_the_defaults_of_the_class() -> None:
+    """Also the one that depends on torch's version."""
+    assert library._read().defaults is not None
+    assert defaults_of_training() == library._defaults_of_class()
+
+
 @pytest.mark.parametrize("name", sorted(fields_of_training()))
 def test_a_field_has_the_type_that_the_class_declares_or_the_words_of_its_enum(name: str) -> None:
     known, hint = words(OF_CLASS[name]), hint_of_field(name)
@@ -39,12 +45,22 @@ def test_a_field_has_the_type_that_the_class_declares_or_the_words_of_its_enum(n
         assert hint == OF_CLASS[name]
 
 
-def test_a_class_whose_fields_are_elsewhere_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_sources", lambda: ["class TrainingArguments(Base):\n    seed: int = 1"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class TrainingArguments(Base):\n    seed: int = 1",
+        "class TrainingArguments:\n    seed: int = field(default=of())",
+    ],
+)
+def test_a_class_whose_fields_or_defaults_are_elsewhere_is_asked_itself(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(library, "_sources", lambda: [source])
     library._read.cache_clear()
     try:
-        assert "learning_rate" in fields_of_training()
+        assert ("learning_rate" in fields_of_training()) == ("Base" in source)
         assert hint_of_field("seed") is int
+        assert defaults_of_training()["seed"] == 42
     finally:
         library._read.cache_clear()
 
