@@ -19,6 +19,7 @@ def write(sets: Mapping[str, ScoredSet], folder: Path, cache: Path) -> None:
 
     Raises:
         DataError: A pair was not scored, or the rows do not fit one table.
+        OSError: The disk is full or failing.
     """
     import datasets
 
@@ -28,11 +29,11 @@ def write(sets: Mapping[str, ScoredSet], folder: Path, cache: Path) -> None:
             made[name] = datasets.Dataset.from_generator(_Rows(scored), cache_dir=str(cache), split=name)
         except datasets.exceptions.DatasetGenerationError as error:
             cause = error.__cause__
-            if isinstance(cause, RefshardError):
+            if isinstance(cause, RefshardError | OSError):
                 raise cause from error
             where = describe(scored.source)
             raise DataError(f"{where}: its rows do not fit one table: {' '.join(str(cause).split())}") from error
-        say(f"{name}: {number_of(len(made[name]), 'pair')}; {scored.ledger.summary()}")
+        say(f"{name}: {number_of(len(made[name]), 'pair')}; {scored.summary()}")
     datasets.DatasetDict(made).save_to_disk(str(folder))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.base.errors import DataError, number_of
 from pipeline.base.progress import say
+from pipeline.data.dates import asks_for_date
 from pipeline.data.pairs import Pair
 from stages.export.scored import ScoredRow, ScoredSet
 
@@ -34,12 +35,13 @@ def write(sets: Mapping[str, ScoredSet], folder: Path) -> None:
                 if reason is not None:
                     left_out[reason] += 1
                     continue
-                file.write(json.dumps(_line(row), ensure_ascii=False) + "\n")
+                # A message may have keys that no template reads, like a time.
+                file.write(json.dumps(_line(row), ensure_ascii=False, default=str) + "\n")
                 written += 1
         reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in left_out.items())
         if not written:
-            raise DataError(f"{name}: no pair can be written for fairseq2{reasons or ': ' + scored.ledger.summary()}")
-        say(f"{name}: {number_of(written, 'pair')}{reasons}; {scored.ledger.summary()}")
+            raise DataError(f"{name}: no pair can be written for fairseq2{reasons or ': ' + scored.summary()}")
+        say(f"{name}: {number_of(written, 'pair')}{reasons}; {scored.summary()}")
 
 
 def _line(row: ScoredRow) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def _reason_against(row: ScoredRow, tokenizer: Any) -> str | None:
         return "data.max_length cuts them"
     if pair.tools or pair.chat_template_kwargs:
         return "fairseq2 has no tools and no chat_template_kwargs"
+    if not isinstance(pair.prompt, str) and asks_for_date(tokenizer):
+        return "the chat template writes the day's date"
     theirs = _text_tokens(pair, tokenizer) if isinstance(pair.prompt, str) else _chat_tokens(pair, tokenizer)
     ours = [(whole.prompt_ids, ids) for ids in (whole.chosen_ids, whole.rejected_ids)]
     return None if theirs == ours else "fairseq2 would score other tokens"

@@ -4,6 +4,7 @@ It is a torch file with `chosen_logps` and `rejected_logps`, [N] float32, by the
 `open_instruct/model_utils.py` writes. Rows are found by their token ids, so a score never goes to another pair.
 """
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def write(sets: Iterable[ScoredSet], tokenized: Path, file: Path, *, averages: b
     Raises:
         ConfigError: The folder is not a tokenized dataset of preferences.
         DataError: A row is not a scored pair, token by token, or its `index` is not that of a row.
+        OSError: The disk is full or failing.
     """
     import torch
 
@@ -52,16 +54,20 @@ def write(sets: Iterable[ScoredSet], tokenized: Path, file: Path, *, averages: b
             missing.append(position)
             continue
         at = row.get("index", position)
-        if not 0 <= at < len(dataset) or np.isfinite(logps[0, at]):
+        if not isinstance(at, int) or not 0 <= at < len(dataset) or np.isfinite(logps[0, at]):
             raise DataError(f"{tokenized}, row {position}: index must be a row's own number, got {at}")
         logps[:, at] = found[key]
     if missing:
         raise DataError(
             f"{tokenized}: {number_of(len(missing), 'row')} of {len(dataset):,} are not pairs of this run, token by "
             f"token (first: row {missing[0]}). Use open-instruct's chat template in policy.model, its max_seq_length "
-            "as data.max_length, and the same data"
+            "as data.max_length, and the same data. If there are conversations of several turns, let it tokenize with "
+            "preference_tulu_tokenize_and_truncate_v1_2, which scores the last turn alone"
         )
-    torch.save({f"{side}_logps": torch.from_numpy(logps[i]) for i, side in enumerate(("chosen", "rejected"))}, file)
+    content = io.BytesIO()
+    torch.save({f"{side}_logps": torch.from_numpy(logps[i]) for i, side in enumerate(("chosen", "rejected"))}, content)
+    # Not by torch, whose error for a full disk is no OSError.
+    file.write_bytes(content.getbuffer())
     kind = "averages over tokens, for dpo_norm" if averages else "sums, for dpo and wpo"
     say(f"{number_of(len(dataset), 'row')} of {tokenized}: {kind}")
 
@@ -71,12 +77,12 @@ def _open(folder: Path) -> Any:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--tokenized: must be a datasets folder, got {folder}") from error
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or set(_COLUMNS) - set(columns):
         raise ConfigError(f"--tokenized: must have the columns {', '.join(_COLUMNS)}, got {folder} without them")
-    return dataset.select_columns([*_COLUMNS, *({"index"} & set(columns))])
+    return dataset.select_columns([*_COLUMNS, *({"index"} & set(columns))]).with_format(None)
 
 
 def _key_of(row: Mapping[str, Any]) -> bytes | None:

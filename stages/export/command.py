@@ -5,7 +5,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from pipeline.base.errors import ConfigError, DataError, StorageError
+from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.files import storage_errors, sync_tree
 from pipeline.base.progress import say, say_loading
 from pipeline.config.schema import Config
 from pipeline.data.sources import open_source
@@ -38,6 +39,7 @@ def run(config: Config, output: Path, *, form: str = "datasets", tokenized: Path
         ConfigError: `tokenized` is missing, or given for another form than open-instruct's.
         DataError: The output exists, a pair was not scored, or the rows do not fit the form.
         IdentityError: The shards are of another reference or tokenization.
+        StorageError: The disk is full or failing.
         UnfinishedError: A store is unfinished.
     """
     if (tokenized is not None) != (form == "open-instruct"):
@@ -45,7 +47,7 @@ def run(config: Config, output: Path, *, form: str = "datasets", tokenized: Path
         raise ConfigError(f"--tokenized: must be given with --format open-instruct and not without, got {given}")
     if output.exists() or output.is_symlink():
         raise DataError(f"{output}: must be a new folder or file, it exists already. Name another one")
-    guard_output("--output", output, config)
+    guard_output("OUTPUT", output, config)
     sources = {name: open_source(config.data, name) for name in config.data.names}
     stores = open_stores(config, config.data.names)
     say_loading()
@@ -59,17 +61,17 @@ def run(config: Config, output: Path, *, form: str = "datasets", tokenized: Path
         source = dataclasses.replace(sources[name], all_columns=form == "datasets")
         sets[name] = ScoredSet(of_set, source, tokenizer, stores[name], work)
     try:
-        work.mkdir(parents=True)
-        if form == "datasets":
-            as_datasets.write(sets, work / "made", work / "cache")
-        elif form == "fairseq2":
-            as_fairseq2.write(sets, work / "made")
-        elif tokenized is not None:
-            averages = config.loss.types == ["sigmoid_norm"]
-            as_open_instruct.write(sets.values(), tokenized, work / "made", averages=averages)
-        (work / "made").rename(output)
-    except OSError as error:
-        raise StorageError(f"{output}: can't be written ({error.strerror or error})") from error
+        with storage_errors(output):
+            work.mkdir(parents=True)
+            if form == "datasets":
+                as_datasets.write(sets, work / "made", work / "cache")
+            elif form == "fairseq2":
+                as_fairseq2.write(sets, work / "made")
+            elif tokenized is not None:
+                averages = config.loss.types == ["sigmoid_norm"]
+                as_open_instruct.write(sets.values(), tokenized, work / "made", averages=averages)
+            sync_tree(work / "made")
+            (work / "made").rename(output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(_NEXT[form].format(output=output))

@@ -43,7 +43,9 @@ class ScoredSet:
     work: Path
     """Folder for files that are needed while it runs"""
     ledger: Ledger = field(default_factory=Ledger)
-    """Counts of the rows that were given last"""
+    """Counts of the rows that were read last"""
+    unscored: int = 0
+    """Number of kept pairs among them that were left out, as they were not scored"""
 
     def __iter__(self) -> Iterator[ScoredRow]:
         """Read the rows anew.
@@ -52,7 +54,7 @@ class ScoredSet:
         """
         data, alpha = self.config.data, self.config.loss.ld_alpha
         table = load_reference_table([self.store], data.max_length, ld_alpha=alpha, folder=self.work)
-        self.ledger = Ledger()
+        self.ledger, self.unscored = Ledger(), 0
         for outcome in outcomes(read_rows(self.source), self.tokenizer, data):
             self.ledger.take(outcome)
             kept = outcome.kept
@@ -66,3 +68,10 @@ class ScoredSet:
                     f"{kept.place} of {describe(self.source)} has no reference logps in {self.store.folder}. "
                     f"{remedy_for_missing(self.store)}"
                 )
+            else:
+                self.unscored += 1
+
+    def summary(self) -> str:
+        """Return one line for people: what became of the rows that were read last."""
+        unscored = f"; {self.unscored:,} left out: not scored" if self.unscored else ""
+        return f"{self.ledger.summary()}{unscored}"

@@ -74,7 +74,7 @@ def run(
     guard_shards(config, overwrite=overwrite)
     folder = open_folder(config.precompute.output).child(set_name)
     if overwrite and isinstance(folder, LocalFolder) and scores.resolve().is_relative_to(folder.path.resolve()):
-        raise ConfigError(f"FILE: must not be what --overwrite deletes, got {scores}. Move it out of {folder}")
+        raise ConfigError(f"SCORES: must not be what --overwrite deletes, got {scores}. Move it out of {folder}")
     say_loading()
     tokenizer = load_tokenizer(config)
     config = with_template_date(config, tokenizer, overwrite=overwrite)
@@ -86,7 +86,7 @@ def run(
     batch = list(itertools.islice(rows, config.precompute.rows_per_shard))
     if not batch:
         raise DataError(f"{scores}: no pair was kept: {ledger.summary()}")
-    read = _Reader(chosen, rejected, _kind_of(batch[0], chosen, rejected))
+    read = _Reader(chosen, rejected, _kind_of(batch[0], chosen, rejected), len(tokenizer))
     token_logps = read.kind != "sums"
     # Read before the store is created: a file that can't be imported leaves nothing behind.
     pairs = [read(pair, row) for pair, row in batch]
@@ -157,8 +157,9 @@ def _kind_of(first: tuple[KeptPair, Mapping[str, Any]], chosen: str, rejected: s
 class _Reader:
     """Converts rows to scored pairs, and refuses other scores of a pair that came before."""
 
-    def __init__(self, chosen: str, rejected: str, kind: _Kind) -> None:
+    def __init__(self, chosen: str, rejected: str, kind: _Kind, vocabulary: int) -> None:
         self._columns = (chosen, rejected)
+        self._vocabulary = vocabulary
         self.kind = kind
         self._seen: dict[bytes, bytes] = {}
 
@@ -194,7 +195,8 @@ class _Reader:
             case "tokens":
                 return _numbers(value, len(ids), column, pair)
             case "answers":
-                return _numbers(logps_of_answer(value, pair, ids, column), len(ids), column, pair)
+                logps = logps_of_answer(value, pair, ids, column, self._vocabulary)
+                return _numbers(logps, len(ids), column, pair)
 
 
 def _numbers(values: Any, tokens: int, column: str, pair: KeptPair) -> npt.NDArray[np.float32]:

@@ -46,22 +46,24 @@ def report_differences(
 
     at = np.unique(np.linspace(0, len(imported) - 1, min(count, len(imported))).round().astype(int))
     sample = [imported[i] for i in at]
-    say(f"Loading the reference {reference_sources(config)[0].name}, to score {number_of(len(sample), 'pair')} ...")
+    name, pairs = reference_sources(config)[0].name, number_of(len(sample), "pair")
+    say(f"Loading the reference {name}, to score {pairs} (--sample 0 leaves this out) ...")
     gaps, sums = [], np.zeros((len(sample), 2))
     with load_scorer(in_one_process(config), tokenizer, tokens_per_batch=2048) as scorer:
         for i, *logps in scorer.logps([kept.pair for kept, _ in sample]):
             theirs = sample[i][1]
-            for side, (name, found) in enumerate(zip(("chosen", "rejected"), logps, strict=True)):
-                tokens = getattr(theirs, f"{name}_token_logps", None)
-                total = float(tokens.sum(dtype=np.float64) if tokens is not None else getattr(theirs, f"{name}_logps"))
+            for side, (which, found) in enumerate(zip(("chosen", "rejected"), logps, strict=True)):
+                tokens = getattr(theirs, f"{which}_token_logps", None)
+                total = float(tokens.sum(dtype=np.float64) if tokens is not None else getattr(theirs, f"{which}_logps"))
                 gaps.append(completion_gap(found, tokens, total))
                 sums[i, side] = found.sum(dtype=np.float64) - total
     in_8_bits = (reference.get("quantization") or {}).get("bits") == 8
     allowed = allowed_gap(NoiseFloor(), recorded_precision(reference).products, in_8_bits=in_8_bits)
     found_gap = compare(gaps, allowed)
-    say(f"Compared with {number_of(len(sample), 'pair')} scored here: {found_gap}")
+    say(f"Compared with {pairs} scored here: {found_gap}")
     say(
-        f"  sums of completions differ by {np.abs(sums).mean():.2g} nats on average, {sums.mean():+.2g} with their sign"
+        f"  sums of completions differ by {np.abs(sums).mean():.2g} nats on average; the reference's minus the "
+        f"imported ones are {sums.mean():+.2g}"
     )
     margins = (sums[:, 0] - sums[:, 1]).tolist()
     say(f"  a policy equal to the reference: {distance_from_start(margins, config.loss.beta)}")

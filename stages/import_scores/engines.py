@@ -4,7 +4,8 @@ The engine was asked for the log-probs of a prompt that holds prompt and complet
 and the completion's tokens begin after the prompt's. Each token id is compared with the pair's.
 
 vLLM: `prompt_logprobs`, a list from the first position, null, then {"ID": {"logprob": ...}, ...}. SGLang:
-`meta_info.input_token_logprobs`, a list from `logprob_start_len`, [LOGPROB or null, ID, TEXT].
+`meta_info.input_token_logprobs`, a list from `logprob_start_len`, [LOGPROB or null, ID, TEXT]. It writes 0 in place of
+the vocabulary's last id, which it takes for a picture's.
 """
 
 import json
@@ -29,6 +30,8 @@ class _Answer:
     """Position of the first token in the sequence"""
     tokens: Sequence[tuple[int | None, Any]]
     """Id and log-prob of each token; both may be None for the first"""
+    hides_last_id: bool = False
+    """True if 0 may stand for the last id of the vocabulary"""
 
 
 class _Unreadable(Exception):
@@ -43,8 +46,8 @@ def is_answer(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value[:2])
 
 
-def logps_of_answer(value: Any, pair: KeptPair, completion: Sequence[int], column: str) -> list[Any]:
-    """Give the log-probs of a completion's tokens, as they stand in the answer.
+def logps_of_answer(value: Any, pair: KeptPair, completion: Sequence[int], column: str, vocabulary: int) -> list[Any]:
+    """Give the log-probs of a completion's tokens, as they stand in the answer; `vocabulary` is the number of ids.
 
     Raises:
         DataError: The answer is of other tokens than the pair's, or lacks a log-prob.
@@ -56,8 +59,9 @@ def logps_of_answer(value: Any, pair: KeptPair, completion: Sequence[int], colum
         raise DataError(f"{where}: {error}") from error
     ids, first = [*pair.pair.prompt_ids, *completion], len(pair.pair.prompt_ids)
     end = answer.start + len(answer.tokens)
+    hidden = vocabulary - 1 if answer.hides_last_id else None
     for position, (token, _) in enumerate(answer.tokens[: max(len(ids) - answer.start, 0)], start=answer.start):
-        if token is not None and token != ids[position]:
+        if token not in (None, ids[position]) and (token, ids[position]) != (0, hidden):
             raise DataError(
                 f"{where}: token {position} must be {ids[position]}, as refshard tokenizes the pair, got {token}. Send "
                 "the pair's own ids, with chat template and EOS"
@@ -125,7 +129,7 @@ def _sglang(entries: Sequence[Any], start: int) -> _Answer:
         tokens.append((entry[1], entry[0]))
     if start < 0:
         raise _Unreadable(f"must hold at most meta_info.prompt_tokens tokens, got {len(entries)}")
-    return _Answer(start, tokens)
+    return _Answer(start, tokens, hides_last_id=True)
 
 
 def _vllm(entries: Sequence[Any], given: Any) -> _Answer:

@@ -191,8 +191,8 @@ def test_a_damaged_manifest_is_still_a_stores_if_the_program_is_named(load: Load
 
 
 def test_an_export_does_not_lie_in_a_run(load: Load) -> None:
-    with pytest.raises(ConfigError, match=r"^--output: must not lie in a run"):
-        guard_output("--output", Path("run/sets"), load())
+    with pytest.raises(ConfigError, match=r"^OUTPUT: must not lie in a run"):
+        guard_output("OUTPUT", Path("run/sets"), load())
 
 
 def test_a_page_replaces_our_pages_only(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ ANSWERS = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_completion_s_tokens_begin_after_the_prompt_s(name: str) -> None:
     assert is_answer(ANSWERS[name])
-    assert logps_of_answer(ANSWERS[name], PAIR, CHOSEN, "c") == [-0.3, -0.4]
+    assert logps_of_answer(ANSWERS[name], PAIR, CHOSEN, "c", 100) == [-0.3, -0.4]
 
 
 @pytest.mark.parametrize("value", [-3.0, [-1.0, -2.0], None, [None, -1.0], "-3", "[a text]", []])
@@ -108,14 +108,23 @@ REFUSED = {
 def test_an_answer_of_other_tokens_or_without_a_log_prob_is_refused_by_row(name: str) -> None:
     answer, words = REFUSED[name]
     with pytest.raises(DataError, match=rf"^a\.jsonl:1: column 'c': .*{words}"):
-        logps_of_answer(answer, PAIR, CHOSEN, "c")
+        logps_of_answer(answer, PAIR, CHOSEN, "c", 100)
+
+
+def test_sglang_s_0_may_stand_for_the_last_id_of_the_vocabulary() -> None:
+    """Its scheduler writes `x if x < vocab_size - 1 else 0`, against the hashes that stand for pictures."""
+    answer, last = sglang([*PROMPT, 0, 2], LOGPS), [99, 2]
+    assert logps_of_answer(answer, PAIR, last, "c", 100) == [-0.3, -0.4]
+    for other, vocabulary in ((answer, 101), (vllm([*PROMPT, 0, 2], LOGPS), 100)):
+        with pytest.raises(DataError, match="token 3 must be 99, as refshard tokenizes the pair, got 0"):
+            logps_of_answer(other, PAIR, last, "c", vocabulary)
 
 
 def test_an_answer_may_hold_the_tokens_that_max_length_cuts() -> None:
     cut = KeptPair(row=0, place="a.jsonl:1", key=b"", pair=PAIR.pair, truncated=True)
-    assert logps_of_answer(vllm(IDS, LOGPS), cut, CHOSEN[:1], "c") == [-0.3]
+    assert logps_of_answer(vllm(IDS, LOGPS), cut, CHOSEN[:1], "c", 100) == [-0.3]
     with pytest.raises(DataError, match="got 4"):
-        logps_of_answer(vllm(IDS[:4], LOGPS[:3]), cut, CHOSEN, "c")
+        logps_of_answer(vllm(IDS[:4], LOGPS[:3]), cut, CHOSEN, "c", 100)
 
 
 @pytest.mark.parametrize(("off", "agrees"), [(0.0, True), (0.25, False)])

@@ -1,5 +1,7 @@
 """Reference log-probs for fairseq2 and open-instruct: their names and order, only where their tokens are ours."""
 
+import datetime
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,14 @@ import datasets
 import pytest
 import torch
 
-from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.errors import ConfigError, DataError, StorageError
 from pipeline.config.data import DataConfig
 from pipeline.config.reader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.intake import Ledger, Outcome, outcome_of
 from pipeline.data.rows import Row
-from stages.export import as_fairseq2, command
+from pipeline.models.files import load_tokenizer
+from stages.export import as_fairseq2, as_open_instruct, command
 from stages.export.scored import ScoredRow
 from stages.import_scores import command as import_scores
 from support.models import make_tokenizer
@@ -44,6 +47,9 @@ class Rows(list[ScoredRow]):
         data = DataConfig(path="x", max_length=max_length)
         made = [outcome_of(Row(i, f"x:{i}", lambda row=row: row), tokenizer, data) for i, row in enumerate(rows)]
         super().__init__(scored(outcome, -1.0 - 2 * i) for i, outcome in enumerate(made))
+
+    def summary(self) -> str:
+        return self.ledger.summary()
 
 
 def scored(outcome: Outcome, chosen: float) -> ScoredRow:
@@ -113,6 +119,21 @@ def test_fairseq2_gets_no_conversation_whose_tokens_the_library_can_t_mark(tmp_p
     rows.tokenizer.chat_template = plain.replace("{{ m.content }}", fault + "{{ m.content }}")
     with pytest.raises(DataError, match="fairseq2 would score other tokens"):
         write(rows, tmp_path)
+
+
+def test_fairseq2_gets_no_conversation_whose_template_writes_the_day_s_date(tmp_path: Path) -> None:
+    """The tokens would be these today, and others when fairseq2 trains."""
+    one = {"prompt": [turn("user", "how?")], "chosen": [turn("assistant", "so")], "rejected": [turn("assistant", "no")]}
+    dated = "{% if messages[0].role == 'system' %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    with pytest.raises(DataError, match="1 left out: the chat template writes the day's date"):
+        write(Rows([one], make_tokenizer(template=MARKED + dated)), tmp_path)
+
+
+def test_fairseq2_gets_messages_with_keys_that_are_no_json(tmp_path: Path) -> None:
+    asked = {**turn("user", "how?"), "at": datetime.datetime(2026, 1, 2, 3)}
+    one = {"prompt": [asked], "chosen": [turn("assistant", "so")], "rejected": [turn("assistant", "no")]}
+    write(Rows([one], make_tokenizer(template=MARKED)), tmp_path)
+    assert lines(tmp_path)[0]["chat_chosen"][0]["at"] == "2026-01-02 03:00:00"
 
 
 @pytest.fixture
@@ -211,6 +232,34 @@ def test_open_instruct_gets_no_file_for_rows_of_other_tokens(
     with pytest.raises(ConfigError, match="--tokenized: must be given with --format open-instruct"):
         command.run(config, tmp_path / "cache.pt", form="open-instruct")
     assert not (tmp_path / "cache.pt").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("form", ["datasets", "fairseq2"])
+def test_pairs_that_were_not_scored_are_left_out_and_counted(
+    stored: tuple[Config, list[tuple[float, float]]], make_run: MakeRun, tmp_path: Path, capsys: Captured, form: str
+) -> None:
+    config = load_config(make_run(simple_rows(8), reference={"declared": "judge"}, train={"on_missing": "drop"}))
+    command.run(config, tmp_path / "out", form=form)
+    assert "train: 6 pairs; 8 rows, 8 pairs kept; 2 left out: not scored" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_failure_of_the_disk(
+    stored: tuple[Config, list[tuple[float, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = stored
+
+    def full(*arguments: Any, **more: Any) -> None:
+        # As its builder raises whatever stops it.
+        raise datasets.exceptions.DatasetGenerationError("while generating") from OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(datasets.Dataset, "from_generator", full)
+    with pytest.raises(StorageError, match=r"/out: the disk is full\. Free some space"):
+        command.run(config, tmp_path / "out")
+    assert not list(tmp_path.glob(".tmp-*"))
+    folder = tokenized(config, tmp_path / "tokenized", ORDER)
+    rows: Any = Rows(simple_rows(6), load_tokenizer(config))
+    with pytest.raises(OSError, match="No space left"):
+        as_open_instruct.write([rows], folder, Path("/dev/full"), averages=False)
 
 
 def test_fairseq2_s_lines_are_written_from_a_store(
