@@ -75,6 +75,15 @@ class NamedModel:
             self._check_files(folder)
         return folder
 
+    def quantization_method(self) -> str | None:
+        """Name the method by which the weights in the files are quantized; None if they are plain.
+
+        MXFP4 is none: where the library has no kernels for it, it gives such weights back in 16 bits.
+        """
+        settings = read_json(self.folder(weights=False) / "config.json").get("quantization_config") or {}
+        method = settings.get("quant_method")
+        return None if method == "mxfp4" else method
+
     def _check_files(self, folder: Path) -> None:
         """Refuse what the library would load besides the folder's safetensors, whose digests are taken."""
         if (folder / ADAPTER_CONFIG).exists():

@@ -16,6 +16,7 @@ from transformers.utils import import_utils
 from pipeline.base.errors import ConfigError, one_line
 from pipeline.base.files import special_kind
 from pipeline.config.schema import Config
+from pipeline.models.files import NamedModel
 from pipeline.training.tracking import TrackedArguments
 
 __all__ = ["arguments_of_loop", "in_one_piece", "loads_once", "refused_here", "training_arguments", "trial_arguments"]
@@ -238,8 +239,9 @@ def _check_fsdp(made: transformers.TrainingArguments, config: Config) -> None:
 def _load_once(made: transformers.TrainingArguments, config: Config) -> None:
     """Let the main process alone load the policy, unless the settings forbid it; quantized weights can't move."""
     settings, plugin = cast("dict[str, Any]", made.fsdp_config), cast("dict[str, Any]", made.fsdp_plugin_args)
-    wanted = _is_on(settings.get("cpu_ram_efficient_loading", True)) and config.policy.quantization is None
-    plugin["cpu_ram_efficient_loading"] = wanted
+    wanted = _is_on(settings.get("cpu_ram_efficient_loading", True))
+    is_plain = config.policy.quantization is None and NamedModel.policy(config).quantization_method() is None
+    plugin["cpu_ram_efficient_loading"] = wanted and is_plain
     # The library would read whole models without weights in all processes but one of each machine.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 

@@ -9,6 +9,7 @@ All processes must call these functions together.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "put_weights",
     "save_optimizer",
     "shard_exactly",
+    "tied_names",
     "whole_weights",
 ]
 
@@ -58,13 +60,15 @@ def shard_exactly(accelerator: Any) -> None:
     Where it hands on the main process's weights, it takes saved buffers for shards. Every process has them already. It
     ties the head anew, and would tie it to an adapter's own embedding.
     """
+    # Its plugin has just asked the library to leave weights out of every model that other processes read from now on.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     prepare = accelerator.prepare
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         models = [each for each in args if isinstance(each, torch.nn.Module)]
         modules = [module for model in models for module in model.modules()]
         saved = [(m, name) for m in modules for name in m._buffers.keys() - m._non_persistent_buffers_set]
-        before = [_ties(model) for model in models]
+        before = [tied_names(model) for model in models]
         for module, name in saved:
             module._non_persistent_buffers_set.add(name)
         try:
@@ -77,7 +81,7 @@ def shard_exactly(accelerator: Any) -> None:
         finally:
             for module, name in saved:
                 module._non_persistent_buffers_set.discard(name)
-        if [_ties(model) for model in models] != before:
+        if [tied_names(model) for model in models] != before:
             raise ConfigError(
                 "train.fsdp: must be off for an adapter that trains a tied embedding, as sharding would tie the head "
                 "to it, got on. Take the embedding out of modules_to_save"
@@ -87,7 +91,7 @@ def shard_exactly(accelerator: Any) -> None:
     accelerator.prepare = prepared
 
 
-def _ties(model: torch.nn.Module) -> set[frozenset[str]]:
+def tied_names(model: torch.nn.Module) -> set[frozenset[str]]:
     """Give the names of each parameter that has several, without what wrappers put into them."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -18,6 +18,7 @@ from pipeline.models.loading import policy_without_weights
 from pipeline.models.parts import causal_of
 from pipeline.scoring.packing import Reading
 from pipeline.scoring.scorer import Scorer
+from pipeline.training.fsdp import tied_names
 from pipeline.training.processes import largest, on_main_process
 
 __all__ = ["load_in_main_process"]
@@ -25,12 +26,13 @@ __all__ = ["load_in_main_process"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Outline:
-    """All of a loaded, checked policy but its weights."""
+    """All of a loaded policy but its weights."""
 
     model_config: Any
-    reading: Reading
     parameters: Mapping[str, tuple[torch.Size, torch.dtype, bool]]
     """Shape, dtype and `requires_grad` by name; tied ones under each of their names"""
+    ties: set[frozenset[str]]
+    """Names of each tied parameter: the config may tie a head that has weights of its own in the files"""
     tensors: Mapping[tuple[str, str], torch.Tensor]
     """Buffers, and other tensors that modules hold, by module and name"""
 
@@ -52,20 +54,21 @@ def load_in_main_process(
     """
     loaded: list[Scorer] = []
 
-    def load_here() -> _Outline:
+    def load_here() -> tuple[_Outline, Reading]:
         model = load()
-        # The check may give the config an attention that other processes have not registered yet.
-        model_config = copy.deepcopy(causal_of(model).config)
+        # Before the check: it may give the config an attention that other processes have not registered yet, and leave
+        # the states of its batches in the modules.
+        outline = _outline(model)
         loaded.append(check(model))
-        return _outline(loaded[0], model_config)
+        return outline, loaded[0].reading
 
-    outline = on_main_process(load_here)
+    outline, reading = on_main_process(load_here)
     fault = ""
     if not loaded:
         try:
             model = policy_without_weights(outline.model_config, policy)
             _take_outline(model, outline, widened=arguments.mixed_precision != "no")
-            loaded.append(Scorer.of_checked(model, tokenizer, "policy.model", outline.reading))
+            loaded.append(Scorer.of_checked(model, tokenizer, "policy.model", reading))
         except Exception as error:  # the libraries fail anywhere on what they can't make, and the main process waits
             fault = one_line(str(error)) or type(error).__name__
     if largest(int(bool(fault))):
@@ -76,18 +79,17 @@ def load_in_main_process(
     return loaded[0]
 
 
-def _outline(scorer: Scorer, model_config: Any) -> _Outline:
-    model = scorer.model
+def _outline(model: Any) -> _Outline:
     for parameter in model.parameters():
         # Processes send each other contiguous tensors alone.
         parameter.data = parameter.data.contiguous()
     return _Outline(
-        model_config=model_config,
-        reading=scorer.reading,
+        model_config=copy.deepcopy(causal_of(model).config),
         parameters={
             name: (parameter.shape, parameter.dtype, parameter.requires_grad)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         },
+        ties=tied_names(model),
         tensors={(path, name): tensor for path, name, _, tensor in _tensors_beside(model)},
     )
 
@@ -114,6 +116,8 @@ def _take_outline(model: Any, outline: _Outline, *, widened: bool) -> None:
     if other or beside.keys() != outline.tensors.keys():
         names = sorted({*(name for name, _ in other), *map(".".join, beside.keys() ^ outline.tensors.keys())})
         raise ValueError(f"{names[0]} is not in both")
+    if other_ties := tied_names(model) ^ outline.ties:
+        raise ValueError(f"the tie of {' and '.join(sorted(min(other_ties, key=sorted)))} is not in both")
     for place, held in beside.items():
         held[place[1]] = outline.tensors[place]
     made: dict[int, torch.nn.Parameter] = {}

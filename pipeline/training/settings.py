@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from pipeline.base.errors import ConfigError, RefshardError, first_line, is_out_of_memory, nearest
-from pipeline.base.files import read_json
 from pipeline.config.loss import LossConfig
 from pipeline.config.schema import Config
 from pipeline.models.files import NamedModel
@@ -31,11 +30,8 @@ def check_training(config: Config, made: transformers.TrainingArguments | None =
     """
     made = made or trial_arguments(config)
     policy = NamedModel.policy(config)
-    method = (read_json(policy.folder(weights=False) / "config.json").get("quantization_config") or {}).get(
-        "quant_method"
-    )
-    # The library gives MXFP4 weights back in 16 bits where it has no kernels for them.
-    if method not in (None, "mxfp4") and not config.policy.has_adapter:
+    method = policy.quantization_method()
+    if method is not None and not config.policy.has_adapter:
         raise quantized_error(policy, method)
     balanced = router_aux_weight(policy.text_config(weights=False), config.loss) != 0
     held_out = dict.fromkeys(config.data.eval, config.precompute.token_logps)

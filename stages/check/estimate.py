@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.config.convert import TRUE_WORDS
 from pipeline.config.schema import Config
 from pipeline.models.files import reference_quantization
 from pipeline.models.precision import reference_precision
@@ -178,7 +179,8 @@ def _host_memory(config: Config, shapes: Shapes, processes: int) -> int:
     policy, options = config.policy, config.train.options
     weights = weight_bytes(shapes, policy.dtype, policy.quantization)
     of_fsdp = options.get("fsdp_config")
-    each = isinstance(of_fsdp, Mapping) and of_fsdp.get("cpu_ram_efficient_loading", True) in (False, "false")
+    once = not isinstance(of_fsdp, Mapping) or of_fsdp.get("cpu_ram_efficient_loading", True)
+    each = str(once).lower() not in (*TRUE_WORDS, "1")
     if processes > 1 and options.get("fsdp") and policy.quantization is None and not each:
         mixed = bool(options.get("bf16") or options.get("fp16"))
         widened = shapes.trained_parameters * (4 - bytes_of(policy.dtype)) if mixed and not shapes.has_adapter else 0

@@ -337,6 +337,7 @@ def test_a_process_holds_python_and_its_imports_beside_the_model() -> None:
         ({"dtype": "bfloat16"}, {"fsdp": "true", "bf16": "true"}, 32 * 10**9),
         ({"dtype": "bfloat16"}, {"bf16": "true"}, 8 * 16 * 10**9),
         ({}, {"fsdp": "true", "fsdp_config": {"cpu_ram_efficient_loading": False}}, 8 * 32 * 10**9),
+        ({}, {"fsdp": "true", "fsdp_config": {"cpu_ram_efficient_loading": "off"}}, 8 * 32 * 10**9),
     ],
 )
 def test_under_fsdp_one_process_loads_the_policy(policy: dict[str, Any], options: dict[str, Any], weights: int) -> None:

@@ -1,5 +1,6 @@
 """One process loads the policy, and others get all of it but the weights, which take no memory."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,11 @@ def config_of(**changes: Any) -> Any:
 def hand_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
     """Give the main process's policy and another's, made one after the other in this process."""
 
-    def between(policy: PolicyConfig, model: Any, mixed_precision: str = "no") -> tuple[Any, Any]:
+    def between(
+        policy: PolicyConfig, model: Any, mixed_precision: str = "no", leave: Callable[[Any], None] = id
+    ) -> tuple[Any, Any]:
         def check(loaded: Any) -> Scorer:
+            leave(loaded)
             return Scorer.check(loaded, TOKENIZER, "policy.model", 64)  # type: ignore[arg-type]
 
         outlines: list[Any] = []
@@ -99,8 +103,8 @@ def test_another_process_needs_no_memory_for_the_weights(monkeypatch: pytest.Mon
     wide = config_of(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=4000)
     policy = PolicyConfig(model="m")
     loaded = loading.policy_without_weights(wide, policy)
-    outline = handover._outline(SimpleNamespace(model=loaded, reading="padded"), wide)  # type: ignore[arg-type]
-    monkeypatch.setattr(handover, "on_main_process", lambda action: outline)
+    outline = handover._outline(loaded)
+    monkeypatch.setattr(handover, "on_main_process", lambda action: (outline, "padded"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     given = (pytest.fail, policy, TOKENIZER, arguments("bf16"))
@@ -113,11 +117,29 @@ def test_another_process_needs_no_memory_for_the_weights(monkeypatch: pytest.Mon
     assert memory("VmHWM") - before > scorer.model.lm_head.weight.nbytes * 0.9
 
 
+def test_states_that_the_check_leaves_in_modules_are_not_handed_on(hand_over: Callable[..., tuple[Any, Any]]) -> None:
+    """RecurrentGemma keeps the states of its last batch, which a model without weights does not have."""
+
+    def leave(model: Any) -> None:
+        model.model.layers[0].state = torch.zeros(1)
+
+    main, other = hand_over(PolicyConfig(model="m"), transformers.LlamaForCausalLM(config_of()), leave=leave)
+    assert [hasattr(each.model.layers[0], "state") for each in (main, other)] == [True, False]
+
+
+def test_a_head_that_the_config_ties_and_the_files_do_not_is_refused(hand_over: Callable[..., tuple[Any, Any]]) -> None:
+    """The library loads it untied, and accelerate would tie it: in one process before it shards, in another after."""
+    model = transformers.LlamaForCausalLM(config_of(tie_word_embeddings=True))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    with pytest.raises(ConfigError, match=r"the tie of lm_head\.weight and model\.embed_tokens\.weight is not in both"):
+        hand_over(PolicyConfig(model="m"), model)
+
+
 @pytest.mark.parametrize("is_main", [True, False])
 def test_a_policy_that_others_can_not_make_is_refused_by_all(monkeypatch: pytest.MonkeyPatch, is_main: bool) -> None:
     model = transformers.LlamaForCausalLM(config_of())
-    outline = handover._outline(SimpleNamespace(model=model, reading="padded"), config_of(num_hidden_layers=1))  # type: ignore[arg-type]
-    monkeypatch.setattr(handover, "on_main_process", lambda action: action() if is_main else outline)
+    outline = dataclasses.replace(handover._outline(model), model_config=config_of(num_hidden_layers=1))
+    monkeypatch.setattr(handover, "on_main_process", lambda action: action() if is_main else (outline, "padded"))
     monkeypatch.setattr(handover, "largest", lambda value: 1)
     reason = "another process says why" if is_main else r"model.layers.1.input_layernorm.weight is not in both"
     with pytest.raises(ConfigError, match=rf"cpu_ram_efficient_loading: must be false for this policy.*{reason}"):

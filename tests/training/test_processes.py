@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.base.errors import ConfigError, DataError, RefshardError
+from pipeline.base.errors import ConfigError, DataError, RefshardError, status_and_text
 from pipeline.config.reader import load_config
 from pipeline.run.checkpoints import MARKER, checkpoint_folders, processes_of
 from pipeline.training import arguments, gate
@@ -30,7 +31,7 @@ from pipeline.training import processes as training_processes
 from pipeline.training.arguments import training_arguments
 from pipeline.training.fsdp import keep_outputs, load_optimizer, shard_exactly
 from pipeline.training.gate import Gaps
-from pipeline.training.processes import first_on_each_machine, of_main_process
+from pipeline.training.processes import first_on_each_machine, of_main_process, on_main_process
 from stages import train
 from support.installed import as_installed, folder_of_others
 from support.models import make_model, make_tokenizer
@@ -430,28 +431,46 @@ def test_what_fsdp_can_not_do_here_is_refused(changes: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    ("settings", "quantization", "once"),
-    [({}, None, True), ({"cpu_ram_efficient_loading": "false"}, None, False), ({}, object(), False)],
+    ("settings", "quantization", "method", "once"),
+    [
+        ({}, None, None, True),
+        ({"cpu_ram_efficient_loading": "false"}, None, None, False),
+        ({}, object(), None, False),
+        # The files' own.
+        ({}, None, "bitsandbytes", False),
+        ({}, None, "mxfp4", True),
+    ],
 )
 def test_the_main_process_loads_alone_by_default_unless_the_weights_are_quantized(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], quantization: Any, once: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    quantization: Any,
+    method: str | None,
+    once: bool,
 ) -> None:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": method and {"quant_method": method}}))
     made, config = _arguments(fsdp_config=settings, fsdp_plugin_args={}), SimpleNamespace()
     assert not arguments.loads_once(made)
-    config.policy = SimpleNamespace(quantization=quantization)
+    config.policy = SimpleNamespace(model=str(tmp_path), revision=None, quantization=quantization)
     arguments._load_once(made, config)  # type: ignore[arg-type]
     assert arguments.loads_once(made) is once
     # Otherwise the library itself leaves weights out of every model that other processes load.
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-def test_saved_buffers_are_whole_while_weights_are_handed_on_and_saved_after_it() -> None:
+def test_saved_buffers_are_whole_while_weights_are_handed_on_and_saved_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
     model = torch.nn.BatchNorm1d(2)
     names = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     seen: list[set[str]] = []
     accelerator = SimpleNamespace(prepare=lambda *given: seen.append(set(given[0].state_dict())) or given)
     shard_exactly(accelerator)
+    # Accelerate's plugin has set it: a model that this process reads later would have no weights.
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     optimizer = object()
     assert accelerator.prepare(model, optimizer) == (model, optimizer)
     assert seen == [{"weight", "bias"}]
@@ -621,6 +640,33 @@ def test_the_main_processes_value_is_that_of_all(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training_processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
     monkeypatch.setattr(training_processes, "broadcast_object_list", lambda values: ["the main one's"])
     assert of_main_process("mine") == "the main one's"
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(DataError("damaged"), 65), (MemoryError(), 75), (KeyError("a bug"), 1)], ids=repr
+)
+def test_a_failure_of_the_main_process_ends_the_processes_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, status: int
+) -> None:
+    """What it sends them is pickled; here they get it one after the other."""
+    sent: list[bytes] = []
+
+    def broadcast(values: list[Any]) -> Any:
+        sent.append(pickle.dumps(values))
+        return pickle.loads(sent[0])
+
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr(training_processes, "broadcast_object_list", broadcast)
+    for is_main in (True, False):
+        state = SimpleNamespace(num_processes=2, is_main_process=is_main)
+        monkeypatch.setattr(training_processes, "PartialState", lambda state=state: state)
+        with pytest.raises(Exception) as caught:
+            on_main_process(fail if is_main else lambda: pytest.fail("not the main process"))
+        assert isinstance(caught.value, type(failure) if is_main else RefshardError)
+        assert status_and_text(caught.value)[0] == status
+    assert len(sent) == 2
 
 
 @pytest.mark.parametrize("key", ["accelerator_config", "deepspeed", "fsdp_config"])
