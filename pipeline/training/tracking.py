@@ -74,9 +74,10 @@ def one_page(trainer: transformers.Trainer, attempt: Attempt, *, resumes: bool) 
     """
     kinds = {kind: name for name, kind in integration_utils.INTEGRATION_TO_CALLBACK.items()}
     trackers = {kinds[type(one)]: one for one in trainer.callback_handler.callbacks if type(one) in kinds}
-    variables = _continued(trainer, trackers, attempt.run_folder) if resumes else {}
+    pages = _read_pages(attempt.run_folder) if resumes else {}
+    variables = _continued(trainer, trackers, attempt.run_folder, pages)
     if trackers:
-        trainer.add_callback(_PageWriter(attempt, trackers))
+        trainer.add_callback(_PageWriter(attempt, trackers, pages))
     for tracker in trackers.values():
         vars(tracker)["on_train_end"] = lambda *args, **kwargs: None
     new = {name: value for name, value in variables.items() if name not in os.environ}
@@ -93,12 +94,18 @@ def one_page(trainer: transformers.Trainer, attempt: Attempt, *, resumes: bool) 
         tracker.on_train_end(trainer.args, trainer.state, trainer.control, **model)
 
 
-def _continued(trainer: transformers.Trainer, trackers: Mapping[str, Any], run_folder: Path) -> dict[str, str]:
-    """Have the trackers continue the pages of the attempt before; return the variables by which some are told."""
-    pages: Mapping[str, Any] = {}
+def _read_pages(run_folder: Path) -> dict[str, str]:
+    """Read the names of the pages of the attempts before; none if the file is missing or damaged."""
     with contextlib.suppress(DataError, StorageError):
-        pages = read_json(run_folder / PAGES)
-    pages = {name: str(page) for name, page in pages.items() if name in trackers}
+        return {name: str(page) for name, page in read_json(run_folder / PAGES).items()}
+    return {}
+
+
+def _continued(
+    trainer: transformers.Trainer, trackers: Mapping[str, Any], run_folder: Path, pages: Mapping[str, str]
+) -> dict[str, str]:
+    """Have the trackers continue their pages; return the variables by which some are told."""
+    pages = {name: page for name, page in pages.items() if name in trackers}
     if "trackio" in pages:
         trainer.args.run_name = trainer.args.run_name or pages["trackio"]
     if "tensorboard" in pages:
@@ -125,8 +132,8 @@ def _is_in_mlflow(page: str) -> bool:
 class _PageWriter(transformers.TrainerCallback):
     """Writes the names of the pages to the run's folder once they are open. The trackers' callbacks come before it."""
 
-    def __init__(self, attempt: Attempt, trackers: Mapping[str, Any]) -> None:
-        self._attempt, self._trackers = attempt, trackers
+    def __init__(self, attempt: Attempt, trackers: Mapping[str, Any], pages: Mapping[str, str]) -> None:
+        self._attempt, self._trackers, self._pages = attempt, trackers, pages
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self._attempt.is_newest():
@@ -135,7 +142,8 @@ class _PageWriter(transformers.TrainerCallback):
         pages = {name: page for name, tracker in self._trackers.items() if (page := _page_of(name, tracker, folder))}
         # As with the other records for people, a disk that refuses it stops no run.
         with contextlib.suppress(StorageError):
-            write_json(folder / PAGES, pages)
+            # Those of a tracker that this attempt does not use stay.
+            write_json(folder / PAGES, {**self._pages, **pages})
 
 
 def _page_of(name: str, tracker: Any, run_folder: Path) -> str | None:
