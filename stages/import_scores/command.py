@@ -120,7 +120,16 @@ def run(
 
 def _open(scores: Path, data: DataConfig, tokenizer: Any) -> Source:
     """Open the file of scores as a set of pairs with all its columns."""
-    source = open_source(dataclasses.replace(data, path=str(scores), split="train", format=None))
+    try:
+        source = open_source(dataclasses.replace(data, path=str(scores), split="train", format=None))
+    except ConfigError as error:
+        if scores.is_dir():
+            raise
+        # The error's own way out, data.format, is that of the data.
+        raise ConfigError(
+            f"{scores}: must be a Parquet or a JSON Lines file, which ends in .parquet or .jsonl, got another one. "
+            "Rename or convert it"
+        ) from error
     source = dataclasses.replace(source, all_columns=True)
     if source.format not in ("jsonl", "parquet"):
         raise ConfigError(f"{scores}: must be a Parquet or a JSON Lines file, got {source.format}. Convert it")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import ConfigError, DataError
 from pipeline.config.reader import load_config
 from pipeline.data.intake import KeptPair
 from pipeline.data.tokens import TokenizedPair
@@ -160,6 +160,13 @@ def test_the_import_stores_an_engine_s_log_probs_and_says_how_far_the_reference_
     for i, row in enumerate(stored):
         assert row["chosen_token_logps"] == (scored[i][0] - np.float32(off)).tolist()
         assert row["rejected_token_logps"] == scored[i][1].tolist()
+
+
+def test_a_file_without_a_known_ending_is_refused_by_its_own_name(make_run: MakeRun, tmp_path: Path) -> None:
+    config = load_config(make_run(simple_rows(1), reference={"declared": "judge"}))
+    file = write_jsonl(tmp_path / "answers.txt", simple_rows(1))
+    with pytest.raises(ConfigError, match=r"^\S+/answers\.txt: must be a Parquet or a JSON Lines file, which ends in"):
+        command.run(config, file, set_name="train", chosen="c", rejected="r")
 
 
 def test_a_reference_known_by_name_is_not_compared(make_run: MakeRun, tmp_path: Path, capsys: Captured) -> None:
