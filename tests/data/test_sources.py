@@ -229,7 +229,7 @@ def test_parquet_gives_messages_back_and_leaves_other_columns_unread(tmp_path: P
 
 @pytest.mark.parametrize("size", [1, 100, 256, 1000])
 def test_messages_are_read_from_parquet_with_row_groups_of_any_size(tmp_path: Path, size: int) -> None:
-    """`datasets` writes groups of 1,000 rows, so a batch of rows may reach over a group's end."""
+    """Many files of the hub have groups of 1,000 rows, so a batch of rows may reach over a group's end."""
     rows = [{"chosen": [{"role": "user", "content": f"a{i}"}], "rejected": [{"role": "user"}]} for i in range(1100)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=size)
     found = values(source_of(tmp_path / "pairs.parquet"))
