@@ -275,6 +275,19 @@ def read_tensorboard(folder: Path) -> _Page:
 READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio, "tensorboard": read_tensorboard}
 
 
+def command(folder: Path, *words: Any) -> None:
+    """Run a command in a process of its own, since trackers keep threads and services. They write to the folder."""
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"file://{folder / 'mlruns'}",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "TRACKIO_DIR": str(folder / "trackio"),
+    }
+    subprocess.run([sys.executable, "-m", "stages.cli", *map(str, words)], cwd=ROOT, env=environment, check=True)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("tracker", READERS)
 def test_a_tracker_shows_a_run_s_metrics_and_settings_on_one_page(make_run: MakeRun, tracker: str) -> None:
@@ -288,18 +301,8 @@ def test_a_tracker_shows_a_run_s_metrics_and_settings_on_one_page(make_run: Make
     )
     folder = config.parent
     refshard("precompute", "--config", config)
-    environment = {
-        **os.environ,
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(folder),
-        "MLFLOW_TRACKING_URI": f"file://{folder / 'mlruns'}",
-        "MLFLOW_ALLOW_FILE_STORE": "true",
-        "TRACKIO_DIR": str(folder / "trackio"),
-    }
-    # Processes of their own: trackers keep threads and services.
-    words = [sys.executable, "-m", "stages.cli", "train", "--config", str(config), "-o"]
     for steps in (2, 4):
-        subprocess.run([*words, f"train.max_steps={steps}"], cwd=ROOT, env=environment, check=True)
+        command(folder, "train", "--config", config, "-o", f"train.max_steps={steps}")
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     name, settings, logged = READERS[tracker](folder)
     assert name == "first"
@@ -313,3 +316,16 @@ def test_a_tracker_shows_a_run_s_metrics_and_settings_on_one_page(make_run: Make
         theirs = [(step, entry[key]) for step, entry in logged if key in entry]
         assert [step for step, _ in theirs] == steps
         assert theirs == [(step, pytest.approx(value, rel=1e-6)) for step, value in ours]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("tracker", READERS)
+def test_windows_of_a_moving_reference_share_a_page_whose_end_is_there(make_run: MakeRun, tracker: str) -> None:
+    """Each is trained in a fork, which must end as other processes do for its tracker to write all."""
+    pytest.importorskip(tracker)
+    sync = {"sync": {"steps": 2, "mixup_alpha": 0.5}}
+    config = make_run(train={"report_to": tracker, "run_name": "first", "max_steps": 4}, reference=sync)
+    command(config.parent, "train", "--config", config)
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    _, _, logged = READERS[tracker](config.parent)
+    assert [step for step, entry in logged if "loss" in entry] == [1, 2, 3, 4]
