@@ -2,11 +2,10 @@
 
     python tests/bench/mixed.py [--pairs 200000] [--json FILE] [--folder DIR]
 
-The same is done with a quarter of the rows first: memory must not grow with them. (With fewer rows the loaders end
-before they have copied the pages that they share with their parent.) Stage two joins all sets, takes two of them by
-fractions, and trains 20 steps. Memory is the most that the processes of a command have allocated together (anonymous
-pages, shared ones once), looked at twice a second. Pages of mapped files are not in it: the kernel takes them back when
-it needs them.
+The same is done with a quarter of the rows first: memory must not grow with them. Stage two joins all sets, takes two
+of them by fractions, and trains 20 steps. Memory is the most that one process of a command has allocated (anonymous
+pages), looked at twice a second. A command has at most three at once here, and they share many of their pages. Pages of
+mapped files are not in it: the kernel takes them back when it needs them.
 """
 
 import argparse
@@ -82,13 +81,13 @@ def write_source(file: Path, shape: Callable[..., dict[str, Any]], first: int, c
 
 
 def command(*words: str) -> dict[str, float]:
-    """Run a command of refshard; give its elapsed and processor time in seconds, and its memory in bytes."""
+    """Run a command of refshard; give its elapsed and processor time in s, and its largest process's memory in bytes."""
     began, most = time.monotonic(), 0
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = psutil.Popen([sys.executable, "-m", "stages.cli", *words], env=environment, stdout=subprocess.DEVNULL)
     before = os.times()
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        most = max(most, _held([process, *process.children(recursive=True)]))
+        most = max(most, *map(_allocated, (process, *process.children(recursive=True))))
         time.sleep(0.5)
     assert process.wait() == 0, words
     after = os.times()
@@ -96,14 +95,12 @@ def command(*words: str) -> dict[str, float]:
     return {"seconds": time.monotonic() - began, "cpu_seconds": cpu, "bytes": most}
 
 
-def _held(processes: list[psutil.Process]) -> int:
-    held = 0
-    for process in processes:
-        # A process may have ended since it was listed.
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-            held += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
-    return held
+def _allocated(process: psutil.Process) -> int:
+    # A process may have ended since it was listed.
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+    return 0
 
 
 def measure(folder: Path, pairs: int) -> dict[str, Any]:
