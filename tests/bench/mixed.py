@@ -81,7 +81,7 @@ def write_source(file: Path, shape: Callable[..., dict[str, Any]], first: int, c
 
 
 def command(*words: str) -> dict[str, float]:
-    """Run a command of refshard; give its elapsed and processor time in s, and its largest process's memory in bytes."""
+    """Run a command; give its elapsed and processor time in seconds, and its largest process's memory in bytes."""
     began, most = time.monotonic(), 0
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = psutil.Popen([sys.executable, "-m", "stages.cli", *words], env=environment, stdout=subprocess.DEVNULL)
