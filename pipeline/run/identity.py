@@ -204,7 +204,8 @@ def with_settings_of(saved: Mapping[str, Any], config: Config, processes: int) -
     They say it at once: no file is read for it. No store depends on these settings.
     """
     run = as_dict(config)
-    kept = {key: value for key, value in saved.items() if key != "processes"}
+    recorded = _as_recorded(saved, {"data": saved.get("data", {}), "held_out": {}})
+    kept = {key: value for key, value in recorded.items() if key != "processes"}
     policy = {**saved["policy"], **{key: run["policy"][key] for key in ("lora", "ia3")}}
     steps = _identity_of_steps(run, processes, identity_of_training(config))
     return as_json({**kept, "policy": policy, **steps})
