@@ -76,7 +76,7 @@ def _in_our_roles(value: Any, ours: Mapping[str, str]) -> Any:
         # A call is written in a turn's text; a message has tool_calls.
         role = ours.get(who) if isinstance(who, str) else None
         return value if role is None or (role, key) == ("function_call", "role") else {**value, key: role}
-    if isinstance(value, list) and all(map(is_message, value)):
+    if are_messages(value):
         return [_in_our_roles(item, ours) for item in value]
     return {key: _in_our_roles(inner, ours) for key, inner in value.items()} if isinstance(value, Mapping) else value
 

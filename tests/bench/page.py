@@ -31,6 +31,8 @@ from report import (
 from rounds import AGREEMENT
 from workloads import from_json
 
+from pipeline.base.errors import number_of
+
 HERE = Path(__file__).parent
 
 METHOD = """\
@@ -150,16 +152,13 @@ def _whole_section(found: dict[str, Any]) -> list[str]:
         f"{describe(found['machine'])}.",
         "",
         f"Both command lines on the model {found['model']} and the first {found['pairs']} pairs of {found['data']}, in "
-        f"float32, from their start to the saved policy, imports included; {_rounds(len(ours))}. refshard's "
-        f"store was finished after {median(one['store'] for one in ours):,.0f} s. Command: `python "
-        "tests/bench/whole.py --model DIR --data FILE --json tests/bench/results/whole.json`.",
+        f"float32, from their start to the saved policy, imports included; "
+        f"{number_of(len(ours), 'interleaved round')}. refshard's store was finished after "
+        f"{median(one['store'] for one in ours):,.0f} s. Command: `python tests/bench/whole.py --model DIR --data FILE "
+        "--json tests/bench/results/whole.json`.",
         "",
         *table(heads, rows),
     ]
-
-
-def _rounds(count: int) -> str:
-    return "one round" if count == 1 else f"{count} interleaved rounds"
 
 
 def _gpu_section(found: dict[str, Any]) -> list[str]:
